@@ -1,0 +1,9 @@
+"""What the package refuses, as types that callers can tell apart."""
+
+
+class Refusal(ValueError):
+    """An input that is refused before any work; the message states the rule, what came, and what to do."""
+
+
+class CaptureError(RuntimeError):
+    """A model that does not show what was asked of it: a missed pattern, a broken residual identity."""

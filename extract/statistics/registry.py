@@ -1,0 +1,80 @@
+"""What a column is: a function together with everything a reader of its numbers needs to know."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+DType = Literal["float32", "float64", "int16", "int32", "int64", "string", "stack", "bool", "list<int32>"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of a table.
+
+    `compute` takes the table's observation and gives the column's values, NaN where undefined (written as null), or
+    None where the whole column is undefined; a key or a fact of the plan has no function.
+    """
+
+    name: str
+    dtype: DType = "float32"
+    unit: str = ""
+    formula: str
+    meaning: str = ""
+    bounds: tuple[float | str | None, float | str | None] = (None, None)
+    reference: str = ""
+    nullable: bool = False
+    compute: Callable[[Any], Any] | None = None
+
+    @property
+    def bounds_text(self) -> str:
+        low, high = self.bounds
+        if low is None and high is None:
+            return ""
+        return f"[{'−∞' if low is None else low}, {'∞' if high is None else high}]"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The facts that travel with the column inside every Parquet file."""
+        facts = {
+            "formula": self.formula,
+            "unit": self.unit,
+            "bounds": self.bounds_text,
+            "meaning": self.meaning,
+            "reference": self.reference,
+        }
+        return {name: text for name, text in facts.items() if text}
+
+
+def column(
+    *,
+    formula: str,
+    unit: str = "",
+    bounds: tuple[float | str | None, float | str | None] = (None, None),
+    meaning: str = "",
+    reference: str = "",
+    nullable: bool = False,
+    dtype: DType = "float32",
+) -> Callable[[Callable[[Any], Any]], Column]:
+    """Make the decorated function a `Column` of the same name."""
+
+    def record(compute: Callable[[Any], Any]) -> Column:
+        return Column(
+            name=getattr(compute, "__name__", ""),
+            dtype=dtype,
+            unit=unit,
+            formula=formula,
+            meaning=meaning or " ".join((compute.__doc__ or "").split()),
+            bounds=bounds,
+            reference=reference,
+            nullable=nullable,
+            compute=compute,
+        )
+
+    return record
+
+
+def columns_of(module: ModuleType | Mapping[str, Any]) -> tuple[Column, ...]:
+    """The columns that a module defines, in the order in which it defines them."""
+    names = vars(module) if isinstance(module, ModuleType) else module
+    return tuple(value for value in names.values() if isinstance(value, Column))

@@ -1,0 +1,197 @@
+"""The columns of `residual`: what one sublayer wrote into the residual stream on one sequence.
+
+x is the stream before the sublayer, F its update, x' = x + F the stream after it (before the next norm). Columns are
+means over the sequence's real tokens. At `embedding` and `final_norm` nothing is added: x' is the stream there, and the
+columns of x and F are null. Every function takes a `ResidualObservation` and gives a tensor [batch], NaN where
+undefined, or None.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from extract.statistics.registry import column
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NormObservation:
+    """What a normalisation layer read and wrote."""
+
+    read: Float[Tensor, "batch token width"]
+    wrote: Float[Tensor, "batch token width"]
+    kind: Literal["layer", "rms"]
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class ResidualObservation:
+    """The stream around one sublayer, in float32 or better."""
+
+    real: Bool[Tensor, "batch token"]
+    after: Float[Tensor, "batch token width"]
+    stream: Float[Tensor, "batch token width"] | None = None
+    update: Float[Tensor, "batch token width"] | None = None
+    norm: NormObservation | None = None
+    contexts: Float[Tensor, "batch head token head_width"] | None = None
+
+    def mean(self, values: Float[Tensor, "batch token"]) -> Float[Tensor, "batch"]:
+        """Mean over real tokens at which the value is defined; NaN where there is none."""
+        defined = self.real & values.isfinite()
+        return values.where(defined, 0).sum(-1) / defined.sum(-1)
+
+    @cached_property
+    def stream_norms(self) -> Float[Tensor, "batch token"] | None:
+        return None if self.stream is None else self.stream.norm(dim=-1)
+
+    @cached_property
+    def update_norms(self) -> Float[Tensor, "batch token"] | None:
+        return None if self.update is None else self.update.norm(dim=-1)
+
+    @cached_property
+    def after_norms(self) -> Float[Tensor, "batch token"]:
+        return self.after.norm(dim=-1)
+
+    @cached_property
+    def largest(self) -> Float[Tensor, "batch width"]:
+        """Largest |x'| of each dimension over the real tokens."""
+        return (self.after.abs() * self.real[..., None]).amax(1)
+
+
+@column(formula="mean of ‖x‖", bounds=(0, None), nullable=True)
+def stream_norm(o: ResidualObservation) -> Tensor:
+    """Size of the residual stream before the sublayer (at embedding and final_norm: of the stream there)."""
+    return o.mean(o.after_norms if o.stream_norms is None else o.stream_norms)
+
+
+@column(formula="mean of ‖F(x)‖", bounds=(0, None), nullable=True)
+def update_norm(o: ResidualObservation) -> Tensor | None:
+    """Size of the sublayer's update."""
+    return None if o.update_norms is None else o.mean(o.update_norms)
+
+
+@column(formula="mean of ‖F‖ / ‖x‖", bounds=(0, None), nullable=True)
+def update_ratio(o: ResidualObservation) -> Tensor | None:
+    """Size of the update against the stream it is added to."""
+    if o.update_norms is None or o.stream_norms is None:
+        return None
+    return o.mean(o.update_norms / o.stream_norms)
+
+
+@column(formula="mean of cos(x, F)", bounds=(-1, 1), nullable=True)
+def update_cosine(o: ResidualObservation) -> Tensor | None:
+    """Writes something new (≈ 0), sharpens what is there (> 0) or erases it (< 0)."""
+    if o.stream is None or o.update is None or o.stream_norms is None or o.update_norms is None:
+        return None
+    return o.mean(((o.stream * o.update).sum(-1) / (o.stream_norms * o.update_norms)).clamp(-1, 1))
+
+
+@column(formula="mean of cos(x, x')", bounds=(-1, 1), nullable=True)
+def step_cosine(o: ResidualObservation) -> Tensor | None:
+    """How much of the stream's direction survives the sublayer."""
+    if o.stream is None or o.stream_norms is None:
+        return None
+    return o.mean(((o.stream * o.after).sum(-1) / (o.stream_norms * o.after_norms)).clamp(-1, 1))
+
+
+@column(formula="mean of ‖x'‖ / ‖x‖", bounds=(0, None), nullable=True)
+def norm_gain(o: ResidualObservation) -> Tensor | None:
+    """How much the sublayer grows the stream."""
+    return None if o.stream_norms is None else o.mean(o.after_norms / o.stream_norms)
+
+
+@column(
+    formula="(‖Σu‖² − n)/(n(n−1)), u = x'/‖x'‖; null if n = 1", bounds=(-1, 1), reference="Ethayarajh 2019", nullable=True
+)
+def anisotropy(o: ResidualObservation) -> Tensor:
+    """Mean cosine between the states of different tokens."""
+    units = (o.after / o.after_norms[..., None]).where(o.real[..., None], 0)
+    n = o.real.sum(-1).to(o.after.dtype)
+    pairs = n * (n - 1)
+    return (units.sum(1).square().sum(-1) - n) / pairs.where(pairs > 0, math.nan)
+
+
+@column(formula="largest |x'| over tokens and dimensions", bounds=(0, None), reference="Sun 2024", nullable=True)
+def max_abs(o: ResidualObservation) -> Tensor:
+    """Massive activations."""
+    return o.largest.amax(-1)
+
+
+@column(formula="the dimension of max_abs (lowest on ties)", unit="dimension", dtype="int32", bounds=(0, "d−1"), nullable=True)
+def outlier_dim(o: ResidualObservation) -> Tensor:
+    """Where the largest activation sits."""
+    is_max = (o.largest == o.largest.amax(-1, keepdim=True)).to(o.after.dtype)
+    # the first maximum, on every device: earlier dimensions weigh more
+    width = is_max.shape[-1]
+    return (is_max * is_max.new_tensor(range(width, 0, -1))).argmax(-1).to(o.after.dtype)
+
+
+@column(formula="mean of max|x'| / (‖x'‖/√d)", bounds=(1, "√d"), nullable=True)
+def outlier_ratio(o: ResidualObservation) -> Tensor:
+    """How far one dimension stands out of a token's state."""
+    return o.mean(o.after.abs().amax(-1) * math.sqrt(o.after.shape[-1]) / o.after_norms)
+
+
+@column(formula="mean of Σx'⁴·d / (Σx'²)²", bounds=(1, "d"), nullable=True)
+def kurtosis(o: ResidualObservation) -> Tensor:
+    """Outlier features of a token's state, no centring."""
+    units = o.after / o.after_norms[..., None]  # normalised first: fourth powers overflow float32 early
+    return o.mean(units.square().square().sum(-1) * o.after.shape[-1])
+
+
+@column(formula="mean of μ of the site's norm; null for RMSNorm", nullable=True)
+def layer_norm_mean(o: ResidualObservation) -> Tensor | None:
+    """Mean entry that the norm subtracts: pre-norm, of the norm that reads x; post-norm, of the one that reads x'."""
+    if o.norm is None or o.norm.kind == "rms":
+        return None
+    return o.mean(o.norm.read.mean(-1))
+
+
+@column(formula="mean of √(σ² + ε) (LayerNorm) or √(mean x² + ε) (RMSNorm)", bounds=(0, None), nullable=True)
+def layer_norm_std(o: ResidualObservation) -> Tensor | None:
+    """What the norm divides by."""
+    return None if o.norm is None else o.mean(_divisor(o.norm))
+
+
+@column(formula="mean of ‖output‖ / ‖normalised input without γ, β‖", bounds=(0, None), nullable=True)
+def layer_norm_gain(o: ResidualObservation) -> Tensor | None:
+    """What the norm's own weights do to the size of the stream."""
+    if o.norm is None:
+        return None
+    return o.mean(o.norm.wrote.norm(dim=-1) * _divisor(o.norm) / _centred(o.norm).norm(dim=-1))
+
+
+@column(formula="mean of ‖[c¹; …; cʰ]‖ (attention only)", bounds=(0, None), nullable=True)
+def heads_concat_norm(o: ResidualObservation) -> Tensor | None:
+    """Size of the heads' contexts side by side: one of the two ways to combine heads."""
+    return None if o.contexts is None else o.mean(o.contexts.square().sum((1, 3)).sqrt())
+
+
+@column(formula="mean of ‖(1/h) Σ_l cˡ‖ (attention only)", bounds=(0, None), nullable=True)
+def heads_mean_norm(o: ResidualObservation) -> Tensor | None:
+    """Size of the mean of the heads' contexts: the other way to combine heads."""
+    return None if o.contexts is None else o.mean(o.contexts.mean(1).norm(dim=-1))
+
+
+@column(formula="mean cosine between the contexts of different heads; null if h = 1 (attention only)", bounds=(-1, 1), nullable=True)
+def heads_cosine(o: ResidualObservation) -> Tensor | None:
+    """How alike the heads' contexts are at a token."""
+    if o.contexts is None or o.contexts.shape[1] < 2:
+        return None
+    h = o.contexts.shape[1]
+    units = o.contexts / o.contexts.norm(dim=-1, keepdim=True)
+    return o.mean((units.sum(1).square().sum(-1) - h) / (h * (h - 1)))
+
+
+def _centred(norm: NormObservation) -> Tensor:
+    return norm.read if norm.kind == "rms" else norm.read - norm.read.mean(-1, keepdim=True)
+
+
+def _divisor(norm: NormObservation) -> Tensor:
+    return (_centred(norm).square().mean(-1) + norm.epsilon).sqrt()

@@ -1,0 +1,563 @@
+"""The catalogue's formulas once more, in float64 and as plainly as they can be written.
+
+Nothing here is shared with the code under test: a number both arrive at was arrived at twice. `p` is the pattern
+of one head on one sequence, rows are queries and columns keys, real tokens only; `s` the masked, scaled scores;
+`visible` the keys the mask lets a row see; `sink` the mass of a learned sink, per row. `None` means undefined.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Columns = dict[str, float | None]
+Profile = dict[int, tuple[float, int]]
+
+TOKEN_CLASSES = ("bos", "separator", "special", "punctuation", "number", "word_start", "subword")
+HISTOGRAM_BINS = 64
+# Keys that hold 50 % to within one part in a million hold half: a tie must not turn on the last bit of a float32.
+MASS_SLACK = 1e-6
+
+
+def entropy(outcomes: Floats | Iterable[float]) -> float:
+    """−Σ p ln p with 0 ln 0 = 0, in nats."""
+    q = np.asarray(outcomes, dtype=np.float64)
+    q = q[q > 0]
+    return float(-(q * np.log(q)).sum()) + 0.0  # + 0.0: a certain outcome gives 0, not −0
+
+
+def mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers) if numbers else None
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator != 0 else None
+
+
+def population_std(values: Iterable[float]) -> float | None:
+    numbers = np.asarray(list(values), dtype=np.float64)
+    return float(np.sqrt(((numbers - numbers.mean()) ** 2).mean())) if numbers.size else None
+
+
+def everything_visible(p: Floats, visible: Bools | None) -> Bools:
+    return np.ones(p.shape, dtype=bool) if visible is None else np.asarray(visible, dtype=bool)
+
+
+def row_kinds(p: Floats, s: Floats | None, visible: Bools) -> tuple[list[int], int, int]:
+    """The measured rows, and how many rows are masked (no visible key) and non-finite (among visible keys)."""
+    measured, masked, nonfinite = [], 0, 0
+    for i in range(len(p)):
+        seen = visible[i]
+        if not seen.any():
+            masked += 1
+        elif not np.isfinite(p[i, seen]).all() or (s is not None and not np.isfinite(s[i, seen]).all()):
+            nonfinite += 1
+        else:
+            if (p[i, ~seen] != 0).any():
+                raise ValueError(f"a row has mass on visible keys only; row {i} has some elsewhere: check `visible`")
+            measured.append(i)
+    return measured, masked, nonfinite
+
+
+def measured_rows(p: Floats, s: Floats | None, visible: Bools) -> list[int]:
+    return row_kinds(p, s, visible)[0]
+
+
+def row_entropies(p: Floats, rows: list[int], sink: Floats | None) -> list[float]:
+    """H_i of each row; a learned sink is one more outcome."""
+    if sink is None:
+        return [entropy(p[i]) for i in rows]
+    return [entropy([*p[i], sink[i]]) for i in rows]
+
+
+def offsets(n: int) -> NDArray[np.int64]:
+    """d = key − query, for every pair."""
+    position = np.arange(n)
+    return position[None, :] - position[:, None]
+
+
+# --- heads ---------------------------------------------------------------------------------------------------------
+
+
+def head_columns(
+    p: Floats,
+    s: Floats | None = None,
+    visible: Bools | None = None,
+    *,
+    v: Floats | None = None,
+    w_o: Floats | None = None,
+    context: Floats | None = None,
+    tokens: NDArray[np.int64] | Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
+    sink: Floats | None = None,
+) -> Columns:
+    """Every column of `heads` for one head on one sequence; None where an argument is missing or a rule says null.
+
+    p, s, visible [n, n]; v [n, d_v]; w_o [d_v, d_model] without bias; context [n, d_v], else Σ p v; tokens, classes,
+    sink [n].
+    """
+    p = np.asarray(p, dtype=np.float64)
+    visible = everything_visible(p, visible)
+    rows, masked, nonfinite = row_kinds(p, s, visible)
+    return {
+        **entropy_columns(p, visible, rows, sink),
+        **concentration_columns(p, rows),
+        **distance_columns(p, visible, rows),
+        **mass_columns(p, rows, sink),
+        **class_columns(p, rows, classes),
+        **repetition_columns(p, rows, tokens),
+        **received_columns(p, rows, sink),
+        **score_columns(s, visible, rows),
+        **write_columns(p, visible, rows, v=v, w_o=w_o, context=context),
+        "query_rows": len(rows),
+        "masked_rows": masked,
+        "nonfinite_rows": nonfinite,
+    }
+
+
+def entropy_columns(p: Floats, visible: Bools, rows: list[int], sink: Floats | None) -> Columns:
+    entropies = row_entropies(p, rows, sink)
+    keys = [int(visible[i].sum()) for i in rows]
+    return {
+        "entropy_nats": mean(entropies),
+        "entropy_std_nats": population_std(entropies),
+        "entropy_normalized": mean(h / math.log(m) for h, m in zip(entropies, keys, strict=True) if m >= 2),
+        "attended_keys": mean(math.exp(h) for h in entropies),
+    }
+
+
+def concentration_columns(p: Floats, rows: list[int]) -> Columns:
+    return {
+        "collision_probability": mean(float((p[i] ** 2).sum()) for i in rows),
+        "max_weight": mean(float(p[i].max()) for i in rows),
+    }
+
+
+def distance_columns(p: Floats, visible: Bools, rows: list[int]) -> Columns:
+    d = offsets(len(p)).astype(np.float64)
+    distances = [float((p[i] * np.abs(d[i])).sum()) for i in rows]
+    signed = [float((p[i] * d[i]).sum()) for i in rows]
+    squared = [float((p[i] * d[i] ** 2).sum()) for i in rows]
+    opportunity = [float(np.abs(d[i, visible[i]]).mean()) for i in rows]
+    return {
+        "distance_tokens": mean(distances),
+        "offset_tokens": mean(signed),
+        "offset_std_tokens": mean(math.sqrt(max(0.0, q - o**2)) for q, o in zip(squared, signed, strict=True)),
+        "distance_vs_uniform": ratio(sum(distances), sum(opportunity)),
+    }
+
+
+def mass_where(p: Floats, rows: list[int], where: Bools) -> float | None:
+    """Mean over rows of the mass on the pairs (query, key) marked in `where` [n, n]."""
+    return mean(float(p[i, where[i]].sum()) for i in rows)
+
+
+def mass_columns(p: Floats, rows: list[int], sink: Floats | None) -> Columns:
+    d = offsets(len(p))
+    return {
+        "mass_self": mass_where(p, rows, d == 0),
+        "mass_previous": mass_where(p, rows, d == -1),
+        "mass_next": mass_where(p, rows, d == 1),
+        "mass_backward": mass_where(p, rows, d < 0),
+        "mass_forward": mass_where(p, rows, d > 0),
+        "mass_first": mean(float(p[i, 0]) for i in rows),
+        "mass_sink": None if sink is None else mean(float(sink[i]) for i in rows),
+    }
+
+
+def class_columns(p: Floats, rows: list[int], classes: Sequence[str] | None) -> Columns:
+    if classes is None:
+        return {f"mass_{name}": None for name in TOKEN_CLASSES}
+    if unknown := set(classes) - set(TOKEN_CLASSES):
+        raise ValueError(f"a token's class is one of {TOKEN_CLASSES}; got {sorted(unknown)}")
+    member = {name: np.array([c == name for c in classes], dtype=bool) for name in TOKEN_CLASSES}
+    return {f"mass_{name}": mean(float(p[i, member[name]].sum()) for i in rows) for name in TOKEN_CLASSES}
+
+
+def repetition_columns(p: Floats, rows: list[int], tokens: NDArray[np.int64] | Sequence[int] | None) -> Columns:
+    if tokens is None:
+        return {"mass_same_token": None, "mass_induction": None}
+    n = len(p)
+    same, induction = np.zeros((n, n), dtype=bool), np.zeros((n, n), dtype=bool)
+    for i in range(n):
+        for j in range(n):
+            same[i, j] = j != i and tokens[j] == tokens[i]
+            induction[i, j] = 1 <= j <= i and j - 1 != i and tokens[j - 1] == tokens[i]
+    return {"mass_same_token": mass_where(p, rows, same), "mass_induction": mass_where(p, rows, induction)}
+
+
+def received_columns(p: Floats, rows: list[int], sink: Floats | None) -> Columns:
+    if not rows:
+        names = ("received_entropy_nats", "mutual_information_nats", "received_max", "received_max_key")
+        return dict.fromkeys(names)
+    received = p[rows].mean(axis=0)
+    outcomes = received if sink is None else np.append(received, np.asarray(sink, dtype=np.float64)[rows].mean())
+    received_entropy = entropy(outcomes)
+    key = int(np.argmax(received))  # argmax is the first of equals
+    return {
+        "received_entropy_nats": received_entropy,
+        "mutual_information_nats": received_entropy - float(np.mean(row_entropies(p, rows, sink))),
+        "received_max": float(received[key]),
+        "received_max_key": key,
+    }
+
+
+def score_columns(s: Floats | None, visible: Bools, rows: list[int]) -> Columns:
+    if s is None or not rows:
+        return {"score_max": None, "score_mean": None, "score_std": None}
+    scores = np.concatenate([np.asarray(s[i, visible[i]], dtype=np.float64) for i in rows])
+    return {"score_max": float(scores.max()), "score_mean": mean(scores), "score_std": population_std(scores)}
+
+
+def write_columns(
+    p: Floats, visible: Bools, rows: list[int], *, v: Floats | None, w_o: Floats | None, context: Floats | None
+) -> Columns:
+    """What the head writes: the context before W_O, the update after, and how much of it comes from the first key."""
+    columns: Columns = {"context_norm": None, "update_norm": None, "value_weighted_first": None}
+    if context is None and v is not None:
+        # Visible keys only, so that whatever stands in an invisible value (NaN included) can't be multiplied by 0.
+        context = np.zeros((len(p), v.shape[1]))
+        for i in rows:
+            context[i] = p[i, visible[i]] @ v[visible[i]]
+    if context is not None:
+        columns["context_norm"] = mean(float(np.linalg.norm(context[i])) for i in rows)
+    if context is not None and w_o is not None:
+        columns["update_norm"] = mean(float(np.linalg.norm(context[i] @ w_o)) for i in rows)
+    if v is not None and w_o is not None:
+        weighted = norm_weighted(p, visible, rows, v=v, w_o=w_o)
+        columns["value_weighted_first"] = ratio(float(weighted[:, 0].sum()), float(weighted.sum()))
+    return columns
+
+
+def norm_weighted(p: Floats, visible: Bools, rows: list[int], *, v: Floats, w_o: Floats) -> Floats:
+    """p·‖v_j W_O‖ for the measured rows, not renormalised (Kobayashi 2020)."""
+    norms = np.array([np.linalg.norm(value @ w_o) for value in np.asarray(v, dtype=np.float64)])
+    weighted = np.zeros((len(rows), p.shape[1]))
+    for row, i in enumerate(rows):
+        weighted[row, visible[i]] = p[i, visible[i]] * norms[visible[i]]
+    return weighted
+
+
+# --- heads, on the sample ------------------------------------------------------------------------------------------
+
+
+def sample_columns(
+    p: Floats,
+    s: Floats | None = None,
+    visible: Bools | None = None,
+    *,
+    v: Floats | None = None,
+    w_o: Floats | None = None,
+) -> Columns:
+    """The columns of `heads` that need whole rows; shares of mass are shares of what the row gives to its keys."""
+    p = np.asarray(p, dtype=np.float64)
+    visible = everything_visible(p, visible)
+    rows = measured_rows(p, s, visible)
+    return {
+        **norm_columns(p, visible, rows, v=v, w_o=w_o),
+        "keys_for_half_mass": mean(keys_for_mass(p[i, visible[i]], 0.5) for i in rows),
+        "keys_for_90_mass": mean(keys_for_mass(p[i, visible[i]], 0.9) for i in rows),
+        "gini": mean(gini(p[i, visible[i]]) for i in rows),
+    }
+
+
+def norm_columns(p: Floats, visible: Bools, rows: list[int], *, v: Floats | None, w_o: Floats | None) -> Columns:
+    if v is None or w_o is None:
+        return {"norm_entropy_nats": None, "norm_distance_tokens": None, "norm_max_weight": None}
+    weighted = norm_weighted(p, visible, rows, v=v, w_o=w_o)
+    distance = np.abs(offsets(len(p)))
+    # A row whose every value writes nothing has no pattern of norms, and is left out.
+    pairs = [(i, row / row.sum()) for i, row in zip(rows, weighted, strict=True) if row.sum() > 0]
+    return {
+        "norm_entropy_nats": mean(entropy(row) for _, row in pairs),
+        "norm_distance_tokens": mean(float((row * distance[i]).sum()) for i, row in pairs),
+        "norm_max_weight": mean(float(row.max()) for _, row in pairs),
+    }
+
+
+def keys_for_mass(weights: Floats, share: float) -> int:
+    """The fewest keys that hold `share` of the row's mass."""
+    held, enough = 0.0, share * float(weights.sum()) * (1 - MASS_SLACK)
+    for count, weight in enumerate(sorted(weights, reverse=True), start=1):
+        held += weight
+        if held >= enough:
+            return count
+    return len(weights)
+
+
+def gini(weights: Floats) -> float:
+    """Mean absolute difference of two visible keys' weights over twice their mean: 0 when equal, (m − 1)/m for one."""
+    total = float(weights.sum())
+    differences = float(np.abs(weights[:, None] - weights[None, :]).sum())
+    return differences / (2 * len(weights) * total) if total > 0 else 0.0
+
+
+# --- residual ------------------------------------------------------------------------------------------------------
+
+
+def residual_columns(
+    x: Floats | None,
+    update: Floats | None,
+    after: Floats,
+    *,
+    norm_input: Floats | None = None,
+    norm_output: Floats | None = None,
+    norm_kind: str = "layer",
+    eps: float = 0.0,
+    contexts: Floats | None = None,
+) -> Columns:
+    """The columns of `residual` for one site on one sequence: x, update, after [n, d]; contexts [heads, n, d_head].
+
+    Each is a mean of per-token values; a token for which one is undefined (nothing to divide by) is left out of it.
+    """
+    return {
+        **update_columns(x, update, after),
+        "anisotropy": anisotropy(after),
+        **outlier_columns(after),
+        **norm_reading_columns(norm_input, norm_output, kind=norm_kind, eps=eps),
+        **heads_columns(contexts),
+    }
+
+
+def mean_ratio(numerators: Iterable[float], denominators: Iterable[float]) -> float | None:
+    return mean(a / b for a, b in zip(numerators, denominators, strict=True) if b != 0)
+
+
+def norms(x: Floats) -> list[float]:
+    return [float(np.linalg.norm(token)) for token in np.asarray(x, dtype=np.float64)]
+
+
+def cosines(a: Floats, b: Floats) -> float | None:
+    dots = [float(one @ other) for one, other in zip(a, b, strict=True)]
+    return mean_ratio(dots, [m * n for m, n in zip(norms(a), norms(b), strict=True)])
+
+
+def update_columns(x: Floats | None, update: Floats | None, after: Floats) -> Columns:
+    both = x is not None and update is not None
+    return {
+        "stream_norm": None if x is None else mean(norms(x)),
+        "update_norm": None if update is None else mean(norms(update)),
+        "update_ratio": mean_ratio(norms(update), norms(x)) if both else None,
+        "update_cosine": cosines(x, update) if both else None,
+        "step_cosine": None if x is None else cosines(x, after),
+        "norm_gain": None if x is None else mean_ratio(norms(after), norms(x)),
+    }
+
+
+def mean_pair_cosine(vectors: Floats) -> float | None:
+    """Mean cosine over the pairs of different rows; rows of zeros have no direction and are left out."""
+    units = [u / np.linalg.norm(u) for u in np.asarray(vectors, dtype=np.float64) if u.any()]
+    return mean(float(units[i] @ units[j]) for i in range(len(units)) for j in range(i))
+
+
+def anisotropy(after: Floats) -> float | None:
+    return mean_pair_cosine(after)
+
+
+def outlier_columns(after: Floats) -> Columns:
+    n, d = after.shape
+    sizes = np.abs(np.asarray(after, dtype=np.float64))
+    largest = sizes.max(axis=0)  # per dimension, over tokens
+    squares = [float((row**2).sum()) for row in sizes]
+    fourths = [float((row**4).sum()) for row in sizes]
+    return {
+        "max_abs": float(largest.max()),
+        "outlier_dim": int(np.argmax(largest)),
+        "outlier_ratio": mean_ratio([float(row.max()) for row in sizes], [math.sqrt(q / d) for q in squares]),
+        "kurtosis": mean_ratio([d * f for f in fourths], [q**2 for q in squares]),
+    }
+
+
+def norm_reading_columns(norm_input: Floats | None, norm_output: Floats | None, *, kind: str, eps: float) -> Columns:
+    """What the norm at this site computed: μ, √(σ² + ε) (or rms), and the gain of γ and β."""
+    columns: Columns = {"layer_norm_mean": None, "layer_norm_std": None, "layer_norm_gain": None}
+    if kind not in ("layer", "rms"):
+        raise ValueError(f'a norm is "layer" or "rms"; got {kind!r}')
+    if norm_input is None:
+        return columns
+    stream = np.asarray(norm_input, dtype=np.float64)
+    centres = stream.mean(axis=1) if kind == "layer" else np.zeros(len(stream))
+    spreads = np.array([math.sqrt(((row - c) ** 2).mean() + eps) for row, c in zip(stream, centres, strict=True)])
+    columns["layer_norm_mean"] = mean(centres) if kind == "layer" else None
+    columns["layer_norm_std"] = mean(spreads)
+    if norm_output is not None:
+        bare = [(row - c) / r if r else row * 0 for row, c, r in zip(stream, centres, spreads, strict=True)]
+        columns["layer_norm_gain"] = mean_ratio(norms(norm_output), norms(np.array(bare)))
+    return columns
+
+
+def heads_columns(contexts: Floats | None) -> Columns:
+    """Two ways of combining the heads, and how alike their contexts are; contexts [heads, n, d_head]."""
+    if contexts is None:
+        return {"heads_concat_norm": None, "heads_mean_norm": None, "heads_cosine": None}
+    tokens = np.asarray(contexts, dtype=np.float64).transpose(1, 0, 2)
+    alike = [mean_pair_cosine(heads) for heads in tokens]
+    return {
+        "heads_concat_norm": mean(float(np.linalg.norm(heads.ravel())) for heads in tokens),
+        "heads_mean_norm": mean(float(np.linalg.norm(heads.mean(axis=0))) for heads in tokens),
+        "heads_cosine": mean(c for c in alike if c is not None),
+    }
+
+
+def mixing_ratio(p: Floats, v: Floats, w_o: Floats, x: Floats, *, rows: Sequence[int] | None = None) -> float | None:
+    """Context against self (Kobayashi 2021): p [heads, n, n], v [heads, n, d_v], w_o [heads, d_v, d], x [n, d]."""
+    heads, n = p.shape[:2]
+    others, selves = [], []
+    for i in range(n) if rows is None else rows:
+        other, own = np.zeros(x.shape[1]), np.array(x[i], dtype=np.float64)
+        for h in range(heads):
+            for j in range(n):
+                written = p[h, i, j] * (v[h, j] @ w_o[h])
+                if j == i:
+                    own += written
+                else:
+                    other += written
+        others.append(float(np.linalg.norm(other)))
+        selves.append(float(np.linalg.norm(own)))
+    return mean_ratio(others, [a + b for a, b in zip(others, selves, strict=True)])
+
+
+def head_diversity_nats(p: Floats, *, sink: Floats | None = None, rows: Sequence[int] | None = None) -> float | None:
+    """Mean over queries of H(mean over heads of p) − mean over heads of H(p); p [heads, n, n], sink [heads, n]."""
+    outcomes = p if sink is None else np.concatenate([p, sink[:, :, None]], axis=2)
+    return mean(
+        entropy(outcomes[:, i].mean(axis=0)) - float(np.mean([entropy(head) for head in outcomes[:, i]]))
+        for i in (range(p.shape[1]) if rows is None else rows)
+    )
+
+
+def effective_rank(x: Floats) -> float | None:
+    """exp of the entropy of the squared singular values, normalised to sum 1; None for a matrix of zeros."""
+    squares = np.linalg.svd(np.asarray(x, dtype=np.float64), compute_uv=False) ** 2
+    return math.exp(entropy(squares / squares.sum())) if squares.sum() > 0 else None
+
+
+# --- profiles ------------------------------------------------------------------------------------------------------
+
+
+def doubling_bin(distance: int) -> int:
+    """0, 1, 2, 3–4, 5–8, 9–16, … are bins 0, 1, 2, 3, 4, 5, …"""
+    if distance == 0:
+        return 0
+    number, last = 1, 1
+    while distance > last:
+        number, last = number + 1, 2 * last
+    return number
+
+
+def signed_bin(d: int) -> int:
+    return doubling_bin(d) if d >= 0 else -doubling_bin(-d)
+
+
+def histogram_bin(share: float) -> int:
+    # A float32 row may sum to a little over 1 and its entropy fall a little under 0: still the first bin.
+    return max(0, min(HISTOGRAM_BINS - 1, math.floor(HISTOGRAM_BINS * share)))
+
+
+def binned(entries: Iterable[tuple[int, float]]) -> Profile:
+    """Sum and count of (bin, value) entries, by bin; empty bins are absent."""
+    profile: Profile = {}
+    for number, value in entries:
+        total, count = profile.get(number, (0.0, 0))
+        profile[number] = (total + value, count + 1)
+    return profile
+
+
+def by_row(
+    p: Floats, s: Floats | None, visible: Bools | None, entries: Callable[[Bools, list[int]], Iterable]
+) -> Profile:
+    visible = everything_visible(p, visible)
+    return binned(entries(visible, measured_rows(p, s, visible)))
+
+
+def offset_profile(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
+    """Mass by signed offset; the count is of visible pairs, whether or not they hold mass."""
+    return by_row(
+        p,
+        s,
+        visible,
+        lambda seen, rows: ((signed_bin(j - i), float(p[i, j])) for i in rows for j in np.flatnonzero(seen[i])),
+    )
+
+
+def entropy_histogram(
+    p: Floats, visible: Bools | None = None, *, s: Floats | None = None, sink: Floats | None = None
+) -> Profile:
+    """Rows by H/ln m, of the rows that see two keys or more; sum = count."""
+
+    def entries(seen: Bools, rows: list[int]) -> Iterable:
+        wide = [i for i in rows if seen[i].sum() >= 2]
+        for i, h in zip(wide, row_entropies(p, wide, sink), strict=True):
+            yield histogram_bin(h / math.log(seen[i].sum())), 1.0
+
+    return by_row(p, s, visible, entries)
+
+
+def max_weight_histogram(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
+    """Rows by their largest weight; sum = count."""
+    return by_row(p, s, visible, lambda _, rows: ((histogram_bin(float(p[i].max())), 1.0) for i in rows))
+
+
+def entropy_by_position(
+    p: Floats, visible: Bools | None = None, *, s: Floats | None = None, sink: Floats | None = None
+) -> Profile:
+    def entries(_: Bools, rows: list[int]) -> Iterable:
+        return ((doubling_bin(i), h) for i, h in zip(rows, row_entropies(p, rows, sink), strict=True))
+
+    return by_row(p, s, visible, entries)
+
+
+def distance_by_position(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
+    d = np.abs(offsets(len(p)))
+    return by_row(p, s, visible, lambda _, rows: ((doubling_bin(i), float((p[i] * d[i]).sum())) for i in rows))
+
+
+def received_by_position(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
+    """Σ_i p[i, j] by the key's position; the count is of keys, every real token being one."""
+    return by_row(
+        p, s, visible, lambda _, rows: ((doubling_bin(j), float(p[rows, j].sum())) for j in range(p.shape[1]))
+    )
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def weights_columns(w_q: Floats, w_k: Floats, w_v: Floats, w_o: Floats) -> Columns:
+    """The columns of `weights` for one head: w_q, w_k [d_model, d_h], w_v [d_model, d_v], w_o [d_v, d_model]."""
+    qk = np.asarray(w_q, dtype=np.float64) @ np.asarray(w_k, dtype=np.float64).T / math.sqrt(w_q.shape[1])
+    ov = np.asarray(w_v, dtype=np.float64) @ np.asarray(w_o, dtype=np.float64)
+    symmetric = (qk + qk.T) / 2
+    # W_O W_V has the eigenvalues of W_V W_O less its zeros, which in the larger matrix come back as rounding noise.
+    eigenvalues = np.linalg.eigvals(np.asarray(w_o, dtype=np.float64) @ np.asarray(w_v, dtype=np.float64))
+    return {
+        "qk_norm": float(np.sqrt((qk**2).sum())),
+        "ov_norm": float(np.sqrt((ov**2).sum())),
+        "qk_spectral": float(np.linalg.svd(qk, compute_uv=False).max()),
+        "ov_spectral": float(np.linalg.svd(ov, compute_uv=False).max()),
+        "qk_effective_rank": effective_rank(qk),
+        "ov_effective_rank": effective_rank(ov),
+        "ov_copying": ratio(float(eigenvalues.real.sum()), float(np.abs(eigenvalues).sum())),
+        "qk_symmetry": ratio(float((symmetric**2).sum()), float((qk**2).sum())),
+    }
+
+
+# --- inference -----------------------------------------------------------------------------------------------------
+
+
+def cluster_mean(
+    y: Floats | Sequence[float], w: Floats | Sequence[float], document: NDArray[np.int64] | Sequence[int]
+) -> tuple[float, float | None, int]:
+    """θ = Σ w y / Σ w, its cluster-robust standard error over documents (None for fewer than two), and G − 1."""
+    y, w, document = np.asarray(y, dtype=np.float64), np.asarray(w, dtype=np.float64), np.asarray(document)
+    theta = float((w * y).sum() / w.sum())
+    groups = sorted(set(document.tolist()))
+    g = len(groups)
+    if g < 2:
+        return theta, None, g - 1
+    u = [float((w * (y - theta))[document == name].sum()) for name in groups]
+    variance = g / (g - 1) * sum(value**2 for value in u) / float(w.sum()) ** 2
+    return theta, math.sqrt(variance), g - 1
