@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from extract.errors import Refusal
+from extract.errors import Refusal as Refusal
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
