@@ -1,0 +1,278 @@
+"""The seam: attention calls and residual updates of a forward pass as they happen.
+
+Everything that is seen inside a running model is seen here. Tensors are handed on as soon as they are complete and
+dropped at once: nothing of the size of a pattern, and no more than two states of the stream, is held.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from extract.engines.rows import AttentionCall, Rows
+from extract.engines.visibility import Visibility, see
+from extract.errors import CaptureError
+from extract.layout import Attention, Layout, Site, Tap, first_tensor, read_tensor, replaced_sdpa
+from extract.statistics.attention import HeadObservation
+from extract.statistics.residual import NormObservation, ResidualObservation
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from extract.engines import Engine
+
+# one name is replaced for the whole process, so one forward pass is watched at a time
+_WATCHING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is known of a batch besides the model's inputs; real tokens of a sequence stand together."""
+
+    start: Int[Tensor, " batch"]
+    length: Int[Tensor, " batch"]
+    tokens: int
+    token_ids: Int[Tensor, "batch token"] | None = None
+    classes: Int[Tensor, "batch token"] | None = None
+
+
+class Observer(Protocol):
+    """Takes observations as they are made."""
+
+    def heads(self, attention: Attention, observed: HeadObservation) -> None: ...
+
+    def residual(self, site: Site, observed: ResidualObservation) -> None: ...
+
+
+@dataclass
+class _Watch:
+    """The state of one watched forward pass."""
+
+    layout: Layout
+    batch: Batch
+    engine: Engine
+    observer: Observer
+    factors: Mapping[int, Tensor]
+    calls: int = 0
+    sites_done: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    held: dict[Tap, Tensor] = field(default_factory=dict)
+    contexts: dict[int, Tensor] = field(default_factory=dict)
+    seen_masks: dict[tuple[int, bool], tuple[Any, Visibility]] = field(default_factory=dict)
+
+
+@contextmanager
+def watching(
+    model: nn.Module,
+    layout: Layout,
+    *,
+    batch: Batch,
+    engine: Engine,
+    observer: Observer,
+    residual: bool = True,
+) -> Iterator[None]:
+    """Watch one forward pass made inside this context.
+
+    Raises CaptureError when the pass shows other attention calls or residual sites than the layout has.
+    """
+    watch = _Watch(layout, batch, engine, observer, _write_factors(layout))
+    with _WATCHING, ExitStack() as stack:
+        if residual and layout.residual_refusal is None:
+            for handle in _tap(model, watch):
+                stack.callback(handle.remove)
+        stack.enter_context(replaced_sdpa(lambda original: _watched(watch, original)))
+        yield
+        if watch.calls != len(layout.attentions):
+            raise CaptureError(
+                f"every forward pass must show each attention layer once; expected {len(layout.attentions)} patterns, "
+                f"got {watch.calls}; the model changed its way since it was examined"
+            )
+        if residual and layout.residual_refusal is None and watch.sites_done != len(layout.sites):
+            raise CaptureError(
+                f"every forward pass must show each residual site once; expected {len(layout.sites)}, got {watch.sites_done}"
+            )
+
+
+_FACTORS: dict[int, tuple[Layout, dict[int, Tensor]]] = {}
+
+
+def _write_factors(layout: Layout) -> dict[int, Tensor]:
+    """Per layer R [head, head_width, head_width] with R Rᵀ = W_O^h W_O^hᵀ, so ‖c W_O^h‖ = ‖c R‖ with a small matrix.
+
+    From the eigenvectors in float64: a square root taken of c G cᵀ instead would lose half the digits.
+    """
+    known = _FACTORS.get(id(layout))
+    if known is not None and known[0] is layout:
+        return known[1]
+    factors = {}
+    for attention in layout.attentions:
+        if attention.projection is not None:
+            weight = attention.projection.double()
+            values, vectors = torch.linalg.eigh(weight @ weight.transpose(-1, -2))
+            exact = torch.float64 if attention.projection.dtype == torch.float64 else torch.float32
+            factors[attention.layer] = (vectors * values.clamp_min(0).sqrt()[:, None, :]).to(exact)
+    _FACTORS.clear()
+    _FACTORS[id(layout)] = (layout, factors)
+    return factors
+
+
+def _watched(watch: _Watch, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if dropout_p:
+            raise CaptureError("a pattern is measured without dropout; the model is in training mode; call model.eval()")
+        output = original(
+            query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        call = AttentionCall(
+            query=query,
+            key=key,
+            visibility=_visibility(watch, attn_mask, causal=is_causal),
+            scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+            token_ids=watch.batch.token_ids,
+        )
+        _observe_heads(watch, call, value, output)
+        return output
+
+    return attend
+
+
+def _visibility(watch: _Watch, mask: Tensor | None, *, causal: bool) -> Visibility:
+    """The visibility of a mask; layers share masks, so it is read once."""
+    key = (id(mask), causal)
+    known = watch.seen_masks.get(key)
+    if known is None:
+        batch = watch.batch
+        read = see(mask, causal=causal, start=batch.start, length=batch.length, tokens=batch.tokens)
+        # the mask is kept with it, so that no other object takes its id
+        known = watch.seen_masks[key] = (mask, read)
+    return known[1]
+
+
+def _observe_heads(watch: _Watch, call: AttentionCall, value: Tensor, contexts: Tensor) -> None:
+    if watch.calls >= len(watch.layout.attentions):
+        raise CaptureError(f"expected {len(watch.layout.attentions)} attention calls, the model makes more")
+    attention = watch.layout.attentions[watch.calls]
+    tokens = watch.batch.tokens
+    if call.query.shape[1] != attention.heads or call.query.shape[-2] != tokens or call.key.shape[-2] != tokens:
+        raise CaptureError(
+            f"layer {attention.layer} was examined with {attention.heads} heads over the batch's own tokens; this call has "
+            f"{call.query.shape[1]} heads, {call.query.shape[-2]} queries and {call.key.shape[-2]} keys for {tokens} tokens"
+        )
+    watch.calls += 1
+    rows: Rows = watch.engine(call)
+    exact = rows.entropy.dtype
+    written = rows.measured[..., None]
+    contexts = contexts.to(exact)
+    factor = watch.factors.get(attention.layer)
+    values = value.to(exact).repeat_interleave(contexts.shape[1] // value.shape[1], dim=1)
+    watch.observer.heads(
+        attention,
+        HeadObservation(
+            rows=rows,
+            visibility=call.visibility,
+            classes=watch.batch.classes,
+            context_norms=contexts.where(written, 0).norm(dim=-1),
+            update_norms=None if factor is None else (contexts.where(written, 0) @ factor).norm(dim=-1),
+            value_norms=None if factor is None else (values @ factor).norm(dim=-1),
+        ),
+    )
+    if watch.layout.residual_refusal is None:
+        watch.contexts[attention.layer] = contexts
+
+
+def _tap(model: nn.Module, watch: _Watch) -> Iterator[Any]:
+    """Hook every module that a residual site reads from; a site is complete when its last tap has come."""
+    waiting = {index: _taps_of(site) for index, site in enumerate(watch.layout.sites)}
+    readers: dict[Tap, set[int]] = {}
+    for index, taps in waiting.items():
+        for tap in taps:
+            readers.setdefault(tap, set()).add(index)
+    modules = dict(model.named_modules())
+
+    def arrive(tap: Tap, tensor: Tensor | None) -> None:
+        if tap not in readers or tensor is None:
+            return
+        watch.held[tap] = tensor
+        for index in sorted(readers[tap]):
+            waiting[index].discard(tap)
+            if not waiting[index]:
+                _observe_residual(watch, watch.layout.sites[index])
+                for used in _taps_of(watch.layout.sites[index]):
+                    readers[used].discard(index)
+                    if not readers[used]:
+                        watch.held.pop(used, None)
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            call = watch.counts[name]
+            watch.counts[name] += 1
+            arrive(Tap(name, call, "input"), read_tensor(args, kwargs))
+            arrive(Tap(name, call, "output"), first_tensor(output))
+
+        return hook
+
+    for name in {tap.module for tap in readers}:
+        yield modules[name].register_forward_hook(hook_of(name), with_kwargs=True)
+
+
+def _taps_of(site: Site) -> set[Tap]:
+    norm = () if site.norm is None else (site.norm.read, site.norm.wrote)
+    return {tap for tap in (site.after, site.stream, site.update, *norm) if tap is not None}
+
+
+def _observe_residual(watch: _Watch, site: Site) -> None:
+    rounding: list[float] = []
+
+    def held(tap: Tap | None) -> Tensor | None:
+        if tap is None:
+            return None
+        tensor = watch.held[tap]
+        rounding.append(torch.finfo(tensor.dtype).eps)
+        tensor = tensor.reshape(*watch.batch.start.shape, watch.batch.tokens, tensor.shape[-1])
+        return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+    after, stream, update = held(site.after), held(site.stream), held(site.update)
+    assert after is not None, "every site has a state after it"
+    real = _plain(watch).real
+    if stream is not None and update is not None:
+        _assert_identity(site, after - stream - update, after.where(real[..., None], 0), real, tolerance=16 * max(rounding))
+    norm = None
+    if site.norm is not None:
+        read, wrote = held(site.norm.read), held(site.norm.wrote)
+        assert read is not None and wrote is not None
+        norm = NormObservation(read, wrote, site.norm.kind, site.norm.epsilon)
+    contexts = watch.contexts.pop(site.layer, None) if site.name == "attention" else None
+    watch.observer.residual(site, ResidualObservation(real, after, stream, update, norm, contexts))
+    watch.sites_done += 1
+
+
+def _plain(watch: _Watch) -> Visibility:
+    return Visibility(watch.batch.start, watch.batch.length, watch.batch.tokens)
+
+
+def _assert_identity(site: Site, error: Tensor, after: Tensor, real: Tensor, *, tolerance: float) -> None:
+    """x' = x + F(x), on every batch, to a few roundings of the model's own type."""
+    off, size = error.where(real[..., None], 0).norm(), after.norm()
+    if bool(size.isfinite()) and not off <= tolerance * size:
+        raise CaptureError(
+            f"x' = x + F(x) must hold at every residual site; at {site.name} of layer {site.layer} it is off by "
+            f"{float(off / size):.2e} of ‖x'‖; the model changed its way since it was examined"
+        )

@@ -1,0 +1,53 @@
+"""What goes into an engine and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from extract.engines.visibility import Visibility
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call of the model, as the model made it; `token_ids` are given where they are known.
+
+    Grouped heads: `key` has fewer heads than `query`, each serving query heads in a row. `sinks` are logits of a
+    learned sink. Scores are (query · key)·scale, soft-capped, plus the visibility's bias.
+    """
+
+    query: Float[Tensor, "batch head query width"]
+    key: Float[Tensor, "batch key_head key width"]
+    visibility: Visibility
+    scale: float
+    softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
+    token_ids: Int[Tensor, "batch token"] | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row quantities of one attention call, and its sums over rows, in float32 or better.
+
+    A row that is not measured (padding, fully masked, non-finite scores) holds zero everywhere and adds to no sum.
+    """
+
+    measured: Bool[Tensor, "batch head query"]
+    entropy: Float[Tensor, "batch head query"]  # nats, the sink included
+    collision: Float[Tensor, "batch head query"]  # Σ p²
+    max_weight: Float[Tensor, "batch head query"]
+    distance: Float[Tensor, "batch head query"]  # Σ p·|d|
+    offset: Float[Tensor, "batch head query"]  # Σ p·d
+    offset_std: Float[Tensor, "batch head query"]
+    score_max: Float[Tensor, "batch head query"]  # over visible keys
+    score_mean: Float[Tensor, "batch head query"]
+    score_variance: Float[Tensor, "batch head query"]  # population
+    received: Float[Tensor, "batch head key"]  # Σ_i p[i, key]
+    offsets: Float[Tensor, "batch head distance"]  # Σ_i p[i, i+d] at index d + tokens − 1
+    sink: Float[Tensor, "batch head query"] | None = None
+    same_token: Float[Tensor, "batch head"] | None = None  # Σ_i Σ_j≠i p, equal ids
+    induction: Float[Tensor, "batch head"] | None = None  # Σ_i Σ_j≤i p, id j−1 = id i, j−1 ≠ i

@@ -1,0 +1,258 @@
+"""One batch through a model, every head and every residual update measured: the notebook's way in."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from extract.capture import Batch, watching
+from extract.engines import Engine, choose
+from extract.errors import Refusal
+from extract.layout import PROBE_TOKENS, Attention, Layout, Site, find_layout
+from extract.schema import HEADS, PROFILES, RESIDUAL, Table
+from extract.statistics import profiles
+from extract.statistics.attention import HeadObservation
+from extract.statistics.residual import ResidualObservation
+from extract.tokens import token_classes
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+    from torch import Tensor
+
+_CLASS_COLUMNS = frozenset(
+    f"mass_{n}" for n in ("bos", "separator", "special", "punctuation", "number", "word_start", "subword")
+)
+_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Measurements:
+    """The columns of some sequences, as they are observed: numbers only, nothing of the size of the model's states."""
+
+    heads: dict[Attention, dict[str, np.ndarray]] = field(default_factory=dict)  # [sequence, head] each
+    residual: dict[Site, dict[str, np.ndarray]] = field(default_factory=dict)  # [sequence] each
+    profiles: dict[tuple[Attention, str], dict[int, np.ndarray]] = field(default_factory=dict)  # bin → [head, 2]
+
+
+class Collector:
+    """An observer that computes every column of the catalogue and puts it at its sequence's place."""
+
+    def __init__(self, sequences: int) -> None:
+        self.measured = Measurements()
+        self._sequences = sequences
+        self._places: np.ndarray = np.arange(sequences)
+
+    def at(self, places: Sequence[int]) -> None:
+        """The next observations are of these sequences."""
+        self._places = np.asarray(places)
+
+    def heads(self, attention: Attention, observed: HeadObservation) -> None:
+        columns = self.measured.heads.setdefault(attention, {})
+        for column in HEADS.facts:
+            assert column.compute is not None, "every fact of a head is computed"
+            self._put(columns, column.name, column.compute(observed), attention.heads)
+        for profile in profiles.PROFILES:
+            bins, sums, counts = profile.accumulate(observed)
+            total = self.measured.profiles.setdefault((attention, profile.name), {})
+            both = torch.stack((sums, counts), -1).cpu().numpy()
+            for place, number in enumerate(bins.tolist()):
+                total[number] = total.get(number, 0) + both[:, place]
+
+    def residual(self, site: Site, observed: ResidualObservation) -> None:
+        columns = self.measured.residual.setdefault(site, {})
+        for column in RESIDUAL.facts:
+            assert column.compute is not None, "every fact of a site is computed"
+            self._put(columns, column.name, column.compute(observed), None)
+
+    def _put(self, columns: dict[str, np.ndarray], name: str, values: Tensor | None, heads: int | None) -> None:
+        shape = (self._sequences,) if heads is None else (self._sequences, heads)
+        if name not in columns:
+            columns[name] = np.full(shape, np.nan, np.float64)
+        if values is not None:
+            columns[name][self._places] = values.detach().double().cpu().numpy()
+
+
+def layout_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layout:
+    """The model's layout, found once: by a probe of a few tokens, the model's own or the first of `inputs`."""
+    known = _LAYOUTS.get(model)
+    if known is None:
+        known = _LAYOUTS[model] = find_layout(model, _probe_inputs(model, inputs))
+    return known
+
+
+def _probe_inputs(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocabulary is None:
+        if inputs is None or not isinstance(inputs.get("input_ids"), torch.Tensor):
+            raise Refusal("a model is examined on a few tokens; this one states no vocab_size; pass input_ids")
+        vocabulary = int(inputs["input_ids"].max()) + 1
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if padding is not None and vocabulary > 1:
+        ids = ids.where(ids != padding, (padding + 1) % vocabulary)  # some families number positions past padding
+    return {"input_ids": ids.to(device)}
+
+
+def measure(
+    model: nn.Module,
+    *,
+    tokenizer: Any = None,
+    engine: str = "auto",
+    residual: bool = True,
+    **inputs: Any,
+) -> dict[str, pa.Table]:
+    """Measure one batch through any attention model: {"heads": …, "residual": …, "profiles": …} as Arrow tables.
+
+    inputs: `input_ids` Int[batch, token], `attention_mask` Int[batch, token] where there is padding (left or right), and
+    whatever else the model's forward takes. `sequence_id` is the row of the batch. Columns that need the tokenizer
+    (the token classes) are absent without one. `residual` is absent where the model's stream could not be read
+    exactly. Raises Refusal for inputs that cannot be measured, CaptureError where a pattern does not show.
+    """
+    if model.training:
+        raise Refusal("a pattern is measured in eval mode; the model is in training mode; call model.eval()")
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        raise Refusal(f"measure needs input_ids of shape [batch, token]; got {_described(ids)}; pass a 2-d tensor")
+    _, chosen = choose(engine)
+    start, length = segments(inputs.get("attention_mask"), ids)
+    classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=ids.device)[ids].long()
+    batch = Batch(start, length, ids.shape[1], token_ids=ids, classes=classes)
+    layout = layout_of(model, inputs)
+    collector = Collector(ids.shape[0])
+    observe(model, layout, inputs, batch=batch, engine=chosen, collector=collector, residual=residual)
+    return _tables(collector.measured, layout, with_classes=classes is not None, residual=residual)
+
+
+def observe(
+    model: nn.Module,
+    layout: Layout,
+    inputs: Mapping[str, Any],
+    *,
+    batch: Batch,
+    engine: Engine,
+    collector: Collector,
+    residual: bool = True,
+) -> None:
+    """One watched forward pass."""
+    with (
+        torch.inference_mode(),
+        watching(model, layout, batch=batch, engine=engine, observer=collector, residual=residual),
+    ):
+        model(**inputs)
+
+
+def segments(mask: Tensor | None, ids: Tensor) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """Where the real tokens of each row of the batch begin and how many they are."""
+    if mask is None:
+        zeros = ids.new_zeros(ids.shape[0])
+        return zeros, zeros + ids.shape[1]
+    if mask.shape != ids.shape:
+        raise Refusal(f"attention_mask must be shaped like input_ids {tuple(ids.shape)}; got {tuple(mask.shape)}")
+    real: Bool[Tensor, "batch token"] = mask != 0
+    length = real.sum(-1)
+    start = real.int().argmax(-1)
+    place = torch.arange(ids.shape[1], device=ids.device)
+    together = (place >= start[:, None]) & (place < (start + length)[:, None])
+    if not torch.equal(together, real):
+        raise Refusal(
+            "the real tokens of a sequence must stand together (padding left or right of them); this attention_mask has "
+            "holes; remove the padding inside the sequences"
+        )
+    if not bool((length > 0).all()):
+        row = int((length == 0).nonzero()[0])
+        raise Refusal(f"a sequence has at least one real token; row {row} of attention_mask has none; leave it out")
+    return start, length
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _tables(measured: Measurements, layout: Layout, *, with_classes: bool, residual: bool) -> dict[str, pa.Table]:
+    sequences = np.arange(len(next(iter(next(iter(measured.heads.values())).values()))))
+    tables = {
+        "heads": heads_table(measured, sequences, sequences).drop_columns(
+            ["document_id", *(() if with_classes else sorted(_CLASS_COLUMNS))]
+        ),
+        "profiles": profiles_table(measured, shard=0),
+    }
+    if residual and layout.residual_refusal is None:
+        tables["residual"] = residual_table(measured, layout, sequences, sequences).drop_columns(["document_id"])
+    return tables
+
+
+def heads_table(measured: Measurements, sequence_ids: np.ndarray, document_ids: np.ndarray) -> pa.Table:
+    """The `heads` rows of some sequences, sorted by stack, layer, head, sequence."""
+    blocks = sorted(measured.heads.items(), key=lambda item: (item[0].stack, item[0].layer))
+    keys = {"stack": [], "layer": [], "head": []}
+    for attention, _ in blocks:
+        rows = attention.heads * len(sequence_ids)
+        keys["stack"].append(np.full(rows, attention.stack))
+        keys["layer"].append(np.full(rows, attention.layer))
+        keys["head"].append(np.repeat(np.arange(attention.heads), len(sequence_ids)))
+    facts = {c.name: np.concatenate([columns[c.name].T.ravel() for _, columns in blocks]) for c in HEADS.facts}
+    return _table(HEADS, _with_ids(keys, sequence_ids, document_ids) | facts)
+
+
+def residual_table(
+    measured: Measurements, layout: Layout, sequence_ids: np.ndarray, document_ids: np.ndarray
+) -> pa.Table:
+    """The `residual` rows of some sequences, sorted by stack, layer, site, sequence."""
+    stack = layout.attentions[0].stack
+    blocks = sorted(measured.residual.items(), key=lambda item: (item[0].layer, item[0].name))
+    count = len(sequence_ids)
+    keys = {
+        "stack": [np.full(count, stack) for _ in blocks],
+        "layer": [np.full(count, site.layer) for site, _ in blocks],
+        "site": [np.full(count, site.name) for site, _ in blocks],
+    }
+    facts = {c.name: np.concatenate([columns[c.name] for _, columns in blocks]) for c in RESIDUAL.facts}
+    return _table(RESIDUAL, _with_ids(keys, sequence_ids, document_ids) | facts)
+
+
+def profiles_table(measured: Measurements, *, shard: int) -> pa.Table:
+    """The `profiles` rows of a shard, sorted by stack, layer, head, profile, bin; empty bins are left out."""
+    rows = [
+        (attention.stack, attention.layer, head, name, number, sums[head, 0], sums[head, 1])
+        for (attention, name), bins in measured.profiles.items()
+        for number, sums in bins.items()
+        for head in range(attention.heads)
+        if sums[head, 1] or sums[head, 0]
+    ]
+    columns = list(zip(*sorted(rows), strict=True)) or [[] for _ in range(7)]
+    named = dict(zip(("stack", "layer", "head", "profile", "bin", "sum", "count"), map(np.asarray, columns), strict=True))
+    return _table(PROFILES, {"shard": np.full(len(rows), shard)} | named)
+
+
+def _with_ids(
+    keys: Mapping[str, list[np.ndarray]], sequence_ids: np.ndarray, document_ids: np.ndarray
+) -> dict[str, np.ndarray]:
+    joined = {name: np.concatenate(parts) for name, parts in keys.items()}
+    repeats = len(next(iter(joined.values()))) // len(sequence_ids)
+    return {"sequence_id": np.tile(sequence_ids, repeats), "document_id": np.tile(document_ids, repeats)} | joined
+
+
+def _table(table: Table, columns: Mapping[str, np.ndarray]) -> pa.Table:
+    schema = table.schema()
+    return pa.table([_arrow(columns[f.name], f.type) for f in schema], schema=schema)
+
+
+def _arrow(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Null where a value is undefined; neither NaN nor infinity is ever written."""
+    if pa.types.is_dictionary(kind):
+        return pa.array(values.tolist(), kind.value_type).cast(kind)
+    if pa.types.is_floating(kind):
+        values = values.astype(kind.to_pandas_dtype())
+    defined = np.isfinite(values)
+    return pa.array(np.where(defined, values, 0).astype(kind.to_pandas_dtype()), kind, mask=~defined)
+
+
