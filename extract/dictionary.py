@@ -1,0 +1,103 @@
+"""The data dictionary and the dataset card, written from the schema: `python -m extract.dictionary > data/README.md`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from extract.schema import TABLES, Column, Table
+from extract.statistics.profiles import PROFILES
+
+_GROUND_RULES = """\
+A sequence has n real tokens; padding is neither query nor key. Positions i (query) and j (key) count the real tokens from
+0; p[i,j] is the pattern after softmax in eval mode, s[i,j] the masked and scaled score, V_i the keys that row i may see,
+m_i = |V_i|, d = j − i. A `heads` column is the unweighted mean over the sequence's measured rows (`query_rows` says how
+many: weight by it when averaging over sequences). Rows that see nothing or have non-finite scores are left out and
+counted. Logarithms are natural; 0 ln 0 = 0; `_std` is a population deviation. Statistics are float32, accumulators float64.
+
+Float32 columns agree with their formula in float64, on the pattern the model really used, to 1e-5 absolute or 1e-4
+relative, whichever is larger (float32 models). null means undefined; NaN and infinities never occur.
+"""
+
+_PRIVACY = """\
+No text and no token ids are in a dataset unless asked for (`--tokens ids` or `text`). A document's `digest` is keyed with
+a secret and null without one. The manifest's corpus digest is unkeyed unless a key is given: it shows whether two runs read
+the same corpus, and lets whoever has the exact whole corpus confirm it. While a run is unfinished its working folder `_work`
+holds token ids (and the text, with `--tokens text`); it is removed when the run is finished.
+"""
+
+
+def data_dictionary() -> str:
+    """The whole dictionary as Markdown."""
+    parts = [
+        "# The data dictionary",
+        "Written by `make dictionary` from the catalogue in `extract/statistics/` and `extract/schema.py`; do not edit.",
+        "## Ground rules",
+        _GROUND_RULES,
+        "## Privacy",
+        _PRIVACY,
+        *(_table(t) for t in TABLES.values()),
+        "### Profiles and their bins",
+        _rows(("profile", "bins", "sum", "count"), [(f"`{p.name}`", p.bins, p.sum, p.count) for p in PROFILES]),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def dataset_card(manifest: Mapping[str, Any]) -> str:
+    """The card beside the manifest: front matter for the hub's viewer and `load_dataset(folder, "heads")`."""
+    configs = [
+        f"- config_name: {name}\n  data_files: {json.dumps(f'{name}/*.parquet')}" + ("\n  default: true" if name == "heads" else "")
+        for name in manifest["tables"]
+    ]
+    model, corpus = manifest["model"], manifest["corpus"]
+    facts = [
+        ("model", f"{_plain(model['name'])} ({model['architecture']}, {model['layers']} layers × {model['heads']} heads)"),
+        ("corpus", f"{_plain(corpus['name'])}: {corpus['documents']:,} documents, {corpus['sequences']:,} sequences, {corpus['tokens']:,} tokens"),
+        ("windows", f"{manifest['run']['max_length']} tokens, overlapping by {manifest['run']['stride']}"),
+        ("engine", f"{manifest['engine']} on {manifest['device']}, {manifest['dtype']}"),
+        ("residual", _plain(model["residual"])),
+    ]
+    parts = [
+        "---\nconfigs:\n" + "\n".join(configs) + "\ntags:\n- attention\n- interpretability\n---",
+        "# Attention statistics",
+        "Statistics of every attention head and every residual update, one row per sequence, written by attlas.",
+        _rows(("what", "which"), facts),
+        "## Tables",
+        _rows(("table", "one row per", "rows"), [(f"`{n}`", TABLES[n].row, f"{t['rows']:,}") for n, t in manifest["tables"].items()]),
+        "Each column's formula, unit and bounds are in the Parquet field metadata.",
+        "## Ground rules",
+        _GROUND_RULES,
+        "## Privacy",
+        _PRIVACY,
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _table(table: Table) -> str:
+    optional = {c.name for c in table.columns if c.name in table.optional}
+    rows = [_column(c, on_request=c.name in optional) for c in table.columns]
+    order = ", ".join(f"`{n}`" for n in table.order)
+    title = f"## `{table.name}`: one row per {table.row}\n\nSorted by {order} within a part."
+    return title + "\n\n" + _rows(("column", "type", "unit", "bounds", "formula", "meaning"), rows)
+
+
+def _column(column: Column, *, on_request: bool) -> tuple[str, ...]:
+    kind = column.dtype + ("" if not column.nullable else ", nullable") + (", on request" if on_request else "")
+    meaning = column.meaning + (f" ({column.reference})" if column.reference else "")
+    return (f"`{column.name}`", kind, column.unit, column.bounds_text, column.formula, meaning)
+
+
+def _rows(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """A name from outside as text that Markdown and HTML leave alone."""
+    return "".join(c if c.isalnum() or c in " -_./:,=()+'’" else f"&#{ord(c)};" for c in text)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(data_dictionary())

@@ -1,0 +1,330 @@
+"""A run: prepare it, measure its shards in any order and by anyone, finish it.
+
+Each step can be killed and called again; a shard is done when its record is there.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from extract.corpus import Corpus, open_corpus
+from extract.dictionary import dataset_card
+from extract.encoder import Encoder, check_model_name, load_encoder
+from extract.engines import Engine, choose
+from extract.errors import Refusal
+from extract.planning import Plan, make_plan, read_plan, read_shard
+from extract.schema import DOCUMENTS, SCHEMA_VERSION, SEQUENCES, TABLES, Table
+from extract.store import Part, ShardRecord, Store
+
+if TYPE_CHECKING:
+    from extract.layout import Layout
+
+TokenMode = Literal["none", "classes", "ids", "text"]
+Progress = Callable[[str, int, int | None], None]
+_KEPT = {"none": frozenset(), "classes": frozenset(), "ids": {"token_ids"}, "text": {"token_ids", "text"}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What the user asks for; the same options give the same dataset, byte for byte."""
+
+    model: str
+    corpus: str
+    out: Path
+    max_length: int | None = None  # default: the model's own, at most 512
+    stride: int = 0
+    limit: int | None = None
+    tokens: TokenMode = "classes"
+    text_column: str = "text"
+    unit: Literal["document", "paragraph", "line"] = "document"
+    shard_sequences: int = 256
+    batch_tokens: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    engine: str = "auto"
+    digest_key: Path | None = None
+    strict: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prepared run: the model in memory, the plan on disk."""
+
+    options: RunOptions
+    encoder: Encoder
+    layout: Layout
+    engine_name: str
+    engine: Engine
+    store: Store
+    run: Mapping[str, Any]
+    plan: Plan | None = None  # None: the dataset is finished
+    held: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return self.plan is None
+
+    @property
+    def shards(self) -> int:
+        return self._count("shards")
+
+    @property
+    def sequences(self) -> int:
+        return self._count("sequences")
+
+    @property
+    def documents(self) -> int:
+        return self._count("documents")
+
+    @property
+    def tokens(self) -> int:
+        return self._count("tokens")
+
+    @property
+    def remaining(self) -> list[int]:
+        """Shards without a record."""
+        if self.plan is None:
+            return []
+        return [s for s in range(self.plan.shards) if self.store.read_record(s) is None]
+
+    def tokens_in(self, shard: int) -> int:
+        return sum(read_shard(self.store.work, shard)[0]["tokens"].to_pylist())
+
+    def documents_in(self, shard: int) -> int:
+        return read_shard(self.store.work, shard)[1].num_rows
+
+    def _count(self, name: str) -> int:
+        if self.plan is not None:
+            return getattr(self.plan, name)
+        manifest = self.store.manifest or {}
+        return manifest["corpus"][name] if name in manifest["corpus"] else manifest[name]
+
+    @cached_property
+    def token_classes(self) -> np.ndarray | None:
+        from extract.tokens import token_classes
+
+        return None if self.options.tokens == "none" else token_classes(self.encoder.tokenizer)
+
+
+def check(options: RunOptions) -> Corpus:
+    """Refuse what can be refused before anything is loaded; gives the opened corpus."""
+    for name, lowest in (("max_length", 1), ("stride", 0), ("limit", 1), ("shard_sequences", 1), ("batch_tokens", 1)):
+        value = getattr(options, name)
+        if value is not None and value < lowest:
+            raise Refusal(f"{name} must be at least {lowest}; got {value}; give a larger number")
+    check_model_name(options.model, trust_remote_code=options.trust_remote_code)
+    _read_key(options.digest_key)
+    _check_out(options.out)
+    return open_corpus(
+        options.corpus,
+        text_column=options.text_column,
+        unit=options.unit,
+        limit=options.limit,
+        strict=options.strict,
+    )
+
+
+def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
+    """Check the options, load and examine the model, take the output folder, plan the shards (or read the plan)."""
+    say = progress or (lambda stage, done, total: None)
+    corpus = check(options)
+    say("model", 0, None)
+    engine_name, engine = choose(options.engine)
+    encoder = load_encoder(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    max_length = _max_length(options, encoder)
+    from extract.measurement import layout_of
+
+    layout = layout_of(encoder.model)
+    say("model", 1, 1)
+    store = Store(options.out)
+    run = _run(options, encoder, corpus, engine_name, max_length)
+    was_there = options.out.exists()
+    store.claim(run)
+    job = Job(options, encoder, layout, engine_name, engine, store, run)
+    if store.manifest is not None:
+        store.clear_work()
+        return job
+    try:
+        plan = read_plan(store.work) or make_plan(
+            corpus,
+            encoder.tokenizer,
+            folder=store.work,
+            max_length=max_length,
+            stride=options.stride,
+            shard_sequences=options.shard_sequences,
+            digest_key=_read_key(options.digest_key),
+            keep_text=options.tokens == "text",
+            strict=options.strict,
+            progress=lambda documents, tokens: say("plan", documents, None),
+        )
+    except Refusal:
+        store.clear_work()
+        if not was_there:
+            store.root.rmdir()
+        raise
+    say("plan", plan.documents, plan.documents)
+    return Job(options, encoder, layout, engine_name, engine, store, run, plan)
+
+
+def measure_shard(job: Job, shard: int, *, progress: Callable[[int], None] | None = None) -> ShardRecord:
+    """Measure one shard and write its parts and its record; a shard that has one is left as it is.
+
+    `progress` is told the tokens of each batch as it is done.
+    """
+    done = job.store.read_record(shard)
+    if done is not None:
+        return done
+    from extract.shard import measured_tables
+
+    sequences, documents = read_shard(job.store.work, shard)
+    tables, facts = measured_tables(job, shard, sequences, progress=progress)
+    tables["sequences"] = _conformed(SEQUENCES, sequences, optional=frozenset(_KEPT[job.options.tokens]))
+    tables["documents"] = _conformed(DOCUMENTS, documents)
+    parts = {name: job.store.write_part(name, shard, table) for name, table in sorted(tables.items())}
+    record = ShardRecord(shard, parts, facts)
+    job.store.write_record(record)
+    return record
+
+
+def finish(job: Job) -> Path:
+    """Write card and manifest once every shard is done; gives the dataset's folder."""
+    if job.plan is None:
+        return job.store.root
+    records = [job.store.read_record(s) for s in range(job.plan.shards)]
+    missing = [str(n) for n, r in enumerate(records) if r is None]
+    if missing:
+        raise RuntimeError(f"a dataset is finished when all its shards are; missing: {', '.join(missing)}; run it again")
+    manifest = _manifest(job, job.plan, [r for r in records if r is not None])
+    job.store.finish(manifest, dataset_card(manifest))
+    return job.store.root
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise Refusal(f"the output must be a folder; {out} is a file; give --out another name")
+    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").exists() and not (out / "_work").exists():
+        raise Refusal(
+            f"the output folder must be new, empty or hold the same run; {out} holds something else; give --out another folder"
+        )
+
+
+def _read_key(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise Refusal(f"--digest-key names a file with a secret in it; there is none at {path}; make one of 32 random bytes")
+    key = path.read_bytes()
+    if len(key) < 16:
+        raise Refusal(f"a digest key has at least 16 bytes; {path} has {len(key)}; make one of 32 random bytes")
+    return key
+
+
+def _max_length(options: RunOptions, encoder: Encoder) -> int:
+    """The window's length: given, or the model's own up to 512 tokens."""
+    limit = encoder.max_positions
+    asked = options.max_length
+    if asked is None:
+        return min(512, limit or 512)
+    if limit is not None and asked > limit:
+        raise Refusal(
+            f"max_length {asked} is beyond this model's {limit} positions; use --max-length {limit} or a model with more"
+        )
+    return asked
+
+
+def _run(options: RunOptions, encoder: Encoder, corpus: Corpus, engine: str, max_length: int) -> dict[str, Any]:
+    """What makes two runs the same run: their options and what these stand for."""
+    left_out = {"out", "digest_key", "device", "dtype", "engine", "model", "corpus"}
+    return {k: v for k, v in asdict(options).items() if k not in left_out} | {
+        "schema_version": SCHEMA_VERSION,
+        "attlas": version("attlas"),
+        "model": encoder.name,
+        "weights_digest": encoder.weights_digest(),
+        "tokenizer_digest": encoder.tokenizer_digest(),
+        "corpus": corpus.name,
+        "corpus_files": [list(f) for f in corpus.files],
+        "max_length": max_length,
+        "batch_tokens": batch_tokens(options),
+        "device": encoder.device.type,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "engine": engine,
+        "digest_keyed": options.digest_key is not None,
+    }
+
+
+def batch_tokens(options: RunOptions) -> int:
+    """Tokens of a batch, padding included."""
+    return options.batch_tokens or 4096
+
+
+def _conformed(table: Table, rows: pa.Table, *, optional: frozenset[str] = frozenset()) -> pa.Table:
+    schema = table.schema(optional=optional)
+    return rows.select(schema.names).cast(schema)
+
+
+def _manifest(job: Job, plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
+    padded, positions = (sum(r.facts[n] for r in records) for n in ("padded", "positions"))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run": dict(job.run),
+        "model": _model_facts(job),
+        "tokenizer": {"name": type(job.encoder.tokenizer).__name__, "digest": job.run["tokenizer_digest"]},
+        "corpus": {
+            "name": job.run["corpus"],
+            "digest": plan.corpus_digest,
+            "digest_keyed": job.run["digest_keyed"],
+            "documents": plan.documents,
+            "sequences": plan.sequences,
+            "tokens": plan.tokens,
+            "content_tokens": plan.content_tokens,
+            "dropped": dict(Counter(plan.dropped)),
+        },
+        "software": {"python": platform.python_version()}
+        | {name: version(name) for name in ("attlas", "torch", "transformers", "pyarrow", "numpy")},
+        "engine": job.engine_name,
+        "device": job.run["device"],
+        "dtype": job.run["dtype"],
+        "shards": plan.shards,
+        "padding_waste": padded / positions if positions else 0.0,
+        "tables": {name: _table_facts(name, records) for name in TABLES if any(name in r.parts for r in records)},
+    }
+
+
+def _model_facts(job: Job) -> dict[str, Any]:
+    layout = job.layout
+    return {
+        "name": job.encoder.name,
+        "revision": job.encoder.revision,
+        "weights_digest": job.run["weights_digest"],
+        "architecture": type(job.encoder.model).__name__,
+        "stack": layout.attentions[0].stack,
+        "layers": len(layout.attentions),
+        "heads": max(a.heads for a in layout.attentions),
+        "width": layout.width,
+        "parameters": sum(p.numel() for p in job.encoder.model.parameters()),
+        "residual": layout.residual_refusal or "measured",
+        "layout": layout.described,
+    }
+
+
+def _table_facts(name: str, records: list[ShardRecord]) -> dict[str, Any]:
+    parts: list[Part] = [r.parts[name] for r in records if name in r.parts]
+    return {"rows": sum(p.rows for p in parts), "parts": [asdict(p) for p in parts]}
