@@ -219,11 +219,13 @@ def write_columns(
     """What the head writes: the context before W_O, the update after, and how much of it comes from the first key."""
     columns: Columns = {"context_norm": None, "update_norm": None, "value_weighted_first": None}
     if context is None and v is not None:
+        v = np.asarray(v, dtype=np.float64)
         # Visible keys only, so that whatever stands in an invisible value (NaN included) can't be multiplied by 0.
         context = np.zeros((len(p), v.shape[1]))
         for i in rows:
             context[i] = p[i, visible[i]] @ v[visible[i]]
     if context is not None:
+        context = np.asarray(context, dtype=np.float64)
         columns["context_norm"] = mean(float(np.linalg.norm(context[i])) for i in rows)
     if context is not None and w_o is not None:
         columns["update_norm"] = mean(float(np.linalg.norm(context[i] @ w_o)) for i in rows)
@@ -332,20 +334,25 @@ def norms(x: Floats) -> list[float]:
 
 
 def cosines(a: Floats, b: Floats) -> float | None:
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     dots = [float(one @ other) for one, other in zip(a, b, strict=True)]
     return mean_ratio(dots, [m * n for m, n in zip(norms(a), norms(b), strict=True)])
 
 
 def update_columns(x: Floats | None, update: Floats | None, after: Floats) -> Columns:
-    both = x is not None and update is not None
-    return {
-        "stream_norm": None if x is None else mean(norms(x)),
-        "update_norm": None if update is None else mean(norms(update)),
-        "update_ratio": mean_ratio(norms(update), norms(x)) if both else None,
-        "update_cosine": cosines(x, update) if both else None,
-        "step_cosine": None if x is None else cosines(x, after),
-        "norm_gain": None if x is None else mean_ratio(norms(after), norms(x)),
-    }
+    columns: Columns = dict.fromkeys(
+        ("stream_norm", "update_norm", "update_ratio", "update_cosine", "step_cosine", "norm_gain")
+    )
+    if update is not None:
+        columns["update_norm"] = mean(norms(update))
+    if x is not None:
+        columns["stream_norm"] = mean(norms(x))
+        columns["step_cosine"] = cosines(x, after)
+        columns["norm_gain"] = mean_ratio(norms(after), norms(x))
+    if x is not None and update is not None:
+        columns["update_ratio"] = mean_ratio(norms(update), norms(x))
+        columns["update_cosine"] = cosines(x, update)
+    return columns
 
 
 def mean_pair_cosine(vectors: Floats) -> float | None:
@@ -359,7 +366,7 @@ def anisotropy(after: Floats) -> float | None:
 
 
 def outlier_columns(after: Floats) -> Columns:
-    n, d = after.shape
+    d = after.shape[1]
     sizes = np.abs(np.asarray(after, dtype=np.float64))
     largest = sizes.max(axis=0)  # per dimension, over tokens
     squares = [float((row**2).sum()) for row in sizes]
@@ -405,6 +412,7 @@ def heads_columns(contexts: Floats | None) -> Columns:
 
 def mixing_ratio(p: Floats, v: Floats, w_o: Floats, x: Floats, *, rows: Sequence[int] | None = None) -> float | None:
     """Context against self (Kobayashi 2021): p [heads, n, n], v [heads, n, d_v], w_o [heads, d_v, d], x [n, d]."""
+    p, v, w_o = (np.asarray(a, dtype=np.float64) for a in (p, v, w_o))
     heads, n = p.shape[:2]
     others, selves = [], []
     for i in range(n) if rows is None else rows:
@@ -423,6 +431,7 @@ def mixing_ratio(p: Floats, v: Floats, w_o: Floats, x: Floats, *, rows: Sequence
 
 def head_diversity_nats(p: Floats, *, sink: Floats | None = None, rows: Sequence[int] | None = None) -> float | None:
     """Mean over queries of H(mean over heads of p) − mean over heads of H(p); p [heads, n, n], sink [heads, n]."""
+    p = np.asarray(p, dtype=np.float64)
     outcomes = p if sink is None else np.concatenate([p, sink[:, :, None]], axis=2)
     return mean(
         entropy(outcomes[:, i].mean(axis=0)) - float(np.mean([entropy(head) for head in outcomes[:, i]]))
@@ -468,20 +477,27 @@ def binned(entries: Iterable[tuple[int, float]]) -> Profile:
 
 
 def by_row(
-    p: Floats, s: Floats | None, visible: Bools | None, entries: Callable[[Bools, list[int]], Iterable]
+    p: Floats,
+    visible: Bools | None,
+    s: Floats | None,
+    entries: Callable[[Floats, Bools, list[int]], Iterable[tuple[int, float]]],
 ) -> Profile:
+    """The profile of what `entries` yields for (pattern, visible keys, measured rows)."""
+    p = np.asarray(p, dtype=np.float64)
     visible = everything_visible(p, visible)
-    return binned(entries(visible, measured_rows(p, s, visible)))
+    return binned(entries(p, visible, measured_rows(p, s, visible)))
 
 
 def offset_profile(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
     """Mass by signed offset; the count is of visible pairs, whether or not they hold mass."""
-    return by_row(
-        p,
-        s,
-        visible,
-        lambda seen, rows: ((signed_bin(j - i), float(p[i, j])) for i in rows for j in np.flatnonzero(seen[i])),
-    )
+
+    def entries(p: Floats, seen: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
+        for i in rows:
+            for j in range(p.shape[1]):
+                if seen[i, j]:
+                    yield signed_bin(j - i), float(p[i, j])
+
+    return by_row(p, visible, s, entries)
 
 
 def entropy_histogram(
@@ -489,38 +505,51 @@ def entropy_histogram(
 ) -> Profile:
     """Rows by H/ln m, of the rows that see two keys or more; sum = count."""
 
-    def entries(seen: Bools, rows: list[int]) -> Iterable:
+    def entries(p: Floats, seen: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
         wide = [i for i in rows if seen[i].sum() >= 2]
         for i, h in zip(wide, row_entropies(p, wide, sink), strict=True):
             yield histogram_bin(h / math.log(seen[i].sum())), 1.0
 
-    return by_row(p, s, visible, entries)
+    return by_row(p, visible, s, entries)
 
 
 def max_weight_histogram(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
     """Rows by their largest weight; sum = count."""
-    return by_row(p, s, visible, lambda _, rows: ((histogram_bin(float(p[i].max())), 1.0) for i in rows))
+
+    def entries(p: Floats, _: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
+        return ((histogram_bin(float(p[i].max())), 1.0) for i in rows)
+
+    return by_row(p, visible, s, entries)
 
 
 def entropy_by_position(
     p: Floats, visible: Bools | None = None, *, s: Floats | None = None, sink: Floats | None = None
 ) -> Profile:
-    def entries(_: Bools, rows: list[int]) -> Iterable:
+    """H_i by the query's position."""
+
+    def entries(p: Floats, _: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
         return ((doubling_bin(i), h) for i, h in zip(rows, row_entropies(p, rows, sink), strict=True))
 
-    return by_row(p, s, visible, entries)
+    return by_row(p, visible, s, entries)
 
 
 def distance_by_position(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
-    d = np.abs(offsets(len(p)))
-    return by_row(p, s, visible, lambda _, rows: ((doubling_bin(i), float((p[i] * d[i]).sum())) for i in rows))
+    """Σ p·abs(d) by the query's position."""
+
+    def entries(p: Floats, _: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
+        d = np.abs(offsets(len(p)))
+        return ((doubling_bin(i), float((p[i] * d[i]).sum())) for i in rows)
+
+    return by_row(p, visible, s, entries)
 
 
 def received_by_position(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
     """Σ_i p[i, j] by the key's position; the count is of keys, every real token being one."""
-    return by_row(
-        p, s, visible, lambda _, rows: ((doubling_bin(j), float(p[rows, j].sum())) for j in range(p.shape[1]))
-    )
+
+    def entries(p: Floats, _: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
+        return ((doubling_bin(j), float(p[rows, j].sum())) for j in range(p.shape[1]))
+
+    return by_row(p, visible, s, entries)
 
 
 # --- weights -------------------------------------------------------------------------------------------------------

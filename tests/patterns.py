@@ -85,6 +85,11 @@ def _two_rows(n: int) -> float:
     return min(2, n) / n
 
 
+def _second_row(n: int) -> float:
+    # Row 1 looks at token 0, its previous one; with one token there is no row 1, and the catalogue's 1/n becomes 0.
+    return 0.0 if n == 1 else 1 / n
+
+
 def _previous_received_entropy(n: int) -> float:
     # p̄ is 2/n on token 0, 1/n on tokens 1 … n − 2 and 0 on the last.
     return 0.0 if n == 1 else math.log(n) - 2 / n * math.log(2)
@@ -128,7 +133,7 @@ KNOWN: dict[str, dict[str, ClosedForm]] = {
         "F": lambda n: 3 * n / (2 * (n + 1)),
     },
     "mass_self": {"U": _share, "C": _harmonic_share, "I": _one, "P": _share, "F": _share},
-    "mass_previous": {"U": _neighbour, "C": lambda n: (harmonic(n) - 1) / n, "I": _zero, "P": _rest, "F": _share},
+    "mass_previous": {"U": _neighbour, "C": lambda n: (harmonic(n) - 1) / n, "I": _zero, "P": _rest, "F": _second_row},
     "mass_next": {"U": _neighbour, "C": _zero, "I": _zero, "P": _zero, "F": _zero},
     "mass_backward": {"U": _side, "C": lambda n: 1 - _harmonic_share(n), "I": _zero, "P": _rest, "F": _rest},
     "mass_forward": {"U": _side, "C": _zero, "I": _zero, "P": _zero, "F": _zero},
