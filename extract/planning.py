@@ -1,0 +1,387 @@
+"""One pass over the corpus: documents into windows, windows into a spool file per shard.
+
+A shard's spool holds all that measuring it needs, so any worker can do any shard and no one reads the corpus again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pyarrow as pa
+
+from extract.batching import windows
+from extract.corpus import Document, reason_kind, refuse_unreadable
+from extract.errors import Refusal
+from extract.store import read_json, write_atomically, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+_PLAN = "plan.json"
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 1 << 20
+_PROBES = ("a", "The quick brown fox", "one 2, three!")
+
+_SEQUENCES = pa.schema(
+    {
+        "sequence_id": pa.int64(),
+        "document_id": pa.int64(),
+        "shard": pa.int32(),
+        "window": pa.int32(),
+        "first_token": pa.int32(),
+        "tokens": pa.int32(),
+        "special_tokens": pa.int32(),
+        "token_ids": pa.list_(pa.int32()),
+        "special": pa.list_(pa.bool_()),
+    }
+)
+_TEXT = pa.field("text", pa.large_string())
+_DOCUMENTS = pa.schema(
+    {
+        "document_id": pa.int64(),
+        "source": pa.string(),
+        "digest": pa.string(),
+        "characters": pa.int64(),
+        "tokens": pa.int64(),
+        "sequences": pa.int32(),
+        "dropped_reason": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the pass found; `tokens` counts special tokens and overlaps, `content_tokens` the documents' own ids."""
+
+    shards: int
+    shard_sequences: int
+    sequences: int
+    documents: int
+    tokens: int
+    content_tokens: int
+    dropped: dict[str, int]
+    corpus_digest: str
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The special tokens that the tokenizer puts before and after a sequence."""
+
+    before: np.ndarray
+    after: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return len(self.before) + len(self.after)
+
+    def around(self, ids: np.ndarray) -> np.ndarray:
+        return np.concatenate([self.before, ids, self.after])
+
+
+def make_plan(
+    corpus: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    folder: Path,
+    max_length: int,
+    stride: int = 0,
+    shard_sequences: int,
+    digest_key: bytes | None,
+    keep_text: bool = False,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Read the corpus once, write each shard's spool into `folder` and last the plan. Raises Refusal.
+
+    Memory holds a shard and a batch of documents at most. `progress` is told the documents and tokens done so far.
+    """
+    special = special_tokens(tokenizer)
+    _check_sizes(special.count, max_length, stride, shard_sequences)
+    _clear(folder)
+    spool = _Spool(folder, shard_sequences, special, digest_key, keep_text)
+    for batch in _document_batches(corpus):
+        for document, encoded in zip(batch, _encoded(tokenizer, batch, keep_text), strict=True):
+            if strict:
+                refuse_unreadable(document)
+            spool.add(document, encoded, size=max_length - special.count, stride=stride)
+        if progress is not None:
+            progress(spool.documents, spool.tokens)
+    plan = spool.finish()
+    write_json(folder / _PLAN, asdict(plan))
+    return plan
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """The finished plan, or None where there is none yet."""
+    try:
+        held = read_json(folder / _PLAN)
+        return None if held is None else Plan(**held)
+    except (ValueError, TypeError) as error:
+        raise Refusal(
+            f"{_PLAN} must be a plan; the one in {folder} is not ({error}); delete it to plan again"
+        ) from error
+
+
+def read_shard(folder: Path, shard: int) -> tuple[pa.Table, pa.Table]:
+    """(sequences, documents) of a shard."""
+    with pa.OSFile(str(_spool_path(folder, shard))) as file:
+        return pa.ipc.open_stream(file).read_all(), pa.ipc.open_stream(file).read_all()
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """What this tokenizer adds around a text, learnt from texts: it has no method that says so for ids."""
+    places: set[int] | None = None
+    whole: list[int] = []
+    content: list[int] = []
+    for probe in _PROBES:
+        whole = tokenizer(probe, verbose=False)["input_ids"]
+        content = tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
+        fits = {n for n in range(len(whole) - len(content) + 1) if whole[n : n + len(content)] == content}
+        # a special token equal to a probe's own id can fit at two places, in one probe but not in all
+        places = fits if places is None else places & fits
+    if places is None or len(places) != 1:
+        raise Refusal(
+            f"special tokens must stand before and after a text; where {type(tokenizer).__name__} puts them is not clear; "
+            "use a model with another tokenizer"
+        )
+    place = places.pop()
+    return SpecialTokens(np.array(whole[:place], np.int32), np.array(whole[place + len(content) :], np.int32))
+
+
+def _check_sizes(special: int, max_length: int, stride: int, shard_sequences: int) -> None:
+    if max_length < special + 1:
+        raise Refusal(
+            f"max_length must leave room for a token beside {special} special ones; got {max_length}; "
+            f"use --max-length {special + 1} or more"
+        )
+    if not 0 <= stride < max_length - special:
+        raise Refusal(
+            f"stride must be at least 0 and below max_length less special tokens, {max_length - special}; got {stride}; "
+            "use a smaller one"
+        )
+    if shard_sequences < 1 or shard_sequences * max_length > np.iinfo(np.int32).max:
+        raise Refusal(
+            f"shard_sequences must be at least 1 and a shard hold fewer than 2³¹ tokens; got {shard_sequences} sequences "
+            f"of up to {max_length} tokens; use another shard_sequences"
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Remove a plan and what a pass that was killed has left; the plan first, so that it never stands alone."""
+    (folder / _PLAN).unlink(missing_ok=True)
+    for path in folder.glob("shard-*.arrow*"):
+        path.unlink()
+
+
+def _spool_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.arrow"
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A document's ids without special tokens, and how to get the text of some of them again."""
+
+    ids: np.ndarray
+    text_of: Callable[[int, int], str] | None = None
+
+
+def _document_batches(corpus: Iterable[Document]) -> Iterator[list[Document]]:
+    """Enough documents at a time for a tokenizer that works in parallel, and no more."""
+    batch: list[Document] = []
+    characters = 0
+    for document in corpus:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, batch: list[Document], keep_text: bool) -> Iterator[_Encoded | None]:
+    """The ids of each document of the batch; None for one that was dropped."""
+    texts = [document.text for document in batch if document.dropped_reason is None]
+    encoding: Any = {}
+    # a tokenizer written in Python refuses to be asked for offsets
+    asked: dict[str, Any] = {"return_offsets_mapping": True} if keep_text and tokenizer.is_fast else {}
+    if texts:
+        encoding = tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # says that a text is longer than the model takes, which windows are there for
+            **asked,
+        )
+    rows = iter(range(len(texts)))
+    for document in batch:
+        if document.dropped_reason is not None:
+            yield None
+            continue
+        row = next(rows)
+        ids = np.array(encoding["input_ids"][row], np.int32)
+        yield _Encoded(ids, _text_reader(tokenizer, document.text, encoding, row) if keep_text else None)
+
+
+def _text_reader(tokenizer: PreTrainedTokenizerBase, text: str, encoding: Any, row: int) -> Callable[[int, int], str]:
+    """first, last → the text of these tokens: a slice of the document where the tokenizer knows where its tokens lie."""
+    if "offset_mapping" in encoding:
+        offsets = encoding["offset_mapping"][row]
+
+        def sliced(first: int, last: int) -> str:
+            spans = [span for span in offsets[first:last] if span[0] < span[1]]
+            return text[min(s[0] for s in spans) : max(s[1] for s in spans)] if spans else ""
+
+        return sliced
+    ids = encoding["input_ids"][row]
+    return lambda first, last: str(tokenizer.decode(ids[first:last]))
+
+
+@dataclass
+class _Shard:
+    """The rows of the shard being filled."""
+
+    number: int
+    sequences: list[dict[str, Any]] = field(default_factory=list)
+    ids: list[np.ndarray] = field(default_factory=list)
+    documents: list[dict[str, Any]] = field(default_factory=list)
+
+    def sequence_table(self, special: SpecialTokens, *, keep_text: bool) -> pa.Table:
+        ends = np.cumsum([0, *map(len, self.ids)], dtype=np.int32)
+        inside = np.ones(ends[-1], bool)
+        for first, last in pairwise(ends):
+            inside[first + len(special.before) : last - len(special.after)] = False
+        values = np.concatenate(self.ids) if self.ids else np.zeros(0, np.int32)
+        lists = {
+            "token_ids": pa.ListArray.from_arrays(pa.array(ends), pa.array(values)),
+            "special": pa.ListArray.from_arrays(pa.array(ends), pa.array(inside)),
+        }
+        schema = _SEQUENCES.append(_TEXT) if keep_text else _SEQUENCES
+        columns = [
+            lists[f.name] if f.name in lists else pa.array([r[f.name] for r in self.sequences], f.type) for f in schema
+        ]
+        return pa.Table.from_arrays(columns, schema=schema)
+
+    def document_table(self) -> pa.Table:
+        return pa.Table.from_pylist(self.documents, schema=_DOCUMENTS)
+
+
+class _Spool:
+    """The state of the pass: the shard being filled, the totals, the digest."""
+
+    def __init__(
+        self, folder: Path, shard_sequences: int, special: SpecialTokens, key: bytes | None, keep_text: bool
+    ) -> None:
+        self.folder = folder
+        self.shard_sequences = shard_sequences
+        self.special = special
+        self.key = key
+        self.keep_text = keep_text
+        self.shard = _Shard(0)
+        self.sequences = self.documents = self.tokens = self.content_tokens = 0
+        self.dropped: Counter[str] = Counter()
+        self.digest = _hash(b"", key)
+
+    def add(self, document: Document, encoded: _Encoded | None, *, size: int, stride: int) -> None:
+        """Take the next document; `encoded` is None for one that was dropped."""
+        cut = [] if encoded is None else list(windows(cast(Sequence[int], encoded.ids), size=size, stride=stride))
+        reason = document.dropped_reason or (None if cut else "no tokens")
+        if cut:
+            self._make_room()
+        self.shard.documents.append(self._document_row(document, encoded, len(cut), reason))
+        if reason is not None:
+            self.dropped[reason_kind(reason)] += 1
+        for window, (first, ids) in enumerate(cut):
+            self._make_room()
+            assert encoded is not None
+            self._add_window(window, first, np.asarray(ids), encoded)
+        self.content_tokens += 0 if encoded is None else len(encoded.ids)
+        self.documents += 1
+
+    def _make_room(self) -> None:
+        # only when a sequence comes: documents dropped at the end stay in the last shard that has sequences
+        if len(self.shard.ids) == self.shard_sequences:
+            self._write_shard()
+
+    def _document_row(
+        self, document: Document, encoded: _Encoded | None, sequences: int, reason: str | None
+    ) -> dict[str, Any]:
+        # without a key the digest serves the corpus digest only, and is not kept: anyone could test a text against it
+        digest = None if encoded is None else _hash(document.text.encode(), self.key)
+        content = b"" if digest is None else digest.digest()
+        self.digest.update(len(content).to_bytes(8, "big") + content)
+        return {
+            "document_id": self.documents,
+            "source": document.source,
+            "digest": digest.hexdigest() if digest is not None and self.key is not None else None,
+            "characters": len(document.text),
+            "tokens": 0 if encoded is None else len(encoded.ids),
+            "sequences": sequences,
+            "dropped_reason": reason,
+        }
+
+    def _add_window(self, window: int, first: int, ids: np.ndarray, encoded: _Encoded) -> None:
+        whole = self.special.around(ids)
+        self.shard.ids.append(whole)
+        self.shard.sequences.append(
+            {
+                "sequence_id": self.sequences,
+                "document_id": self.documents,
+                "shard": self.shard.number,
+                "window": window,
+                "first_token": first,
+                "tokens": len(whole),
+                "special_tokens": self.special.count,
+                "text": None if encoded.text_of is None else encoded.text_of(first, first + len(ids)),
+            }
+        )
+        self.sequences += 1
+        self.tokens += len(whole)
+
+    def _write_shard(self) -> None:
+        sink = pa.BufferOutputStream()
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        for table in (self.shard.sequence_table(self.special, keep_text=self.keep_text), self.shard.document_table()):
+            with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+                writer.write_table(table)
+        write_atomically(_spool_path(self.folder, self.shard.number), cast(bytes, sink.getvalue()))
+        self.shard = _Shard(self.shard.number + 1)
+
+    def finish(self) -> Plan:
+        """Write the last shard; a corpus that gave no sequence is refused."""
+        if self.documents == 0:
+            raise Refusal("a corpus has at least one document; this one has none; check the file, column or limit")
+        if self.sequences == 0:
+            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+            raise Refusal(
+                f"a corpus has at least one document with tokens; all {self.documents} were dropped: {counts}; "
+                "check the file or the text column"
+            )
+        self._write_shard()
+        return Plan(
+            shards=self.shard.number,
+            shard_sequences=self.shard_sequences,
+            sequences=self.sequences,
+            documents=self.documents,
+            tokens=self.tokens,
+            content_tokens=self.content_tokens,
+            dropped=dict(sorted(self.dropped.items())),
+            corpus_digest=self.digest.hexdigest(),
+        )
+
+
+def _hash(content: bytes, key: bytes | None) -> Any:
+    """A running SHA-256 of the content, keyed (HMAC) where there is a key."""
+    return hashlib.sha256(content) if key is None else hmac.new(key, content, hashlib.sha256)
