@@ -1,0 +1,55 @@
+"""How far the heads look, and how far they could have looked."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from analysis.dataset import Dataset
+from analysis.entropy import bin_edges, position_means
+from analysis.heads import HEAD, head_means
+
+COLUMNS = ("distance_tokens", "distance_vs_uniform", "offset_tokens", "offset_std_tokens")
+
+
+def distance_ranking(dataset: Dataset) -> pl.DataFrame:
+    """Distance columns with intervals, a row per head, the nearest first and the farthest last."""
+    return head_means(dataset, COLUMNS).sort("distance_tokens", "stack", "layer", "head", nulls_last=True)
+
+
+def offset_profile(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFrame:
+    """Attention against opportunity by signed distance.
+
+    `mass` = sum/Σ sum is the share of the attention at that distance, `opportunity` = count/Σ count the share of the
+    visible pairs, `ratio` the one over the other: 1 for a head that looks evenly at all it may see, as far as sequences
+    are of one length (a long one spreads its rows thinner, and alone fills the far bins).
+    """
+    merged = (
+        dataset.scan("profiles")
+        .filter(pl.col("profile") == "offset")
+        .group_by(*by, "bin")
+        .agg(pl.col("sum").sum(), pl.col("count").sum())
+    )
+    shares = merged.with_columns(
+        mass=(pl.col("sum") / pl.col("sum").sum().over(by)).fill_nan(None),
+        opportunity=(pl.col("count") / pl.col("count").sum().over(by)).fill_nan(None),
+    )
+    return (
+        shares.filter(pl.col("count") > 0)
+        .join(bin_edges(), on="bin")
+        .select(
+            *by,
+            "bin",
+            "low",
+            "high",
+            "mass",
+            "opportunity",
+            ratio=pl.col("mass") / pl.col("opportunity"),
+            pairs="count",
+        )
+        .sort(*by, "bin")
+    )
+
+
+def distance_by_position(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFrame:
+    """Mean distance by doubling bin of the query's position."""
+    return position_means(dataset, "distance_by_position", by=by).rename({"mean": "distance_tokens"})

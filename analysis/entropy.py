@@ -1,0 +1,69 @@
+"""How sharply the heads look: by head, by layer, by position in the sequence, and against its length."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from analysis.dataset import Dataset
+from analysis.heads import HEAD, head_means
+from analysis.inference import clustered_mean
+from analysis.weighting import weighted_heads
+from extract.schema import doubling_bin_edges
+
+COLUMNS = ("entropy_nats", "entropy_normalized", "attended_keys", "max_weight")
+_SHORTEST, _LONGEST = 3, 24  # length strata are (2^k, 2^(k+1)]; all sequences of up to 8 tokens are one
+
+
+def entropy_by_head(dataset: Dataset) -> pl.DataFrame:
+    """Entropy columns with intervals, a row per head, the sharpest head first."""
+    return head_means(dataset, COLUMNS).sort("entropy_normalized", "stack", "layer", "head", nulls_last=True)
+
+
+def entropy_by_layer(dataset: Dataset) -> pl.LazyFrame:
+    """Entropy columns with intervals, a row per layer: rows of all its heads together."""
+    return clustered_mean(weighted_heads(dataset), COLUMNS, ("stack", "layer"))
+
+
+def entropy_by_length(dataset: Dataset) -> pl.LazyFrame:
+    """Entropy columns by layer and stratum of sequence length: `tokens_low` to `tokens_high`.
+
+    A short sequence bounds the entropy, so means over sequences of different length compare like with unlike.
+    """
+    stratum = pl.sum_horizontal([pl.col("tokens") > 2**k for k in range(_SHORTEST, _LONGEST)]).cast(pl.Int32)
+    lengths = dataset.scan("sequences").select("sequence_id", stratum=stratum)
+    frame = weighted_heads(dataset).join(lengths, on="sequence_id", how="left")
+    upper = pl.lit(2).pow(pl.col("stratum") + _SHORTEST).cast(pl.Int64)
+    return clustered_mean(frame, COLUMNS, ("stack", "layer", "stratum")).with_columns(
+        tokens_low=pl.when(pl.col("stratum") == 0).then(1).otherwise(upper // 2 + 1), tokens_high=upper
+    )
+
+
+def entropy_by_position(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFrame:
+    """Mean row entropy by doubling bin of the query's position, from the profiles; `rows` says over how many."""
+    return position_means(dataset, "entropy_by_position", by=by).rename({"mean": "entropy_nats"})
+
+
+def position_means(dataset: Dataset, profile: str, *, by: tuple[str, ...]) -> pl.LazyFrame:
+    """sum/count of a positional profile, with the first and last position of each bin."""
+    merged = (
+        dataset.scan("profiles")
+        .filter(pl.col("profile") == profile)
+        .group_by(*by, "bin")
+        .agg(pl.col("sum").sum(), rows=pl.col("count").sum())
+        .filter(pl.col("rows") > 0)
+    )
+    return (
+        merged.join(bin_edges(), on="bin")
+        .select(*by, "bin", "low", "high", (pl.col("sum") / pl.col("rows")).alias("mean"), "rows")
+        .sort(*by, "bin")
+    )
+
+
+def bin_edges() -> pl.LazyFrame:
+    """First and last position (or signed distance) of every doubling bin."""
+    bins = range(-32, 33)
+    edges = [doubling_bin_edges(b) for b in bins]
+    return pl.LazyFrame(
+        {"bin": list(bins), "low": [e[0] for e in edges], "high": [e[1] for e in edges]},
+        schema={"bin": pl.Int16, "low": pl.Int64, "high": pl.Int64},
+    )

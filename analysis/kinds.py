@@ -1,0 +1,97 @@
+"""Head kinds: what a head mostly does, by explicit thresholds, and how far resampled documents agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from analysis.dataset import Dataset
+from analysis.heads import HEAD
+from analysis.inference import bootstrap_replicates
+from analysis.weighting import weighted_heads
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of head: the mean of `column` is at least (or at most) `threshold`."""
+
+    name: str
+    column: str
+    side: Literal["≥", "≤"]
+    threshold: float
+    meaning: str
+
+    @property
+    def rule(self) -> str:
+        return f"{self.column} {self.side} {self.threshold:g}"
+
+
+# A head with most of its weight on one thing is of that kind; if several apply, the one farthest beyond its threshold.
+POINTED = (
+    Kind("previous", "mass_previous", "≥", 0.4, "looks at the token before"),
+    Kind("next", "mass_next", "≥", 0.4, "looks at the token after"),
+    Kind("self", "mass_self", "≥", 0.4, "looks at the token itself"),
+    Kind("first", "mass_first", "≥", 0.4, "rests on the first token"),
+    Kind("separator", "mass_separator", "≥", 0.4, "rests on separators"),
+    Kind("punctuation", "mass_punctuation", "≥", 0.5, "looks at punctuation and symbols"),
+    Kind("same-token", "mass_same_token", "≥", 0.25, "looks at other copies of the same token"),
+    Kind("induction", "mass_induction", "≥", 0.25, "looks at what followed an earlier copy"),
+)
+# Shapes come only after no single thing has it; the first that applies.
+SHAPED = (
+    Kind(
+        "local", "distance_vs_uniform", "≤", 0.35, "stays near: about a third of the distance of an even head, or less"
+    ),
+    Kind("broad", "entropy_normalized", "≥", 0.85, "looks almost evenly at everything it may see"),
+)
+KINDS = (*POINTED, *SHAPED)
+MIXED = "mixed"
+NAMES = (*(k.name for k in KINDS), MIXED)
+
+
+def kinds_table() -> pl.DataFrame:
+    """The thresholds, as they are applied."""
+    rows = [(k.name, k.rule, k.meaning) for k in KINDS] + [(MIXED, "none of these", "no one thing dominates")]
+    return pl.DataFrame(rows, schema=["kind", "rule", "meaning"], orient="row")
+
+
+def classify(means: Mapping[str, NDArray[np.float64]]) -> NDArray[np.intp]:
+    """Index into NAMES for every entry of the means (arrays of one shape); unknown means meet no threshold."""
+    shape = next(iter(means.values())).shape
+    excess = np.stack([_excess(k, means, shape) for k in POINTED])
+    chosen = excess.argmax(0)
+    pointed = np.take_along_axis(excess, chosen[None], 0)[0] >= 1
+    found = np.full(shape, NAMES.index(MIXED))
+    for kind in reversed(SHAPED):
+        found = np.where(_excess(kind, means, shape) >= 1, NAMES.index(kind.name), found)
+    return np.where(pointed, chosen, found)
+
+
+def _excess(kind: Kind, means: Mapping[str, NDArray[np.float64]], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """How far beyond its threshold a mean is: 1 at the threshold, more beyond it, 0 where unknown."""
+    known = np.nan_to_num(means.get(kind.column, np.full(shape, np.nan)), nan=-1.0)
+    if kind.side == "≥":
+        return np.maximum(known, 0) / kind.threshold
+    return np.where(known >= 0, kind.threshold / np.maximum(known, 1e-12), 0.0)
+
+
+def head_kinds(dataset: Dataset, *, replicates: int = 200, seed: int = 0) -> pl.DataFrame:
+    """Kind of every head with `agreement`: the share of bootstrap replicates over documents that give the same one.
+
+    `agreement` is null for fewer than 2 documents, where resampling says nothing.
+    """
+    frame = weighted_heads(dataset)
+    present = set(frame.collect_schema().names())
+    columns = sorted({k.column for k in KINDS} & present)
+    drawn = bootstrap_replicates(frame, columns, HEAD, replicates=replicates, seed=seed)
+    kind = classify(drawn.estimates)
+    agreement = (classify(drawn.means) == kind).mean(0)
+    return drawn.groups.with_columns(
+        pl.Series("kind", np.array(NAMES)[kind]),
+        pl.Series("agreement", np.where(drawn.documents >= 2, agreement, np.nan), nan_to_null=True),
+    )

@@ -1,0 +1,31 @@
+"""The residual stream through depth: how it grows, turns and gathers."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from analysis.dataset import Dataset
+from analysis.heads import joined_means, statistics_of
+from analysis.weighting import weighted_residual
+
+SITES = ("embedding", "attention", "cross_attention", "mlp", "final_norm")  # in the order in which they happen
+SITE = ("stack", "layer", "site")
+
+
+def residual_through_depth(dataset: Dataset, columns: tuple[str, ...] | None = None) -> pl.DataFrame:
+    """Token-weighted means with intervals, a row per stack, layer and site, in the order in which they happen.
+
+    `depth` counts the sites of a stack from 0.
+    """
+    frame = weighted_residual(dataset)
+    names = list(columns) if columns is not None else statistics_of("residual", frame)
+    means = joined_means(frame, names, SITE)
+    order = pl.col("site").replace_strict(
+        list(SITES), list(range(len(SITES))), default=len(SITES), return_dtype=pl.Int32
+    )
+    return (
+        means.with_columns(order=order)
+        .sort("stack", "layer", "order", "site")
+        .with_columns(depth=pl.int_range(pl.len()).over("stack"))
+        .drop("order")
+    )

@@ -1,0 +1,425 @@
+"""Is a dataset what its manifest and its schema say? Every part that is wrong is named, with what is wrong in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import polars.selectors as cs
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from analysis.dataset import Dataset
+from extract.schema import TABLES, Table
+from extract.store import CARD, MANIFEST, WORK, Part, file_sha256, parts_of
+
+MASS_TOLERANCE = 1e-4
+BOUND_TOLERANCE = 1e-4  # of float32 means, relative beyond 1
+CLASS_MASSES = (
+    "mass_bos",
+    "mass_separator",
+    "mass_special",
+    "mass_punctuation",
+    "mass_number",
+    "mass_word_start",
+    "mass_subword",
+)
+_ROW = "|row"
+_SHARD = re.compile(r"shard-(\d+)\.parquet$")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: the part (or file) it is in, the check that saw it, and what it saw."""
+
+    part: str
+    check: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.part}: {self.check}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A rule that rows keep; `bad` marks the rows that break it."""
+
+    name: str
+    bad: pl.Expr
+    message: str
+
+
+def verify(folder: Path | str) -> list[Finding]:
+    """Everything that is wrong with a dataset; an empty list for a sound one. Refusal where there is no dataset."""
+    dataset = Dataset.open(folder)
+    findings = list(_strays(dataset))
+    sound: dict[str, list[Part]] = {}
+    for table in dataset.tables:
+        dataset.part_paths(table)  # refuses parts outside the dataset
+        findings += _totals(dataset, table)
+        sound[table] = []
+        for part in parts_of(dataset.manifest, table):
+            wrong = list(_integrity(dataset, table, part))
+            findings += wrong
+            if not wrong:
+                sound[table].append(part)
+    return findings + list(_contents(dataset, sound))
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _strays(dataset: Dataset) -> Iterator[Finding]:
+    named = {part.path for table in dataset.tables for part in parts_of(dataset.manifest, table)}
+    tables = {*dataset.tables, *TABLES}
+    for path in sorted(p for p in dataset.root.rglob("*") if p.is_file()):
+        name = path.relative_to(dataset.root).as_posix()
+        if name in named or name in (MANIFEST, CARD):
+            continue
+        if name.split("/")[0] == WORK:
+            yield Finding(name, "stray file", "what only an unfinished run needs is gone once it is finished")
+        elif name.endswith((".parquet", ".tmp")) or name.split("/")[0] in tables:
+            yield Finding(name, "stray file", "the manifest does not name it")
+
+
+def _totals(dataset: Dataset, table: str) -> Iterator[Finding]:
+    entry = dataset.manifest["tables"][table]
+    parts = list(parts_of(dataset.manifest, table))
+    rows = sum(part.rows for part in parts)
+    if entry.get("rows") != rows:
+        yield Finding(MANIFEST, "row count", f"{table} has {entry.get('rows')} rows; its parts have {rows}")
+    if len({part.path for part in parts}) != len(parts):
+        yield Finding(MANIFEST, "parts", f"{table} names a part twice")
+
+
+def _integrity(dataset: Dataset, table: str, part: Part) -> Iterator[Finding]:
+    """What can be said of one file without looking at its rows."""
+    path = dataset.root / part.path
+    if not path.is_file():
+        yield Finding(part.path, "missing part", "the manifest names it; there is no such file")
+        return
+    size = path.stat().st_size
+    if size != part.bytes:
+        yield Finding(part.path, "size", f"{part.bytes} bytes in the manifest, {size} on disk")
+    elif (digest := file_sha256(path)) != part.sha256:
+        yield Finding(part.path, "checksum", f"SHA-256 {part.sha256[:12]}… in the manifest, {digest[:12]}… on disk")
+    try:
+        file = pq.read_metadata(path)
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        yield Finding(part.path, "unreadable", str(error).splitlines()[0])
+        return
+    if file.num_rows != part.rows:
+        yield Finding(part.path, "row count", f"{part.rows} rows in the manifest, {file.num_rows} in the file")
+    if table in TABLES:
+        yield from (Finding(part.path, "schema", message) for message in _schema_differences(TABLES[table], schema))
+
+
+def _schema_differences(table: Table, schema: pa.Schema) -> Iterator[str]:
+    asked = frozenset(schema.names) & table.optional
+    expected = table.schema(optional=asked)
+    if schema.names != expected.names:
+        missing = [n for n in expected.names if n not in schema.names]
+        unknown = [n for n in schema.names if n not in expected.names]
+        facts = [
+            f"{label} {', '.join(names)}" for label, names in (("lacks", missing), ("has unknown", unknown)) if names
+        ]
+        yield "; ".join(facts) or "columns are not in the contract's order"
+        return
+    for found, wanted in zip(schema, expected, strict=True):
+        if found.type != wanted.type:
+            yield f"{found.name} is {found.type}, the contract says {wanted.type}"
+        if found.nullable != wanted.nullable:
+            yield f"{found.name} is {'' if found.nullable else 'not '}nullable, the contract says otherwise"
+        if _facts(found) != _facts(wanted):
+            yield f"{found.name} has other metadata (formula, unit, bounds …) than the contract"
+
+
+def _facts(field: pa.Field) -> dict[bytes, bytes]:
+    return {k: v for k, v in (field.metadata or {}).items() if not k.startswith(b"PARQUET:")}
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def _contents(dataset: Dataset, sound: Mapping[str, list[Part]]) -> Iterator[Finding]:
+    """Checks of the rows of the parts whose files are sound."""
+    linked = all(_whole(dataset, sound, table) for table in ("documents", "sequences"))
+    sequences = _scan(dataset, sound["sequences"]) if linked else None
+    for table, parts in sound.items():
+        if table not in TABLES:
+            continue
+        for part in parts:
+            yield from _part_findings(dataset, TABLES[table], part, sequences)
+    if sequences is not None:
+        yield from _links(dataset, _scan(dataset, sound["documents"]), sequences)
+    if all(_whole(dataset, sound, table) for table in ("heads", "profiles")):
+        for heads, profiles in zip(sound["heads"], sound["profiles"], strict=True):
+            yield from _profile_sums(dataset, heads, profiles)
+
+
+def _whole(dataset: Dataset, sound: Mapping[str, list[Part]], table: str) -> bool:
+    parts = list(parts_of(dataset.manifest, table))
+    return bool(parts) and len(sound.get(table, [])) == len(parts)
+
+
+def _scan(dataset: Dataset, parts: Iterable[Part]) -> pl.LazyFrame:
+    paths = [dataset.root / part.path for part in parts]
+    return pl.scan_parquet(paths, glob=False, hive_partitioning=False).with_columns(cs.categorical().cast(pl.String))
+
+
+def _part_findings(dataset: Dataset, table: Table, part: Part, sequences: pl.LazyFrame | None) -> Iterator[Finding]:
+    frame = _scan(dataset, [part])
+    yield from _broken(part, frame.with_row_index(_ROW), [*_value_checks(table, frame), *_order_checks(table, frame)])
+    if sequences is None:
+        return
+    match = _SHARD.search(part.path)
+    shard = int(match.group(1)) if match else -1
+    own = sequences.filter(pl.col("shard") == shard)
+    if "sequence_id" in table.schema().names and table.name != "sequences":
+        yield from _broken(part, _with_sequence(frame, own), _sequence_checks(dataset, table))
+        yield from _rectangle(dataset, table, part, frame, own)
+    elif "shard" in table.schema().names:
+        yield from _broken(part, frame, [Check("shard", pl.col("shard") != shard, f"a shard other than {shard}")])
+
+
+def _broken(part: Part, frame: pl.LazyFrame, checks: list[Check]) -> Iterator[Finding]:
+    """Count the rows that break each rule, all in one pass."""
+    counts = frame.select(
+        pl.len().alias("rows"), *(c.bad.fill_null(False).sum().alias(str(i)) for i, c in enumerate(checks))
+    ).collect(engine="streaming")
+    for i, check in enumerate(checks):
+        bad = counts[str(i)][0]
+        if bad:
+            rows = counts["rows"][0]
+            yield Finding(part.path, check.name, f"{check.message} in {bad} of {rows} rows")
+
+
+def _value_checks(table: Table, frame: pl.LazyFrame) -> list[Check]:
+    """Nulls, NaN and infinities, and bounds that are numbers."""
+    present = set(frame.collect_schema().names())
+    checks = []
+    for column in (c for c in table.columns if c.name in present):
+        name = column.name
+        if not column.nullable:
+            checks.append(Check("null", pl.col(name).is_null(), f"{name} is null, which the contract rules out"))
+        if column.dtype in ("float32", "float64"):
+            checks.append(Check("not finite", ~pl.col(name).is_finite(), f"{name} is NaN or infinite"))
+        low, high = column.bounds
+        exact = column.dtype not in ("float32", "float64")
+        if isinstance(low, (int, float)):
+            checks.append(_bound(name, pl.lit(float(low)), "below", f"{low:g}", exact=exact))
+        if isinstance(high, (int, float)):
+            checks.append(_bound(name, pl.lit(float(high)), "above", f"{high:g}", exact=exact))
+    return checks
+
+
+def _bound(name: str, bound: pl.Expr, side: str, text: str, *, exact: bool) -> Check:
+    slack = pl.lit(0.0) if exact else BOUND_TOLERANCE * pl.max_horizontal(bound.abs(), pl.lit(1.0))
+    value = pl.col(name).cast(pl.Float64)
+    bad = value < bound - slack if side == "below" else value > bound + slack
+    return Check("bounds", bad, f"{name} is {side} {text}")
+
+
+def _order_checks(table: Table, frame: pl.LazyFrame) -> list[Check]:
+    """Sorted by the table's order, keys unique. Names (stack, site, profile) may come in any order, each in one run."""
+    keys = [c.name for c in table.keys]
+    schema = frame.collect_schema()
+    misplaced, same = pl.lit(False), pl.lit(True)
+    for i, name in enumerate(table.order):
+        changed = pl.col(name) != pl.col(name).shift(1)
+        if schema[name] == pl.String:
+            # a run of a name that begins after the name was seen already under the same leading columns
+            again = pl.col(_ROW) > pl.col(_ROW).min().over(table.order[: i + 1])
+            misplaced = misplaced | (same & changed & again)
+        else:
+            misplaced = misplaced | (same & (pl.col(name) < pl.col(name).shift(1)))
+        same = same & ~changed
+    return [
+        Check("keys", pl.struct(keys).is_duplicated(), f"the same {' × '.join(keys)} again"),
+        Check("order", misplaced, f"not sorted by {', '.join(table.order)}"),
+    ]
+
+
+def _with_sequence(frame: pl.LazyFrame, own: pl.LazyFrame) -> pl.LazyFrame:
+    facts = own.select("sequence_id", n=pl.col("tokens").cast(pl.Float64), of=pl.col("document_id"))
+    return frame.join(facts, on="sequence_id", how="left")
+
+
+def _sequence_checks(dataset: Dataset, table: Table) -> list[Check]:
+    checks = [
+        Check("links", pl.col("n").is_null(), "a sequence that is not one of the shard's"),
+        Check("links", pl.col("of") != pl.col("document_id"), "another document than the sequence's own"),
+        *_symbolic_bounds(dataset, table),
+    ]
+    return checks + _mass_checks(dataset) if table.name == "heads" else checks
+
+
+def _symbolic_bounds(dataset: Dataset, table: Table) -> list[Check]:
+    """Bounds in terms of the sequence's length n and the stream's width d; only where n counts keys and queries."""
+    if not _one_sequence(dataset):
+        return []
+    n = pl.col("n")
+    sink = pl.col("mass_sink").is_not_null().cast(pl.Float64) if table.name == "heads" else pl.lit(0.0)
+    width = dataset.manifest.get("model", {}).get("width")
+    d = pl.lit(float(width)) if isinstance(width, int) else pl.lit(None, dtype=pl.Float64)
+    symbols = {
+        "n": n,
+        "n−1": n - 1,
+        "−(n−1)": 1 - n,
+        "1/n": pl.when(sink == 0).then(1 / n),
+        "ln n": (n + sink).log(),
+        "d": d,
+        "d−1": d - 1,
+        "√d": d.sqrt(),
+    }
+    checks = []
+    for column in table.facts:
+        exact = column.dtype not in ("float32", "float64")
+        for bound, side in zip(column.bounds, ("below", "above"), strict=True):
+            if isinstance(bound, str) and bound in symbols:
+                checks.append(_bound(column.name, symbols[bound], side, bound, exact=exact))
+    return checks
+
+
+def _one_sequence(dataset: Dataset) -> bool:
+    """Whether queries and keys are the tokens of the sequence: a single stack of self-attention over text."""
+    return dataset.manifest.get("model", {}).get("stack") in ("encoder", "decoder")
+
+
+def _mass_checks(dataset: Dataset) -> list[Check]:
+    sink = pl.col("mass_sink").fill_null(0)
+    measured = pl.col("query_rows") > 0
+    classes = pl.sum_horizontal([pl.col(c).cast(pl.Float64) for c in CLASS_MASSES], ignore_nulls=False) + sink
+    sides = pl.col("mass_self").cast(pl.Float64) + pl.col("mass_backward") + pl.col("mass_forward") + sink
+    checks = [
+        Check("class masses", measured & ((classes - 1).abs() > MASS_TOLERANCE), "the seven classes do not sum to 1"),
+        Check("masses", measured & ((sides - 1).abs() > MASS_TOLERANCE), "self, backward and forward do not sum to 1"),
+    ]
+    if _one_sequence(dataset):
+        rows = pl.sum_horizontal(pl.col("query_rows", "masked_rows", "nonfinite_rows").cast(pl.Float64))
+        checks.append(Check("rows", rows != pl.col("n"), "measured, masked and non-finite rows are not the tokens"))
+    return checks
+
+
+def _rectangle(dataset: Dataset, table: Table, part: Part, frame: pl.LazyFrame, own: pl.LazyFrame) -> Iterator[Finding]:
+    """Every sequence of the shard has every head (or site), as many as the model has."""
+    places = [c.name for c in table.keys if c.name not in ("sequence_id", "document_id")]
+    found = frame.select(
+        rows=pl.len(), sequences=pl.col("sequence_id").n_unique(), places=pl.struct(places).n_unique()
+    ).collect(engine="streaming")
+    rows, with_rows, distinct = found.row(0)
+    planned = own.select(pl.len()).collect().item()
+    if with_rows != planned:
+        yield Finding(part.path, "row count", f"{planned} sequences in the shard, {with_rows} have rows")
+    if rows != with_rows * distinct:
+        yield Finding(part.path, "row count", f"{with_rows} sequences × {distinct} places, but {rows} rows")
+    model = dataset.manifest.get("model", {})
+    layers, heads = model.get("layers"), model.get("heads")
+    if table.name == "heads" and isinstance(layers, int) and isinstance(heads, int) and distinct != layers * heads:
+        yield Finding(
+            part.path, "row count", f"{layers} layers × {heads} heads in the model, {distinct} heads in the part"
+        )
+
+
+# --- across tables -------------------------------------------------------------------------------------------------
+
+
+def _links(dataset: Dataset, documents: pl.LazyFrame, sequences: pl.LazyFrame) -> Iterator[Finding]:
+    windows = sequences.group_by("document_id").agg(
+        found=pl.len(), gaps=(pl.col("window").max() + 1 != pl.len()) | (pl.col("window").n_unique() != pl.len())
+    )
+    joined = documents.join(windows, on="document_id", how="full", coalesce=True).with_columns(
+        pl.col("found").fill_null(0)
+    )
+    dropped = pl.col("dropped_reason").is_not_null()
+    facts = joined.select(
+        orphans=pl.col("sequences").is_null().sum(),
+        miscounted=(pl.col("sequences") != pl.col("found")).sum(),
+        unexplained=(dropped == (pl.col("found") > 0)).sum(),
+        gaps=pl.col("gaps").sum(),
+    ).collect()
+    messages = {
+        "orphans": "sequences of a document that documents does not have",
+        "miscounted": "documents with another number of sequences than they say",
+        "unexplained": "documents that give sequences and a dropped_reason, or neither",
+        "gaps": "documents whose windows are not 0, 1, 2, …",
+    }
+    for name, message in messages.items():
+        if facts[name][0]:
+            yield Finding("documents, sequences", "links", f"{facts[name][0]} {message}")
+    yield from _numbering("documents", "document_id", documents)
+    yield from _numbering("sequences", "sequence_id", sequences)
+    yield from _corpus_counts(dataset, documents, sequences)
+
+
+def _numbering(table: str, key: str, frame: pl.LazyFrame) -> Iterator[Finding]:
+    facts = frame.select(
+        bad=(pl.col(key) != pl.int_range(pl.len(), dtype=pl.Int64)).sum(), duplicates=pl.len() - pl.col(key).n_unique()
+    ).collect()
+    if facts["bad"][0] or facts["duplicates"][0]:
+        yield Finding(table, "keys", f"{key} does not count 0, 1, 2, … over the parts ({facts['bad'][0]} rows off)")
+
+
+def _corpus_counts(dataset: Dataset, documents: pl.LazyFrame, sequences: pl.LazyFrame) -> Iterator[Finding]:
+    corpus: Mapping[str, Any] = dataset.manifest.get("corpus", {})
+    counts = {
+        "documents": documents.select(pl.len()).collect().item(),
+        "sequences": sequences.select(pl.len()).collect().item(),
+        "tokens": sequences.select(pl.col("tokens").cast(pl.Int64).sum()).collect().item(),
+        "content_tokens": documents.select(pl.col("tokens").sum()).collect().item(),
+    }
+    for name, count in counts.items():
+        if name in corpus and corpus[name] != count:
+            yield Finding(MANIFEST, "corpus", f"{corpus[name]} {name} in the manifest, {count} in the tables")
+
+
+def _profile_sums(dataset: Dataset, heads: Part, profiles: Part) -> Iterator[Finding]:
+    """What the profiles of a shard add up to, against the rows of its heads."""
+    head = ["stack", "layer", "head"]
+    rows = pl.col("query_rows").cast(pl.Float64)
+    self_attention = pl.col("stack") != "cross"
+    totals = (
+        _scan(dataset, [heads])
+        .group_by(head)
+        .agg(
+            rows=rows.sum(),
+            mass=(rows * (1 - pl.col("mass_sink").fill_null(0))).sum(),
+            entropy=(rows * pl.col("entropy_nats")).sum(),
+            distance=(rows * pl.col("distance_tokens")).sum(),
+        )
+    )
+    wanted = {
+        ("offset", "sum"): ("mass", self_attention),
+        ("received_by_position", "sum"): ("mass", pl.lit(True)),
+        ("max_weight", "count"): ("rows", pl.lit(True)),
+        ("entropy_by_position", "count"): ("rows", pl.lit(True)),
+        ("entropy_by_position", "sum"): ("entropy", pl.lit(True)),
+        ("distance_by_position", "sum"): ("distance", self_attention),
+    }
+    sums = (
+        _scan(dataset, [profiles])
+        .group_by(*head, "profile")
+        .agg(pl.col("sum").sum(), pl.col("count").sum())
+        .join(totals, on=head, how="full", coalesce=True)
+    )
+    checks = [
+        Check(
+            "profile sums",
+            (pl.col("profile") == profile)
+            & applies
+            & (
+                (pl.col(column) - pl.col(target)).abs()
+                > MASS_TOLERANCE * pl.max_horizontal(pl.col(target).abs(), pl.lit(1.0))
+            ),
+            f"the {column}s of {profile} do not add up to the {target} of {heads.path}",
+        )
+        for (profile, column), (target, applies) in wanted.items()
+    ]
+    checks.append(Check("profile sums", pl.col("profile").is_null(), f"no profile of a head of {heads.path}"))
+    checks.append(Check("profile sums", pl.col("rows").is_null(), f"a head that is not in {heads.path}"))
+    yield from _broken(profiles, sums, checks)

@@ -1,0 +1,12 @@
+"""One synthetic dataset for all tests of analysis that only read."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.analysis.synthetic import write_dataset
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset") / "known [1]")

@@ -1,0 +1,277 @@
+"""A dataset of the contract's layout, from patterns that are known: what analysis reads, without a model."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from extract.schema import TABLES
+from extract.store import Part, Store
+from tests import oracles
+
+Floats = NDArray[np.float64]
+WIDTH = 16
+PROFILES = ("offset", "entropy", "max_weight", "entropy_by_position", "distance_by_position", "received_by_position")
+
+
+def softmax(scores: Floats) -> Floats:
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def near(random: np.random.Generator, n: int, *, scale: float) -> Floats:
+    """Scores that fall with distance, with some noise."""
+    d = np.abs(oracles.offsets(n))
+    return -d / scale + random.normal(0, 0.3, (n, n))
+
+
+def at_offset(random: np.random.Generator, n: int, *, offset: int) -> Floats:
+    """Scores that pick one offset (the token itself where there is none)."""
+    target = np.clip(np.arange(n) + offset, 0, n - 1)
+    return random.normal(0, 0.3, (n, n)) + 6.0 * (np.arange(n)[None, :] == target[:, None])
+
+
+def on_first(random: np.random.Generator, n: int) -> Floats:
+    return random.normal(0, 0.5, (n, n)) + 5.0 * (np.arange(n) == 0)[None, :]
+
+
+def even(random: np.random.Generator, n: int) -> Floats:
+    return random.normal(0, 0.2, (n, n))
+
+
+def sharp(random: np.random.Generator, n: int) -> Floats:
+    """Every row on one key: an entropy collapse."""
+    return random.normal(0, 0.1, (n, n)) + 40.0 * (np.arange(n) == n // 2)[None, :]
+
+
+RECIPES: tuple[Callable[[np.random.Generator, int], Floats], ...] = (
+    lambda r, n: at_offset(r, n, offset=-1),
+    lambda r, n: at_offset(r, n, offset=1),
+    lambda r, n: at_offset(r, n, offset=0),
+    on_first,
+    even,
+    lambda r, n: near(r, n, scale=1.5),
+    lambda r, n: near(r, n, scale=6.0),
+    sharp,
+)
+
+
+def write_dataset(
+    root: Path,
+    *,
+    documents: int = 6,
+    layers: int = 2,
+    heads: int = 4,
+    seed: int = 0,
+    shard_sequences: int = 6,
+    lengths: tuple[int, int] = (5, 14),
+    model_name: str = "known patterns",
+    corpus_name: str = "made up",
+    tokens_mode: str = "classes",
+) -> Path:
+    """Write a whole dataset, one dropped document among its documents; the same seed gives the same bytes."""
+    random = np.random.default_rng(seed)
+    document_rows, sequence_rows = _corpus(random, documents, lengths, shard_sequences)
+    shards = max(row["shard"] for row in sequence_rows) + 1
+    store = Store(root)
+    parts: dict[str, list[Part]] = {name: [] for name in TABLES}
+    for shard in range(shards):
+        own = [row for row in sequence_rows if row["shard"] == shard]
+        tables = _measure(random, own, layers=layers, heads=heads)
+        tables["documents"] = [row for row in document_rows if row["shard"] == shard]
+        tables["sequences"] = own
+        for name, rows in tables.items():
+            parts[name].append(store.write_part(name, shard, _table(name, rows)))
+    store.finish(
+        _manifest(parts, document_rows, sequence_rows, layers, heads, model_name, corpus_name), "# known patterns\n"
+    )
+    return root
+
+
+def _corpus(
+    random: np.random.Generator, documents: int, lengths: tuple[int, int], shard_sequences: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    document_rows: list[dict[str, Any]] = []
+    sequence_rows: list[dict[str, Any]] = []
+    for number in range(documents):
+        windows = 0 if number == 1 else int(random.integers(1, 4))  # document 1 is dropped
+        tokens = 0
+        shard = len(sequence_rows) // shard_sequences
+        for window in range(windows):
+            n = int(random.integers(*lengths))
+            sequence_rows.append(
+                {
+                    "sequence_id": len(sequence_rows),
+                    "document_id": number,
+                    "shard": len(sequence_rows) // shard_sequences,
+                    "window": window,
+                    "first_token": tokens,
+                    "tokens": n,
+                    "special_tokens": 2,
+                }
+            )
+            tokens += n - 2
+        document_rows.append(
+            {
+                "document_id": number,
+                "source": f"made-up:{number}",
+                "digest": None,
+                "characters": tokens * 4,
+                "tokens": tokens,
+                "sequences": windows,
+                "dropped_reason": None if windows else "empty",
+                "shard": shard,
+            }
+        )
+    last = sequence_rows[-1]["shard"]
+    for row in document_rows:
+        row["shard"] = min(row["shard"], last)
+    return document_rows, sequence_rows
+
+
+def _measure(
+    random: np.random.Generator, sequences: list[dict[str, Any]], *, layers: int, heads: int
+) -> dict[str, list[dict[str, Any]]]:
+    head_rows, residual_rows = [], []
+    profiles: dict[tuple[int, int, str, int], list[float]] = {}
+    for row in sequences:
+        n = row["tokens"]
+        key = {"sequence_id": row["sequence_id"], "document_id": row["document_id"], "stack": "encoder"}
+        kinds = ["bos", *random.choice(["word_start", "subword", "punctuation", "number"], n - 2), "separator"]
+        ids = random.integers(0, 8, n)
+        taste = random.normal(0, 0.3)  # what the sequences of one document share, so that clustering matters
+        for layer in range(layers):
+            for head in range(heads):
+                scores = RECIPES[(layer * heads + head) % len(RECIPES)](random, n) * (1 + 0.1 * taste)
+                p, v, w_o = softmax(scores), random.normal(size=(n, 4)), random.normal(size=(4, WIDTH))
+                columns = oracles.head_columns(p, scores, v=v, w_o=w_o, tokens=ids, classes=kinds)
+                head_rows.append({**key, "layer": layer, "head": head, **columns})
+                _add_profiles(profiles, layer, head, p)
+            residual_rows += _residual(random, key, n, layer, layers)
+    profile_rows = [
+        {
+            "shard": sequences[0]["shard"],
+            "stack": "encoder",
+            "layer": layer,
+            "head": head,
+            "profile": name,
+            "bin": number,
+            "sum": total,
+            "count": count,
+        }
+        for (layer, head, name, number), (total, count) in profiles.items()
+    ]
+    return {"heads": head_rows, "residual": residual_rows, "profiles": profile_rows}
+
+
+def _add_profiles(profiles: dict[tuple[int, int, str, int], list[float]], layer: int, head: int, p: Floats) -> None:
+    found = {
+        "offset": oracles.offset_profile(p),
+        "entropy": oracles.entropy_histogram(p),
+        "max_weight": oracles.max_weight_histogram(p),
+        "entropy_by_position": oracles.entropy_by_position(p),
+        "distance_by_position": oracles.distance_by_position(p),
+        "received_by_position": oracles.received_by_position(p),
+    }
+    for name in PROFILES:
+        for number, (total, count) in found[name].items():
+            entry = profiles.setdefault((layer, head, name, number), [0.0, 0.0])
+            entry[0] += total
+            entry[1] += count
+
+
+def _residual(
+    random: np.random.Generator, key: dict[str, Any], n: int, layer: int, layers: int
+) -> list[dict[str, Any]]:
+    x = random.normal(size=(n, WIDTH)) * (1 + layer)
+    sites = []
+    if layer == 0:
+        sites.append(("embedding", oracles.residual_columns(x, None, x)))
+    for site in ("attention", "mlp"):
+        update = random.normal(size=(n, WIDTH)) * 0.4
+        sites.append((site, oracles.residual_columns(x, update, x + update, norm_input=x, norm_output=x)))
+        x = x + update
+    if layer == layers - 1:
+        sites.append(("final_norm", oracles.residual_columns(x, None, x)))
+    return [{**key, "layer": layer, "site": site, **columns} for site, columns in sites]
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows as the table of the contract, sorted as its parts are."""
+    table = TABLES[name]
+    schema = table.schema()
+    columns = []
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
+        if pa.types.is_dictionary(field.type):
+            columns.append(pa.array(values, pa.string()).dictionary_encode().cast(field.type))
+        else:
+            columns.append(pa.array([None if _undefined(v) else v for v in values], field.type))
+    plain = pa.schema(
+        [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in schema]
+    )
+    whole = pa.Table.from_arrays([c.cast(f.type) for c, f in zip(columns, plain, strict=True)], schema=plain)
+    order = whole.sort_by([(column, "ascending") for column in table.order])
+    encoded = [
+        c.combine_chunks().dictionary_encode().cast(f.type) if pa.types.is_dictionary(f.type) else c
+        for c, f in zip(order.columns, schema, strict=True)
+    ]
+    return pa.Table.from_arrays(encoded, schema=schema)
+
+
+def _undefined(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _manifest(
+    parts: dict[str, list[Part]],
+    documents: list[dict[str, Any]],
+    sequences: list[dict[str, Any]],
+    layers: int,
+    heads: int,
+    model_name: str,
+    corpus_name: str,
+) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "run": {"model": model_name, "corpus": corpus_name, "max_length": 16, "tokens": "classes"},
+        "model": {
+            "name": model_name,
+            "revision": None,
+            "weights_digest": hashlib.sha256(b"none").hexdigest(),
+            "architecture": "Known",
+            "layers": layers,
+            "heads": heads,
+            "width": WIDTH,
+            "stack": "encoder",
+            "parameters": 0,
+            "residual": "measured",
+            "layout": "post-norm",
+        },
+        "tokenizer": {"name": model_name, "digest": hashlib.sha256(b"words").hexdigest()},
+        "corpus": {
+            "name": corpus_name,
+            "digest": hashlib.sha256(b"corpus").hexdigest(),
+            "digest_keyed": False,
+            "documents": len(documents),
+            "sequences": len(sequences),
+            "tokens": sum(row["tokens"] for row in sequences),
+            "content_tokens": sum(row["tokens"] for row in documents),
+            "dropped": {"empty": 1},
+        },
+        "software": {"attlas": "0.1.0", "python": "3.11"},
+        "engine": "reference",
+        "device": "cpu",
+        "dtype": "float32",
+        "padding_waste": 0.1,
+        "tables": {
+            name: {"rows": sum(p.rows for p in found), "parts": [asdict(p) for p in found]}
+            for name, found in parts.items()
+        },
+    }
