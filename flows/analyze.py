@@ -1,0 +1,14 @@
+"""A finished dataset → its report."""
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def report(dataset: Path) -> Path:
+    """Write the dataset's report beside its tables."""
+    from analysis.report import write_report
+
+    return write_report(dataset, None)

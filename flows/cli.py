@@ -1,0 +1,308 @@
+"""The command line. Heavy imports are inside the commands, so that help answers at once."""
+
+import inspect
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from extract.errors import Refusal
+from flows.config import Run, choices, read_run
+
+if TYPE_CHECKING:
+    from analysis.query import Format
+    from extract.schema import Table
+    from extract.statistics.registry import Column
+
+FAILED, BAD_USAGE, FINDING = 1, 2, 3
+
+app = typer.Typer(
+    name="attlas",
+    help="The atlas of attention: exact statistics of every attention head and every residual update, as Parquet.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="a finished dataset: the --out of a run")]
+
+
+def main() -> None:
+    """Run a command; refusals exit 2, failures 1, each with one line that says what to do."""
+    sys.exit(exit_code(sys.argv[1:]))
+
+
+def exit_code(arguments: list[str]) -> int:
+    """What the command line `attlas ARGUMENTS` exits with; its messages go to standard error."""
+    try:
+        app(arguments)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else FAILED
+    except Refusal as refusal:
+        return _said(refusal, code=BAD_USAGE)
+    except Exception as failure:
+        return _said(failure, code=FAILED)
+    return 0
+
+
+def _said(error: Exception, *, code: int) -> int:
+    if _debug.on:
+        traceback.print_exception(error)
+    elif code == BAD_USAGE:
+        typer.echo(f"attlas: {error}", err=True)
+    else:
+        kind = type(error).__name__
+        typer.echo(f"attlas: failed: {kind}: {error}\nfor the traceback: attlas --debug …", err=True)
+    return code
+
+
+class _Debug:
+    """Whether tracebacks are wanted; set once, by the option."""
+
+    on = False
+
+
+_debug = _Debug()
+
+
+@app.callback(invoke_without_command=True)
+def attlas(
+    *,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    _debug.on = debug
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"attlas {installed('attlas')}")
+        raise typer.Exit
+
+
+RunFile = Annotated[Path | None, typer.Argument(metavar="RUN.toml", help="A run file; the options go over it.")]
+
+
+def run(run_file: RunFile = None, **given: Any) -> None:
+    """Measure a corpus with a model: a Parquet dataset and its report. An interrupted run goes on where it stopped."""
+    from flows.checks import refuse_bad_paths
+    from flows.server import errors_without_traceback, quiet_defaults
+
+    chosen = read_run(run_file, given)
+    refuse_bad_paths(chosen)
+    if not _debug.on:
+        quiet_defaults()
+    from flows.measure import measure_here
+    from flows.progress import display_for_terminal
+
+    if not _debug.on:
+        errors_without_traceback()
+    page = measure_here(chosen, show=display_for_terminal())
+    _show_summary(chosen.out)
+    typer.echo(f"dataset  {chosen.out}\nreport   {page}")
+
+
+def _with_options_of_a_run(command: Any) -> Any:
+    """Give the command one option per field of `Run`, unset by default, so that the run file's values stand."""
+    file = inspect.signature(command).parameters["run_file"]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name))
+        for name in Run.model_fields
+    ]
+    command.__signature__ = inspect.Signature([file, *options])
+    command.__annotations__ = {"run_file": file.annotation} | {o.name: o.annotation for o in options}
+    return command
+
+
+def _option(name: str) -> Any:
+    field, flag = Run.model_fields[name], name.replace("_", "-")
+    kind = _plain_type(field.annotation)
+    default = "" if field.is_required() or field.default in (None, False) else f" [default: {field.default}]"
+    text = f"{field.description}{default}"
+    if kind is bool:
+        return Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)]
+    shown = {int: "N", Path: "PATH"}.get(kind, "NAME")
+    metavar = "|".join(choices(name)) or shown
+    return Annotated[kind | None, typer.Option(f"--{flag}", help=text, metavar=metavar, show_default=False)]
+
+
+def _plain_type(annotation: Any) -> type:
+    """int for `Annotated[int, …] | None`; str for a literal, whose values the run itself checks."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return str
+    if origin in (Union, UnionType):
+        return _plain_type(next(a for a in get_args(annotation) if a is not type(None)))
+    return _plain_type(get_args(annotation)[0]) if origin is Annotated else annotation
+
+
+app.command(name="run")(_with_options_of_a_run(run))
+
+
+@app.command()
+def report(
+    dataset: Dataset,
+    output: Annotated[Path | None, typer.Option(help="The page to write. [default: DIR/report.html]")] = None,
+) -> None:
+    """Write the analyses as one self-contained HTML page, and show the key tables."""
+    from analysis.report import write_report
+
+    page = write_report(dataset, output)
+    _show_summary(dataset)
+    typer.echo(f"report   {page}")
+
+
+@app.command()
+def query(
+    dataset: Dataset,
+    sql: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT over the tables, each a view of its name.")],
+    *,
+    form: Annotated[
+        str, typer.Option("--format", metavar="table|csv|json|parquet", help="How to write the rows.")
+    ] = "table",
+    output: Annotated[Path | None, typer.Option(help="A file instead of standard output.")] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long the query may run.")] = 60.0,
+) -> None:
+    """Ask the dataset in SQL, read-only."""
+    written_as = _known_format(form, to_terminal=output is None and sys.stdout.isatty())
+    if timeout <= 0:
+        raise Refusal(f"--timeout must be more than 0 seconds; got {timeout:g}; give a longer one")
+    from analysis.query import query as rows_of
+    from analysis.query import write_result
+
+    rows = rows_of(dataset, sql, timeout_s=timeout)
+    if output is None:
+        write_result(rows, written_as, sys.stdout.buffer)
+        return
+    try:
+        file = output.open("wb")
+    except OSError as error:
+        raise Refusal(f"--output is a file that can be written; {output}: {error.strerror}; check the path") from None
+    with file:
+        write_result(rows, written_as, file)
+
+
+def _known_format(form: str, *, to_terminal: bool) -> "Format":
+    from analysis.query import FORMATS
+
+    if form not in FORMATS:
+        raise Refusal(f"--format must be one of {', '.join(FORMATS)}; got {form!r}; choose one of them")
+    if form == "parquet" and to_terminal:
+        raise Refusal("parquet is not for terminals; standard output is one; give --output FILE")
+    return form
+
+
+@app.command()
+def info(dataset: Dataset) -> None:
+    """Show what a dataset holds and where it comes from."""
+    from analysis.info import describe
+    from extract.store import open_dataset
+
+    _, manifest = open_dataset(dataset)
+    for title, facts in describe(manifest):
+        typer.echo(title)
+        width = max((len(str(label)) for label, _ in facts), default=0)
+        for label, value in facts:
+            typer.echo(f"  {label:<{width}}  {value}")
+
+
+@app.command()
+def verify(dataset: Dataset) -> None:
+    """Check checksums, schema, invariants and row counts; name every part that is wrong (exit code 3)."""
+    from analysis.verify import verify as findings_in
+
+    findings = findings_in(dataset)
+    for finding in findings:
+        typer.echo(str(finding))
+    if findings:
+        typer.echo(f"{len(findings)} findings in {dataset}", err=True)
+        raise typer.Exit(FINDING)
+    typer.echo(f"{dataset} is whole: every part as the manifest says, every invariant kept")
+
+
+@app.command()
+def stats(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A column or a table. [default: all]")] = None,
+) -> None:
+    """Show the catalogue: each column's formula, unit, bounds and reference."""
+    from extract.schema import TABLES
+
+    if name is None:
+        _list_columns(TABLES.values())
+    elif name in TABLES:
+        _list_columns([TABLES[name]])
+    else:
+        _describe_column(name, TABLES.values())
+
+
+def _list_columns(tables: Iterable["Table"]) -> None:
+    for table in tables:
+        typer.echo(f"{table.name}: one row per {table.row}")
+        width = max(len(column.name) for column in table.columns)
+        for column in table.columns:
+            typer.echo(f"  {column.name:<{width}}  {column.formula}" + (f"  ({column.unit})" if column.unit else ""))
+        typer.echo()
+
+
+def _describe_column(name: str, tables: Iterable["Table"]) -> None:
+    found = [(table, column) for table in tables for column in table.columns if column.name == name]
+    if not found:
+        raise Refusal(f"the catalogue has no column {name!r}; {_near_columns(name, tables)}")
+    for table, column in found:
+        typer.echo(f"{table.name}.{column.name}")
+        for label, text in _facts_of(column):
+            typer.echo(f"  {label:<9}  {text}")
+
+
+def _facts_of(column: "Column") -> list[tuple[str, str]]:
+    nullable = "where undefined or unknown" if column.nullable else "never"
+    facts = {"type": column.dtype, "null": nullable, **column.metadata}
+    return list(facts.items())
+
+
+def _near_columns(name: str, tables: Iterable["Table"]) -> str:
+    import difflib
+
+    names = sorted({column.name for table in tables for column in table.columns})
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [n for n in names if name in n][:5]
+    return f"did you mean {', '.join(near)}?" if near else "attlas stats lists them all"
+
+
+@app.command()
+def serve(
+    run_file: Annotated[
+        Path, typer.Argument(metavar="RUN.toml", help="The run; each time into a folder of its --out.")
+    ],
+    *,
+    cron: Annotated[str | None, typer.Option(metavar="EXPR", help="When, as five cron fields: '0 2 * * *'.")] = None,
+    interval: Annotated[float | None, typer.Option(metavar="SECONDS", help="How often.")] = None,
+    timezone: Annotated[str | None, typer.Option(metavar="ZONE", help="The zone of --cron. [default: UTC]")] = None,
+) -> None:
+    """Put a run on Prefect's schedule and do its runs, until stopped."""
+    read_run(run_file, {})
+    from flows.deploy import schedule_of
+    from flows.deploy import serve as serve_until_stopped
+
+    schedule = schedule_of(cron=cron, interval=interval, timezone=timezone)
+    when = f"at {cron!r}, {timezone or 'UTC'}" if cron else f"every {interval:g} s"
+    typer.echo(f"serving {run_file} {when}; stop with Ctrl-C", err=True)
+    serve_until_stopped(run_file, schedule)
+
+
+def _show_summary(dataset: Path) -> None:
+    from rich.console import Console
+
+    from analysis.report import summary
+
+    console = Console()
+    shown = summary(dataset)
+    for part in shown if isinstance(shown, list | tuple) else [shown]:
+        console.print(part)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The pipeline: plan the corpus, measure each shard, write the manifest, write the report."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from prefect import flow, get_run_logger, task, unmapped
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture, as_completed
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from extract.errors import CaptureError, Refusal
+from flows.analyze import report
+from flows.config import Run
+from flows.progress import Display, Work, display
+from flows.server import prefect_through, starting_server
+
+if TYPE_CHECKING:
+    from extract.pipeline import Job
+
+
+# the model is in memory once, and one batch at a time keeps every core busy
+one_at_a_time = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=1))
+
+
+@flow(name="attlas", task_runner=one_at_a_time)
+def measure(run: Run) -> Path:
+    """Measure a corpus with a model and report on it; what an earlier run finished is not done again."""
+    log = get_run_logger()
+    job = prepared(run)
+    log.info("%d of %d shards to measure, %d documents", len(job.remaining), job.shards, job.documents)
+    if not job.complete:
+        measure_shards(run, job)
+        finished(run)
+    page = report(run.out)
+    log.info("dataset %s, report %s", run.out, page)
+    return page
+
+
+def measure_shards(run: Run, job: "Job") -> None:
+    """Measure what remains; at the first shard that fails for good, stop: what is done stays done."""
+    remaining = job.remaining
+    done = sorted(set(range(job.shards)) - set(remaining))
+    before = sum((work_in(job, shard) for shard in done), Work())
+    display.get().measuring(total=Work(job.shards, job.documents, job.tokens), before=before)
+    for future in as_completed(list(measured.map(unmapped(run), remaining))):
+        future.result()
+
+
+def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
+    """What the input or the model is to blame for fails again; a full disk or a lost worker may not."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, Refusal | CaptureError)
+
+
+@task(
+    name="shard",
+    task_run_name="shard {shard}",
+    retries=2,
+    retry_delay_seconds=[1, 10],
+    retry_condition_fn=worth_retrying,
+    cache_policy=NO_CACHE,
+)
+def measured(run: Run, shard: int) -> int:
+    """Measure one shard, in whichever process this is."""
+    from extract.pipeline import measure_shard
+
+    job = prepared(run)
+    with tokens_shown() as show_tokens:
+        measure_shard(job, shard, progress=show_tokens)
+    display.get().advance(Work(shards=1, documents=work_in(job, shard).documents))
+    return shard
+
+
+@task(name="manifest", retries=2, retry_delay_seconds=[1, 10], retry_condition_fn=worth_retrying, cache_policy=NO_CACHE)
+def finished(run: Run) -> Path:
+    """Write the manifest: from now on there is a dataset."""
+    from extract.pipeline import finish
+
+    display.get().stage("finish", 0, None)
+    return finish(prepared(run))
+
+
+@lru_cache(maxsize=1)
+def prepared(run: Run) -> "Job":
+    """The run's job: checked, planned, its model loaded once in this process."""
+    from extract.pipeline import prepare
+
+    return prepare(run.options(), progress=display.get().stage)
+
+
+def work_in(job: "Job", shard: int) -> Work:
+    return Work(1, job.documents_in(shard), job.tokens_in(shard))
+
+
+@contextmanager
+def tokens_shown() -> Iterator[Callable[[int], None]]:
+    """Show the tokens of each batch; take them back where the shard fails, since its next attempt counts them anew."""
+    shown = 0
+
+    def show(tokens: int) -> None:
+        nonlocal shown
+        shown += tokens
+        display.get().advance(Work(tokens=tokens))
+
+    try:
+        yield show
+    except BaseException:
+        display.get().advance(Work(tokens=-shown))
+        raise
+
+
+def measure_here(run: Run, *, show: Display) -> Path:
+    """Run the flow in this process; the model loads and the plan is made while Prefect's server starts."""
+    with showing(show), starting_server() as server, resumable(run, show):
+        if server:
+            show.stage("server", 0, None)
+        try:
+            if prepared(run).complete:
+                show.note(f"{run.out} holds this run already, complete; only its report is written again")
+                return report.fn(run.out)
+            with prefect_through(server):
+                return measure(run)
+        finally:
+            prepared.cache_clear()
+
+
+@contextmanager
+def showing(show: Display) -> Iterator[None]:
+    token = display.set(show)
+    try:
+        with show:
+            yield
+    finally:
+        display.reset(token)
+
+
+@contextmanager
+def resumable(run: Run, show: Display) -> Iterator[None]:
+    """Make Ctrl-C end the run at once: parts and records are atomic, so there is nothing to wait for."""
+
+    def stop(_signal: int, _frame: Any) -> None:
+        show.close()
+        sys.stderr.write(f"\nstopped; what is measured is kept in {run.out}; the same command goes on from there\n")
+        sys.stderr.flush()
+        # the temporary server ends by itself when this process does
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,162 @@
+"""Prefect's API for a run on this machine: the user's own server where one is set, else a temporary one.
+
+Prefect can start a temporary server by itself, but only when the first flow starts, which waits for it; and that server
+outlives a killed run. This one starts while the model loads, and ends when the pipe to the run that started it closes.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+# Prefect's own 20 s are too few for a first start on a busy machine
+_PATIENCE_S = 180.0
+
+
+class TemporaryServer:
+    """A server of this machine only, for the duration of one run."""
+
+    def __init__(self) -> None:
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        with listener:
+            # bound here and handed over, so that no other process can take the port in between
+            listener.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "flows.server", str(listener.fileno())],
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.PIPE,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,  # Ctrl-C is for the run, which then ends the server
+                env={**os.environ, "PREFECT_SERVER_UI_ENABLED": "false"},
+            )
+
+    def wait(self, *, seconds: float) -> None:
+        """Return when the server answers; RuntimeError where it ended or took too long."""
+        deadline = time.monotonic() + seconds
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise RuntimeError(f"Prefect's temporary server ended while starting:\n{self._last_words()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"Prefect's temporary server did not answer within {seconds:.0f} s; "
+                    "raise PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS or set PREFECT_API_URL to a running server"
+                )
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdin:
+            self._process.stdin.close()
+        self._log.close()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            return False
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-2000:].strip()
+
+
+def quiet_defaults() -> None:
+    """Prefect's defaults for a run at a terminal: no analytics, no log lines but errors. A user's own settings win."""
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
+
+
+@contextmanager
+def starting_server() -> Iterator[TemporaryServer | None]:
+    """A temporary server on its way, or None where Prefect already has a server to speak to."""
+    from prefect.settings import get_current_settings
+
+    if get_current_settings().api.url:
+        yield None
+        return
+    server = TemporaryServer()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def prefect_through(server: TemporaryServer | None) -> Iterator[None]:
+    """Wait for the server, then let Prefect speak to it."""
+    if server is None:
+        yield
+        return
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    server.wait(seconds=_startup_patience())
+    with temporary_settings({PREFECT_API_URL: server.url}):
+        try:
+            yield
+        finally:
+            _deliver_what_waits()
+
+
+def _deliver_what_waits() -> None:
+    """Send the last log lines and events while the server is there; Prefect would try for a minute afterwards."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=5)
+
+
+def errors_without_traceback() -> None:
+    """Keep tracebacks out of Prefect's lines on the terminal; the command line has an option that shows them."""
+
+    def plain(record: logging.LogRecord) -> bool:
+        record.exc_info = record.exc_text = None
+        return True
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(plain)
+
+
+def _startup_patience() -> float:
+    from prefect.settings import get_current_settings
+
+    ephemeral = get_current_settings().server.ephemeral
+    chosen = "startup_timeout_seconds" in ephemeral.model_fields_set
+    return float(ephemeral.startup_timeout_seconds) if chosen else _PATIENCE_S
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def _serve(listener: socket.socket) -> None:
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    app = create_app(ephemeral=True, final=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on")).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _serve(socket.socket(fileno=int(sys.argv[1])))

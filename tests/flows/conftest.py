@@ -1,0 +1,100 @@
+"""Prefect for tests: a home of their own, one test server for the quick ones, one real server for the slow ones."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+PROSE = (
+    "The cat sat on the mat, and the cat was pleased with the mat.",
+    "A transformer reads every token at once; attention says which of them matter to which.",
+    "Nothing is lost: what was skipped is counted, and the reason is written beside the count.",
+)
+
+
+@pytest.fixture(scope="session")
+def prefect_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment for everything that speaks to Prefect; set for this process too, before Prefect is imported."""
+    ours = {
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ours.items():
+            patch.setenv(name, value)
+        yield {**os.environ, **ours}
+
+
+@pytest.fixture(scope="session")
+def test_server(prefect_environment: dict[str, str]) -> Iterator[None]:
+    """Prefect's own test server, started once for the session."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+@pytest.fixture(scope="session")
+def real_server(prefect_environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """`prefect server start`, with its scheduler; the environment that points at it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "server",
+        "start",
+        "--no-ui",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    server = subprocess.Popen(command, env=prefect_environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/api/health", seconds=180)
+        yield {**prefect_environment, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def wait_for(url: str, *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.2)
+    raise TimeoutError(f"no answer from {url} within {seconds} s")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Three text documents in a folder."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number, text in enumerate(PROSE):
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+def part_bytes(dataset: Path) -> dict[str, bytes]:
+    """Every part of a dataset, by its path within it."""
+    return {str(p.relative_to(dataset)): p.read_bytes() for p in sorted(dataset.rglob("*.parquet"))}

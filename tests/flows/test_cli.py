@@ -1,0 +1,224 @@
+"""Bad input: one clear line on standard error, exit code 2, and nothing written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows.cli import exit_code
+
+Ended = tuple[int, str, str]
+
+
+@pytest.fixture
+def attlas(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    def ended(*arguments: object) -> Ended:
+        code = exit_code([str(a) for a in arguments])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return ended
+
+
+def refused(ended: Ended, *words: str) -> None:
+    code, out, err = ended
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("attlas: ")
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
+    for word in words:
+        assert word in err
+
+
+def test_help_lists_the_commands(attlas: Callable[..., Ended]) -> None:
+    code, out, _ = attlas("--help")
+    assert code == 0
+    for command in ("run", "report", "query", "info", "verify", "stats", "serve"):
+        assert f"  {command} " in out
+
+
+def test_a_wrong_option_suggests_and_exits_2(attlas: Callable[..., Ended]) -> None:
+    code, _, err = attlas("run", "--max-lenght", "3")
+    assert code == 2
+    assert "--max-length" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--limit", -1, "limit must be at least 1; got -1"),
+        ("--stride", -1, "stride must be at least 0; got -1"),
+        ("--max-length", 0, "max_length must be at least 1; got 0"),
+        ("--tokens", "all", "tokens must be one of none, classes, ids, text; got 'all'"),
+        ("--corpus", "nowhere", "there is nothing at nowhere"),
+        ("--corpus", "nowhere/*.txt", "nowhere/*.txt matches none"),
+        ("--model", "./nowhere", "there is no folder ./nowhere"),
+        ("--model", "a/b/c", "there is no folder a/b/c"),
+        ("--digest-key", "nowhere", "there is none at nowhere"),
+        ("--out", "s3://bucket/x", "the output is a local folder"),
+    ],
+)
+def test_a_bad_value_is_refused_from_the_command_line_alone(
+    attlas: Callable[..., Ended],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    value: object,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = {"--model": "demo", "--corpus": "demo", "--out": "out"}
+    arguments = [part for pair in {**good, option: value}.items() for part in pair]
+    refused(attlas("run", *arguments), words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_key_in_the_run_file_is_refused_with_the_nearest(
+    attlas: Callable[..., Ended], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "demo"\ncorpus = "demo"\nout = "out"\nmax_lenght = 3\n')
+    refused(attlas("run", file), "run.toml has no option 'max_lenght'", "did you mean 'max_length'?")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(attlas: Callable[..., Ended], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    refused(
+        attlas("run", "--model", "demo", "--corpus", "demo", "--out", tmp_path), "holds something else", "thesis.tex"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_is_no_output_folder(attlas: Callable[..., Ended], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    refused(attlas("run", "--model", "demo", "--corpus", "demo", "--out", tmp_path / "out"), "is a file")
+
+
+def test_a_digest_key_inside_the_dataset_is_refused(attlas: Callable[..., Ended], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "_work").mkdir(parents=True)
+    (out / "key").write_text("secret")
+    arguments = ("--model", "demo", "--corpus", "demo", "--out", out, "--digest-key", out / "key")
+    refused(attlas("run", *arguments), "must stay out of the dataset")
+
+
+# what extraction refuses, seen through the command
+
+BAD_CORPORA = {
+    "empty.txt": (b"", "empty"),
+    "blank.jsonl": (b'{"text": ""}\n{"text": ""}\n', "empty"),
+    "column.csv": (b"title,body\na,b\n", "title"),
+    "column.jsonl": (b'{"body": "words"}\n', "body"),
+}
+
+
+@pytest.mark.usefixtures("test_server")
+@pytest.mark.parametrize("name", BAD_CORPORA)
+def test_a_corpus_without_documents_is_refused(attlas: Callable[..., Ended], tmp_path: Path, name: str) -> None:
+    content, words = BAD_CORPORA[name]
+    (tmp_path / name).write_bytes(content)
+    out = tmp_path / "out"
+    code, _, err = attlas("run", "--model", "demo", "--corpus", tmp_path / name, "--out", out)
+    assert code == 2, err
+    assert words in err
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("test_server")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("bytes.txt", b"good words \xff and more", ("bytes.txt", "11")),
+        ("lines.jsonl", b'{"text": "fine"}\n{"text": \n', ("lines.jsonl", "2")),
+    ],
+)
+def test_strict_ends_at_the_first_bad_document_and_says_where(
+    attlas: Callable[..., Ended], tmp_path: Path, name: str, content: bytes, words: tuple[str, ...]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    out = tmp_path / "out"
+    code, _, err = attlas("run", "--model", "demo", "--corpus", tmp_path / name, "--out", out, "--strict")
+    assert code == 2, err
+    for word in words:
+        assert word in err
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("test_server")
+@pytest.mark.parametrize(("length", "words"), [(4096, "512"), (2, "special")])
+def test_a_length_that_the_model_cannot_take_is_refused(
+    attlas: Callable[..., Ended], tmp_path: Path, corpus: Path, length: int, words: str
+) -> None:
+    out = tmp_path / "out"
+    code, _, err = attlas("run", "--model", "demo", "--corpus", corpus, "--out", out, "--max-length", length)
+    assert code == 2, err
+    assert str(length) in err
+    assert words in err
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("test_server")
+@pytest.mark.parametrize(("file", "words"), [(None, "config.json"), ("pytorch_model.bin", "pickled weights")])
+def test_a_folder_that_is_no_safe_model_is_refused(
+    attlas: Callable[..., Ended], tmp_path: Path, corpus: Path, file: str | None, words: str
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    if file:
+        (model / "config.json").write_text(json.dumps({"model_type": "bert"}))
+        (model / file).write_bytes(b"\x80\x04")
+    code, _, err = attlas("run", "--model", model, "--corpus", corpus, "--out", out)
+    assert code == 2, err
+    assert words in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "report"])
+def test_a_folder_that_is_no_dataset_is_refused(attlas: Callable[..., Ended], tmp_path: Path, command: str) -> None:
+    refused(attlas(command, tmp_path), "no manifest.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_format_is_refused(attlas: Callable[..., Ended], tmp_path: Path) -> None:
+    refused(attlas("query", tmp_path, "select 1", "--format", "xml"), "table, csv, json, parquet", "'xml'")
+
+
+def test_stats_shows_the_catalogue(attlas: Callable[..., Ended]) -> None:
+    code, out, _ = attlas("stats")
+    assert code == 0
+    for line in ("heads: one row per", "entropy_nats", "residual: one row per"):
+        assert line in out
+
+
+def test_stats_of_a_column_says_what_it_is(attlas: Callable[..., Ended]) -> None:
+    code, out, _ = attlas("stats", "entropy_nats")
+    assert code == 0
+    for word in ("heads.entropy_nats", "formula", "unit", "nats", "bounds"):
+        assert word in out
+
+
+def test_stats_of_an_unknown_column_suggests(attlas: Callable[..., Ended]) -> None:
+    refused(attlas("stats", "entropy_nat"), "entropy_nats")
+
+
+@pytest.mark.usefixtures("prefect_environment")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "--cron or --interval; got neither"),
+        (("--cron", "0 2 * * *", "--interval", "60"), "got both"),
+        (("--cron", "at night"), "five fields"),
+        (("--interval", "0"), "at least 1 second"),
+        (("--cron", "0 2 * * *", "--timezone", "Mars/Olympus"), "Mars/Olympus"),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused(
+    attlas: Callable[..., Ended], tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "demo"\ncorpus = "demo"\nout = "out"\n')
+    refused(attlas("serve", file, *options), words)
+    assert list(tmp_path.iterdir()) == [file]

@@ -1,0 +1,130 @@
+"""The run: one list of options, from which the run file and the command line both follow."""
+
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from extract.errors import Refusal
+from flows.cli import app
+from flows.config import Run, read_run
+from tests.flows.conftest import ROOT
+
+DEMO = ROOT / "flows" / "runs" / "demo.toml"
+LEAST = {"model": "demo", "corpus": "demo", "out": "out"}
+
+
+def test_every_option_of_the_command_is_a_field_and_every_field_an_option() -> None:
+    command = typer.main.get_group(app).commands["run"]
+    options = {p.name for p in command.params if p.param_type_name == "option"} - {"help"}
+    assert options == set(Run.model_fields)
+
+
+def test_the_example_names_every_option_with_its_default() -> None:
+    text = DEMO.read_text()
+    assert set(re.findall(r"^(?:# )?(\w+) = ", text, re.M)) == set(Run.model_fields)
+    for name, value in re.findall(r"^# (\w+) = (\"[^\"]*\"|\S+)", text, re.M):
+        default = Run.model_fields[name].default
+        if default not in (None, False):
+            assert str(default) == value.strip('"')
+
+
+def test_the_example_is_a_valid_run_into_the_data_folder() -> None:
+    run = read_run(DEMO, {})
+    assert (run.model, run.corpus, run.max_length) == ("demo", "demo", 128)
+    assert run.out.resolve() == ROOT / "data" / "demo"
+
+
+def test_extraction_takes_the_same_options_with_the_same_defaults() -> None:
+    from extract.pipeline import RunOptions
+
+    theirs = {f.name: f.default for f in fields(RunOptions)}
+    ours = {name: MISSING if f.is_required() else f.default for name, f in Run.model_fields.items()}
+    assert ours == theirs
+
+
+def test_options_reach_extraction_unchanged() -> None:
+    options = read_run(None, {**LEAST, "limit": 3, "tokens": "ids", "strict": True}).options()
+    assert (options.out, options.limit, options.tokens, options.strict) == (Path("out"), 3, "ids", True)
+
+
+def test_paths_in_a_run_file_are_relative_to_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "encoder").mkdir()
+    file = tmp_path / "run.toml"
+    file.write_text('model = "encoder"\ncorpus = "texts/*.txt"\nout = "data"\ndigest_key = "secret"\n')
+    run = read_run(file, {})
+    assert (run.model, run.corpus) == (str(tmp_path / "encoder"), str(tmp_path / "texts/*.txt"))
+    assert (run.out, run.digest_key) == (tmp_path / "data", tmp_path / "secret")
+
+
+@pytest.mark.parametrize("corpus", ["demo", "hub:stanfordnlp/imdb"])
+def test_names_in_a_run_file_are_no_paths(tmp_path: Path, corpus: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f'model = "google-bert/bert-base-uncased"\ncorpus = "{corpus}"\nout = "data"\n')
+    run = read_run(file, {})
+    assert (run.model, run.corpus) == ("google-bert/bert-base-uncased", corpus)
+
+
+def test_the_command_line_wins_and_its_paths_are_relative_to_here(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "demo"\ncorpus = "demo"\nout = "data"\nlimit = 5\nstrict = true\n')
+    run = read_run(file, {"out": Path("here"), "limit": 2, "strict": False, "stride": None})
+    assert (run.out, run.limit, run.strict, run.stride) == (Path("here"), 2, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("max_lenght = 128", "has no option 'max_lenght'; did you mean 'max_length'?"),
+        ("max-length = 128", "has no option 'max-length'; did you mean 'max_length'?"),
+        ("zzz = 1", "has no option 'zzz'; the options are model, corpus, out"),
+        ("limit = -3", "limit must be at least 1; got -3; give a number from 1 on"),
+        ("limit = 0", "limit must be at least 1; got 0"),
+        ("stride = -1", "stride must be at least 0; got -1"),
+        ("max_length = -128", "max_length must be at least 1; got -128"),
+        ("batch_tokens = 0", "batch_tokens must be at least 1; got 0"),
+        ("shard_sequences = 0", "shard_sequences must be at least 1; got 0"),
+        ('limit = "3"', "limit must be a whole number; got '3'"),
+        ("limit = true", "limit must be a whole number; got True"),
+        ("limit = 2.5", "limit must be a whole number; got 2.5"),
+        ('strict = "yes"', "strict must be true or false; got 'yes'"),
+        ('tokens = "all"', "tokens must be one of none, classes, ids, text; got 'all'"),
+        ('dtype = "float64"', "dtype must be one of auto, float32, float16, bfloat16; got 'float64'"),
+    ],
+)
+def test_a_wrong_line_is_named_in_plain_words(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f'model = "demo"\ncorpus = "demo"\nout = "data"\n{line}\n')
+    with pytest.raises(Refusal, match=re.escape(message)) as refused:
+        read_run(file, {})
+    assert "pydantic" not in str(refused.value)
+
+
+def test_every_wrong_line_is_named_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "demo"\ncorpus = "demo"\nout = "data"\nlimit = -1\nmodle = "x"\n')
+    with pytest.raises(Refusal, match=r"limit must be .*; .*did you mean 'model'"):
+        read_run(file, {})
+
+
+def test_what_a_run_needs_is_said_with_what_it_means() -> None:
+    with pytest.raises(Refusal, match="a run needs --corpus: a text, JSONL"):
+        read_run(None, {"model": "demo", "out": "x"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"model = ", "is TOML"), (b"\xff\xfe", "is TOML"), (None, "there is none at")]
+)
+def test_a_run_file_that_is_none_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "run.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(Refusal, match=message):
+        read_run(file, {})
+
+
+def test_a_folder_is_no_run_file(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="Is a directory"):
+        read_run(tmp_path, {})

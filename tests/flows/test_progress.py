@@ -1,0 +1,74 @@
+"""What a run shows: plain lines without a terminal, bars on one."""
+
+import io
+
+import pytest
+
+from flows.progress import Bars, Lines, Pace, Work, display_for_terminal, duration
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_work_of_an_earlier_run_is_not_speed() -> None:
+    clock = Clock()
+    pace = Pace(Work(4, 40, 4000), Work(2, 20, 2000), clock)
+    pace.done += Work(1, 10, 1000)
+    clock.now = 10.0
+    assert (pace.tokens_per_second, pace.seconds_left) == (100.0, 10.0)
+    assert pace.text == "30 of 40 documents, 3,000 of 4,000 tokens, 100 tokens/s, 10 s left"
+
+
+def test_time_left_is_unknown_before_anything_is_done() -> None:
+    pace = Pace(Work(1, 1, 10), Work(), Clock())
+    assert pace.seconds_left is None
+    assert "left" not in pace.text
+
+
+def test_lines_tell_stages_once_and_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with Lines() as lines:
+        lines.stage("model", 0, None)
+        lines.stage("model", 1, 1)
+        lines.stage("plan", 12, None)
+        lines.measuring(total=Work(2, 3, 300), before=Work())
+        lines.advance(Work(1, 1, 100))
+        lines.advance(Work(1, 2, 200))
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == [
+        "loading the model",
+        "cutting documents into sequences: 12",
+        "measuring: 3 documents, 300 tokens in 2 shards",
+    ]
+    assert len(said) == 4
+    assert said[3].startswith("measuring: 3 of 3 documents, 300 of 300 tokens, ")
+
+
+def test_bars_show_documents_tokens_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Bars() as bars:
+        bars.stage("model", 0, None)
+        bars.measuring(total=Work(2, 3, 300), before=Work())
+        bars.advance(Work(1, 2, 200))
+        bars.note("a note with [brackets]")
+    shown = screen.getvalue()
+    assert "loading the model" in shown
+    assert "2 of 3 documents, 200 of 300 tokens" in shown
+    assert "a note with [brackets]" in shown
+
+
+def test_without_a_terminal_there_are_lines() -> None:
+    assert isinstance(display_for_terminal(), Lines)

@@ -1,0 +1,83 @@
+"""The import rules of the house: packages meet in files."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("flows", "extract", "analysis")
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside a function, relative imports made absolute."""
+    package = file.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def top_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def imports_within(package: str) -> list[tuple[str, str]]:
+    found = []
+    for file in sorted((ROOT / package).rglob("*.py")):
+        found += [(str(file.relative_to(ROOT)), module) for module in imports_of(file)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("extract", {"flows", "analysis", "prefect", "polars", "typer", "tests"}),
+        ("analysis", {"flows", "torch", "transformers", "prefect", "tests"}),
+        ("flows", {"torch", "transformers", "polars", "tests"}),
+    ],
+)
+def test_a_package_imports_only_what_it_may(package: str, forbidden: set[str]) -> None:
+    found = imports_within(package)
+    assert found, f"no imports found in {package}: the rule would hold of nothing"
+    assert [(file, module) for file, module in found if top_of(module) in forbidden] == []
+
+
+def test_analysis_knows_only_the_store_and_the_schema_of_extract() -> None:
+    allowed = ("extract.store", "extract.schema")
+    wrong = [
+        (file, module)
+        for file, module in imports_within("analysis")
+        if top_of(module) == "extract"
+        and not any(module == a or module.startswith(f"{a}.") for a in allowed)
+        and module != "extract"  # the package part of `from extract import store`, judged by what it names
+    ]
+    assert wrong == []
+
+
+def test_the_rules_see_relative_and_inner_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    inner = tmp_path / "analysis" / "report"
+    inner.mkdir(parents=True)
+    (inner / "page.py").write_text(
+        "def f():\n    import torch.nn\n    from ..dataset import Dataset\n    from . import svg\n"
+    )
+    found = {module for _, module in imports_within("analysis")}
+    assert {"torch.nn", "analysis.dataset.Dataset", "analysis.report.svg"} <= found
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, flows.cli; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.split()
+    heavy = {"torch", "transformers", "datasets", "prefect", "polars", "duckdb", "pyarrow", "numpy", "scipy", "pandas"}
+    assert "typer" in loaded
+    assert heavy & set(loaded) == set()
