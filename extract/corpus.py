@@ -388,7 +388,7 @@ def _json_document(source: str, line: bytes, offset: int, text_column: str) -> D
         case UnicodeDecodeError() as error:
             return Document(source, "", f"not UTF-8 at byte {offset + error.start}")
         case json.JSONDecodeError() as error:
-            return Document(source, "", f"invalid JSON: {error.msg} at column {error.colno}")
+            return Document(source, "", f"invalid JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
         case Exception() as error:  # nested too deep, a number of too many digits
             return Document(source, "", f"invalid JSON: {type(error).__name__}")
         case value:
