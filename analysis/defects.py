@@ -265,8 +265,10 @@ DEFECTS = (
 )
 
 
-def collect_evidence(dataset: Dataset) -> Evidence:
-    """Means and extremes of the columns that the rules need."""
+def collect_evidence(
+    dataset: Dataset, *, heads: pl.DataFrame | None = None, residual: pl.DataFrame | None = None
+) -> Evidence:
+    """Means and extremes of the columns that the rules need; means that are at hand need not be taken again."""
     long_enough = pl.col("query_rows") >= COLLAPSE_ROWS
     extremes = (
         dataset.scan("heads")
@@ -287,9 +289,9 @@ def collect_evidence(dataset: Dataset) -> Evidence:
         .collect(engine="streaming")
     )
     return Evidence(
-        heads=head_means(dataset, HEAD_COLUMNS),
+        heads=head_means(dataset, HEAD_COLUMNS) if heads is None else heads,
         extremes=extremes,
-        residual=residual_through_depth(dataset, RESIDUAL_COLUMNS),
+        residual=residual_through_depth(dataset, RESIDUAL_COLUMNS) if residual is None else residual,
         residual_extremes=residual_extremes,
         manifest=dataset.manifest,
     )

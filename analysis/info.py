@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_SAID_ABOVE = ("model", "corpus", "engine", "device", "dtype", "schema_version")
 Section = tuple[str, list[tuple[str, str]]]
 
 
@@ -24,6 +25,8 @@ def number(value: Any) -> str:
     """A count with its thousands apart; anything else as it is."""
     if isinstance(value, bool) or value is None:
         return "—" if value is None else "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(number(part) for part in value) or "—"
     if isinstance(value, int):
         return f"{value:,}".replace(",", " ")
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -61,7 +64,7 @@ def _measurement(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     waste = manifest.get("padding_waste")
     if isinstance(waste, (int, float)):
         rows.append(("padded positions", f"{waste:.1%}"))
-    run = manifest.get("run") or {}
+    run = {name: value for name, value in (manifest.get("run") or {}).items() if name not in _SAID_ABOVE}
     return rows + [(f"run: {name.replace('_', ' ')}", number(value)) for name, value in sorted(run.items())]
 
 

@@ -50,7 +50,7 @@ def test_mean_and_interval_equal_those_recomputed_from_parquet_alone(folder: Pat
 def test_mean_and_error_equal_the_oracle_with_nulls_left_out_per_column() -> None:
     random = np.random.default_rng(1)
     document = random.integers(0, 7, 200)
-    weight = random.integers(1, 50, 200)
+    weight = random.integers(1, 50, 200).astype(float)
     y = random.normal(size=200) + document
     known = random.random(200) > 0.3
     frame = pl.LazyFrame({"document_id": document, "weight": weight, "g": 0, "y": y, "z": y}).with_columns(

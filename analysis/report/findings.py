@@ -1,0 +1,164 @@
+"""What stands out, in sentences with numbers and intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import polars as pl
+
+from analysis.kinds import KINDS
+from analysis.report.content import Content
+from analysis.report.numbers import count, interval, percent, plural, shown
+
+FIRM = 0.95
+_CLASS_NAMES = {
+    "mass_bos": "the sequence's opening token",
+    "mass_separator": "separator tokens",
+    "mass_special": "other special tokens",
+    "mass_punctuation": "punctuation and symbols",
+    "mass_number": "numbers",
+    "mass_word_start": "words and their first pieces",
+    "mass_subword": "later pieces of words",
+}
+
+
+@dataclass(frozen=True)
+class Highlight:
+    """A finding: what it is about, the number, and the sentence; `head` is the id of the head it is about."""
+
+    topic: str
+    figure: str
+    sentence: str
+    head: int | None = None
+
+
+def highlights(content: Content) -> list[Highlight]:
+    """The findings of the report, the heads' extremes first."""
+    return [*_entropy(content), *_distance(content), *_destinations(content), *_depth(content), *_residual(content)]
+
+
+def _extreme(content: Content, column: str, *, largest: bool) -> dict | None:
+    known = content.heads.filter(pl.col(column).is_not_null())
+    return known.sort(column, descending=largest).row(0, named=True) if known.height else None
+
+
+def _entropy(content: Content) -> Iterator[Highlight]:
+    for topic, largest in (("sharpest head", False), ("broadest head", True)):
+        head = _extreme(content, "entropy_normalized", largest=largest)
+        if head is None:
+            return
+        low, high = head["entropy_normalized_low"], head["entropy_normalized_high"]
+        yield Highlight(
+            topic,
+            head["label"],
+            f"Its entropy is {percent(head['entropy_normalized'])} of what the visible keys permit "
+            f"({interval(low, high, share=True)}): as if it attended evenly to {shown(head['attended_keys'])} keys.",
+            head["id"],
+        )
+
+
+def _distance(content: Content) -> Iterator[Highlight]:
+    for topic, largest in (("nearest head", False), ("farthest head", True)):
+        head = _extreme(content, "distance_tokens", largest=largest)
+        if head is None:
+            return
+        low, high = head["distance_tokens_low"], head["distance_tokens_high"]
+        against = ""
+        if head["distance_vs_uniform"] is not None:
+            against = f", {shown(head['distance_vs_uniform'])} times what an even head would"
+        yield Highlight(
+            topic,
+            head["label"],
+            f"It looks {shown(head['distance_tokens'])} tokens away on average ({interval(low, high)}){against}.",
+            head["id"],
+        )
+
+
+def _destinations(content: Content) -> Iterator[Highlight]:
+    for row in content.overall.iter_rows(named=True):
+        known = {name: row[name] for name in _CLASS_NAMES if row[name] is not None}
+        if not known:
+            continue
+        first, second = sorted(known, key=lambda name: known[name], reverse=True)[:2]
+        where = f" of {row['stack']}" if len(content.stacks) > 1 else ""
+        yield Highlight(
+            f"where attention goes{where}",
+            percent(row[first]),
+            f"Over all heads, this share of the attention goes to {_CLASS_NAMES[first]} "
+            f"({interval(row[f'{first}_low'], row[f'{first}_high'], share=True)}); next come {_CLASS_NAMES[second]} "
+            f"with {percent(row[second])}.",
+        )
+
+
+def _depth(content: Content) -> Iterator[Highlight]:
+    known = content.layers.filter(pl.col("entropy_normalized").is_not_null())
+    for (stack,), layers in known.group_by("stack", maintain_order=True):
+        if layers.height < 2:
+            continue
+        ordered = layers.sort("entropy_normalized")
+        low, high = ordered.row(0, named=True), ordered.row(-1, named=True)
+        where = f" of {stack}" if len(content.stacks) > 1 else ""
+        yield Highlight(
+            f"sharpest layer{where}",
+            f"Layer {low['layer']}",
+            f"Its heads use {percent(low['entropy_normalized'])} of the entropy they could "
+            f"({interval(low['entropy_normalized_low'], low['entropy_normalized_high'], share=True)}); "
+            f"layer {high['layer']} is the broadest with {percent(high['entropy_normalized'])}.",
+        )
+
+
+def _residual(content: Content) -> Iterator[Highlight]:
+    known = content.residual.filter(pl.col("update_ratio").is_not_null())
+    if not known.height:
+        return
+    row = known.sort("update_ratio").row(-1, named=True)
+    yield Highlight(
+        "largest update",
+        f"L{row['layer']} {row['site'].replace('_', ' ')}",
+        f"It writes {shown(row['update_ratio'])} times the norm of the stream it is added to "
+        f"({interval(row['update_ratio_low'], row['update_ratio_high'])}).",
+    )
+
+
+def kind_counts(content: Content) -> list[tuple[str, int, str]]:
+    """Kind, number of heads and meaning, the commonest first."""
+    meanings = {k.name: k.meaning for k in KINDS}
+    counts = content.heads["kind"].value_counts(sort=True).sort("count", "kind", descending=[True, False])
+    return [(kind, number, meanings.get(kind, "no one thing dominates")) for kind, number in counts.rows()]
+
+
+def kind_sentence(content: Content) -> str:
+    """How many heads have a kind, and how firmly."""
+    named = content.heads.filter(pl.col("kind") != "mixed")
+    total = content.heads.height
+    known = content.heads["agreement"].drop_nulls()
+    if not len(known):
+        return f"{named.height} of {plural(total, 'head')} have a kind; with fewer than 2 documents none can be called firm."
+    firm = int((known >= FIRM).sum())
+    return (
+        f"{named.height} of {plural(total, 'head')} have a kind by the thresholds below; the classification of {firm} is "
+        f"firm: at least {percent(FIRM)} of the bootstrap replicates over documents agree."
+    )
+
+
+def notes(content: Content) -> list[str]:
+    """What a reader must know before comparing numbers."""
+    low, high = content.sequence_tokens
+    told = []
+    if content.documents < 2:
+        told.append("Fewer than 2 documents were measured: estimates stand without intervals.")
+    elif content.documents < 10:
+        told.append(f"Only {content.documents} documents were measured: intervals are wide, and rough.")
+    if high > 1.5 * low:
+        told.append(
+            f"Sequences hold {count(low)} to {count(high)} tokens. A short sequence bounds entropy in nats and distance in "
+            "tokens; the normalised columns and the strata by length compare like with like."
+        )
+    dropped = content.manifest.get("corpus", {}).get("dropped") or {}
+    if dropped:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items()))
+        told.append(f"Documents left out: {reasons}.")
+    if content.manifest.get("model", {}).get("residual") not in (None, "measured"):
+        told.append(f"The residual stream was not measured: {content.manifest['model']['residual']}.")
+    return told
