@@ -1,6 +1,7 @@
 """The command line. Heavy imports are inside the commands, so that help answers at once."""
 
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Iterable
@@ -90,17 +91,20 @@ RunFile = Annotated[Path | None, typer.Argument(metavar="RUN.toml", help="A run 
 def run(run_file: RunFile = None, **given: Any) -> None:
     """Measure a corpus with a model: a Parquet dataset and its report. An interrupted run goes on where it stopped."""
     from flows.checks import refuse_bad_paths
-    from flows.server import errors_without_traceback, quiet_defaults
+    from flows.server import only_news_of_errors, quiet_defaults
 
     chosen = read_run(run_file, given)
     refuse_bad_paths(chosen)
     if not _debug.on:
         quiet_defaults()
+    if chosen.model == "demo" or Path(chosen.model).is_dir():
+        # loading from disk is quick, and its bar would run through ours; a download's bar is wanted
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from flows.measure import measure_here
     from flows.progress import display_for_terminal
 
     if not _debug.on:
-        errors_without_traceback()
+        only_news_of_errors()
     page = measure_here(chosen, show=display_for_terminal())
     _show_summary(chosen.out)
     typer.echo(f"dataset  {chosen.out}\nreport   {page}")

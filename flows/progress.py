@@ -111,7 +111,8 @@ class Lines(Silence):
         self._stage, self._last, self._pace = "", 0.0, None
 
     def stage(self, name: str, done: int, total: int | None) -> None:
-        if name != self._stage or self._due():
+        finished = total is not None and done >= total
+        if name != self._stage or (self._due() and not finished):
             counted = f": {done:,}" + (f" of {total:,}" if total else "") if done else ""
             self._say(STAGES.get(name, name) + counted)
         self._stage = name

@@ -125,15 +125,19 @@ def _deliver_what_waits() -> None:
         worker.drain_all(timeout=5)
 
 
-def errors_without_traceback() -> None:
-    """Keep tracebacks out of Prefect's lines on the terminal; the command line has an option that shows them."""
+def only_news_of_errors() -> None:
+    """Keep Prefect's lines on the terminal to what is news there: failures that are tried again.
 
-    def plain(record: logging.LogRecord) -> bool:
+    How the run ended is said once, by the command; its option --debug shows tracebacks and everything else.
+    """
+    repeated = ("Finished in state", "Encountered exception during execution")
+
+    def news(record: logging.LogRecord) -> bool:
         record.exc_info = record.exc_text = None
-        return True
+        return not record.getMessage().startswith(repeated)
 
     for handler in logging.getLogger().handlers:
-        handler.addFilter(plain)
+        handler.addFilter(news)
 
 
 def _startup_patience() -> float:

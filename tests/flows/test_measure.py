@@ -1,0 +1,151 @@
+"""The flow on a real corpus with the real model and Prefect's test server."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from extract.errors import Refusal
+from flows.config import Run
+from flows.progress import Silence, Work
+from tests.flows.conftest import PROSE, part_bytes
+
+pytestmark = pytest.mark.usefixtures("test_server")
+
+
+class Recorder(Silence):
+    """Remembers what it was told to show."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.total, self.done, self.notes = Work(), Work(), list[str]()
+
+    def stage(self, name: str, done: int, total: int | None) -> None:
+        self.stages.append(name)
+
+    def measuring(self, *, total: Work, before: Work) -> None:
+        self.total, self.done = total, before
+
+    def advance(self, work: Work) -> None:
+        self.done += work
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def run_into(corpus: Path, tmp_path: Path) -> Callable[[str], Run]:
+    def run(name: str) -> Run:
+        return Run(model="demo", corpus=str(corpus), out=tmp_path / name, max_length=12, shard_sequences=2)
+
+    return run
+
+
+def test_a_flow_leaves_a_whole_dataset_and_a_report(run_into: Callable[[str], Run]) -> None:
+    from analysis.verify import verify
+    from flows.measure import measure_here
+
+    run, show = run_into("out"), Recorder()
+    page = measure_here(run, show=show)
+    manifest = json.loads((run.out / "manifest.json").read_text())
+    assert manifest["corpus"]["documents"] == len(PROSE)
+    assert pq.read_table(run.out / "documents")["source"].to_pylist() == ["0.txt", "1.txt", "2.txt"]
+    assert verify(run.out) == []
+    assert "<html" in page.read_text()
+    assert show.done == show.total
+    assert show.total.shards == manifest["shards"] > 1
+    assert show.total.tokens == manifest["corpus"]["tokens"]
+    assert {"model", "plan", "finish"} <= set(show.stages)
+
+
+def test_a_run_that_is_complete_says_so_and_leaves_its_parts(run_into: Callable[[str], Run]) -> None:
+    from flows.measure import measure_here
+
+    run = run_into("out")
+    page = measure_here(run, show=Recorder())
+    before = {path: (run.out / path).stat().st_mtime_ns for path in part_bytes(run.out)}
+    page.unlink()
+    show = Recorder()
+    assert measure_here(run, show=show) == page
+    assert page.exists()
+    assert "complete" in show.notes[0]
+    assert {path: (run.out / path).stat().st_mtime_ns for path in part_bytes(run.out)} == before
+
+
+def test_a_folder_of_another_run_is_refused_with_what_differs(run_into: Callable[[str], Run]) -> None:
+    from flows.measure import measure_here
+
+    run = run_into("out")
+    measure_here(run, show=Recorder())
+    before = part_bytes(run.out)
+    with pytest.raises(Refusal, match="max_length: there 12, asked 16"):
+        measure_here(run.model_copy(update={"max_length": 16}), show=Recorder())
+    assert part_bytes(run.out) == before
+
+
+def test_one_bad_document_among_good_ones_is_dropped_counted_and_named(
+    corpus: Path, run_into: Callable[[str], Run]
+) -> None:
+    from flows.measure import measure_here
+
+    (corpus / "1.txt").write_bytes(b"not UTF-8: \xff")
+    run = run_into("out")
+    measure_here(run, show=Recorder())
+    reasons = pq.read_table(run.out / "documents").select(["source", "dropped_reason"]).to_pylist()
+    assert [r["source"] for r in reasons if r["dropped_reason"]] == ["1.txt"]
+    assert sum(json.loads((run.out / "manifest.json").read_text())["corpus"]["dropped"].values()) == 1
+
+
+@pytest.mark.parametrize(("error", "attempts"), [(OSError("no space left on device"), 2), (Refusal("never"), 1)])
+def test_a_full_disk_is_tried_again_and_a_refusal_never(
+    run_into: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int
+) -> None:
+    import extract.pipeline
+    from flows.measure import measure_here
+
+    tried: list[int] = []
+    real = extract.pipeline.measure_shard
+
+    def failing_once(job: object, shard: int, **rest: object) -> object:
+        tried.append(shard)
+        if tried.count(0) == 1 and shard == 0:
+            raise error
+        return real(job, shard, **rest)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(extract.pipeline, "measure_shard", failing_once)
+    run, show = run_into("out"), Recorder()
+    if attempts == 1:
+        with pytest.raises(Refusal, match="never"):
+            measure_here(run, show=show)
+        assert not (run.out / "manifest.json").exists()
+    else:
+        measure_here(run, show=show)
+        assert show.done == show.total
+    assert tried.count(0) == attempts
+
+
+def test_what_is_done_is_not_done_again(run_into: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    import extract.pipeline
+    from flows.measure import measure_here
+
+    measure_here(run_into("straight"), show=Recorder())
+    real, measured = extract.pipeline.measure_shard, []
+
+    def stopping_at_the_second(job: object, shard: int, **rest: object) -> object:
+        if measured:
+            raise Refusal("stopped here")
+        measured.append(shard)
+        return real(job, shard, **rest)  # pyright: ignore[reportArgumentType]
+
+    run = run_into("resumed")
+    with monkeypatch.context() as patch:
+        patch.setattr(extract.pipeline, "measure_shard", stopping_at_the_second)
+        with pytest.raises(Refusal, match="stopped here"):
+            measure_here(run, show=Recorder())
+    first = {p: (run.out / p).stat().st_mtime_ns for p in part_bytes(run.out)}
+    measure_here(run, show=Recorder())
+    assert first
+    assert {p: (run.out / p).stat().st_mtime_ns for p in first} == first
+    assert part_bytes(run.out) == part_bytes(run_into("straight").out)
