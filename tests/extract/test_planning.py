@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def test_special_tokens_stand_where_each_tokenizer_puts_them(tokenizers):
 
 
 def test_a_special_token_that_also_stands_for_unknown_text_is_not_taken_for_it():
-    raw = Tokenizer(models.WordLevel({"[U]": 0, "brown": 1, "2": 2}, unk_token="[U]"))
+    raw = Tokenizer(models.WordLevel({"[U]": 0, "brown": 1}, unk_token="[U]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     raw.post_processor = processors.TemplateProcessing(single="[U] $A [U]", special_tokens=[("[U]", 0)])
     found = special_tokens(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[U]"))
@@ -358,10 +359,20 @@ def test_progress_is_told_documents_and_tokens(minilm, tmp_path):
     assert told[-1] == (plan.documents, plan.tokens) == (600, 3000)
 
 
-def test_a_text_beyond_the_models_length_is_no_warning(tokenizers, tmp_path, caplog, capfd):
-    planned(documents_of(["Words " * 2000]), tokenizers["gpt2"], tmp_path)
-    assert not caplog.records
-    assert capfd.readouterr().err == ""
+def test_a_text_beyond_the_models_length_is_no_warning(tmp_path):
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.addFilter(lambda record: records.append(record) or False)
+    text = "Words " * 2000
+    tokenizer = gpt2_like([text])  # a new one: a tokenizer warns once
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        planned(documents_of([text]), tokenizer, tmp_path)
+        assert not records
+        tokenizer(text)
+        assert "longer than the specified maximum" in records[0].getMessage()
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
 
 
 # --- refused before work
