@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from extract.engines.rows import AttentionCall, Rows
+from extract.engines.rows import AttentionCall
 from extract.engines.visibility import Visibility, see
 from extract.errors import CaptureError
 from extract.layout import Attention, Layout, Site, Tap, first_tensor, read_tensor, replaced_sdpa
@@ -25,7 +25,7 @@ from extract.statistics.attention import HeadObservation
 from extract.statistics.residual import NormObservation, ResidualObservation
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Int
     from torch import Tensor
 
     from extract.engines import Engine
@@ -137,19 +137,24 @@ def _watched(watch: _Watch, original: Callable[..., Tensor]) -> Callable[..., Te
         enable_gqa: bool = False,
     ) -> Tensor:
         if dropout_p:
-            raise CaptureError("a pattern is measured without dropout; the model is in training mode; call model.eval()")
-        output = original(
-            query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+            raise CaptureError(
+                "a pattern is measured without dropout; the model is in training mode; call model.eval()"
+            )
+
+        def plain() -> Tensor:
+            return original(
+                query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+
         call = AttentionCall(
             query=query,
             key=key,
+            value=value,
             visibility=_visibility(watch, attn_mask, causal=is_causal),
             scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
             token_ids=watch.batch.token_ids,
         )
-        _observe_heads(watch, call, value, output)
-        return output
+        return _observe_heads(watch, call, plain)
 
     return attend
 
@@ -166,7 +171,7 @@ def _visibility(watch: _Watch, mask: Tensor | None, *, causal: bool) -> Visibili
     return known[1]
 
 
-def _observe_heads(watch: _Watch, call: AttentionCall, value: Tensor, contexts: Tensor) -> None:
+def _observe_heads(watch: _Watch, call: AttentionCall, plain: Callable[[], Tensor]) -> Tensor:
     if watch.calls >= len(watch.layout.attentions):
         raise CaptureError(f"expected {len(watch.layout.attentions)} attention calls, the model makes more")
     attention = watch.layout.attentions[watch.calls]
@@ -177,12 +182,12 @@ def _observe_heads(watch: _Watch, call: AttentionCall, value: Tensor, contexts: 
             f"{call.query.shape[1]} heads, {call.query.shape[-2]} queries and {call.key.shape[-2]} keys for {tokens} tokens"
         )
     watch.calls += 1
-    rows: Rows = watch.engine(call)
+    output, rows = watch.engine(call, plain)
     exact = rows.entropy.dtype
     written = rows.measured[..., None]
-    contexts = contexts.to(exact)
+    contexts = output.to(exact)
     factor = watch.factors.get(attention.layer)
-    values = value.to(exact).repeat_interleave(contexts.shape[1] // value.shape[1], dim=1)
+    values = call.value.to(exact).repeat_interleave(contexts.shape[1] // call.value.shape[1], dim=1)
     watch.observer.heads(
         attention,
         HeadObservation(
@@ -196,6 +201,7 @@ def _observe_heads(watch: _Watch, call: AttentionCall, value: Tensor, contexts: 
     )
     if watch.layout.residual_refusal is None:
         watch.contexts[attention.layer] = contexts
+    return output
 
 
 def _tap(model: nn.Module, watch: _Watch) -> Iterator[Any]:
@@ -253,7 +259,7 @@ def _observe_residual(watch: _Watch, site: Site) -> None:
     assert after is not None, "every site has a state after it"
     real = _plain(watch).real
     if stream is not None and update is not None:
-        _assert_identity(site, after - stream - update, after.where(real[..., None], 0), real, tolerance=16 * max(rounding))
+        _assert_identity(site, stream, update, after, real=real, rounding=max(rounding))
     norm = None
     if site.norm is not None:
         read, wrote = held(site.norm.read), held(site.norm.wrote)
@@ -268,11 +274,14 @@ def _plain(watch: _Watch) -> Visibility:
     return Visibility(watch.batch.start, watch.batch.length, watch.batch.tokens)
 
 
-def _assert_identity(site: Site, error: Tensor, after: Tensor, real: Tensor, *, tolerance: float) -> None:
+def _assert_identity(
+    site: Site, stream: Tensor, update: Tensor, after: Tensor, *, real: Tensor, rounding: float
+) -> None:
     """x' = x + F(x), on every batch, to a few roundings of the model's own type."""
-    off, size = error.where(real[..., None], 0).norm(), after.norm()
-    if bool(size.isfinite()) and not off <= tolerance * size:
+    x, added, total = (t.where(real[..., None], 0) for t in (stream, update, after))
+    off, size = (total - x - added).norm(), total.norm() + x.norm()
+    if bool(size.isfinite()) and not off <= 4 * rounding * size:
         raise CaptureError(
             f"x' = x + F(x) must hold at every residual site; at {site.name} of layer {site.layer} it is off by "
-            f"{float(off / size):.2e} of ‖x'‖; the model changed its way since it was examined"
+            f"{float(off / size):.2e} of ‖x‖ + ‖x'‖; the model changed its way since it was examined"
         )

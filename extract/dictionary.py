@@ -48,13 +48,20 @@ def data_dictionary() -> str:
 def dataset_card(manifest: Mapping[str, Any]) -> str:
     """The card beside the manifest: front matter for the hub's viewer and `load_dataset(folder, "heads")`."""
     configs = [
-        f"- config_name: {name}\n  data_files: {json.dumps(f'{name}/*.parquet')}" + ("\n  default: true" if name == "heads" else "")
+        f"- config_name: {name}\n  data_files: {json.dumps(f'{name}/*.parquet')}"
+        + ("\n  default: true" if name == "heads" else "")
         for name in manifest["tables"]
     ]
     model, corpus = manifest["model"], manifest["corpus"]
     facts = [
-        ("model", f"{_plain(model['name'])} ({model['architecture']}, {model['layers']} layers × {model['heads']} heads)"),
-        ("corpus", f"{_plain(corpus['name'])}: {corpus['documents']:,} documents, {corpus['sequences']:,} sequences, {corpus['tokens']:,} tokens"),
+        (
+            "model",
+            f"{_plain(model['name'])} ({model['architecture']}, {model['layers']} layers × {model['heads']} heads)",
+        ),
+        (
+            "corpus",
+            f"{_plain(corpus['name'])}: {corpus['documents']:,} documents, {corpus['sequences']:,} sequences, {corpus['tokens']:,} tokens",
+        ),
         ("windows", f"{manifest['run']['max_length']} tokens, overlapping by {manifest['run']['stride']}"),
         ("engine", f"{manifest['engine']} on {manifest['device']}, {manifest['dtype']}"),
         ("residual", _plain(model["residual"])),
@@ -65,7 +72,10 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
         "Statistics of every attention head and every residual update, one row per sequence, written by attlas.",
         _rows(("what", "which"), facts),
         "## Tables",
-        _rows(("table", "one row per", "rows"), [(f"`{n}`", TABLES[n].row, f"{t['rows']:,}") for n, t in manifest["tables"].items()]),
+        _rows(
+            ("table", "one row per", "rows"),
+            [(f"`{n}`", TABLES[n].row, f"{t['rows']:,}") for n, t in manifest["tables"].items()],
+        ),
         "Each column's formula, unit and bounds are in the Parquet field metadata.",
         "## Ground rules",
         _GROUND_RULES,

@@ -111,7 +111,9 @@ def _check_folder(folder: Path, *, trust_remote_code: bool) -> None:
     if not folder.is_dir():
         raise Refusal(f"--model takes demo, a folder or a hub name; there is no folder {folder}; check the path")
     if not (folder / "config.json").is_file():
-        raise Refusal(f"a model folder has a config.json; {folder} has none; give the folder that save_pretrained wrote")
+        raise Refusal(
+            f"a model folder has a config.json; {folder} has none; give the folder that save_pretrained wrote"
+        )
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         held = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
@@ -157,7 +159,11 @@ def _load_tokenizer(name: str, path: str, options: dict[str, Any]) -> Any:
 
 def _unloadable(name: str, error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    hint = "the hub is switched off by HF_HUB_OFFLINE; unset it, or give a folder" if offline else "check the name or give a folder"
+    hint = (
+        "the hub is switched off by HF_HUB_OFFLINE; unset it, or give a folder"
+        if offline
+        else "check the name or give a folder"
+    )
     return f"--model takes demo, a folder or a hub name; {name} could not be loaded ({_first_line(error)}); {hint}"
 
 
@@ -171,7 +177,9 @@ def max_positions(model: nn.Module) -> int | None:
     A table with a padding row (RoBERTa) numbers its positions from behind that row.
     """
     config = getattr(model, "config", None)
-    stated = next((getattr(config, n) for n in ("max_position_embeddings", "n_positions") if getattr(config, n, None)), None)
+    stated = next(
+        (getattr(config, n) for n in ("max_position_embeddings", "n_positions") if getattr(config, n, None)), None
+    )
     tables = [
         m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1)
         for n, m in model.named_modules()

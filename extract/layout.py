@@ -89,7 +89,10 @@ class Layout:
     def described(self) -> dict[str, Any]:
         """For the manifest."""
         return {
-            "attention": [{"stack": a.stack, "layer": a.layer, "heads": a.heads, "projection": a.projection_name} for a in self.attentions],
+            "attention": [
+                {"stack": a.stack, "layer": a.layer, "heads": a.heads, "projection": a.projection_name}
+                for a in self.attentions
+            ],
             "sites": [
                 {
                     "site": s.name,
@@ -134,6 +137,7 @@ class _Call:
 class _Trace:
     events: list[_Event] = field(default_factory=list)
     calls: list[_Call] = field(default_factory=list)
+    rounding: float = torch.finfo(torch.float32).eps  # ε of the model's own type
     clock: int = 0
 
     def tick(self) -> int:
@@ -212,12 +216,17 @@ def read_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | No
 
 def _trace(model: nn.Module, inputs: Mapping[str, Any]) -> _Trace:
     trace = _Trace()
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is not None:
+        trace.rounding = torch.finfo(parameter.dtype).eps
     counts: dict[str, int] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             number = counts[name] = counts.get(name, -1) + 1
-            trace.events.append(_Event(trace.tick(), name, number, _kept(read_tensor(args, kwargs)), _kept(first_tensor(output))))
+            trace.events.append(
+                _Event(trace.tick(), name, number, _kept(read_tensor(args, kwargs)), _kept(first_tensor(output)))
+            )
 
         return hook
 
@@ -225,7 +234,9 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any]) -> _Trace:
         def call(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             output = original(query, key, value, *args, **kwargs)
             contexts = output.transpose(1, 2).flatten(2).float()
-            causal = bool(kwargs.get("is_causal")) or _hides_the_future(kwargs.get("attn_mask", args[0] if args else None))
+            causal = bool(kwargs.get("is_causal")) or _hides_the_future(
+                kwargs.get("attn_mask", args[0] if args else None)
+            )
             same = query.shape[-2] == key.shape[-2]
             trace.calls.append(_Call(trace.tick(), query.shape[1], contexts, causal, same))
             return output
@@ -314,7 +325,8 @@ def _norm_kind(module: nn.Module, read: Tensor, wrote: Tensor) -> Literal["layer
     bias = parameters.get("bias", torch.zeros(read.shape[-1])).to(read)
     epsilon = norm_epsilon(module)
     centred = read - read.mean(-1, keepdim=True)
-    for kind, vector in (("layer", centred), ("rms", read)):
+    kinds: tuple[tuple[Literal["layer", "rms"], Tensor], ...] = (("layer", centred), ("rms", read))
+    for kind, vector in kinds:
         unit = vector / (vector.square().mean(-1, keepdim=True) + epsilon).sqrt()
         # some families store γ − 1
         if _close(unit * gain + bias, wrote) or _close(unit * (1 + gain) + bias, wrote):
@@ -333,55 +345,93 @@ def _sites(trace: _Trace, modules: Mapping[str, nn.Module], width: int | None) -
     norms = _norms(trace, modules, width)
     if not norms:
         return (), f"no normalisation layer of the stream's width {width} was found"
-    updates = [_update(trace, norms, k) for k in range(1, len(norms))]
-    found = [u for u in updates if u is not None]
-    if not found:
+    updates = [u for k in range(len(norms)) if (u := _update(trace, norms, k, trace.rounding)) is not None]
+    if not updates:
         return (), "no place was found where x' = x + F(x) holds between norms"
-    sites = [_embedding(norms, found)]
-    sites += [u.site for u in found]
-    last_event, last = norms[-1]
-    if found[-1].site.after == last.read and found[-1].site.norm != last:
+    sites = [_embedding(norms, updates[0]), *updates]
+    last = norms[-1][1]
+    if updates[-1].after == last.read and updates[-1].norm != last:
         sites.append(Site("final_norm", len(trace.calls) - 1, after=last.read, norm=last))
     return tuple(sites), _missing(trace, sites)
 
 
-class _Update(NamedTuple):
-    site: Site
-    pre_norm: Norm | None  # the norm that reads x, where the stream passes by it
+class _State(NamedTuple):
+    """A state of the stream: where it stands, and the norm that reads it (pre-norm) if one does."""
+
+    time: int
+    tensor: Tensor
+    tap: Tap
+    reader: Norm | None
 
 
-def _embedding(norms: list[tuple[_Event, Norm]], found: list[_Update]) -> Site:
-    """The stream before anything is added to it, and the norm of the embeddings if they have one of their own."""
-    first = norms[0][1]
-    own = None if any(u.pre_norm == first for u in found) else first
-    return Site("embedding", 0, after=first.read, norm=own)
+class _Sum(NamedTuple):
+    """A state and an update that add up to what a norm reads, and by how much they miss it."""
+
+    error: float
+    state: _State
+    update: _Event
 
 
-def _update(trace: _Trace, norms: list[tuple[_Event, Norm]], k: int) -> _Update | None:
+def _embedding(norms: list[tuple[_Event, Norm]], first: Site) -> Site:
+    """The stream as the first sublayer finds it; where a norm of the embeddings makes it, what that norm reads."""
+    assert first.stream is not None, "an update is added to a state"
+    maker = next((norm for _, norm in norms if norm.wrote == first.stream), None)
+    return Site("embedding", 0, after=first.stream if maker is None else maker.read, norm=maker)
+
+
+def _update(trace: _Trace, norms: list[tuple[_Event, Norm]], k: int, rounding: float) -> Site | None:
     """What was added to the stream just before norm k reads it: the x and F for which its input is x + F."""
     event, norm = norms[k]
-    for earlier, other in reversed(norms[max(0, k - 4) : k]):
-        for x, tap, is_pre in ((earlier.read, other.read, True), (earlier.wrote, other.wrote, False)):
-            if x is None or event.read is None or x.shape != event.read.shape:
-                continue
-            added = event.read - x
-            for candidate in trace.events:
-                if not earlier.time < candidate.time < event.time or candidate.wrote is None:
-                    continue
-                if candidate.wrote.shape != added.shape or not _same(candidate.wrote, added):
-                    continue
-                inside = [c for c in trace.calls if earlier.time < c.time <= candidate.time]
-                before = [c for c in trace.calls if c.time <= candidate.time]
-                site = Site(
-                    name="attention" if inside else "mlp",
-                    layer=len(before) - 1,
-                    after=norm.read,
-                    stream=tap,
-                    update=Tap(candidate.module, candidate.call, "output"),
-                    norm=other if is_pre else norm,
-                )
-                return _Update(site, other if is_pre else None)
-    return None
+    sums = [found for state in _states(trace, norms, k) if (found := _added(trace, state, event, rounding)) is not None]
+    if not sums:
+        return None
+    best = min(sums, key=lambda found: found.error)
+    finished = [c for c in trace.calls if c.time <= best.update.time]
+    inside = [c for c in finished if c.time > best.state.time]
+    if not finished:
+        return None  # embeddings added to each other
+    return Site(
+        name="attention" if inside else "mlp",
+        layer=len(finished) - 1,
+        after=norm.read,
+        stream=best.state.tap,
+        update=Tap(best.update.module, best.update.call, "output"),
+        norm=best.state.reader or norm,
+    )
+
+
+def _states(trace: _Trace, norms: list[tuple[_Event, Norm]], k: int) -> Iterator[_State]:
+    """Candidates for x before norm k: what the norms before it read and wrote; before the first, what any module wrote."""
+    event = norms[k][0]
+    for earlier, norm in norms[max(0, k - 4) : k]:
+        if earlier.read is not None and earlier.wrote is not None:
+            yield _State(earlier.time, earlier.read, norm.read, norm)
+            yield _State(earlier.time, earlier.wrote, norm.wrote, None)
+    if k == 0:
+        for other in trace.events:
+            if other.time < event.time and other.wrote is not None:
+                yield _State(other.time, other.wrote, Tap(other.module, other.call, "output"), None)
+
+
+def _added(trace: _Trace, state: _State, event: _Event, rounding: float) -> _Sum | None:
+    """The module output that, added to the state, comes nearest to what the norm reads; None if none is near."""
+    if event.read is None or state.tensor.shape != event.read.shape:
+        return None
+    added = event.read - state.tensor
+    size = event.read.norm() + state.tensor.norm()
+    nearest = None
+    for candidate in trace.events:
+        if (
+            not state.time < candidate.time < event.time
+            or candidate.wrote is None
+            or candidate.wrote.shape != added.shape
+        ):
+            continue
+        error = float((added - candidate.wrote).norm())
+        near = error <= 4 * rounding * float(size) and error < 0.1 * float(candidate.wrote.norm())
+        if near and (nearest is None or error < nearest.error):
+            nearest = _Sum(error, state, candidate)
+    return nearest
 
 
 def _missing(trace: _Trace, sites: list[Site]) -> str | None:

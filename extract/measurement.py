@@ -122,7 +122,7 @@ def measure(
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         raise Refusal(f"measure needs input_ids of shape [batch, token]; got {_described(ids)}; pass a 2-d tensor")
-    _, chosen = choose(engine)
+    _, chosen = choose(engine, device=ids.device.type)
     start, length = segments(inputs.get("attention_mask"), ids)
     classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=ids.device)[ids].long()
     batch = Batch(start, length, ids.shape[1], token_ids=ids, classes=classes)
@@ -229,7 +229,9 @@ def profiles_table(measured: Measurements, *, shard: int) -> pa.Table:
         if sums[head, 1] or sums[head, 0]
     ]
     columns = list(zip(*sorted(rows), strict=True)) or [[] for _ in range(7)]
-    named = dict(zip(("stack", "layer", "head", "profile", "bin", "sum", "count"), map(np.asarray, columns), strict=True))
+    named = dict(
+        zip(("stack", "layer", "head", "profile", "bin", "sum", "count"), map(np.asarray, columns), strict=True)
+    )
     return _table(PROFILES, {"shard": np.full(len(rows), shard)} | named)
 
 
@@ -254,5 +256,3 @@ def _arrow(values: np.ndarray, kind: pa.DataType) -> pa.Array:
         values = values.astype(kind.to_pandas_dtype())
     defined = np.isfinite(values)
     return pa.array(np.where(defined, values, 0).astype(kind.to_pandas_dtype()), kind, mask=~defined)
-
-

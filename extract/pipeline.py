@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 TokenMode = Literal["none", "classes", "ids", "text"]
 Progress = Callable[[str, int, int | None], None]
+BATCH_TOKENS = 4096  # of a batch, padding included, where the user names no number
 _KEPT = {"none": frozenset(), "classes": frozenset(), "ids": {"token_ids"}, "text": {"token_ids", "text"}}
 
 
@@ -141,7 +142,6 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
     say = progress or (lambda stage, done, total: None)
     corpus = check(options)
     say("model", 0, None)
-    engine_name, engine = choose(options.engine)
     encoder = load_encoder(
         options.model,
         device=options.device,
@@ -149,6 +149,7 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
     )
+    engine_name, engine = choose(options.engine, device=encoder.device.type)
     max_length = _max_length(options, encoder)
     from extract.measurement import layout_of
 
@@ -211,7 +212,9 @@ def finish(job: Job) -> Path:
     records = [job.store.read_record(s) for s in range(job.plan.shards)]
     missing = [str(n) for n, r in enumerate(records) if r is None]
     if missing:
-        raise RuntimeError(f"a dataset is finished when all its shards are; missing: {', '.join(missing)}; run it again")
+        raise RuntimeError(
+            f"a dataset is finished when all its shards are; missing: {', '.join(missing)}; run it again"
+        )
     manifest = _manifest(job, job.plan, [r for r in records if r is not None])
     job.store.finish(manifest, dataset_card(manifest))
     return job.store.root
@@ -230,7 +233,9 @@ def _read_key(path: Path | None) -> bytes | None:
     if path is None:
         return None
     if not path.is_file():
-        raise Refusal(f"--digest-key names a file with a secret in it; there is none at {path}; make one of 32 random bytes")
+        raise Refusal(
+            f"--digest-key names a file with a secret in it; there is none at {path}; make one of 32 random bytes"
+        )
     key = path.read_bytes()
     if len(key) < 16:
         raise Refusal(f"a digest key has at least 16 bytes; {path} has {len(key)}; make one of 32 random bytes")
@@ -262,17 +267,12 @@ def _run(options: RunOptions, encoder: Encoder, corpus: Corpus, engine: str, max
         "corpus": corpus.name,
         "corpus_files": [list(f) for f in corpus.files],
         "max_length": max_length,
-        "batch_tokens": batch_tokens(options),
+        "batch_tokens": options.batch_tokens or BATCH_TOKENS,
         "device": encoder.device.type,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "engine": engine,
         "digest_keyed": options.digest_key is not None,
     }
-
-
-def batch_tokens(options: RunOptions) -> int:
-    """Tokens of a batch, padding included."""
-    return options.batch_tokens or 4096
 
 
 def _conformed(table: Table, rows: pa.Table, *, optional: frozenset[str] = frozenset()) -> pa.Table:

@@ -93,9 +93,13 @@ SEQUENCES = Table(
             formula="index of the window's first token among the document's ids without special tokens",
             bounds=(0, None),
         ),
-        Column(name="tokens", dtype="int32", unit="tokens", formula="length, special tokens included", bounds=(1, None)),
+        Column(
+            name="tokens", dtype="int32", unit="tokens", formula="length, special tokens included", bounds=(1, None)
+        ),
         Column(name="special_tokens", dtype="int32", unit="tokens", formula="special tokens in it", bounds=(0, None)),
-        Column(name="token_ids", dtype="list<int32>", formula="the ids (only with --tokens ids or text)", nullable=True),
+        Column(
+            name="token_ids", dtype="list<int32>", formula="the ids (only with --tokens ids or text)", nullable=True
+        ),
         Column(name="text", dtype="string", formula="the window's text (only with --tokens text)", nullable=True),
     ),
     order=("sequence_id",),
@@ -136,7 +140,9 @@ PROFILES = Table(
         Column(name="bin", dtype="int16", formula="number of the bin; see the bins of each profile"),
     ),
     facts=(
-        Column(name="sum", dtype="float64", formula="the profile's sum over the shard's rows; adding shards merges them"),
+        Column(
+            name="sum", dtype="float64", formula="the profile's sum over the shard's rows; adding shards merges them"
+        ),
         Column(name="count", dtype="float64", formula="how many entered the bin; see each profile"),
     ),
     order=("stack", "layer", "head", "profile", "bin"),

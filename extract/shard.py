@@ -12,7 +12,6 @@ import torch
 from extract.batching import batches
 from extract.capture import Batch
 from extract.measurement import Collector, heads_table, observe, profiles_table, residual_table
-from extract.pipeline import batch_tokens
 
 if TYPE_CHECKING:
     from extract.pipeline import Job
@@ -26,7 +25,7 @@ def measured_tables(
     lengths = [len(row) for row in ids]
     collector = Collector(len(ids))
     positions = 0
-    for chosen in batches(lengths, token_budget=batch_tokens(job.options)):
+    for chosen in batches(lengths, token_budget=job.run["batch_tokens"]):
         collector.at(chosen)
         inputs, batch = _batch(job, [ids[n] for n in chosen])
         observe(job.encoder.model, job.layout, inputs, batch=batch, engine=job.engine, collector=collector)
@@ -54,7 +53,9 @@ def _batch(job: Job, rows: list[np.ndarray]) -> tuple[dict[str, Any], Batch]:
         ids[place, : len(row)], real[place, : len(row)] = row, 1
     inputs = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(real).to(device)}
     known = job.options.tokens != "none"
-    classes = None if job.token_classes is None else torch.from_numpy(job.token_classes[ids].astype(np.int64)).to(device)
+    classes = (
+        None if job.token_classes is None else torch.from_numpy(job.token_classes[ids].astype(np.int64)).to(device)
+    )
     length = inputs["attention_mask"].sum(-1)
     batch = Batch(torch.zeros_like(length), length, tokens, inputs["input_ids"] if known else None, classes)
     return inputs | _quiet(job), batch

@@ -1,9 +1,9 @@
 """A dataset on disk: parts, shard records, the manifest. Nothing exists until its atomic rename.
 
-    OUT/manifest.json            written last: without it there is no dataset
-    OUT/README.md                the dataset card
-    OUT/heads/shard-00000.parquet …
-    OUT/_work/                   plan, spool and shard records of an unfinished run; gone when it is finished
+OUT/manifest.json            written last: without it there is no dataset
+OUT/README.md                the dataset card
+OUT/heads/shard-00000.parquet …
+OUT/_work/                   plan, spool and shard records of an unfinished run; gone when it is finished
 """
 
 import hashlib
@@ -129,8 +129,8 @@ class Store:
             temporary,
             compression="zstd",
             compression_level=3,
-            use_dictionary=others,
-            use_byte_stream_split=floats,
+            use_dictionary=others,  # pyright: ignore[reportArgumentType]
+            use_byte_stream_split=floats,  # pyright: ignore[reportArgumentType]
             store_schema=True,
             row_group_size=1 << 17,
         )

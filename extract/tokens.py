@@ -56,7 +56,9 @@ def _texts_and_beginnings(tokenizer: Any, tokens: Sequence[str]) -> tuple[list[s
     if kind == "continuation":  # WordPiece: the pieces after the first are marked
         marked = [t.startswith(prefix) for t in tokens]
         return [t.removeprefix(prefix) for t in tokens], [not m for m in marked]
-    if kind == "suffix":  # a mark at a word's last piece: pieces without one begin or continue, the vocabulary can't say
+    if (
+        kind == "suffix"
+    ):  # a mark at a word's last piece: pieces without one begin or continue, the vocabulary can't say
         return [t.removesuffix(prefix) for t in tokens], [t.endswith(prefix) for t in tokens]
     if kind == "bytes":
         table = _byte_of_character()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,11 @@ _ROW_NAMES = (
 )
 
 
+def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Rows]:
+    """The model's own output, and the primitives beside it."""
+    return plain(), rows(call)
+
+
 def rows(call: AttentionCall) -> Rows:
     """The primitives of one attention call, in float32 (float64 for a float64 model)."""
     exact = torch.float64 if call.query.dtype == torch.float64 else torch.float32
@@ -45,7 +51,9 @@ def rows(call: AttentionCall) -> Rows:
         received += p.sum(-2)
         offsets += skewed_sum(p, first)
         if call.token_ids is not None:
-            for total, chosen in zip(looked_up, _same_and_induction(call.token_ids, first, last), strict=True):
+            for total, chosen in zip(
+                looked_up, _same_and_induction(call.token_ids, call.visibility.real, first, last), strict=True
+            ):
                 total += (p * chosen[:, None]).sum((-1, -2))
     named = dict(zip(_ROW_NAMES, torch.cat(quantities, -2).unbind(-1), strict=True))
     if call.sinks is None:
@@ -115,10 +123,12 @@ def _distances(call: AttentionCall, first: int, last: int) -> Tensor:
     return place[None, :] - place[first:last, None]
 
 
-def _same_and_induction(ids: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+def _same_and_induction(ids: Tensor, real: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
     """Where j ≠ i has the query's token, and where j ≤ i follows another copy of it."""
     place = torch.arange(ids.shape[1], device=ids.device)
-    same = (ids[:, first:last, None] == ids[:, None, :]) & (place[None, :] != place[first:last, None])
+    same = (
+        (ids[:, first:last, None] == ids[:, None, :]) & (place[None, :] != place[first:last, None]) & real[:, None, :]
+    )
     after_copy = same.roll(1, dims=-1)
     after_copy[..., 0] = False
     return same, after_copy & (place[None, :] <= place[first:last, None])

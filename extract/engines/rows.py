@@ -22,6 +22,7 @@ class AttentionCall:
 
     query: Float[Tensor, "batch head query width"]
     key: Float[Tensor, "batch key_head key width"]
+    value: Float[Tensor, "batch key_head key value_width"]
     visibility: Visibility
     scale: float
     softcap: float | None = None

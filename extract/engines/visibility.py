@@ -67,7 +67,9 @@ class Visibility:
         whole = (measured == (self.keys > 0)).all()
         if whole:
             return self._implied[2].expand(-1, measured.shape[1], -1)
-        return _each_block(self, lambda seen, first, last: skewed_sum((seen & measured[:, :, first:last, None]).int(), first))
+        return _each_block(
+            self, lambda seen, first, last: skewed_sum((seen & measured[:, :, first:last, None]).int(), first)
+        )
 
     @cached_property
     def _implied(self) -> tuple[Tensor, Tensor, Tensor]:

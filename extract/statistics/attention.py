@@ -2,7 +2,7 @@
 
 Every function takes a `HeadObservation` and gives a tensor [batch, head], NaN where undefined, or None where the whole
 column is. Unless its formula says otherwise a column is the mean of a row quantity over the sequence's measured rows.
-Notation: p[i,j] the pattern, s[i,j] the masked and scaled score, d = j − i, V_i the keys that row i may see, m_i = |V_i|.
+p[i,j] is the pattern, s[i,j] the masked and scaled score, d = j − i, V_i the keys that row i may see, m_i = |V_i|.
 """
 
 from __future__ import annotations
@@ -127,9 +127,7 @@ def offset_std_tokens(o: HeadObservation) -> Tensor:
     return o.mean(o.rows.offset_std)
 
 
-@column(
-    formula="Σ_i Σ_j p·|d| / Σ_i (mean of |d| over V_i); null if n = 1", bounds=(0, None), nullable=True
-)
+@column(formula="Σ_i Σ_j p·|d| / Σ_i (mean of |d| over V_i); null if n = 1", bounds=(0, None), nullable=True)
 def distance_vs_uniform(o: HeadObservation) -> Tensor:
     """Distance against that of a head which looks evenly at all it may see: a ratio of sums."""
     opportunity = (o.visibility.uniform_distance * o.rows.measured).sum(-1)
@@ -261,7 +259,9 @@ def received_max(o: HeadObservation) -> Tensor:
     return o.mean_row.amax(-1)
 
 
-@column(formula="the j of received_max (lowest on ties)", unit="position", dtype="int32", bounds=(0, "n−1"), nullable=True)
+@column(
+    formula="the j of received_max (lowest on ties)", unit="position", dtype="int32", bounds=(0, "n−1"), nullable=True
+)
 def received_max_key(o: HeadObservation) -> Tensor:
     """Where the sink is."""
     positions = o.visibility.positions[:, None, :].expand_as(o.mean_row)

@@ -102,6 +102,14 @@ PROFILES = (
     Profile("entropy", _HISTOGRAM_BINS, "rows with H_i / ln m_i in the bin (m_i ≥ 2)", "the same", _entropy),
     Profile("max_weight", _HISTOGRAM_BINS, "rows with max_j p in the bin", "the same", _max_weight),
     Profile("entropy_by_position", _POSITION_BINS, "Σ H_i, nats", "rows at those positions", _entropy_by_position),
-    Profile("distance_by_position", _POSITION_BINS, "Σ_i Σ_j p·|d|, tokens", "rows at those positions", _distance_by_position),
-    Profile("received_by_position", _POSITION_BINS, "Σ_i p[i,j] of keys j", "keys at those positions", _received_by_position),
+    Profile(
+        "distance_by_position",
+        _POSITION_BINS,
+        "Σ_i Σ_j p·|d|, tokens",
+        "rows at those positions",
+        _distance_by_position,
+    ),
+    Profile(
+        "received_by_position", _POSITION_BINS, "Σ_i p[i,j] of keys j", "keys at those positions", _received_by_position
+    ),
 )

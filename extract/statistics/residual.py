@@ -41,7 +41,7 @@ class ResidualObservation:
     norm: NormObservation | None = None
     contexts: Float[Tensor, "batch head token head_width"] | None = None
 
-    def mean(self, values: Float[Tensor, "batch token"]) -> Float[Tensor, "batch"]:
+    def mean(self, values: Float[Tensor, "batch token"]) -> Float[Tensor, " batch"]:
         """Mean over real tokens at which the value is defined; NaN where there is none."""
         defined = self.real & values.isfinite()
         return values.where(defined, 0).sum(-1) / defined.sum(-1)
@@ -107,7 +107,10 @@ def norm_gain(o: ResidualObservation) -> Tensor | None:
 
 
 @column(
-    formula="(‖Σu‖² − n)/(n(n−1)), u = x'/‖x'‖; null if n = 1", bounds=(-1, 1), reference="Ethayarajh 2019", nullable=True
+    formula="(‖Σu‖² − n)/(n(n−1)), u = x'/‖x'‖; null if n = 1",
+    bounds=(-1, 1),
+    reference="Ethayarajh 2019",
+    nullable=True,
 )
 def anisotropy(o: ResidualObservation) -> Tensor:
     """Mean cosine between the states of different tokens."""
@@ -123,7 +126,13 @@ def max_abs(o: ResidualObservation) -> Tensor:
     return o.largest.amax(-1)
 
 
-@column(formula="the dimension of max_abs (lowest on ties)", unit="dimension", dtype="int32", bounds=(0, "d−1"), nullable=True)
+@column(
+    formula="the dimension of max_abs (lowest on ties)",
+    unit="dimension",
+    dtype="int32",
+    bounds=(0, "d−1"),
+    nullable=True,
+)
 def outlier_dim(o: ResidualObservation) -> Tensor:
     """Where the largest activation sits."""
     is_max = (o.largest == o.largest.amax(-1, keepdim=True)).to(o.after.dtype)
@@ -179,7 +188,11 @@ def heads_mean_norm(o: ResidualObservation) -> Tensor | None:
     return None if o.contexts is None else o.mean(o.contexts.mean(1).norm(dim=-1))
 
 
-@column(formula="mean cosine between the contexts of different heads; null if h = 1 (attention only)", bounds=(-1, 1), nullable=True)
+@column(
+    formula="mean cosine between the contexts of different heads; null if h = 1 (attention only)",
+    bounds=(-1, 1),
+    nullable=True,
+)
 def heads_cosine(o: ResidualObservation) -> Tensor | None:
     """How alike the heads' contexts are at a token."""
     if o.contexts is None or o.contexts.shape[1] < 2:

@@ -1,0 +1,136 @@
+"""Every engine gives the reference engine's numbers, and the reference engine those of a float64 call."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from extract.engines import choose
+from extract.engines.rows import AttentionCall, Rows
+from extract.engines.visibility import see
+
+
+def call_of(seed: int, *, batch, heads, grouped, tokens, width, causal, size, mask="none") -> AttentionCall:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(h: int) -> torch.Tensor:
+        return torch.randn(batch, tokens, h, width, generator=generator).transpose(1, 2)
+
+    key_heads = 1 if grouped else heads
+    query, key, value = normal(heads) * size, normal(key_heads), normal(key_heads)
+    length = torch.randint(1, tokens + 1, (batch,), generator=generator)
+    start = (torch.rand(batch, generator=generator) * (tokens - length + 1)).long()
+    place = torch.arange(tokens)
+    real = (place >= start[:, None]) & (place < (start + length)[:, None])
+    given = None
+    if mask != "none":
+        given = torch.rand(batch, 1, tokens, tokens, generator=generator) < 0.7
+        given = given & real[:, None, None, :] & real[:, None, :, None]
+        if mask == "bias":
+            bias = torch.randn(batch, heads, tokens, tokens, generator=generator)
+            given = bias.masked_fill(~given, torch.finfo(torch.float32).min)
+    seen = see(given, causal=causal, start=start, length=length, tokens=tokens)
+    ids = torch.randint(0, 5, (batch, tokens), generator=generator)
+    return AttentionCall(query, key, value, seen, width**-0.5, token_ids=ids)
+
+
+def doubled(call: AttentionCall) -> AttentionCall:
+    return dataclasses.replace(call, query=call.query.double(), key=call.key.double(), value=call.value.double())
+
+
+def own_output(call: AttentionCall) -> torch.Tensor:
+    """Attention in float64 by its formula, over real tokens; zero at padding and where nothing is seen."""
+    repeats = call.query.shape[1] // call.key.shape[1]
+    key, value = (t.double().repeat_interleave(repeats, 1) for t in (call.key, call.value))
+    scores = call.query.double() @ key.transpose(-1, -2) * call.scale
+    if call.visibility.bias is not None:
+        scores = scores + call.visibility.bias
+    scores = scores.masked_fill(~call.visibility.seen(0, call.visibility.tokens), -torch.inf)
+    return scores.softmax(-1).nan_to_num(0) @ value
+
+
+def assert_rows_agree(got: Rows, expected: Rows, *, absolute: float, relative: float) -> None:
+    for field in dataclasses.fields(Rows):
+        a, b = getattr(got, field.name), getattr(expected, field.name)
+        if b is None or a is None:
+            assert a is b, field.name
+        elif b.dtype == torch.bool:
+            assert torch.equal(a, b), field.name
+        else:
+            torch.testing.assert_close(
+                a.double(), b.double(), atol=absolute, rtol=relative, msg=lambda m, n=field.name: f"{n}: {m}"
+            )
+
+
+CALLS = {
+    "seed": st.integers(0, 2**31),
+    "batch": st.integers(1, 3),
+    "heads": st.sampled_from([1, 2, 4]),
+    "grouped": st.booleans(),
+    "tokens": st.integers(1, 40),
+    "width": st.sampled_from([4, 8, 12, 16, 33]),
+    "causal": st.booleans(),
+    "size": st.sampled_from([0.1, 1.0, 4.0]),
+}
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+@given(**CALLS, mask=st.sampled_from(["none", "holes", "bias"]))
+@settings(max_examples=150, deadline=None)
+def test_every_engine_agrees_with_float64(engine, **facts):
+    call = call_of(**facts)
+    exact = choose("reference")[1](doubled(call), lambda: own_output(call))[1]
+    output, rows = choose(engine)[1](call, lambda: own_output(call).float())
+    # entropy of a row and its spread lose digits to float32 scores of this size; the columns' own tolerance is kept
+    assert_rows_agree(rows, exact, absolute=2e-5 * max(1.0, facts["size"]), relative=1e-4)
+    real = call.visibility.real[:, None, :, None]
+    torch.testing.assert_close(
+        output.double() * real, own_output(call) * real, atol=1e-5 * max(1, facts["size"]), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+@pytest.mark.parametrize("size", [1e3, 1e4])
+def test_very_large_scores_stay_finite_and_exact(engine, size):
+    call = call_of(3, batch=2, heads=2, grouped=False, tokens=24, width=8, causal=False, size=size)
+    rounded = call.query @ call.key.transpose(
+        -1, -2
+    )  # float32 scores carry an error of their own: compare what is robust
+    output, rows = choose(engine)[1](call, lambda: own_output(call).float())
+    assert rounded.abs().max() > size
+    assert all(t.isfinite().all() for t in (rows.entropy, rows.score_max, rows.score_variance, rows.received, output))
+    exact = choose("reference")[1](doubled(call), lambda: own_output(call))[1]
+    torch.testing.assert_close(rows.score_max.double(), exact.score_max, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(rows.score_mean.double(), exact.score_mean, rtol=1e-4, atol=size * 1e-5)
+    torch.testing.assert_close(rows.score_variance.double(), exact.score_variance, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_rows_with_non_finite_scores_are_left_out_and_counted(engine, poison):
+    call = call_of(5, batch=1, heads=2, grouped=False, tokens=12, width=8, causal=False, size=1.0)
+    first = int(call.visibility.start[0])
+    call.query[0, 1, first] = poison
+    marker = torch.full_like(call.value, 7.0)
+    output, rows = choose(engine)[1](call, lambda: marker)
+    assert not rows.measured[0, 1, first]
+    assert rows.measured.sum() == 2 * int(call.visibility.length[0]) - 1
+    assert output is marker
+    assert all(
+        getattr(rows, f.name).isfinite().all() for f in dataclasses.fields(Rows) if getattr(rows, f.name) is not None
+    )
+    torch.testing.assert_close(rows.received.sum(-1), rows.measured.sum(-1).float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_a_narrow_pattern_far_away_keeps_its_spread(engine):
+    tokens = 3000
+    query = torch.ones(1, 1, tokens, 4)
+    key = torch.full((1, 1, tokens, 4), -30.0)
+    key[0, 0, :2] = 0.0
+    zeros = torch.zeros(1, dtype=torch.int64)
+    seen = see(None, causal=False, start=zeros, length=zeros + tokens, tokens=tokens)
+    _, rows = choose(engine)[1](AttentionCall(query, key, torch.ones(1, 1, tokens, 4), seen, 1.0), lambda: query)
+    torch.testing.assert_close(rows.offset_std, torch.full_like(rows.offset_std, 0.5), atol=1e-5, rtol=1e-5)

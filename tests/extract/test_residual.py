@@ -1,0 +1,201 @@
+"""Every `residual` column against the float64 oracle, from states that hooks of the test's own have read."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from extract import measure
+from extract.capture import Batch, watching
+from extract.engines import choose
+from extract.errors import CaptureError
+from extract.measurement import Collector, layout_of, observe
+from extract.schema import RESIDUAL
+from tests import oracles
+from tests.extract.models import tiny
+from tests.extract.test_heads import assert_columns, real_batch
+
+FAMILIES = ["bert", "roberta", "distilbert", "albert", "electra", "gpt2", "llama", "mistral", "qwen2"]
+
+
+def states(model, names: dict[str, str], **inputs) -> dict[str, np.ndarray]:
+    """What the named modules read (`<`) or wrote (`>`), by a forward pass of the plain model, in float64."""
+    held: dict[str, np.ndarray] = {}
+    handles = []
+    for name, spec in names.items():
+        path, side = spec[:-1], spec[-1]
+
+        def keep(module, read, wrote, name=name, side=side):
+            value = read[0] if side == "<" else wrote
+            held[name] = (value[0] if isinstance(value, tuple) else value).double().numpy()
+
+        handles.append(model.get_submodule(path).register_forward_hook(keep))
+    with torch.inference_mode():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return held
+
+
+def rows_of(tables, sequence: int) -> dict[tuple[int, str], dict]:
+    return {(r["layer"], r["site"]): r for r in tables["residual"].to_pylist() if r["sequence_id"] == sequence}
+
+
+def test_every_column_of_a_post_norm_model_equals_the_oracle_on_real_sequences(demo, demo_texts):
+    inputs = real_batch(demo, [demo_texts[2][:400], demo_texts[40][:150]])
+    tables = measure(demo.model, tokenizer=demo.tokenizer, **inputs)
+    compared = 0
+    for layer in range(6):
+        base = f"encoder.layer.{layer}"
+        before = "embeddings.LayerNorm" if layer == 0 else f"encoder.layer.{layer - 1}.output.LayerNorm"
+        s = states(
+            demo.model,
+            {
+                "x": f"{before}>",
+                "f": f"{base}.attention.output.dense>",
+                "y": f"{base}.attention.output.LayerNorm<",
+                "n": f"{base}.attention.output.LayerNorm>",
+                "g": f"{base}.output.dense>",
+                "z": f"{base}.output.LayerNorm<",
+                "o": f"{base}.output.LayerNorm>",
+                "c": f"{base}.attention.output.dense<",
+            },
+            **inputs,
+        )
+        for sequence in range(2):
+            n = int(inputs["attention_mask"][sequence].sum())
+            one = {name: value[sequence, :n] for name, value in s.items()}
+            contexts = one["c"].reshape(n, 12, 32).transpose(1, 0, 2)
+            common = {"norm_kind": "layer", "eps": demo.model.config.layer_norm_eps}
+            expected = {
+                "attention": oracles.residual_columns(
+                    one["x"], one["f"], one["y"], norm_input=one["y"], norm_output=one["n"], contexts=contexts, **common
+                ),
+                "mlp": oracles.residual_columns(
+                    one["n"], one["g"], one["z"], norm_input=one["z"], norm_output=one["o"], **common
+                ),
+            }
+            got = rows_of(tables, sequence)
+            for site, columns in expected.items():
+                assert {c.name for c in RESIDUAL.facts} <= set(columns)
+                assert_columns(got[layer, site], {c.name: columns[c.name] for c in RESIDUAL.facts}, f"L{layer} {site}")
+                np.testing.assert_allclose(one["x"] + one["f"], one["y"], atol=1e-4)
+                compared += 1
+    assert compared == 24
+
+
+def test_every_column_of_a_pre_norm_model_equals_the_oracle():
+    model = tiny("llama")
+    ids = torch.randint(2, 60, (2, 11), generator=torch.Generator().manual_seed(3))
+    tables = measure(model, input_ids=ids)
+    for layer in range(3):
+        base = f"layers.{layer}"
+        after = "norm" if layer == 2 else f"layers.{layer + 1}.input_layernorm"
+        s = states(
+            model,
+            {
+                "x": f"{base}.input_layernorm<",
+                "xn": f"{base}.input_layernorm>",
+                "f": f"{base}.self_attn.o_proj>",
+                "y": f"{base}.post_attention_layernorm<",
+                "yn": f"{base}.post_attention_layernorm>",
+                "g": f"{base}.mlp.down_proj>",
+                "z": f"{after}<",
+                "c": f"{base}.self_attn.o_proj<",
+            },
+            input_ids=ids,
+        )
+        for sequence in range(2):
+            one = {name: value[sequence] for name, value in s.items()}
+            contexts = one["c"].reshape(11, 4, 8).transpose(1, 0, 2)
+            common = {"norm_kind": "rms", "eps": model.config.rms_norm_eps}
+            got = rows_of(tables, sequence)
+            attention = oracles.residual_columns(
+                one["x"], one["f"], one["y"], norm_input=one["x"], norm_output=one["xn"], contexts=contexts, **common
+            )
+            mlp = oracles.residual_columns(
+                one["y"], one["g"], one["z"], norm_input=one["y"], norm_output=one["yn"], **common
+            )
+            for site, columns in (("attention", attention), ("mlp", mlp)):
+                assert_columns(got[layer, site], {c.name: columns[c.name] for c in RESIDUAL.facts}, f"L{layer} {site}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_identity_holds_from_the_columns_own_inputs_in_every_family(family):
+    """The observer is handed x, F and x' as three tensors that the model made; their sum is checked here once more."""
+    model = tiny(family)
+    layout = layout_of(model)
+    assert layout.residual_refusal is None
+    ids = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(5))
+
+    class Summing(Collector):
+        checked = 0
+
+        def residual(self, site, observed):
+            if observed.stream is not None and observed.update is not None:
+                torch.testing.assert_close(observed.stream + observed.update, observed.after, atol=1e-4, rtol=1e-4)
+                assert observed.update.norm() > 0
+                self.checked += 1
+            super().residual(site, observed)
+
+    zeros = torch.zeros(2, dtype=torch.int64)
+    collector = Summing(2)
+    observe(
+        model,
+        layout,
+        {"input_ids": ids},
+        batch=Batch(zeros, zeros + 9, 9, ids),
+        engine=choose("reference")[1],
+        collector=collector,
+    )
+    assert collector.checked == 2 * len(layout.attentions)
+    names = [(s.layer, s.name) for s in layout.sites]
+    assert len(names) == len(set(names)) and names[0] == (0, "embedding")
+
+
+def test_a_layer_that_hides_from_the_seam_is_an_error_and_not_a_gap():
+    model = tiny("bert")
+    layout = layout_of(model)
+    hidden = model.encoder.layer[1].attention.self
+
+    def by_hand(hidden_states, *args, **kwargs):
+        return (hidden_states, None)
+
+    hidden.forward = by_hand
+    zeros = torch.zeros(1, dtype=torch.int64)
+    batch = Batch(zeros, zeros + 8, 8)
+    with (
+        pytest.raises(CaptureError, match="expected 3 patterns, got 2"),
+        watching(model, layout, batch=batch, engine=choose("reference")[1], observer=Collector(1), residual=False),
+        torch.inference_mode(),
+    ):
+        model(input_ids=torch.randint(2, 60, (1, 8)))
+
+
+def test_a_model_that_never_shows_a_layer_is_refused_when_it_is_examined():
+    model = tiny("gpt2")
+    model.h[2].attn.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
+    with pytest.raises(CaptureError, match="has 3 and showed 2"):
+        layout_of(model)
+
+
+def test_a_broken_identity_is_an_error():
+    model = tiny("gpt2")
+    layout_of(model)
+    projection = model.h[1].mlp.c_proj
+    projection.register_forward_hook(lambda module, read, wrote: wrote.mul(1.5))
+    first = model.h[1].mlp.dropout
+    first.register_forward_hook(lambda module, read, wrote: wrote / 1.5 + 1.0)
+    with pytest.raises(CaptureError, match=r"x' = x \+ F\(x\) must hold"):
+        measure(model, input_ids=torch.randint(2, 60, (1, 8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_measured_in_float32(dtype):
+    model = tiny("bert").to(dtype)
+    ids = torch.randint(2, 60, (2, 16), generator=torch.Generator().manual_seed(7))
+    tables = measure(model, input_ids=ids)
+    frame = pl.DataFrame(tables["heads"])
+    ways = frame.select(pl.sum_horizontal("mass_self", "mass_backward", "mass_forward")).to_series()
+    np.testing.assert_allclose(ways.to_numpy(), 1, atol=1e-5)
+    assert tables["residual"].num_rows == 2 * 7
