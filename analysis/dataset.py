@@ -51,7 +51,12 @@ class Dataset:
         return [self.root / path for path in paths]
 
     def scan(self, table: str) -> pl.LazyFrame:
-        """Rows of a table over all its parts; dictionary columns (stack, site, profile) as strings."""
+        """Rows of a table over all its parts; dictionary columns (stack, site, profile) as strings.
+
+        A table of the contract that this run did not write (residual, for some models) has no rows.
+        """
+        if table in TABLES and table not in self.manifest["tables"]:
+            return empty(table)
         paths = self.part_paths(table)
         for path in paths:
             if not path.is_file():

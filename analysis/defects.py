@@ -209,7 +209,7 @@ DEFECTS = (
     Defect(
         "entropy collapse",
         f"entropy_nats < {COLLAPSE_NATS:g} on every sequence of at least {COLLAPSE_ROWS} rows",
-        "the head looks at a single key everywhere in the corpus",
+        "every row rests on a single key, whatever the text; in a previous- or next-token head that is its trade",
         ("entropy_max",),
         "extremes",
         _collapse,

@@ -17,6 +17,7 @@ from analysis.dataset import Dataset
 from extract.schema import TABLES, Table
 from extract.store import CARD, MANIFEST, WORK, Part, file_sha256, parts_of
 
+ALWAYS = ("documents", "sequences", "heads", "profiles")  # residual needs a model whose stream can be seen
 MASS_TOLERANCE = 1e-4
 BOUND_TOLERANCE = 1e-4  # of float32 means, relative beyond 1
 CLASS_MASSES = (
@@ -57,16 +58,20 @@ def verify(folder: Path | str) -> list[Finding]:
     """Everything that is wrong with a dataset; an empty list for a sound one. Refusal where there is no dataset."""
     dataset = Dataset.open(folder)
     findings = list(_strays(dataset))
-    sound: dict[str, list[Part]] = {}
+    lacking = [table for table in ALWAYS if table not in dataset.tables]
+    if lacking:
+        findings.append(
+            Finding(MANIFEST, "tables", f"every dataset has {', '.join(ALWAYS)}; {', '.join(lacking)} missing")
+        )
+    sound: dict[str, list[Part]] = {table: [] for table in ALWAYS}
     for table in dataset.tables:
         dataset.part_paths(table)  # refuses parts outside the dataset
         findings += _totals(dataset, table)
-        sound[table] = []
         for part in parts_of(dataset.manifest, table):
             wrong = list(_integrity(dataset, table, part))
             findings += wrong
             if not wrong:
-                sound[table].append(part)
+                sound.setdefault(table, []).append(part)
     return findings + list(_contents(dataset, sound))
 
 
@@ -158,8 +163,13 @@ def _contents(dataset: Dataset, sound: Mapping[str, list[Part]]) -> Iterator[Fin
     if sequences is not None:
         yield from _links(dataset, _scan(dataset, sound["documents"]), sequences)
     if all(_whole(dataset, sound, table) for table in ("heads", "profiles")):
-        for heads, profiles in zip(sound["heads"], sound["profiles"], strict=True):
-            yield from _profile_sums(dataset, heads, profiles)
+        profiles = {Path(part.path).name: part for part in sound["profiles"]}
+        for heads in sound["heads"]:
+            beside = profiles.get(Path(heads.path).name)
+            if beside is None:
+                yield Finding(heads.path, "profile sums", "no profiles of the same shard")
+            else:
+                yield from _profile_sums(dataset, heads, beside)
 
 
 def _whole(dataset: Dataset, sound: Mapping[str, list[Part]], table: str) -> bool:

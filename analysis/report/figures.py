@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from analysis.report.numbers import shown
-
 RAMP = 20  # steps of the sequential scale
 Point = tuple[float, float]
 
@@ -66,7 +64,7 @@ def heat_map(cells: Sequence[Cell], *, title: str, low: float, high: float) -> M
 def atlas(cells: Sequence[Cell], *, title: str) -> Markup:
     """Every head as the small shape of its attention over signed distance, coloured by kind."""
     layers, heads = _extent(cells)
-    across = max(14.0, min(78.0, 936 / max(heads, 1)))
+    across = max(14.0, min(82.0, 990 / max(heads, 1)))
     down = max(14.0, min(46.0, across * 0.62))
     left, gap = 28.0, 4.0 if across > 30 else 2.0
     marks = [_map_axes(layers, heads, left, across, down)]
@@ -145,38 +143,37 @@ def chart(
     title: str,
     x_ticks: Sequence[tuple[float, str]],
     x_label: str,
-    y_range: Point | None = None,
-    area: Sequence[Point] = (),
+    y_ticks: Sequence[tuple[float, str]] | None = None,
+    baseline: float | None = None,
     markers: bool = True,
     pad: float = 0.0,
 ) -> Markup:
-    """Lines with bands over a frame; `area` is a backdrop to compare with."""
-    xs = [x for curve in curves for x, _ in curve.points] + [x for x, _ in area]
+    """Lines with bands over a frame; `baseline` is a height to compare with."""
+    xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
     ys += [v for curve in curves for pair in curve.band for v in pair if v is not None]
-    ticks = nice_ticks(min(ys, default=0), max(ys, default=1)) if y_range is None else nice_ticks(*y_range)
+    ticks = y_ticks or [(t, f"{t:g}".replace("-", "−")) for t in nice_ticks(min(ys, default=0), max(ys, default=1))]
     frame = Frame(
         x_range=(min(xs, default=0) - pad, max(xs, default=1) + pad),
-        y_range=(ticks[0], ticks[-1]) if y_range is None else y_range,
+        y_range=(ticks[0][0], ticks[-1][0]),
     )
-    marks = [_chart_axes(frame, x_ticks, [t for t in ticks if frame.y_range[0] <= t <= frame.y_range[1]], x_label)]
-    if area:
-        ground = frame.y(max(0.0, frame.y_range[0]))
-        outline = "".join(f"L{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in area)
-        first, last = frame.x(area[0][0]), frame.x(area[-1][0])
-        marks.append(f'<path class="area" d="M{first:.1f} {ground:.1f}{outline}L{last:.1f} {ground:.1f}z"/>')
+    marks = [_chart_axes(frame, x_ticks, ticks, x_label)]
+    if baseline is not None:
+        marks.append(f'<path class="base" d="M{frame.left} {frame.y(baseline):.1f}H{frame.width - frame.right}"/>')
     marks += [_band(curve, frame) for curve in curves]
     marks += [_line(curve, frame, markers=markers) for curve in curves]
     return _svg(frame.width, frame.height, title, marks)
 
 
-def _chart_axes(frame: Frame, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[float], x_label: str) -> str:
+def _chart_axes(
+    frame: Frame, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]], x_label: str
+) -> str:
     ground = frame.height - frame.bottom
     right = frame.width - frame.right
     lines = "".join(
         f'<path class="grid" d="M{frame.left} {frame.y(t):.1f}H{right}"/>'
-        f'<text class="tick end" x="{frame.left - 5}" y="{frame.y(t) + 3:.1f}">{shown(t)}</text>'
-        for t in y_ticks
+        f'<text class="tick end" x="{frame.left - 5}" y="{frame.y(t) + 3:.1f}">{escape(text)}</text>'
+        for t, text in y_ticks
     )
     labels = "".join(
         f'<text class="tick mid" x="{frame.x(x):.1f}" y="{ground + 12:.1f}">{escape(text)}</text>'
@@ -233,7 +230,8 @@ def nice_ticks(low: float, high: float, *, wanted: int = 4) -> list[float]:
 
 def _svg(width: float, height: float, title: str, marks: Sequence[str]) -> Markup:
     body = "".join(marks)
-    return Markup(  # noqa: S704 - every text in the marks is escaped where it is written
+    # safe: every text in the marks is escaped where it is written
+    return Markup(
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px" role="img" '
         f'aria-label="{escape(title)}">{body}</svg>'
     )

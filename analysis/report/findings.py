@@ -9,7 +9,7 @@ import polars as pl
 
 from analysis.kinds import KINDS
 from analysis.report.content import Content
-from analysis.report.numbers import count, interval, percent, plural, shown
+from analysis.report.numbers import count, estimate, interval, percent, plural, shown
 
 FIRM = 0.95
 _CLASS_NAMES = {
@@ -35,7 +35,14 @@ class Highlight:
 
 def highlights(content: Content) -> list[Highlight]:
     """The findings of the report, the heads' extremes first."""
-    return [*_entropy(content), *_distance(content), *_destinations(content), *_depth(content), *_residual(content)]
+    finders = (_entropy, _distance, _destinations, _depth, _residual, _defects)
+    return [highlight for find in finders for highlight in find(content)]
+
+
+def _of(row: dict, column: str, *, share: bool = False) -> tuple[str, str]:
+    """The value of a column to the digits it has, and its interval in words."""
+    low, high = row[f"{column}_low"], row[f"{column}_high"]
+    return estimate(row[column], low, high, share=share), interval(low, high, share=share)
 
 
 def _extreme(content: Content, column: str, *, largest: bool) -> dict | None:
@@ -48,12 +55,12 @@ def _entropy(content: Content) -> Iterator[Highlight]:
         head = _extreme(content, "entropy_normalized", largest=largest)
         if head is None:
             return
-        low, high = head["entropy_normalized_low"], head["entropy_normalized_high"]
+        value, range_ = _of(head, "entropy_normalized", share=True)
         yield Highlight(
             topic,
             head["label"],
-            f"Its entropy is {percent(head['entropy_normalized'])} of what the visible keys permit "
-            f"({interval(low, high, share=True)}): as if it attended evenly to {shown(head['attended_keys'])} keys.",
+            f"Its entropy is {value} of what the visible keys permit ({range_}): "
+            f"as if it attended evenly to {shown(head['attended_keys'])} keys.",
             head["id"],
         )
 
@@ -63,14 +70,14 @@ def _distance(content: Content) -> Iterator[Highlight]:
         head = _extreme(content, "distance_tokens", largest=largest)
         if head is None:
             return
-        low, high = head["distance_tokens_low"], head["distance_tokens_high"]
+        value, range_ = _of(head, "distance_tokens")
         against = ""
         if head["distance_vs_uniform"] is not None:
             against = f", {shown(head['distance_vs_uniform'])} times what an even head would"
         yield Highlight(
             topic,
             head["label"],
-            f"It looks {shown(head['distance_tokens'])} tokens away on average ({interval(low, high)}){against}.",
+            f"It looks {value} tokens away on average ({range_}){against}.",
             head["id"],
         )
 
@@ -78,16 +85,16 @@ def _distance(content: Content) -> Iterator[Highlight]:
 def _destinations(content: Content) -> Iterator[Highlight]:
     for row in content.overall.iter_rows(named=True):
         known = {name: row[name] for name in _CLASS_NAMES if row[name] is not None}
-        if not known:
+        if len(known) < 2:
             continue
         first, second = sorted(known, key=lambda name: known[name], reverse=True)[:2]
+        value, range_ = _of(row, first, share=True)
         where = f" of {row['stack']}" if len(content.stacks) > 1 else ""
         yield Highlight(
             f"where attention goes{where}",
-            percent(row[first]),
-            f"Over all heads, this share of the attention goes to {_CLASS_NAMES[first]} "
-            f"({interval(row[f'{first}_low'], row[f'{first}_high'], share=True)}); next come {_CLASS_NAMES[second]} "
-            f"with {percent(row[second])}.",
+            value,
+            f"Over all heads, this share of the attention goes to {_CLASS_NAMES[first]} ({range_}); "
+            f"next come {_CLASS_NAMES[second]} with {percent(row[second])}.",
         )
 
 
@@ -99,11 +106,11 @@ def _depth(content: Content) -> Iterator[Highlight]:
         ordered = layers.sort("entropy_normalized")
         low, high = ordered.row(0, named=True), ordered.row(-1, named=True)
         where = f" of {stack}" if len(content.stacks) > 1 else ""
+        value, range_ = _of(low, "entropy_normalized", share=True)
         yield Highlight(
             f"sharpest layer{where}",
             f"Layer {low['layer']}",
-            f"Its heads use {percent(low['entropy_normalized'])} of the entropy they could "
-            f"({interval(low['entropy_normalized_low'], low['entropy_normalized_high'], share=True)}); "
+            f"Its heads use {value} of the entropy they could ({range_}); "
             f"layer {high['layer']} is the broadest with {percent(high['entropy_normalized'])}.",
         )
 
@@ -113,12 +120,24 @@ def _residual(content: Content) -> Iterator[Highlight]:
     if not known.height:
         return
     row = known.sort("update_ratio").row(-1, named=True)
+    value, range_ = _of(row, "update_ratio")
     yield Highlight(
         "largest update",
         f"L{row['layer']} {row['site'].replace('_', ' ')}",
-        f"It writes {shown(row['update_ratio'])} times the norm of the stream it is added to "
-        f"({interval(row['update_ratio_low'], row['update_ratio_high'])}).",
+        f"It writes {value} times the norm of the stream it is added to ({range_}).",
     )
+
+
+def _defects(content: Content) -> Iterator[Highlight]:
+    found = [(name, number) for name, number in content.rules.select("defect", "found").rows() if number]
+    blind = [name for name, number in content.rules.select("defect", "found").rows() if number is None]
+    unseen = f" Not measured: {', '.join(blind)}." if blind else ""
+    looked = plural(content.rules.height - len(blind), "rule")
+    if found:
+        named = ", ".join(f"{name} ({count(number)})" for name, number in found)
+        yield Highlight("defects", count(len(found)), f"Of {looked} looked at, these are broken: {named}.{unseen}")
+    else:
+        yield Highlight("defects", "None", f"None of {looked} looked at is broken.{unseen}")
 
 
 def kind_counts(content: Content) -> list[tuple[str, int, str]]:

@@ -15,7 +15,7 @@ function choose(head) {
 }
 document.addEventListener("click", (event) => {
   const mark = event.target.closest("[data-h]");
-  if (mark && !event.target.closest("th")) choose(mark.dataset.h);
+  if (mark) choose(mark.dataset.h);
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && chosen !== null) choose(chosen);

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from analysis.kinds import kinds_table
 from analysis.report import findings
 from analysis.report.content import Content
 from analysis.report.figures import RAMP, Cell, Curve, atlas, chart, heat_map
-from analysis.report.numbers import count, interval, percent, plural, shown
+from analysis.report.numbers import count, estimate, half_width, interval, percent, plural, shown
 from analysis.residual import SITES
 from extract.schema import TABLES
 
@@ -83,7 +84,9 @@ RESIDUAL_PANELS = (
     ("outlier_ratio", "Outlier ratio", "how far the largest dimension stands out"),
     ("max_abs", "Largest activation", "largest entry of the stream, mean over sequences"),
 )
-_MOST_LINES = 64  # heads of a layer drawn one by one in a distance panel
+_MOST_NUMBERS = 400  # heads up to which every distance panel has its table beside it
+_OCTAVES = 6  # attention against opportunity is shown from 2^−6 to 2^6 times
+_LEGEND_LAYERS = 16
 
 
 def render(content: Content) -> str:
@@ -120,7 +123,7 @@ def _context(content: Content) -> dict[str, Any]:
         "charts": list(_entropy_panels(content)),
         "residual": list(_residual_panels(content)),
         "sites": [s for s in SITES if s in set(content.residual["site"])],
-        "layer_steps": _layer_legend(content),
+        "layer_steps": _some_layers(content),
         "table": _table(content),
         "defects": _defects(content),
         "formulas": _formulas(content),
@@ -128,22 +131,21 @@ def _context(content: Content) -> dict[str, Any]:
         "several": len(content.stacks) > 1,
         "light": _ramp(_LIGHT),
         "dark": _ramp(_DARK),
-        "style": Markup((_HERE / "style.css").read_text("utf-8")),  # noqa: S704 - our own file
-        "script": Markup((_HERE / "page.js").read_text("utf-8")),  # noqa: S704 - our own file
+        "style": Markup((_HERE / "style.css").read_text("utf-8")),
+        "script": Markup((_HERE / "page.js").read_text("utf-8")),
     }
 
 
 def _tiles(content: Content) -> list[tuple[str, str]]:
     corpus = content.manifest.get("corpus", {})
     layers = content.heads.select(pl.struct("stack", "layer").n_unique()).item() if content.heads.height else 0
-    counts = [
+    return [
         (count(layers), "layers"),
         (count(content.heads.height), "heads"),
         (count(content.documents), "documents"),
         (count(corpus.get("sequences", 0)), "sequences"),
         (count(corpus.get("tokens", 0)), "tokens"),
     ]
-    return counts
 
 
 def _facts(content: Content) -> str:
@@ -204,44 +206,61 @@ def _atlas(content: Content, stack: str) -> Markup:
     return atlas(cells, title=f"Every head of {stack} as the shape of its attention over signed distance")
 
 
-def _distance_panels(content: Content) -> list[tuple[str, Markup]]:
-    panels = []
-    highest = content.offsets["mass"].max() if content.offsets.height else 1.0
-    top = min(1.0, float(highest) * 1.05) if isinstance(highest, float) else 1.0
+def _distance_panels(content: Content) -> Iterator[dict[str, Any]]:
+    ticks = [(float(o), _times(o)) for o in range(-_OCTAVES, _OCTAVES + 1, 2)]
     for (stack, layer), rows in content.offsets.group_by("stack", "layer", maintain_order=True):
         name = f"{stack} layer {layer}" if len(content.stacks) > 1 else f"Layer {layer}"
-        area = rows.group_by("bin").agg(pl.col("opportunity").mean()).sort("bin").rows()
-        curves = _head_curves(rows)
-        reach = max(abs(b) for b in rows["bin"])
-        panels.append(
-            (
-                name,
-                chart(
-                    curves,
-                    title=f"{name}: share of attention by signed distance, a line per head",
-                    x_ticks=_distance_ticks(reach),
-                    x_label="signed distance in tokens (doubling bins)",
-                    y_range=(0.0, top),
-                    area=area,
-                    markers=False,
-                ),
-            )
-        )
-    return panels
+        reach = max((abs(b) for b in rows["bin"]), default=1)
+        yield {
+            "title": name,
+            "figure": chart(
+                _head_curves(rows),
+                title=f"{name}: attention over opportunity by signed distance, a line per head",
+                x_ticks=_distance_ticks(reach),
+                x_label="signed distance in tokens (doubling bins)",
+                y_ticks=ticks,
+                baseline=0.0,
+                markers=False,
+            ),
+            "table": _distance_table(rows) if content.heads.height <= _MOST_NUMBERS else None,
+        }
+
+
+def _times(octaves: int) -> str:
+    return "1" if octaves == 0 else f"{2**octaves}×" if octaves > 0 else f"1/{2**-octaves}"
 
 
 def _head_curves(rows: pl.DataFrame) -> list[Curve]:
-    heads = rows.partition_by("id", maintain_order=True)
-    curves = [
+    # what lies beyond the scale is drawn on its edge
+    octaves = pl.col("ratio").log(2).clip(-_OCTAVES, _OCTAVES)
+    return [
         Curve(
             f"{own['label'][0]} ({own['kind'][0]})",
-            own.select("bin", pl.col("mass").fill_null(0)).rows(),
+            own.filter(pl.col("ratio").is_not_null()).select("bin", octaves).rows(),
             f"headline k-{own['kind'][0]}",
             id=own["id"][0],
         )
-        for own in heads
+        for own in rows.partition_by("id", maintain_order=True)
     ]
-    return curves[:_MOST_LINES]
+
+
+def _distance_table(rows: pl.DataFrame) -> dict[str, Any]:
+    """Attention over opportunity, a row per distance bin and a column per head."""
+    wide = rows.pivot("label", index=["bin", "low", "high"], values="ratio").sort("bin")
+    spans = [shown_span(low, high) for low, high in wide.select("low", "high").iter_rows()]
+    labels = wide.columns[3:]
+    return {
+        "header": ["distance", *labels],
+        "rows": [
+            [span, *map(shown, values)] for span, values in zip(spans, wide.select(labels).iter_rows(), strict=True)
+        ],
+    }
+
+
+def shown_span(low: int, high: int) -> str:
+    """A bin of distances or positions: 5 to 8."""
+    text = f"{low}" if low == high else f"{low} to {high}"
+    return text.replace("-", "−")
 
 
 def _distance_ticks(reach: int) -> list[tuple[float, str]]:
@@ -263,6 +282,13 @@ def _layer_legend(content: Content) -> list[tuple[int, int]]:
     highest = content.heads["layer"].max()
     last = highest if isinstance(highest, int) else 0
     return [(layer, _layer_step(layer, last + 1)) for layer in range(last + 1)]
+
+
+def _some_layers(content: Content) -> list[tuple[int, int]]:
+    """The legend of a deep model names some layers only, the first and the last among them."""
+    layers = _layer_legend(content)
+    every = math.ceil(len(layers) / _LEGEND_LAYERS)
+    return [*layers[:-1:every], layers[-1]]
 
 
 def _entropy_panels(content: Content) -> list[dict[str, Any]]:
@@ -311,7 +337,7 @@ def _length_panel(content: Content, stack: str, where: str, steps: dict[int, int
             f"s{steps[layer]}",
             band=rows.select(f"{column}_low", f"{column}_high").rows(),
             titles=[
-                f"layer {layer}, {low}–{high} tokens: {shown(value)} ({interval(bottom, top)}; {plural(documents, 'document')})"
+                f"layer {layer}, {low}–{high} tokens: {estimate(value, bottom, top)} ({interval(bottom, top)}; {plural(documents, 'document')})"
                 for low, high, value, bottom, top, documents in rows.select(
                     "tokens_low", "tokens_high", column, f"{column}_low", f"{column}_high", "documents"
                 ).iter_rows()
@@ -379,7 +405,7 @@ def _site_curve(column: str, site: str, rows: pl.DataFrame) -> Curve:
         f"site-{site if site in SITES else 'other'}",
         band=rows.select(low, high).rows(),
         titles=[
-            f"layer {layer} {site}: {shown(value)} ({interval(bottom, top)})"
+            f"layer {layer} {site}: {estimate(value, bottom, top)} ({interval(bottom, top)})"
             for layer, value, bottom, top in rows.select("layer", column, low, high).iter_rows()
         ],
     )
@@ -404,11 +430,10 @@ def _table(content: Content) -> dict[str, Any]:
 
 def _table_cell(row: dict[str, Any], column: str) -> dict[str, Any]:
     value, low, high = row[column], row[f"{column}_low"], row[f"{column}_high"]
-    half = None if low is None or high is None else (high - low) / 2
     return {
         "sort": "" if value is None else f"{value:.9g}",
-        "value": shown(value),
-        "half": "" if half is None else f"±{shown(half)}",
+        "value": estimate(value, low, high),
+        "half": "" if value is None else half_width(low, high),
         "title": "undefined" if value is None else interval(low, high),
     }
 

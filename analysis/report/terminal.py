@@ -12,7 +12,7 @@ from rich.text import Text
 
 from analysis.report import findings
 from analysis.report.content import Content
-from analysis.report.numbers import percent, shown
+from analysis.report.numbers import estimate, half_width, percent
 
 _RANKED = 3
 _COLUMNS = ("entropy_normalized", "distance_tokens", "mass_previous", "mass_first", "mass_separator")
@@ -70,8 +70,7 @@ def _extremes(content: Content) -> Table:
 
 def _with_half(row: dict[str, Any], column: str) -> str:
     low, high = row[f"{column}_low"], row[f"{column}_high"]
-    half = "" if low is None or high is None else f" ±{shown((high - low) / 2)}"
-    return shown(row[column]) + half
+    return f"{estimate(row[column], low, high)} {half_width(low, high)}".strip()
 
 
 def _kinds(content: Content) -> Table:

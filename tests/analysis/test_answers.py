@@ -86,7 +86,7 @@ def test_distance_by_position_averages_to_the_heads_distance(folder: Path) -> No
     positions = distance_by_position(dataset).collect()
     ranking = distance_ranking(dataset)
     own = positions.filter((pl.col("layer") == 1) & (pl.col("head") == 0))
-    mean = (own["distance_tokens"] * own["rows"]).sum() / own["rows"].sum()
+    mean = np.average(own["distance_tokens"], weights=own["rows"])
     assert mean == pytest.approx(at(ranking, EVEN)["distance_tokens"], rel=1e-6)
 
 
