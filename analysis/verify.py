@@ -10,12 +10,12 @@ from typing import Any
 
 import polars as pl
 import polars.selectors as cs
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from analysis.dataset import Dataset
+from analysis.integrity import Finding as Finding
+from analysis.integrity import integrity, strays, totals
 from extract.schema import TABLES, Table
-from extract.store import CARD, MANIFEST, WORK, Part, file_sha256, parts_of
+from extract.store import MANIFEST, Part, parts_of
 
 ALWAYS = ("documents", "sequences", "heads", "profiles")  # residual needs a model whose stream can be seen
 MASS_TOLERANCE = 1e-4
@@ -34,18 +34,6 @@ _SHARD = re.compile(r"shard-(\d+)\.parquet$")
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong: the part (or file) it is in, the check that saw it, and what it saw."""
-
-    part: str
-    check: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.part}: {self.check}: {self.message}"
-
-
-@dataclass(frozen=True)
 class Check:
     """A rule that rows keep; `bad` marks the rows that break it."""
 
@@ -57,7 +45,7 @@ class Check:
 def verify(folder: Path | str) -> list[Finding]:
     """Everything that is wrong with a dataset; an empty list for a sound one. Refusal where there is no dataset."""
     dataset = Dataset.open(folder)
-    findings = list(_strays(dataset))
+    findings = list(strays(dataset))
     lacking = [table for table in ALWAYS if table not in dataset.tables]
     if lacking:
         findings.append(
@@ -66,86 +54,13 @@ def verify(folder: Path | str) -> list[Finding]:
     sound: dict[str, list[Part]] = {table: [] for table in ALWAYS}
     for table in dataset.tables:
         dataset.part_paths(table)  # refuses parts outside the dataset
-        findings += _totals(dataset, table)
+        findings += totals(dataset, table)
         for part in parts_of(dataset.manifest, table):
-            wrong = list(_integrity(dataset, table, part))
+            wrong = list(integrity(dataset, table, part))
             findings += wrong
             if not wrong:
                 sound.setdefault(table, []).append(part)
     return findings + list(_contents(dataset, sound))
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
-def _strays(dataset: Dataset) -> Iterator[Finding]:
-    named = {part.path for table in dataset.tables for part in parts_of(dataset.manifest, table)}
-    tables = {*dataset.tables, *TABLES}
-    for path in sorted(p for p in dataset.root.rglob("*") if p.is_file()):
-        name = path.relative_to(dataset.root).as_posix()
-        if name in named or name in (MANIFEST, CARD):
-            continue
-        if name.split("/")[0] == WORK:
-            yield Finding(name, "stray file", "what only an unfinished run needs is gone once it is finished")
-        elif name.endswith((".parquet", ".tmp")) or name.split("/")[0] in tables:
-            yield Finding(name, "stray file", "the manifest does not name it")
-
-
-def _totals(dataset: Dataset, table: str) -> Iterator[Finding]:
-    entry = dataset.manifest["tables"][table]
-    parts = list(parts_of(dataset.manifest, table))
-    rows = sum(part.rows for part in parts)
-    if entry.get("rows") != rows:
-        yield Finding(MANIFEST, "row count", f"{table} has {entry.get('rows')} rows; its parts have {rows}")
-    if len({part.path for part in parts}) != len(parts):
-        yield Finding(MANIFEST, "parts", f"{table} names a part twice")
-
-
-def _integrity(dataset: Dataset, table: str, part: Part) -> Iterator[Finding]:
-    """What can be said of one file without looking at its rows."""
-    path = dataset.root / part.path
-    if not path.is_file():
-        yield Finding(part.path, "missing part", "the manifest names it; there is no such file")
-        return
-    size = path.stat().st_size
-    if size != part.bytes:
-        yield Finding(part.path, "size", f"{part.bytes} bytes in the manifest, {size} on disk")
-    elif (digest := file_sha256(path)) != part.sha256:
-        yield Finding(part.path, "checksum", f"SHA-256 {part.sha256[:12]}… in the manifest, {digest[:12]}… on disk")
-    try:
-        file = pq.read_metadata(path)
-        schema = pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        yield Finding(part.path, "unreadable", str(error).splitlines()[0])
-        return
-    if file.num_rows != part.rows:
-        yield Finding(part.path, "row count", f"{part.rows} rows in the manifest, {file.num_rows} in the file")
-    if table in TABLES:
-        yield from (Finding(part.path, "schema", message) for message in _schema_differences(TABLES[table], schema))
-
-
-def _schema_differences(table: Table, schema: pa.Schema) -> Iterator[str]:
-    asked = frozenset(schema.names) & table.optional
-    expected = table.schema(optional=asked)
-    if schema.names != expected.names:
-        missing = [n for n in expected.names if n not in schema.names]
-        unknown = [n for n in schema.names if n not in expected.names]
-        facts = [
-            f"{label} {', '.join(names)}" for label, names in (("lacks", missing), ("has unknown", unknown)) if names
-        ]
-        yield "; ".join(facts) or "columns are not in the contract's order"
-        return
-    for found, wanted in zip(schema, expected, strict=True):
-        if found.type != wanted.type:
-            yield f"{found.name} is {found.type}, the contract says {wanted.type}"
-        if found.nullable != wanted.nullable:
-            yield f"{found.name} is {'' if found.nullable else 'not '}nullable, the contract says otherwise"
-        if _facts(found) != _facts(wanted):
-            yield f"{found.name} has other metadata (formula, unit, bounds …) than the contract"
-
-
-def _facts(field: pa.Field) -> dict[bytes, bytes]:
-    return {k: v for k, v in (field.metadata or {}).items() if not k.startswith(b"PARQUET:")}
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
