@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints.txt
 
-.PHONY: run test check format lint types clean
+.PHONY: run test check format lint types dictionary clean
 
 run: .venv/.run-installed
 	$(BIN)/attlas run flows/runs/demo.toml
@@ -40,6 +40,10 @@ types: .venv/.test-installed
 .venv/.test-installed: .venv/.torch-installed pyproject.toml constraints.txt
 	$(INSTALL) -e '.[test]'
 	touch $@ .venv/.run-installed
+
+# the data dictionary, from the catalogue
+dictionary: .venv/.run-installed
+	$(BIN)/python -m extract.dictionary > data/README.md
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -35,6 +35,8 @@ Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="a finished dataset
 
 def main() -> None:
     """Run a command; refusals exit 2, failures 1, each with one line that says what to do."""
+    # two thread pools (BLAS and the cpu engine) would spin against each other; read when torch loads its own
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(exit_code(sys.argv[1:]))
 
 
