@@ -182,10 +182,10 @@ def query(
 
     rows = rows_of(dataset, sql, timeout_s=timeout)
     if output is None:
-        write_result(rows, written_as, sys.stdout.buffer)
+        write_result(rows, written_as, sys.stdout)
         return
     try:
-        file = output.open("wb")
+        file = output.open("wb") if written_as == "parquet" else output.open("w", encoding="utf-8", newline="")
     except OSError as error:
         raise Refusal(f"--output is a file that can be written; {output}: {error.strerror}; check the path") from None
     with file:

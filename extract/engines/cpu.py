@@ -48,7 +48,8 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
     looked_up = np.zeros((2, batch, heads), np.float32)
     ids = np.zeros((batch, tokens), np.int64) if call.token_ids is None else call.token_ids.numpy()
     start, length = seen.start.numpy(), seen.length.numpy()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue]
+    threads = numba.config.NUMBA_NUM_THREADS  # pyright: ignore
+    numba.set_num_threads(min(torch.get_num_threads(), threads))
     _attend(
         call.query.numpy(),
         call.key.numpy(),

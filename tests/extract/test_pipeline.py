@@ -148,7 +148,7 @@ def test_everyone_reads_it_as_it_is(dataset, tmp_path):
     rows = json.loads((dataset / MANIFEST).read_text())["tables"]["heads"]["rows"]
     pattern = str(dataset / "heads" / "*.parquet")
     assert pl.read_parquet(pattern).height == rows
-    assert duckdb.sql(f"SELECT count(*), avg(entropy_nats) FROM '{pattern}'").fetchall()[0][0] == rows
+    assert duckdb.execute("SELECT count(*) FROM read_parquet(?)", [pattern]).fetchall() == [(rows,)]
     assert len(pd.read_parquet(dataset / "heads")) == rows
     for name in TABLES:
         loaded = load_dataset(str(dataset), name, split="train", cache_dir=str(tmp_path / "cache"))

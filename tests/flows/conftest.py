@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -98,3 +98,18 @@ def corpus(tmp_path: Path) -> Path:
 def part_bytes(dataset: Path) -> dict[str, bytes]:
     """Every part of a dataset, by its path within it."""
     return {str(p.relative_to(dataset)): p.read_bytes() for p in sorted(dataset.rglob("*.parquet"))}
+
+
+Ended = tuple[int, str, str]
+
+
+@pytest.fixture
+def attlas(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    from flows.cli import exit_code
+
+    def ended(*arguments: object) -> Ended:
+        code = exit_code([str(a) for a in arguments])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return ended

@@ -6,19 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import exit_code
-
-Ended = tuple[int, str, str]
-
-
-@pytest.fixture
-def attlas(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    def ended(*arguments: object) -> Ended:
-        code = exit_code([str(a) for a in arguments])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return ended
+from tests.flows.conftest import Ended
 
 
 def refused(ended: Ended, *words: str) -> None:
