@@ -12,10 +12,12 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from extract.capture import Batch, watching
+from extract.capture.examine import find_layout
+from extract.capture.layout import Attention, Layout, Site
+from extract.capture.probe import PROBE_TOKENS
+from extract.capture.watch import Batch, watching
 from extract.engines import Engine, choose
 from extract.errors import Refusal
-from extract.layout import PROBE_TOKENS, Attention, Layout, Site, find_layout
 from extract.schema import HEADS, PROFILES, RESIDUAL, Table
 from extract.statistics import profiles
 from extract.statistics.attention import HeadObservation

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from extract.schema import DOCUMENTS, SCHEMA_VERSION, SEQUENCES, TABLES, Table
 from extract.store import Part, ShardRecord, Store
 
 if TYPE_CHECKING:
-    from extract.layout import Layout
+    from extract.capture.layout import Layout
 
 TokenMode = Literal["none", "classes", "ids", "text"]
 Progress = Callable[[str, int, int | None], None]
@@ -71,7 +71,6 @@ class Job:
     store: Store
     run: Mapping[str, Any]
     plan: Plan | None = None  # None: the dataset is finished
-    held: dict[str, Any] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -193,10 +192,11 @@ def measure_shard(job: Job, shard: int, *, progress: Callable[[int], None] | Non
     done = job.store.read_record(shard)
     if done is not None:
         return done
-    from extract.shard import measured_tables
+    from extract.shard import Instrument, measured_tables
 
     sequences, documents = read_shard(job.store.work, shard)
-    tables, facts = measured_tables(job, shard, sequences, progress=progress)
+    instrument = Instrument(job.encoder, job.layout, job.engine, job.run["batch_tokens"], job.token_classes)
+    tables, facts = measured_tables(instrument, sequences, shard=shard, progress=progress)
     tables["sequences"] = _conformed(SEQUENCES, sequences, optional=frozenset(_KEPT[job.options.tokens]))
     tables["documents"] = _conformed(DOCUMENTS, documents)
     parts = {name: job.store.write_part(name, shard, table) for name, table in sorted(tables.items())}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from extract import measure
-from extract.capture import Batch, watching
+from extract.capture.watch import Batch, watching
 from extract.engines import choose
 from extract.errors import CaptureError
 from extract.measurement import Collector, layout_of, observe

@@ -1,6 +1,6 @@
-"""The seam: attention calls and residual updates of a forward pass as they happen.
+"""Watch a forward pass: attention calls and residual updates as they happen.
 
-Everything that is seen inside a running model is seen here. Tensors are handed on as soon as they are complete and
+Tensors are handed on as soon as they are complete and
 dropped at once: nothing of the size of a pattern, and no more than two states of the stream, is held.
 """
 
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from extract.capture.layout import Attention, Layout, Site, Tap
+from extract.capture.seam import first_tensor, read_tensor, replaced_sdpa
 from extract.engines.rows import AttentionCall
 from extract.engines.visibility import Visibility, see
 from extract.errors import CaptureError
-from extract.layout import Attention, Layout, Site, Tap, first_tensor, read_tensor, replaced_sdpa
 from extract.statistics.attention import HeadObservation
 from extract.statistics.residual import NormObservation, ResidualObservation
 
