@@ -185,7 +185,6 @@ def _observe_heads(watch: _Watch, call: AttentionCall, plain: Callable[[], Tenso
     watch.calls += 1
     output, rows = watch.engine(call, plain)
     exact = rows.entropy.dtype
-    written = rows.measured[..., None]
     contexts = output.to(exact)
     factor = watch.factors.get(attention.layer)
     values = call.value.to(exact).repeat_interleave(contexts.shape[1] // call.value.shape[1], dim=1)
@@ -195,8 +194,8 @@ def _observe_heads(watch: _Watch, call: AttentionCall, plain: Callable[[], Tenso
             rows=rows,
             visibility=call.visibility,
             classes=watch.batch.classes,
-            context_norms=contexts.where(written, 0).norm(dim=-1),
-            update_norms=None if factor is None else (contexts.where(written, 0) @ factor).norm(dim=-1),
+            context_norms=contexts.norm(dim=-1).where(rows.measured, 0),
+            update_norms=None if factor is None else (contexts @ factor).norm(dim=-1).where(rows.measured, 0),
             value_norms=None if factor is None else (values @ factor).norm(dim=-1),
         ),
     )
@@ -279,8 +278,9 @@ def _assert_identity(
     site: Site, stream: Tensor, update: Tensor, after: Tensor, *, real: Tensor, rounding: float
 ) -> None:
     """x' = x + F(x), on every batch, to a few roundings of the model's own type."""
-    x, added, total = (t.where(real[..., None], 0) for t in (stream, update, after))
-    off, size = (total - x - added).norm(), total.norm() + x.norm()
+    # token by token first: one small mask instead of copies of the whole stream
+    off, total, x = (t.norm(dim=-1).where(real, 0).norm() for t in (after - stream - update, after, stream))
+    size = total + x
     if bool(size.isfinite()) and not off <= 4 * rounding * size:
         raise CaptureError(
             f"x' = x + F(x) must hold at every residual site; at {site.name} of layer {site.layer} it is off by "
