@@ -13,7 +13,6 @@ from prefect.runtime import flow_run
 from extract.errors import Refusal
 from flows.checks import refuse_bad_paths
 from flows.config import Run, read_run
-from flows.measure import measure, prepared
 
 if TYPE_CHECKING:
     from prefect.schedules import Schedule
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
 @flow(name="attlas-scheduled")
 def scheduled(run_file: Path) -> Path:
     """One scheduled run: the run file as it is now, into a folder named after the scheduled time."""
+    # Prefect pickles a flow with all that it names; the display that `flows.measure` holds cannot be pickled
+    from flows.measure import measure, prepared
+
     run = run_at(run_file, flow_run.scheduled_start_time)
     refuse_bad_paths(run)
     try:
