@@ -46,13 +46,18 @@ def started(arguments: list[str], environment: dict[str, str]) -> Iterator["subp
             process.kill()
 
 
+def finish(out: Path, corpus: Path, environment: dict[str, str]) -> None:
+    ended = subprocess.run(command(out, corpus), env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def records(out: Path) -> int:
     return len(list((out / "_work" / "records").glob("*.json")))
 
 
 def test_ten_kills_leave_the_same_bytes_as_none(real_server: dict[str, str], prose: Path, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    subprocess.run(command(straight, prose), env=real_server, cwd=ROOT, check=True, capture_output=True)
+    finish(straight, prose, real_server)
     wanted = part_bytes(straight)
     shards = len(list((straight / "heads").iterdir()))
     moments = random.Random(4)
@@ -70,7 +75,7 @@ def test_ten_kills_leave_the_same_bytes_as_none(real_server: dict[str, str], pro
         assert not (killed / "manifest.json").exists()
     assert seen == sorted(seen)
     assert seen[-1] > 0
-    subprocess.run(command(killed, prose), env=real_server, cwd=ROOT, check=True, capture_output=True)
+    finish(killed, prose, real_server)
     assert part_bytes(killed) == wanted
     assert (killed / "manifest.json").read_bytes() == (straight / "manifest.json").read_bytes()
     assert not (killed / "_work").exists()
@@ -92,8 +97,7 @@ def test_ctrl_c_says_how_to_go_on_and_ends_the_temporary_server(
     assert "the same command goes on from there" in said
     assert "Traceback" not in said
     assert all(gone(server) for server in servers)
-    again = subprocess.run(command(out, prose), env=prefect_environment, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    finish(out, prose, prefect_environment)
     assert (out / "manifest.json").exists()
 
 
