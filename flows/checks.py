@@ -1,35 +1,29 @@
 """What can be refused from names and paths alone, before a model is loaded or a server started."""
 
-import glob
 import re
 from pathlib import Path
 
 from extract.errors import Refusal
-from flows.config import BUILT_IN, Run
+from flows.config import Run
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def refuse_bad_paths(run: Run) -> None:
     """Raise the first refusal that the run's paths give reason for."""
-    refuse_missing_corpus(run.corpus)
+    refuse_bad_corpus(run)
     refuse_missing_model(run.model)
     refuse_taken_folder(run.out)
     if run.digest_key is not None:
         refuse_exposed_key(run.digest_key, run.out)
 
 
-def refuse_missing_corpus(corpus: str) -> None:
-    if corpus in BUILT_IN or corpus.startswith("hub:") or Path(corpus).exists():
-        return
-    if glob.has_magic(corpus):
-        # Path.glob takes no absolute pattern
-        if next(glob.iglob(corpus, recursive=True), None) is None:  # noqa: PTH207
-            raise Refusal(f"a glob must match files; {corpus} matches none; check the pattern and the current folder")
-        return
-    raise Refusal(
-        f"a corpus is a file, a folder, a glob, hub:NAME or demo; there is nothing at {corpus}; check the path"
-    )
+def refuse_bad_corpus(run: Run) -> None:
+    """Open local files as the run will, and close them; a hub is asked only by the run itself."""
+    from extract.corpus import open_corpus
+
+    if not run.corpus.startswith("hub:"):
+        open_corpus(run.corpus, text_column=run.text_column, unit=run.unit, limit=run.limit, strict=run.strict)
 
 
 def refuse_missing_model(model: str) -> None:

@@ -125,6 +125,8 @@ def measure_here(run: Run, *, show: Display) -> Path:
                 show.note(f"{run.out} holds this run already, complete; only its report is written again")
                 return report.fn(run.out)
             with prefect_through(server):
+                if server:
+                    show.stage("server", 1, 1)
                 return measure(run)
         finally:
             prepared.cache_clear()

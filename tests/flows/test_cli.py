@@ -40,8 +40,8 @@ def test_a_wrong_option_suggests_and_exits_2(attlas: Callable[..., Ended]) -> No
         ("--stride", -1, "stride must be at least 0; got -1"),
         ("--max-length", 0, "max_length must be at least 1; got 0"),
         ("--tokens", "all", "tokens must be one of none, classes, ids, text; got 'all'"),
-        ("--corpus", "nowhere", "there is nothing at nowhere"),
-        ("--corpus", "nowhere/*.txt", "nowhere/*.txt matches none"),
+        ("--corpus", "nowhere", "there is no 'nowhere'"),
+        ("--corpus", "nowhere/*.txt", "'nowhere/*.txt' has none"),
         ("--model", "./nowhere", "there is no folder ./nowhere"),
         ("--model", "a/b/c", "there is no folder a/b/c"),
         ("--digest-key", "nowhere", "there is none at nowhere"),
@@ -101,6 +101,18 @@ BAD_CORPORA = {
     "column.csv": (b"title,body\na,b\n", "title"),
     "column.jsonl": (b'{"body": "words"}\n', "body"),
 }
+
+
+@pytest.mark.parametrize("name", ["column.csv", "column.jsonl"])
+def test_what_the_files_alone_show_is_refused_before_a_model_or_a_server(tmp_path: Path, name: str) -> None:
+    from extract.errors import Refusal
+    from flows.checks import refuse_bad_paths
+    from flows.config import Run
+
+    content, words = BAD_CORPORA[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Refusal, match=words):
+        refuse_bad_paths(Run(model="demo", corpus=str(tmp_path / name), out=tmp_path / "out"))
 
 
 @pytest.mark.usefixtures("test_server")
