@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -48,9 +49,13 @@ class Visibility:
         """Visible pairs of the query rows first … last−1."""
         pairs = self.real[:, None, first:last, None] & self.real[:, None, None, :]
         if self.causal:
-            place = torch.arange(self.tokens, device=self.start.device)
-            pairs = pairs & (place[None, :] <= place[first:last, None])
+            pairs = pairs & self.up_to_query(first, last)
         return pairs if self.allowed is None else pairs & self.allowed[..., first:last, :]
+
+    def up_to_query(self, first: int, last: int) -> Bool[Tensor, "query key"]:
+        """What causality alone lets the query rows first … last−1 see."""
+        place = torch.arange(self.tokens, device=self.start.device)
+        return place[None, :] <= place[first:last, None]
 
     @cached_property
     def keys(self) -> Int[Tensor, "batch group query"]:
@@ -90,15 +95,19 @@ class Visibility:
 
 def _each_block(visibility: Visibility, sum_block) -> Tensor:
     """Add up a function of every block of visible pairs."""
-    group = 1 if visibility.allowed is None else visibility.allowed.shape[1]
-    size = rows_per_block(visibility.start.shape[0] * group * visibility.tokens)
     total = None
-    for first in range(0, visibility.tokens, size):
-        last = min(first + size, visibility.tokens)
+    for first, last in _blocks(visibility, 1 if visibility.allowed is None else visibility.allowed.shape[1]):
         part = sum_block(visibility.seen(first, last), first, last)
         total = part if total is None else total + part
     assert total is not None, "a batch has tokens"
     return total
+
+
+def _blocks(visibility: Visibility, group: int) -> Iterator[tuple[int, int]]:
+    """First and last row of each block of a mask with `group` heads."""
+    size = rows_per_block(visibility.start.shape[0] * group * visibility.tokens)
+    for first in range(0, visibility.tokens, size):
+        yield first, min(first + size, visibility.tokens)
 
 
 def rows_per_block(elements_per_row: int) -> int:
@@ -148,11 +157,11 @@ def see(
 
 
 def _agrees(allowed: Tensor, simple: Visibility) -> bool:
-    size = rows_per_block(simple.start.shape[0] * allowed.shape[1] * simple.tokens)
-    for first in range(0, simple.tokens, size):
-        last = min(first + size, simple.tokens)
-        seen = simple.seen(first, last)
-        if not torch.equal(seen & allowed[..., first:last, :], seen.expand(-1, allowed.shape[1], -1, -1)):
+    """Whether a mask, among real tokens, lets every query see exactly what the simple visibility does."""
+    real = Visibility(simple.start, simple.length, simple.tokens)
+    for first, last in _blocks(simple, allowed.shape[1]):
+        among_real = real.seen(first, last) & allowed[..., first:last, :]
+        if not torch.equal(among_real, simple.seen(first, last).expand_as(among_real)):
             return False
     return True
 
@@ -161,13 +170,10 @@ def _refuse_seen_padding(allowed: Tensor, plain: Visibility) -> None:
     """Padding never counts: a model that lets real queries see it has another pattern than its rows over real keys."""
     if bool(plain.real.all()):
         return
-    size = rows_per_block(plain.start.shape[0] * allowed.shape[1] * plain.tokens)
-    for first in range(0, plain.tokens, size):
-        last = min(first + size, plain.tokens)
+    for first, last in _blocks(plain, allowed.shape[1]):
         leaked = allowed[..., first:last, :] & plain.real[:, None, first:last, None] & ~plain.real[:, None, None, :]
         if plain.causal:
-            place = torch.arange(plain.tokens, device=leaked.device)
-            leaked = leaked & (place[None, :] <= place[first:last, None])
+            leaked = leaked & plain.up_to_query(first, last)
         if bool(leaked.any()):
             raise CaptureError(
                 "padding must be invisible to real tokens; this model's mask shows it to them; "

@@ -134,3 +134,25 @@ def test_a_narrow_pattern_far_away_keeps_its_spread(engine):
     seen = see(None, causal=False, start=zeros, length=zeros + tokens, tokens=tokens)
     _, rows = choose(engine)[1](AttentionCall(query, key, torch.ones(1, 1, tokens, 4), seen, 1.0), lambda: query)
     torch.testing.assert_close(rows.offset_std, torch.full_like(rows.offset_std, 0.5), atol=1e-5, rtol=1e-5)
+
+
+def test_a_prefix_that_sees_itself_whole_is_not_taken_for_causal():
+    """Everything causal is visible and something more besides: dropping the mask would measure another pattern."""
+    tokens = 6
+    zeros = torch.zeros(1, dtype=torch.int64)
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    mask[:3, :3] = True
+    seen = see(mask, causal=False, start=zeros, length=zeros + tokens, tokens=tokens)
+    assert torch.equal(seen.seen(0, tokens)[0, 0], mask)
+    assert seen.keys[0, 0].tolist() == mask.sum(-1).tolist()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mask_that_says_no_more_than_padding_and_causality_is_dropped(causal):
+    start, length = torch.tensor([0, 2]), torch.tensor([5, 3])
+    place = torch.arange(5)
+    real = (place >= start[:, None]) & (place < (start + length)[:, None])
+    mask = real[:, None, None, :] & (place[None, :] <= place[:, None] if causal else torch.ones(5, 5, dtype=torch.bool))
+    seen = see(mask, causal=False, start=start, length=length, tokens=5)
+    assert seen.allowed is None and seen.causal is causal
+    assert torch.equal(seen.seen(0, 5), mask & real[:, None, :, None])
