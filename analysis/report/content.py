@@ -17,18 +17,10 @@ from analysis.inference import clustered_mean
 from analysis.kinds import head_kinds
 from analysis.residual import residual_through_depth
 from analysis.weighting import weighted_heads
+from extract.schema import CLASS_MASSES
 
 LAYER = ("stack", "layer")
-CLASSES = (
-    "mass_bos",
-    "mass_separator",
-    "mass_special",
-    "mass_punctuation",
-    "mass_number",
-    "mass_word_start",
-    "mass_subword",
-    "mass_self",
-)
+CLASSES = (*CLASS_MASSES, "mass_self")
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,15 @@ is a module that does what a norm does, and a sublayer's update is the tensor F 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from extract.capture.layout import Attention, Layout
 from extract.capture.probe import Call, Trace, same, trace_of
+from extract.capture.seam import weight_by_input
 from extract.capture.sites import find_sites
 from extract.errors import CaptureError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def find_layout(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
@@ -43,10 +40,10 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
     modules = dict(model.named_modules())
     found = [_projection(trace, c, modules) for c in calls]
     attentions = tuple(
-        Attention("decoder" if c.causal else "encoder", n, c.heads, p.weight if p else None, p.module if p else None)
+        Attention("decoder" if c.causal else "encoder", n, c.heads, p.module if p else None)
         for n, (c, p) in enumerate(zip(calls, found, strict=True))
     )
-    width = next((p.weight.shape[-1] for p in found if p is not None), None)
+    width = next((p.width for p in found if p is not None), None)
     sites, refusal = find_sites(trace, modules, width)
     return Layout(attentions, sites, refusal, width)
 
@@ -64,7 +61,7 @@ def expected_layers(model: nn.Module) -> int | None:
 
 class _Projection(NamedTuple):
     module: str
-    weight: Tensor
+    width: int  # of the stream it writes into
 
 
 def _projection(trace: Trace, call: Call, modules: Mapping[str, nn.Module]) -> _Projection | None:
@@ -72,11 +69,9 @@ def _projection(trace: Trace, call: Call, modules: Mapping[str, nn.Module]) -> _
     for event in trace.events:
         if event.time < call.time or not same(event.read, call.contexts):
             continue
-        weight = getattr(modules[event.module], "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or event.wrote is None:
+        weight = weight_by_input(modules[event.module])
+        if weight is None or event.wrote is None:
             continue
-        by_input = weight.T if isinstance(modules[event.module], nn.Linear) else weight
-        if by_input.shape != (call.contexts.shape[-1], event.wrote.shape[-1]):
-            continue
-        return _Projection(event.module, by_input.detach().unflatten(0, (call.heads, -1)))
+        if weight.shape == (call.contexts.shape[-1], event.wrote.shape[-1]):
+            return _Projection(event.module, weight.shape[-1])
     return None

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 
 class Tap(NamedTuple):
@@ -50,13 +46,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention call: its layer, its heads and, where found, W_O by head: [head, head_width, model_width]."""
+    """One attention call: its layer, its heads and, where found, the module that is its output projection."""
 
     stack: str
     layer: int
     heads: int
-    projection: Float[Tensor, "head head_width model_width"] | None = field(default=None, repr=False, compare=False)
-    projection_name: str | None = None
+    projection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,14 +62,13 @@ class Layout:
     sites: tuple[Site, ...]
     residual_refusal: str | None  # why `residual` is not measured, or None
     width: int | None
-    sdpa: bool = True
 
     @property
     def described(self) -> dict[str, Any]:
         """For the manifest."""
         return {
             "attention": [
-                {"stack": a.stack, "layer": a.layer, "heads": a.heads, "projection": a.projection_name}
+                {"stack": a.stack, "layer": a.layer, "heads": a.heads, "projection": a.projection}
                 for a in self.attentions
             ],
             "sites": [

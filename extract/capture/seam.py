@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 
@@ -39,3 +41,14 @@ def first_tensor(value: Any) -> Tensor | None:
 def read_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """What a module reads: its first argument, however it was passed."""
     return first_tensor(args) if args else first_tensor(next(iter(kwargs.values()), None))
+
+
+def weight_by_input(module: nn.Module) -> Float[Tensor, "input output"] | None:
+    """The matrix by which a linear module multiplies what it reads; None where it has no weight of two dimensions.
+
+    `nn.Linear` stores it transposed, GPT-2's Conv1D as it is.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        return None
+    return weight.detach().T if isinstance(module, nn.Linear) else weight.detach()

@@ -1,24 +1,26 @@
 """Watch a forward pass: attention calls and residual updates as they happen.
 
-Tensors are handed on as soon as they are complete and
-dropped at once: nothing of the size of a pattern, and no more than two states of the stream, is held.
+Tensors are handed on as soon as they are complete and dropped at once: nothing of the size of a pattern, and no more
+than two states of the stream, is held.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from extract.capture.layout import Attention, Layout, Site, Tap
-from extract.capture.seam import first_tensor, read_tensor, replaced_sdpa
+from extract.capture.seam import first_tensor, read_tensor, replaced_sdpa, weight_by_input
 from extract.engines.rows import AttentionCall
 from extract.engines.visibility import Visibility, see
 from extract.errors import CaptureError
@@ -26,7 +28,7 @@ from extract.statistics.attention import HeadObservation
 from extract.statistics.residual import NormObservation, ResidualObservation
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from extract.engines import Engine
@@ -63,12 +65,17 @@ class _Watch:
     engine: Engine
     observer: Observer
     factors: Mapping[int, Tensor]
+    residual: bool
     calls: int = 0
     sites_done: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     held: dict[Tap, Tensor] = field(default_factory=dict)
     contexts: dict[int, Tensor] = field(default_factory=dict)
     seen_masks: dict[tuple[int, bool], tuple[Any, Visibility]] = field(default_factory=dict)
+
+    @cached_property
+    def real(self) -> Bool[Tensor, "batch token"]:
+        return Visibility(self.batch.start, self.batch.length, self.batch.tokens).real
 
 
 @contextmanager
@@ -85,9 +92,10 @@ def watching(
 
     Raises CaptureError when the pass shows other attention calls or residual sites than the layout has.
     """
-    watch = _Watch(layout, batch, engine, observer, _write_factors(layout))
+    residual = residual and layout.residual_refusal is None
+    watch = _Watch(layout, batch, engine, observer, _write_factors(model, layout), residual)
     with _WATCHING, ExitStack() as stack:
-        if residual and layout.residual_refusal is None:
+        if residual:
             for handle in _tap(model, watch):
                 stack.callback(handle.remove)
         stack.enter_context(replaced_sdpa(lambda original: _watched(watch, original)))
@@ -97,33 +105,41 @@ def watching(
                 f"every forward pass must show each attention layer once; expected {len(layout.attentions)} patterns, "
                 f"got {watch.calls}; the model changed its way since it was examined"
             )
-        if residual and layout.residual_refusal is None and watch.sites_done != len(layout.sites):
+        if residual and watch.sites_done != len(layout.sites):
             raise CaptureError(
                 f"every forward pass must show each residual site once; expected {len(layout.sites)}, got {watch.sites_done}"
             )
 
 
-_FACTORS: dict[int, tuple[Layout, dict[int, Tensor]]] = {}
+_FACTORS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], dict[int, Tensor]]] = weakref.WeakKeyDictionary()
 
 
-def _write_factors(layout: Layout) -> dict[int, Tensor]:
+def _write_factors(model: nn.Module, layout: Layout) -> dict[int, Tensor]:
     """Per layer R [head, head_width, head_width] with R Rᵀ = W_O^h W_O^hᵀ, so ‖c W_O^h‖ = ‖c R‖ with a small matrix.
 
-    From the eigenvectors in float64: a square root taken of c G cᵀ instead would lose half the digits.
+    Computed anew when a weight has changed since the last time.
     """
-    known = _FACTORS.get(id(layout))
-    if known is not None and known[0] is layout:
-        return known[1]
-    factors = {}
-    for attention in layout.attentions:
-        if attention.projection is not None:
-            weight = attention.projection.double()
-            values, vectors = torch.linalg.eigh(weight @ weight.transpose(-1, -2))
-            exact = torch.float64 if attention.projection.dtype == torch.float64 else torch.float32
-            factors[attention.layer] = (vectors * values.clamp_min(0).sqrt()[:, None, :]).to(exact)
-    _FACTORS.clear()
-    _FACTORS[id(layout)] = (layout, factors)
-    return factors
+    weights = {
+        attention.layer: (attention.heads, weight)
+        for attention in layout.attentions
+        if attention.projection is not None
+        and (weight := weight_by_input(model.get_submodule(attention.projection))) is not None
+    }
+    # torch counts the writes into a tensor, except one made in inference mode, which can't be trained either
+    state = tuple((w.data_ptr(), w.dtype, None if w.is_inference() else w._version) for _, w in weights.values())
+    known = _FACTORS.get(model)
+    if known is None or known[0] != state:
+        factors = {layer: _write_factor(weight.unflatten(0, (heads, -1))) for layer, (heads, weight) in weights.items()}
+        known = _FACTORS[model] = (state, factors)
+    return known[1]
+
+
+def _write_factor(weight: Float[Tensor, "head head_width model_width"]) -> Float[Tensor, "head head_width head_width"]:
+    """From the eigenvectors in float64: a square root taken of c G cᵀ instead would lose half the digits."""
+    exact = weight.double()
+    values, vectors = torch.linalg.eigh(exact @ exact.transpose(-1, -2))
+    factor = vectors * values.clamp_min(0).sqrt()[:, None, :]
+    return factor.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
 def _watched(watch: _Watch, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -199,7 +215,7 @@ def _observe_heads(watch: _Watch, call: AttentionCall, plain: Callable[[], Tenso
             value_norms=None if factor is None else (values @ factor).norm(dim=-1),
         ),
     )
-    if watch.layout.residual_refusal is None:
+    if watch.residual:
         watch.contexts[attention.layer] = contexts
     return output
 
@@ -257,7 +273,7 @@ def _observe_residual(watch: _Watch, site: Site) -> None:
 
     after, stream, update = held(site.after), held(site.stream), held(site.update)
     assert after is not None, "every site has a state after it"
-    real = _plain(watch).real
+    real = watch.real
     if stream is not None and update is not None:
         _assert_identity(site, stream, update, after, real=real, rounding=max(rounding))
     norm = None
@@ -268,10 +284,6 @@ def _observe_residual(watch: _Watch, site: Site) -> None:
     contexts = watch.contexts.pop(site.layer, None) if site.name == "attention" else None
     watch.observer.residual(site, ResidualObservation(real, after, stream, update, norm, contexts))
     watch.sites_done += 1
-
-
-def _plain(watch: _Watch) -> Visibility:
-    return Visibility(watch.batch.start, watch.batch.length, watch.batch.tokens)
 
 
 def _assert_identity(

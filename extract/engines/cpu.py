@@ -282,11 +282,16 @@ def _transposed(x: Any, first: int, n: int, multiple: int) -> Any:
 
 
 @njit(fastmath=_FAST)
-def _look_up(p: Any, i: int, groups: Any) -> tuple[Any, Any]:
-    """Mass of row i on other keys with its token, and on keys up to i that follow one of them."""
+def _look_up(p: Any, i: int, reach: int, groups: Any) -> tuple[Any, Any]:
+    """Mass of row i on other keys with its token, and on keys up to i that follow one of them.
+
+    Positions within a group are in order, so the search ends at the row's reach.
+    """
     same, induction = f32(0), f32(0)
     for member in range(groups[1, i], groups[2, i]):
         j = groups[0, member]
+        if j >= reach:
+            break
         if j != i:
             same += p[j]
         if j + 1 <= i:
@@ -336,14 +341,11 @@ def _attend(
             _scores_of_four(keys, q, s[0], s[1], s[2], s[3], seen)
             for r in range(4):
                 if r < rows:
-                    ok = _row(s[r], seen, min(seen, i + r + 1) if causal else n, i + r, out, h)
+                    reach = i + r + 1 if causal else n
+                    ok = _row(s[r], seen, reach, i + r, out, h)
                     measured[b, h, first + i + r] = ok
                     if has_ids and ok:
-                        mass = (
-                            _look_up(s[r, :seen], i + r, groups[:, b])
-                            if not causal
-                            else _look_up_causal(s[r], i + r, groups[:, b])
-                        )
+                        mass = _look_up(s[r], i + r, reach, groups[:, b])
                         same += mass[0]
                         induction += mass[1]
                 else:
@@ -359,16 +361,3 @@ def _attend(
             offsets[b, h, tokens - n + d] = by_distance[d + 3]
         looked_up[0, b, h] = same
         looked_up[1, b, h] = induction
-
-
-@njit(fastmath=_FAST)
-def _look_up_causal(p: Any, i: int, groups: Any) -> tuple[Any, Any]:
-    """The same where keys after i are hidden: positions within a group are in order, so the search can end."""
-    same, induction = f32(0), f32(0)
-    for member in range(groups[1, i], groups[2, i]):
-        j = groups[0, member]
-        if j >= i:
-            break
-        same += p[j]
-        induction += p[j + 1]
-    return same, induction

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from extract.engines.visibility import Visibility
 
 TOKEN_CLASSES = ("bos", "separator", "special", "punctuation", "number", "word_start", "subword")
+CLASS_MASSES = tuple(f"mass_{name}" for name in TOKEN_CLASSES)  # their columns
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,26 @@ class HeadObservation:
         """m_i at measured rows, 0 elsewhere."""
         return self.visibility.keys.to(self.count.dtype) * self.rows.measured
 
+    @cached_property
+    def several(self) -> Bool[Tensor, "batch head query"]:
+        """Measured rows that see two keys or more."""
+        return self.visible >= 2
+
+    @cached_property
+    def entropy_share(self) -> Float[Tensor, "batch head query"]:
+        """H_i / ln m_i where a row sees several keys, else 0; a learned sink counts as one more outcome."""
+        outcomes = self.visible + (0 if self.rows.sink is None else 1)
+        return self.rows.entropy * self.several / outcomes.clamp_min(2).log()
+
+    @cached_property
+    def received_entropy(self) -> Float[Tensor, "batch head"]:
+        """Entropy of the mean row, the sink's mean mass being one outcome."""
+        entropy = -self.mean_row.xlogy(self.mean_row).sum(-1)
+        if self.rows.sink is not None:
+            sink = self.mean(self.rows.sink)
+            entropy = entropy - sink.xlogy(sink)
+        return entropy.clamp_min(0)
+
     def offset_mass(self, offset: int) -> Float[Tensor, "batch head"]:
         """Mean of p at d = offset; 0 where the sequence is too short to have it."""
         middle = self.rows.offsets.shape[-1] // 2
@@ -85,10 +106,7 @@ def entropy_std_nats(o: HeadObservation) -> Tensor:
 @column(formula="mean of H_i / ln m_i over rows with m_i ≥ 2; null if none", bounds=(0, 1), nullable=True)
 def entropy_normalized(o: HeadObservation) -> Tensor:
     """Entropy as a share of what the visible keys permit; a learned sink counts as one more outcome."""
-    outcomes = o.visible + (0 if o.rows.sink is None else 1)
-    several = (o.visible >= 2).to(outcomes.dtype)
-    share = o.rows.entropy * several / outcomes.clamp_min(2).log()
-    return share.clamp_max(1).sum(-1) / several.sum(-1)
+    return o.entropy_share.clamp_max(1).sum(-1) / o.several.sum(-1)
 
 
 @column(formula="mean of exp H_i", unit="keys", bounds=(1, "n"), nullable=True)
@@ -239,18 +257,13 @@ def mass_induction(o: HeadObservation) -> Tensor | None:
 @column(formula="−Σ_j p̄_j ln p̄_j, p̄_j = mean_i p[i,j]", unit="nats", bounds=(0, "ln n"), nullable=True)
 def received_entropy_nats(o: HeadObservation) -> Tensor:
     """How evenly the keys of a sequence are attended when all its queries are taken together."""
-    entropy = -o.mean_row.xlogy(o.mean_row).sum(-1)
-    if o.rows.sink is not None:
-        sink = o.mean(o.rows.sink)
-        entropy = entropy - sink.xlogy(sink)
-    return entropy.clamp_min(0)
+    return o.received_entropy
 
 
 @column(formula="received_entropy_nats − entropy_nats", unit="nats", bounds=(0, "ln n"), nullable=True)
 def mutual_information_nats(o: HeadObservation) -> Tensor:
     """How much *which query* changes *where it looks*; rounding below its lower bound is cut off."""
-    between = received_entropy_nats.compute(o) - o.mean(o.rows.entropy)  # pyright: ignore[reportOptionalCall]
-    return between.clamp_min(0)
+    return (o.received_entropy - o.mean(o.rows.entropy)).clamp_min(0)
 
 
 @column(formula="max_j p̄_j", bounds=("1/n", 1), nullable=True)

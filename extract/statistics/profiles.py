@@ -64,8 +64,7 @@ def _histogram(values: Tensor, included: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _entropy(o: HeadObservation) -> tuple[Tensor, Tensor, Tensor]:
-    outcomes = o.visible + (0 if o.rows.sink is None else 1)
-    return _histogram(o.rows.entropy / outcomes.clamp_min(2).log(), o.rows.measured & (o.visible >= 2))
+    return _histogram(o.entropy_share, o.several)
 
 
 def _max_weight(o: HeadObservation) -> tuple[Tensor, Tensor, Tensor]:

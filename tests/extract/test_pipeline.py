@@ -184,6 +184,15 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(corpus, tm
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("name", ["_work/notes.txt", "manifest.json"])
+def test_a_folder_that_only_looks_like_a_run_is_left_alone(corpus, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(Refusal, match="holds something else"):
+        run(corpus, tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == [name]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

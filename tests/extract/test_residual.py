@@ -199,3 +199,14 @@ def test_half_precision_models_are_measured_in_float32(dtype):
     ways = frame.select(pl.sum_horizontal("mass_self", "mass_backward", "mass_forward")).to_series()
     np.testing.assert_allclose(ways.to_numpy(), 1, atol=1e-5)
     assert tables["residual"].num_rows == 2 * 7
+
+
+def test_weights_that_change_between_two_measurements_are_the_ones_that_count():
+    model = tiny("bert")
+    ids = torch.randint(2, 60, (1, 9), generator=torch.Generator().manual_seed(9))
+    before = pl.DataFrame(measure(model, input_ids=ids)["heads"]).filter(pl.col("layer") == 2)
+    with torch.no_grad():
+        model.encoder.layer[2].attention.output.dense.weight.mul_(3)  # the last layer: its pattern stays as it is
+    after = pl.DataFrame(measure(model, input_ids=ids)["heads"]).filter(pl.col("layer") == 2)
+    np.testing.assert_allclose(after["update_norm"].to_numpy(), 3 * before["update_norm"].to_numpy(), rtol=1e-5)
+    np.testing.assert_array_equal(after["entropy_nats"].to_numpy(), before["entropy_nats"].to_numpy())
