@@ -14,9 +14,10 @@ def refuse_bad_paths(run: Run) -> None:
     """Raise the first refusal that the run's paths give reason for."""
     refuse_bad_corpus(run)
     refuse_missing_model(run.model)
-    refuse_taken_folder(run.out)
+    # first, since a key in the output folder also makes it a folder that holds something else
     if run.digest_key is not None:
         refuse_exposed_key(run.digest_key, run.out)
+    refuse_taken_folder(run.out)
 
 
 def refuse_bad_corpus(run: Run) -> None:
