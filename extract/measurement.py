@@ -19,9 +19,11 @@ from extract.capture.watch import Batch, watching
 from extract.engines import Engine, choose
 from extract.errors import Refusal
 from extract.schema import CLASS_MASSES, HEADS, PROFILES, RESIDUAL, Table
-from extract.statistics import profiles
-from extract.statistics.attention import HeadObservation
-from extract.statistics.residual import ResidualObservation
+from extract.statistics.attention import HeadQuantities
+from extract.statistics.profiles import PROFILE_COLUMNS
+from extract.statistics.registry import Column
+from extract.statistics.residual import ResidualObservation, column_values
+from extract.statistics.sums import HeadObservation, summed
 from extract.tokens import token_classes
 
 if TYPE_CHECKING:
@@ -33,15 +35,15 @@ _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictiona
 
 @dataclass
 class Measurements:
-    """The columns of some sequences, as they are observed: numbers only, nothing of the size of the model's states."""
+    """What is known of some sequences: numbers only, nothing of the size of the model's states."""
 
-    heads: dict[Attention, dict[str, np.ndarray]] = field(default_factory=dict)  # [sequence, head] each
-    residual: dict[Site, dict[str, np.ndarray]] = field(default_factory=dict)  # [sequence] each
-    profiles: dict[tuple[Attention, str], dict[int, np.ndarray]] = field(default_factory=dict)  # bin → [head, 2]
+    heads: dict[Attention, np.ndarray] = field(default_factory=dict)  # [quantity, sequence, head]
+    residual: dict[Site, np.ndarray] = field(default_factory=dict)  # [column, sequence]
+    profiles: dict[Attention, np.ndarray] = field(default_factory=dict)  # [2, head, profile column]
 
 
 class Collector:
-    """An observer that computes every column of the catalogue and puts it at its sequence's place."""
+    """An observer that keeps the sums of every observation, each at its sequence's place."""
 
     def __init__(self, sequences: int) -> None:
         self.measured = Measurements()
@@ -53,29 +55,22 @@ class Collector:
         self._places = np.asarray(places)
 
     def heads(self, attention: Attention, observed: HeadObservation) -> None:
-        columns = self.measured.heads.setdefault(attention, {})
-        for column in HEADS.facts:
-            assert column.compute is not None, "every fact of a head is computed"
-            self._put(columns, column.name, column.compute(observed), attention.heads)
-        for profile in profiles.PROFILES:
-            bins, sums, counts = profile.accumulate(observed)
-            total = self.measured.profiles.setdefault((attention, profile.name), {})
-            both = torch.stack((sums, counts), -1).cpu().numpy()
-            for place, number in enumerate(bins.tolist()):
-                total[number] = total.get(number, 0) + both[:, place]
+        values, profiles = (t.cpu().numpy() for t in summed(observed))
+        self._of(self.measured.heads, attention, (len(values), self._sequences, attention.heads))[:, self._places] = (
+            values
+        )
+        total = self.measured.profiles.setdefault(attention, np.zeros_like(profiles))
+        total += profiles
 
     def residual(self, site: Site, observed: ResidualObservation) -> None:
-        columns = self.measured.residual.setdefault(site, {})
-        for column in RESIDUAL.facts:
-            assert column.compute is not None, "every fact of a site is computed"
-            self._put(columns, column.name, column.compute(observed), None)
+        values = column_values(observed).cpu().numpy()
+        self._of(self.measured.residual, site, (len(values), self._sequences))[:, self._places] = values
 
-    def _put(self, columns: dict[str, np.ndarray], name: str, values: Tensor | None, heads: int | None) -> None:
-        shape = (self._sequences,) if heads is None else (self._sequences, heads)
-        if name not in columns:
-            columns[name] = np.full(shape, np.nan, np.float64)
-        if values is not None:
-            columns[name][self._places] = values.detach().double().cpu().numpy()
+    @staticmethod
+    def _of(held: dict[Any, np.ndarray], key: Any, shape: tuple[int, ...]) -> np.ndarray:
+        if key not in held:
+            held[key] = np.full(shape, np.nan)
+        return held[key]
 
 
 def layout_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layout:
@@ -177,7 +172,7 @@ def _described(value: Any) -> str:
 
 
 def _tables(measured: Measurements, layout: Layout, *, with_classes: bool, residual: bool) -> dict[str, pa.Table]:
-    sequences = np.arange(len(next(iter(next(iter(measured.heads.values())).values()))))
+    sequences = np.arange(next(iter(measured.heads.values())).shape[1])
     tables = {
         "heads": heads_table(measured, sequences, sequences).drop_columns(
             ["document_id", *(() if with_classes else CLASS_MASSES)]
@@ -198,8 +193,16 @@ def heads_table(measured: Measurements, sequence_ids: np.ndarray, document_ids: 
         keys["stack"].append(np.full(rows, attention.stack))
         keys["layer"].append(np.full(rows, attention.layer))
         keys["head"].append(np.repeat(np.arange(attention.heads), len(sequence_ids)))
-    facts = {c.name: np.concatenate([columns[c.name].T.ravel() for _, columns in blocks]) for c in HEADS.facts}
+    facts = {
+        c.name: np.concatenate([_computed(c, HeadQuantities(values)).T.ravel() for _, values in blocks])
+        for c in HEADS.facts
+    }
     return _table(HEADS, _with_ids(keys, sequence_ids, document_ids) | facts)
+
+
+def _computed(column: Column, quantities: HeadQuantities) -> np.ndarray:
+    assert column.compute is not None, "every fact of a head is computed"
+    return column.compute(quantities)
 
 
 def residual_table(
@@ -214,18 +217,16 @@ def residual_table(
         "layer": [np.full(count, site.layer) for site, _ in blocks],
         "site": [np.full(count, site.name) for site, _ in blocks],
     }
-    facts = {c.name: np.concatenate([columns[c.name] for _, columns in blocks]) for c in RESIDUAL.facts}
+    facts = {c.name: np.concatenate([values[n] for _, values in blocks]) for n, c in enumerate(RESIDUAL.facts)}
     return _table(RESIDUAL, _with_ids(keys, sequence_ids, document_ids) | facts)
 
 
 def profiles_table(measured: Measurements, *, shard: int) -> pa.Table:
     """The `profiles` rows of a shard, sorted by stack, layer, head, profile, bin; empty bins are left out."""
     rows = [
-        (attention.stack, attention.layer, head, name, number, sums[head, 0], sums[head, 1])
-        for (attention, name), bins in measured.profiles.items()
-        for number, sums in bins.items()
-        for head in range(attention.heads)
-        if sums[head, 1] or sums[head, 0]
+        (attention.stack, attention.layer, head, *PROFILE_COLUMNS[column], *sums[:, head, column])
+        for attention, sums in measured.profiles.items()
+        for head, column in np.argwhere(sums.any(0)).tolist()
     ]
     columns = list(zip(*sorted(rows), strict=True)) or [[] for _ in range(7)]
     named = dict(

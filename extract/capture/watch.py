@@ -22,10 +22,10 @@ from torch import nn
 from extract.capture.layout import Attention, Layout, Site, Tap
 from extract.capture.seam import first_tensor, read_tensor, replaced_sdpa, weight_by_input
 from extract.engines.rows import AttentionCall
-from extract.engines.visibility import Visibility, see
+from extract.engines.visibility import Visibility, positions_of, see
 from extract.errors import CaptureError
-from extract.statistics.attention import HeadObservation
 from extract.statistics.residual import NormObservation, ResidualObservation
+from extract.statistics.sums import HeadObservation
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -75,7 +75,13 @@ class _Watch:
 
     @cached_property
     def real(self) -> Bool[Tensor, "batch token"]:
-        return Visibility(self.batch.start, self.batch.length, self.batch.tokens).real
+        return positions_of(self.batch.start, self.batch.length, self.batch.tokens) >= 0
+
+    @property
+    def next_write(self) -> Tensor | None:
+        """How the heads of the attention call that comes next write into the stream."""
+        attentions = self.layout.attentions
+        return self.factors.get(attentions[self.calls].layer) if self.calls < len(attentions) else None
 
 
 @contextmanager
@@ -115,7 +121,7 @@ _FACTORS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], dict[int, 
 
 
 def _write_factors(model: nn.Module, layout: Layout) -> dict[int, Tensor]:
-    """Per layer R [head, head_width, head_width] with R Rᵀ = W_O^h W_O^hᵀ, so ‖c W_O^h‖ = ‖c R‖ with a small matrix.
+    """Per layer R [head, head_width, head_width] with ‖c R‖ = ‖c W_O^h‖: a small matrix instead of the projection.
 
     Computed anew when a weight has changed since the last time.
     """
@@ -135,11 +141,11 @@ def _write_factors(model: nn.Module, layout: Layout) -> dict[int, Tensor]:
 
 
 def _write_factor(weight: Float[Tensor, "head head_width model_width"]) -> Float[Tensor, "head head_width head_width"]:
-    """From the eigenvectors in float64: a square root taken of c G cᵀ instead would lose half the digits."""
-    exact = weight.double()
-    values, vectors = torch.linalg.eigh(exact @ exact.transpose(-1, -2))
-    factor = vectors * values.clamp_min(0).sqrt()[:, None, :]
-    return factor.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    """Lower triangular R with R Rᵀ = W Wᵀ, from W itself in float64: its Gram matrix would lose half the digits."""
+    factor = torch.linalg.qr(weight.double().transpose(-1, -2), mode="r").R.transpose(-1, -2)
+    if factor.shape[-1] < factor.shape[-2]:  # heads wider than the stream
+        factor = torch.nn.functional.pad(factor, (0, factor.shape[-2] - factor.shape[-1]))
+    return factor.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
 
 
 def _watched(watch: _Watch, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -169,6 +175,7 @@ def _watched(watch: _Watch, original: Callable[..., Tensor]) -> Callable[..., Te
             value=value,
             visibility=_visibility(watch, attn_mask, causal=is_causal),
             scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+            write=watch.next_write,
             token_ids=watch.batch.token_ids,
         )
         return _observe_heads(watch, call, plain)
@@ -200,23 +207,9 @@ def _observe_heads(watch: _Watch, call: AttentionCall, plain: Callable[[], Tenso
         )
     watch.calls += 1
     output, rows = watch.engine(call, plain)
-    exact = rows.entropy.dtype
-    contexts = output.to(exact)
-    factor = watch.factors.get(attention.layer)
-    values = call.value.to(exact).repeat_interleave(contexts.shape[1] // call.value.shape[1], dim=1)
-    watch.observer.heads(
-        attention,
-        HeadObservation(
-            rows=rows,
-            visibility=call.visibility,
-            classes=watch.batch.classes,
-            context_norms=contexts.norm(dim=-1).where(rows.measured, 0),
-            update_norms=None if factor is None else (contexts @ factor).norm(dim=-1).where(rows.measured, 0),
-            value_norms=None if factor is None else (values @ factor).norm(dim=-1),
-        ),
-    )
+    watch.observer.heads(attention, HeadObservation(rows, call.visibility, watch.batch.classes))
     if watch.residual:
-        watch.contexts[attention.layer] = contexts
+        watch.contexts[attention.layer] = output.to(rows.entropy.dtype)
     return output
 
 

@@ -18,6 +18,7 @@ from numba import njit, prange
 
 from extract.engines import reference
 from extract.engines.rows import AttentionCall, Rows
+from extract.engines.visibility import see
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,13 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
     seen = call.visibility
     if call.query.dtype != torch.float32 or call.softcap is not None or call.sinks is not None:
         return reference.attend(call, plain)
-    if seen.allowed is not None or seen.bias is not None:
+    if seen.allowed is not None or seen.bias is not None or seen.first.shape[1] != 1:
+        return reference.attend(call, plain)
+    causal = bool((seen.last <= seen.place + 1).all())
+    simple = see(None, causal=causal, start=seen.start, length=seen.length, tokens=seen.tokens)
+    pairs = ((seen.first, simple.first), (seen.last, simple.last))
+    same_ends = all(torch.equal(a.where(seen.keys > 0, 0), b.where(simple.keys > 0, 0)) for a, b in pairs)
+    if not same_ends:
         return reference.attend(call, plain)
     batch, heads, tokens, _ = call.query.shape
     width = call.value.shape[-1]
@@ -55,7 +62,7 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
         call.key.numpy(),
         call.value.numpy(),
         np.float32(call.scale * _LOG2_E),
-        seen.causal,
+        causal,
         start,
         length,
         _same_token_groups(ids, start, length),
@@ -69,7 +76,10 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
     )
     entropy, collision, largest, distance, offset, spread, *scores = torch.from_numpy(quantities).unbind()
     same, induction = torch.from_numpy(looked_up).unbind()
+    whole = measured.sum() == heads * int(length.sum())
+    output = output if whole else plain()
     rows = Rows(
+        **reference.norms(call, output, torch.from_numpy(measured)),
         measured=torch.from_numpy(measured),
         entropy=entropy,
         collision=collision,
@@ -85,8 +95,7 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
         same_token=None if call.token_ids is None else same,
         induction=None if call.token_ids is None else induction,
     )
-    whole = measured.sum() == heads * int(length.sum())
-    return (output if whole else plain()), rows
+    return output, rows
 
 
 @njit(cache=True, parallel=True)

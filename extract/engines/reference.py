@@ -30,11 +30,12 @@ _ROW_NAMES = (
 
 def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Rows]:
     """The model's own output, and the primitives beside it."""
-    return plain(), rows(call)
+    output = plain()
+    return output, rows(call, output)
 
 
-def rows(call: AttentionCall) -> Rows:
-    """The primitives of one attention call, in float32 (float64 for a float64 model)."""
+def rows(call: AttentionCall, output: Tensor) -> Rows:
+    """The primitives of one attention call with this output, in float32 (float64 for a float64 model)."""
     exact = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     batch, heads, tokens, _ = call.query.shape
     key = call.key.to(exact).repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-1, -2)
@@ -59,14 +60,29 @@ def rows(call: AttentionCall) -> Rows:
     if call.sinks is None:
         del named["sink"]
     same, induction = looked_up if call.token_ids is not None else (None, None)
+    row_is_measured = torch.cat(measured, -1)
     return Rows(
-        measured=torch.cat(measured, -1),
+        measured=row_is_measured,
         **named,
+        **norms(call, output, row_is_measured),
         received=received,
         offsets=offsets,
         same_token=same,
         induction=induction,
     )
+
+
+def norms(call: AttentionCall, output: Tensor, measured: Tensor) -> dict[str, Tensor]:
+    """Sizes of the measured contexts and, where the projection is known, of what contexts and values write."""
+    exact = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+    contexts = output.to(exact)
+    of = {"context_norm": contexts.norm(dim=-1).where(measured, 0)}
+    if call.write is not None:
+        write = call.write.to(exact)
+        values = call.value.to(exact).repeat_interleave(contexts.shape[1] // call.value.shape[1], dim=1)
+        of["update_norm"] = (contexts @ write).norm(dim=-1).where(measured, 0)
+        of["value_norm"] = (values @ write).norm(dim=-1).where(call.visibility.real[:, None], 0)
+    return of
 
 
 def _block(call: AttentionCall, key: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention call of the model, as the model made it; `token_ids` are given where they are known.
+    """One attention call of the model, as the model made it, and what is known besides.
 
     Grouped heads: `key` has fewer heads than `query`, each serving query heads in a row. `sinks` are logits of a
-    learned sink. Scores are (query · key)·scale, soft-capped, plus the visibility's bias.
+    learned sink. Scores are (query · key)·scale, soft-capped, plus the visibility's bias. `write` is R of each head,
+    lower triangular, with ‖c R‖ = ‖c W_O^h‖.
     """
 
     query: Float[Tensor, "batch head query width"]
@@ -27,6 +28,7 @@ class AttentionCall:
     scale: float
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
+    write: Float[Tensor, "head value_width value_width"] | None = None
     token_ids: Int[Tensor, "batch token"] | None = None
 
 
@@ -47,8 +49,11 @@ class Rows:
     score_max: Float[Tensor, "batch head query"]  # over visible keys
     score_mean: Float[Tensor, "batch head query"]
     score_variance: Float[Tensor, "batch head query"]  # population
+    context_norm: Float[Tensor, "batch head query"]  # ‖c_i‖
     received: Float[Tensor, "batch head key"]  # Σ_i p[i, key]
     offsets: Float[Tensor, "batch head distance"]  # Σ_i p[i, i+d] at index d + tokens − 1
+    update_norm: Float[Tensor, "batch head query"] | None = None  # ‖c_i W_O^h‖
+    value_norm: Float[Tensor, "batch head key"] | None = None  # ‖v_j W_O^h‖ at real keys
     sink: Float[Tensor, "batch head query"] | None = None
     same_token: Float[Tensor, "batch head"] | None = None  # Σ_i Σ_j≠i p, equal ids
     induction: Float[Tensor, "batch head"] | None = None  # Σ_i Σ_j≤i p, id j−1 = id i, j−1 ≠ i

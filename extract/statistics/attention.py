@@ -1,246 +1,235 @@
 """The columns of `heads`: what one attention head did on one sequence.
 
-Every function takes a `HeadObservation` and gives a tensor [batch, head], NaN where undefined, or None where the whole
-column is. Unless its formula says otherwise a column is the mean of a row quantity over the sequence's measured rows.
-p[i,j] is the pattern, s[i,j] the masked and scaled score, d = j − i, V_i the keys that row i may see, m_i = |V_i|.
+Every function takes the `HeadQuantities` of some sequences and gives an array [sequence, head], NaN where undefined.
+Unless its formula says otherwise a column is the mean of a row quantity over the sequence's measured rows. p[i,j] is the
+pattern, s[i,j] the masked and scaled score, d = j − i, V_i the keys that row i may see, m_i = |V_i|.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from extract.statistics.registry import column
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
+    from jaxtyping import Float
 
-    from extract.engines.rows import Rows
-    from extract.engines.visibility import Visibility
+    Values = Float[np.ndarray, "sequence head"]
 
 TOKEN_CLASSES = ("bos", "separator", "special", "punctuation", "number", "word_start", "subword")
 CLASS_MASSES = tuple(f"mass_{name}" for name in TOKEN_CLASSES)  # their columns
 
+# sums over the measured rows of a head in a sequence, unless said otherwise; p is the pattern
+QUANTITIES = (
+    "rows",  # how many are measured
+    "several",  # of them, those that see two keys or more
+    "masked",  # rows that see none
+    "nonfinite",  # rows that see keys and are not measured
+    "entropy",
+    "entropy_squared",
+    "entropy_share",  # H_i / ln m_i, where a row sees several keys
+    "attended",  # exp H_i
+    "collision",
+    "max_weight",
+    "distance",
+    "offset",
+    "offset_std",
+    "uniform_distance",  # mean |d| over the visible keys
+    "context_norm",
+    "update_norm",
+    "sink",
+    "score_max",  # the largest, not a sum
+    "pairs",  # visible keys
+    "score",  # over visible pairs
+    "score_squared",
+    "self",  # Σ p at d = 0
+    "previous",
+    "next",
+    "backward",
+    "forward",
+    "first",  # Σ p on the first token
+    *TOKEN_CLASSES,  # Σ p on the keys of a class
+    "same_token",
+    "induction",
+    "received_entropy",  # of the mean row, the sink being one outcome
+    "received_max",  # the largest entry of the mean row
+    "received_max_key",  # and its position
+    "written_first",  # p ‖v W_O^h‖ on the first token
+    "written",  # on all keys
+)
+PLACE = {name: place for place, name in enumerate(QUANTITIES)}
+
 
 @dataclass(frozen=True)
-class HeadObservation:
-    """What one attention call showed: row quantities, sums over rows, and what is known of tokens and weights."""
+class HeadQuantities:
+    """The quantities of one attention layer, float64; one that is not known is NaN."""
 
-    rows: Rows
-    visibility: Visibility
-    classes: Int[Tensor, "batch key"] | None = None  # index into TOKEN_CLASSES, −1 at padding
-    context_norms: Float[Tensor, "batch head query"] | None = None
-    update_norms: Float[Tensor, "batch head query"] | None = None
-    value_norms: Float[Tensor, "batch head key"] | None = None
+    values: Float[np.ndarray, "quantity sequence head"]
 
-    @cached_property
-    def count(self) -> Float[Tensor, "batch head"]:
-        """Measured rows."""
-        return self.rows.measured.sum(-1).to(self.rows.entropy.dtype)
+    def __getitem__(self, name: str) -> Values:
+        return self.values[PLACE[name]]
 
-    def mean(self, row_quantity: Float[Tensor, "batch head query"]) -> Float[Tensor, "batch head"]:
-        """Mean over measured rows; unmeasured rows hold zero. 0/0 gives NaN: undefined."""
-        return row_quantity.sum(-1) / self.count
+    def mean(self, name: str) -> Values:
+        """Mean over measured rows; NaN where there are none."""
+        return self.ratio(self[name], self["rows"])
 
-    @cached_property
-    def mean_row(self) -> Float[Tensor, "batch head key"]:
-        """p̄_j, the mean over measured rows of p[i,j]."""
-        return self.rows.received / self.count[..., None]
-
-    @cached_property
-    def visible(self) -> Float[Tensor, "batch head query"]:
-        """m_i at measured rows, 0 elsewhere."""
-        return self.visibility.keys.to(self.count.dtype) * self.rows.measured
-
-    @cached_property
-    def several(self) -> Bool[Tensor, "batch head query"]:
-        """Measured rows that see two keys or more."""
-        return self.visible >= 2
-
-    @cached_property
-    def entropy_share(self) -> Float[Tensor, "batch head query"]:
-        """H_i / ln m_i where a row sees several keys, else 0; a learned sink counts as one more outcome."""
-        outcomes = self.visible + (0 if self.rows.sink is None else 1)
-        return self.rows.entropy * self.several / outcomes.clamp_min(2).log()
-
-    @cached_property
-    def received_entropy(self) -> Float[Tensor, "batch head"]:
-        """Entropy of the mean row, the sink's mean mass being one outcome."""
-        entropy = -self.mean_row.xlogy(self.mean_row).sum(-1)
-        if self.rows.sink is not None:
-            sink = self.mean(self.rows.sink)
-            entropy = entropy - sink.xlogy(sink)
-        return entropy.clamp_min(0)
-
-    def offset_mass(self, offset: int) -> Float[Tensor, "batch head"]:
-        """Mean of p at d = offset; 0 where the sequence is too short to have it."""
-        middle = self.rows.offsets.shape[-1] // 2
-        if abs(offset) > middle:
-            return self.count * 0
-        return self.rows.offsets[..., middle + offset] / self.count
-
-    def class_mass(self, name: str) -> Float[Tensor, "batch head"] | None:
-        """Mean over rows of the mass on the keys of a token class."""
-        if self.classes is None:
-            return None
-        chosen = self.classes == TOKEN_CLASSES.index(name)
-        return (self.mean_row * chosen[:, None, :]).sum(-1)
+    @staticmethod
+    def ratio(part: Values, whole: Values) -> Values:
+        """NaN where the whole is zero."""
+        return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole != 0)
 
 
 @column(formula="mean of H_i = −Σ_j p ln p", unit="nats", bounds=(0, "ln n"), nullable=True)
-def entropy_nats(o: HeadObservation) -> Tensor:
+def entropy_nats(o: HeadQuantities) -> Values:
     """How spread the attention of a row is: 0 on one key, ln n evenly on n."""
-    return o.mean(o.rows.entropy)
+    return o.mean("entropy")
 
 
 @column(formula="population deviation of H_i over rows", unit="nats", bounds=(0, None), nullable=True)
-def entropy_std_nats(o: HeadObservation) -> Tensor:
+def entropy_std_nats(o: HeadQuantities) -> Values:
     """How differently sharp the rows of one sequence are."""
-    deviation = (o.rows.entropy - o.mean(o.rows.entropy)[..., None]) * o.rows.measured
-    return o.mean(deviation.square()).sqrt()
+    return np.sqrt(np.maximum(o.mean("entropy_squared") - o.mean("entropy") ** 2, 0))
 
 
 @column(formula="mean of H_i / ln m_i over rows with m_i ≥ 2; null if none", bounds=(0, 1), nullable=True)
-def entropy_normalized(o: HeadObservation) -> Tensor:
+def entropy_normalized(o: HeadQuantities) -> Values:
     """Entropy as a share of what the visible keys permit; a learned sink counts as one more outcome."""
-    return o.entropy_share.clamp_max(1).sum(-1) / o.several.sum(-1)
+    return o.ratio(o["entropy_share"], o["several"])
 
 
 @column(formula="mean of exp H_i", unit="keys", bounds=(1, "n"), nullable=True)
-def attended_keys(o: HeadObservation) -> Tensor:
+def attended_keys(o: HeadQuantities) -> Values:
     """The number of evenly attended keys that would have this entropy (perplexity of the row)."""
-    return o.mean(o.rows.entropy.exp() * o.rows.measured)
+    return o.mean("attended")
 
 
 @column(formula="mean of Σ_j p²", bounds=("1/n", 1), nullable=True)
-def collision_probability(o: HeadObservation) -> Tensor:
+def collision_probability(o: HeadQuantities) -> Values:
     """The chance that two draws from the row fall on the same key."""
-    return o.mean(o.rows.collision)
+    return o.mean("collision")
 
 
 @column(formula="mean of max_j p", bounds=("1/n", 1), nullable=True)
-def max_weight(o: HeadObservation) -> Tensor:
+def max_weight(o: HeadQuantities) -> Values:
     """The largest weight of a row."""
-    return o.mean(o.rows.max_weight)
+    return o.mean("max_weight")
 
 
 @column(formula="mean of Σ_j p·|d|", unit="tokens", bounds=(0, "n−1"), nullable=True)
-def distance_tokens(o: HeadObservation) -> Tensor:
+def distance_tokens(o: HeadQuantities) -> Values:
     """How far the head looks."""
-    return o.mean(o.rows.distance)
+    return o.mean("distance")
 
 
 @column(formula="mean of Σ_j p·d", unit="tokens", bounds=("−(n−1)", "n−1"), nullable=True)
-def offset_tokens(o: HeadObservation) -> Tensor:
+def offset_tokens(o: HeadQuantities) -> Values:
     """Where the head looks from the query: negative is backward."""
-    return o.mean(o.rows.offset)
+    return o.mean("offset")
 
 
 @column(formula="mean of √(Σ_j p d² − (Σ_j p d)²)", unit="tokens", bounds=(0, None), nullable=True)
-def offset_std_tokens(o: HeadObservation) -> Tensor:
+def offset_std_tokens(o: HeadQuantities) -> Values:
     """How wide a row's attention is around its own centre."""
-    return o.mean(o.rows.offset_std)
+    return o.mean("offset_std")
 
 
 @column(formula="Σ_i Σ_j p·|d| / Σ_i (mean of |d| over V_i); null if n = 1", bounds=(0, None), nullable=True)
-def distance_vs_uniform(o: HeadObservation) -> Tensor:
+def distance_vs_uniform(o: HeadQuantities) -> Values:
     """Distance against that of a head which looks evenly at all it may see: a ratio of sums."""
-    opportunity = (o.visibility.uniform_distance * o.rows.measured).sum(-1)
-    return o.rows.distance.sum(-1) / opportunity.where(opportunity > 0, math.nan)
+    return o.ratio(o["distance"], o["uniform_distance"])
 
 
 @column(formula="mean of p[i,i]", bounds=(0, 1), nullable=True)
-def mass_self(o: HeadObservation) -> Tensor:
+def mass_self(o: HeadQuantities) -> Values:
     """Weight of the token itself."""
-    return o.offset_mass(0)
+    return o.mean("self")
 
 
 @column(formula="mean of p[i,i−1]", bounds=(0, 1), nullable=True)
-def mass_previous(o: HeadObservation) -> Tensor:
+def mass_previous(o: HeadQuantities) -> Values:
     """Weight of the token before."""
-    return o.offset_mass(-1)
+    return o.mean("previous")
 
 
 @column(formula="mean of p[i,i+1]", bounds=(0, 1), nullable=True)
-def mass_next(o: HeadObservation) -> Tensor:
+def mass_next(o: HeadQuantities) -> Values:
     """Weight of the token after."""
-    return o.offset_mass(1)
+    return o.mean("next")
 
 
 @column(formula="mean of Σ_{j<i} p", bounds=(0, 1), nullable=True)
-def mass_backward(o: HeadObservation) -> Tensor:
+def mass_backward(o: HeadQuantities) -> Values:
     """Weight of all tokens before."""
-    return o.rows.offsets[..., : o.rows.offsets.shape[-1] // 2].sum(-1) / o.count
+    return o.mean("backward")
 
 
 @column(formula="mean of Σ_{j>i} p", bounds=(0, 1), nullable=True)
-def mass_forward(o: HeadObservation) -> Tensor:
+def mass_forward(o: HeadQuantities) -> Values:
     """Weight of all tokens after."""
-    return o.rows.offsets[..., o.rows.offsets.shape[-1] // 2 + 1 :].sum(-1) / o.count
+    return o.mean("forward")
 
 
 @column(formula="mean of p[i,0]", bounds=(0, 1), nullable=True)
-def mass_first(o: HeadObservation) -> Tensor:
+def mass_first(o: HeadQuantities) -> Values:
     """Weight of the sequence's first token."""
-    start = o.visibility.start.view(-1, 1, 1).expand(*o.count.shape, 1)
-    return o.mean_row.gather(-1, start).squeeze(-1)
+    return o.mean("first")
 
 
 @column(formula="mean mass of the learned sink; null where the model has none", bounds=(0, 1), nullable=True)
-def mass_sink(o: HeadObservation) -> Tensor | None:
+def mass_sink(o: HeadQuantities) -> Values:
     """Weight of an extra softmax outcome that is no key."""
-    return None if o.rows.sink is None else o.mean(o.rows.sink)
+    return o.mean("sink")
 
 
 @column(formula="mean of Σ p over the first special token ([CLS], <s>)", bounds=(0, 1), nullable=True)
-def mass_bos(o: HeadObservation) -> Tensor | None:
+def mass_bos(o: HeadQuantities) -> Values:
     """Weight of tokens that begin a sequence; the seven token classes are disjoint and sum to 1 (with mass_sink)."""
-    return o.class_mass("bos")
+    return o.mean("bos")
 
 
 @column(formula="mean of Σ p over separator tokens ([SEP], </s>)", bounds=(0, 1), nullable=True)
-def mass_separator(o: HeadObservation) -> Tensor | None:
+def mass_separator(o: HeadQuantities) -> Values:
     """Weight of tokens that end or part sequences."""
-    return o.class_mass("separator")
+    return o.mean("separator")
 
 
 @column(formula="mean of Σ p over other special tokens", bounds=(0, 1), nullable=True)
-def mass_special(o: HeadObservation) -> Tensor | None:
+def mass_special(o: HeadQuantities) -> Values:
     """Weight of special tokens that are neither bos nor separator ([MASK], [UNK])."""
-    return o.class_mass("special")
+    return o.mean("special")
 
 
 @column(formula="mean of Σ p over tokens all of whose characters are Unicode P or S", bounds=(0, 1), nullable=True)
-def mass_punctuation(o: HeadObservation) -> Tensor | None:
+def mass_punctuation(o: HeadQuantities) -> Values:
     """Weight of punctuation and symbols."""
-    return o.class_mass("punctuation")
+    return o.mean("punctuation")
 
 
 @column(formula="mean of Σ p over tokens with a digit", bounds=(0, 1), nullable=True)
-def mass_number(o: HeadObservation) -> Tensor | None:
+def mass_number(o: HeadQuantities) -> Values:
     """Weight of numbers."""
-    return o.class_mass("number")
+    return o.mean("number")
 
 
 @column(formula="mean of Σ p over tokens that begin a word for this tokenizer", bounds=(0, 1), nullable=True)
-def mass_word_start(o: HeadObservation) -> Tensor | None:
+def mass_word_start(o: HeadQuantities) -> Values:
     """Weight of words, or of their first pieces."""
-    return o.class_mass("word_start")
+    return o.mean("word_start")
 
 
 @column(formula="mean of Σ p over tokens that continue a word", bounds=(0, 1), nullable=True)
-def mass_subword(o: HeadObservation) -> Tensor | None:
+def mass_subword(o: HeadQuantities) -> Values:
     """Weight of the later pieces of words."""
-    return o.class_mass("subword")
+    return o.mean("subword")
 
 
 @column(formula="mean of Σ p over j ≠ i with the same token id; null without ids", bounds=(0, 1), nullable=True)
-def mass_same_token(o: HeadObservation) -> Tensor | None:
+def mass_same_token(o: HeadQuantities) -> Values:
     """Weight of other occurrences of the query's token."""
-    return None if o.rows.same_token is None else o.rows.same_token / o.count
+    return o.mean("same_token")
 
 
 @column(
@@ -249,73 +238,65 @@ def mass_same_token(o: HeadObservation) -> Tensor | None:
     reference="Olsson 2022",
     nullable=True,
 )
-def mass_induction(o: HeadObservation) -> Tensor | None:
+def mass_induction(o: HeadQuantities) -> Values:
     """Weight of the token after an earlier copy of the query's token, on the text as it is."""
-    return None if o.rows.induction is None else o.rows.induction / o.count
+    return o.mean("induction")
 
 
 @column(formula="−Σ_j p̄_j ln p̄_j, p̄_j = mean_i p[i,j]", unit="nats", bounds=(0, "ln n"), nullable=True)
-def received_entropy_nats(o: HeadObservation) -> Tensor:
+def received_entropy_nats(o: HeadQuantities) -> Values:
     """How evenly the keys of a sequence are attended when all its queries are taken together."""
-    return o.received_entropy
+    return o["received_entropy"]
 
 
 @column(formula="received_entropy_nats − entropy_nats", unit="nats", bounds=(0, "ln n"), nullable=True)
-def mutual_information_nats(o: HeadObservation) -> Tensor:
+def mutual_information_nats(o: HeadQuantities) -> Values:
     """How much *which query* changes *where it looks*; rounding below its lower bound is cut off."""
-    return (o.received_entropy - o.mean(o.rows.entropy)).clamp_min(0)
+    return np.maximum(o["received_entropy"] - o.mean("entropy"), 0)
 
 
 @column(formula="max_j p̄_j", bounds=("1/n", 1), nullable=True)
-def received_max(o: HeadObservation) -> Tensor:
+def received_max(o: HeadQuantities) -> Values:
     """The largest mean weight that any key receives: the sink, wherever it is."""
-    return o.mean_row.amax(-1)
+    return o["received_max"]
 
 
 @column(
     formula="the j of received_max (lowest on ties)", unit="position", dtype="int32", bounds=(0, "n−1"), nullable=True
 )
-def received_max_key(o: HeadObservation) -> Tensor:
+def received_max_key(o: HeadQuantities) -> Values:
     """Where the sink is."""
-    positions = o.visibility.positions[:, None, :].expand_as(o.mean_row)
-    is_max = o.mean_row == o.mean_row.amax(-1, keepdim=True)
-    beyond = positions.shape[-1]
-    found = positions.where(is_max & (positions >= 0), beyond).amin(-1)
-    return found.to(o.count.dtype).where(found < beyond, math.nan)
+    return o["received_max_key"]
 
 
 @column(formula="max of s over visible keys of measured rows", nullable=True)
-def score_max(o: HeadObservation) -> Tensor:
+def score_max(o: HeadQuantities) -> Values:
     """The largest attention logit: growing logits show here before anything breaks."""
-    largest = o.rows.score_max.where(o.rows.measured, -math.inf).amax(-1)
-    return largest.where(largest > -math.inf, math.nan)
+    return o["score_max"]
 
 
 @column(formula="mean of s over all visible (query, key) pairs", nullable=True)
-def score_mean(o: HeadObservation) -> Tensor:
+def score_mean(o: HeadQuantities) -> Values:
     """The mean attention logit."""
-    return (o.rows.score_mean * o.visible).sum(-1) / o.visible.sum(-1)
+    return o.ratio(o["score"], o["pairs"])
 
 
 @column(formula="population deviation of s over all visible (query, key) pairs", bounds=(0, None), nullable=True)
-def score_std(o: HeadObservation) -> Tensor:
+def score_std(o: HeadQuantities) -> Values:
     """How far apart the attention logits are; rows' variances are pooled about the common mean."""
-    total = o.visible.sum(-1)
-    mean = (o.rows.score_mean * o.visible).sum(-1) / total
-    about = o.rows.score_variance + (o.rows.score_mean - mean[..., None]).square()
-    return ((about * o.visible).sum(-1) / total).sqrt()
+    return np.sqrt(np.maximum(o.ratio(o["score_squared"], o["pairs"]) - o.ratio(o["score"], o["pairs"]) ** 2, 0))
 
 
 @column(formula="mean of ‖c_i‖, c_i = Σ_j p v_j before W_O", bounds=(0, None), nullable=True)
-def context_norm(o: HeadObservation) -> Tensor | None:
+def context_norm(o: HeadQuantities) -> Values:
     """How much the head carries before the output projection."""
-    return None if o.context_norms is None else o.mean(o.context_norms)
+    return o.mean("context_norm")
 
 
 @column(formula="mean of ‖c_i W_O^h‖", bounds=(0, None), nullable=True)
-def update_norm(o: HeadObservation) -> Tensor | None:
+def update_norm(o: HeadQuantities) -> Values:
     """The size of the head's own write into the residual stream; null where no output projection was found."""
-    return None if o.update_norms is None else o.mean(o.update_norms)
+    return o.mean("update_norm")
 
 
 @column(
@@ -324,33 +305,24 @@ def update_norm(o: HeadObservation) -> Tensor | None:
     reference="Kobayashi 2020",
     nullable=True,
 )
-def value_weighted_first(o: HeadObservation) -> Tensor | None:
+def value_weighted_first(o: HeadQuantities) -> Values:
     """The first token's share of what is written: a sink that writes nothing is far below mass_first."""
-    if o.value_norms is None:
-        return None
-    written = o.rows.received * o.value_norms
-    start = o.visibility.start.view(-1, 1, 1).expand(*o.count.shape, 1)
-    total = written.sum(-1)
-    return written.gather(-1, start).squeeze(-1) / total.where(total > 0, math.nan)
+    return o.ratio(o["written_first"], o["written"])
 
 
 @column(formula="rows measured", unit="rows", dtype="int32", bounds=(0, "n"))
-def query_rows(o: HeadObservation) -> Tensor:
+def query_rows(o: HeadQuantities) -> Values:
     """How many rows the means are over: the weight of this row in any mean over sequences."""
-    return o.count
+    return o["rows"]
 
 
 @column(formula="rows with m_i = 0", unit="rows", dtype="int32", bounds=(0, "n"))
-def masked_rows(o: HeadObservation) -> Tensor:
+def masked_rows(o: HeadQuantities) -> Values:
     """Rows that may see nothing, left out of every mean."""
-    return _rows(o.visibility.real[:, None, :] & (o.visibility.keys == 0), o)
+    return o["masked"]
 
 
 @column(formula="rows with a non-finite score among visible keys", unit="rows", dtype="int32", bounds=(0, "n"))
-def nonfinite_rows(o: HeadObservation) -> Tensor:
+def nonfinite_rows(o: HeadQuantities) -> Values:
     """Rows whose scores overflowed or are NaN, left out of every mean."""
-    return _rows((o.visibility.keys > 0) & ~o.rows.measured, o)
-
-
-def _rows(chosen: Bool[Tensor, "batch _ query"], o: HeadObservation) -> Float[Tensor, "batch head"]:
-    return chosen.sum(-1).to(o.count.dtype).expand_as(o.count)
+    return o["nonfinite"]

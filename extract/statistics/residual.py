@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from extract.statistics.registry import column
+from extract.statistics.registry import column, columns_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -208,3 +208,17 @@ def _centred(norm: NormObservation) -> Tensor:
 
 def _divisor(norm: NormObservation) -> Tensor:
     return (_centred(norm).square().mean(-1) + norm.epsilon).sqrt()
+
+
+COLUMNS = columns_of(dict(globals()))
+
+
+def column_values(o: ResidualObservation) -> Float[Tensor, "column batch"]:
+    """Every column of an observation, in float64; NaN where undefined."""
+    values = o.after.new_full((len(COLUMNS), o.after.shape[0]), math.nan).double()
+    for place, each in enumerate(COLUMNS):
+        assert each.compute is not None, "every fact of a site is computed"
+        value = each.compute(o)
+        if value is not None:
+            values[place] = value
+    return values
