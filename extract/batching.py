@@ -46,8 +46,6 @@ def batches(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
     return [order[first:last] for first, last in pairwise([*starts, len(order)])]
 
 
-def padding_waste(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """Share of the batches' positions that are padding; 0 without any position."""
-    positions = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches if batch)
-    real = sum(lengths[index] for batch in batches for index in batch)
-    return 1 - real / positions if positions else 0.0
+def padded_positions(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> int:
+    """Positions that the batches take in the model, padding included."""
+    return sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)

@@ -22,12 +22,11 @@ from extract.schema import CLASS_MASSES, HEADS, PROFILES, RESIDUAL, Table
 from extract.statistics.attention import HeadQuantities
 from extract.statistics.profiles import PROFILE_COLUMNS
 from extract.statistics.registry import Column
-from extract.statistics.residual import ResidualObservation, column_values
-from extract.statistics.sums import HeadObservation, summed
+from extract.statistics.sums import HeadSums
 from extract.tokens import token_classes
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
@@ -43,28 +42,57 @@ class Measurements:
 
 
 class Collector:
-    """An observer that keeps the sums of every observation, each at its sequence's place."""
+    """An observer that keeps the sums of every observation, each at its sequence's place.
+
+    A batch counts when it is settled, and as a whole: one that failed half-way leaves nothing behind.
+    """
 
     def __init__(self, sequences: int) -> None:
-        self.measured = Measurements()
+        self._settled = Measurements()
         self._sequences = sequences
-        self._places: np.ndarray = np.arange(sequences)
+        self.at(range(sequences))
 
-    def at(self, places: Sequence[int]) -> None:
-        """The next observations are of these sequences."""
+    def at(self, places: Sequence[int] | np.ndarray) -> None:
+        """The batch that comes is of these sequences; what is left of one that failed is dropped."""
         self._places = np.asarray(places)
+        self._heads: dict[Attention, HeadSums] = {}
+        self._residual: dict[Site, Tensor] = {}
+        self._copied: torch.cuda.Event | None = None
 
-    def heads(self, attention: Attention, observed: HeadObservation) -> None:
-        values, profiles = (t.cpu().numpy() for t in summed(observed))
-        self._of(self.measured.heads, attention, (len(values), self._sequences, attention.heads))[:, self._places] = (
-            values
-        )
-        total = self.measured.profiles.setdefault(attention, np.zeros_like(profiles))
-        total += profiles
+    def heads(self, attention: Attention, sums: HeadSums) -> None:
+        self._heads[attention] = HeadSums(*map(self._sent_home, sums))
 
-    def residual(self, site: Site, observed: ResidualObservation) -> None:
-        values = column_values(observed).cpu().numpy()
-        self._of(self.measured.residual, site, (len(values), self._sequences))[:, self._places] = values
+    def residual(self, site: Site, values: Float[Tensor, "column batch"]) -> None:
+        self._residual[site] = self._sent_home(values)
+
+    def settle(self) -> None:
+        """Count the batch: its forward pass went through."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        settled, places = self._settled, self._places
+        for attention, (values, profiles) in self._heads.items():
+            shape = (len(values), self._sequences, attention.heads)
+            self._of(settled.heads, attention, shape)[:, places] = values.numpy()
+            total = settled.profiles.setdefault(attention, np.zeros(profiles.shape))
+            total += profiles.numpy()
+        for site, values in self._residual.items():
+            self._of(settled.residual, site, (len(values), self._sequences))[:, places] = values.numpy()
+        self.at(places)
+
+    @property
+    def measured(self) -> Measurements:
+        """The sums of all batches, the one at hand included."""
+        self.settle()
+        return self._settled
+
+    def _sent_home(self, tensor: Tensor) -> Tensor:
+        """The tensor on the CPU. CUDA is not waited for until the batch is settled: the model goes on meanwhile."""
+        if tensor.device.type != "cuda":
+            return tensor.cpu()
+        home = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(tensor.device))
+        return home
 
     @staticmethod
     def _of(held: dict[Any, np.ndarray], key: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -116,7 +144,7 @@ def measure(
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         raise Refusal(f"measure needs input_ids of shape [batch, token]; got {_described(ids)}; pass a 2-d tensor")
-    _, chosen = choose(engine, device=ids.device.type)
+    chosen = choose(engine, device=ids.device.type)
     start, length = segments(inputs.get("attention_mask"), ids)
     classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=ids.device)[ids].long()
     batch = Batch(start, length, ids.shape[1], token_ids=ids, classes=classes)

@@ -1,13 +1,13 @@
 """A run: prepare it, measure its shards in any order and by anyone, finish it.
 
-Each step can be killed and called again; a shard is done when its record is there.
+Each step can be killed and called again; a shard is done when its record is there. Shards may be measured by several
+threads: they take turns at the model, so that one shard is in it while another one is written.
 """
 
 from __future__ import annotations
 
-import platform
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -15,29 +15,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from extract.corpus import Corpus, open_corpus
 from extract.dictionary import dataset_card
 from extract.encoder import Encoder, check_model_name, load_encoder
 from extract.engines import Engine, choose
 from extract.errors import Refusal
+from extract.memory import tokens_that_fit
 from extract.planning import Plan, make_plan, read_plan, read_shard
-from extract.schema import DOCUMENTS, SCHEMA_VERSION, SEQUENCES, TABLES, Table
-from extract.store import Part, ShardRecord, Store
+from extract.schema import SCHEMA_VERSION
+from extract.store import ShardRecord, Store
+from extract.writing import manifest_of, planned_tables, write_shard
 
 if TYPE_CHECKING:
     from extract.capture.layout import Layout
 
 TokenMode = Literal["none", "classes", "ids", "text"]
 Progress = Callable[[str, int, int | None], None]
-BATCH_TOKENS = 4096  # of a batch, padding included, where the user names no number
-_KEPT = {"none": frozenset(), "classes": frozenset(), "ids": {"token_ids"}, "text": {"token_ids", "text"}}
+# most tokens of a batch, padding included, where the user names no number: more keep a machine no busier, and put
+# sequences together that differ more in length
+BATCH_TOKENS = 4096
+CUDA_BATCH_TOKENS = 16_384
+# one shard in the model and one on its way to the disk: if writing is slow, the model waits and memory stays
+SHARDS_UNDER_WAY = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What the user asks for; the same options give the same dataset, byte for byte."""
+    """What the user asks for; the same options give the same dataset, byte for byte, on machines of the same kind."""
 
     model: str
     corpus: str
@@ -49,7 +54,7 @@ class RunOptions:
     text_column: str = "text"
     unit: Literal["document", "paragraph", "line"] = "document"
     shard_sequences: int = 256
-    batch_tokens: int | None = None
+    batch_tokens: int | None = None  # default: the run's own where it was begun, else what fits into memory
     dtype: str = "auto"
     device: str = "auto"
     engine: str = "auto"
@@ -66,7 +71,6 @@ class Job:
     options: RunOptions
     encoder: Encoder
     layout: Layout
-    engine_name: str
     engine: Engine
     store: Store
     run: Mapping[str, Any]
@@ -148,17 +152,18 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
     )
-    engine_name, engine = choose(options.engine, device=encoder.device.type)
+    engine = choose(options.engine, device=encoder.device.type)
     max_length = _max_length(options, encoder)
     from extract.measurement import layout_of
 
     layout = layout_of(encoder.model)
     say("model", 1, 1)
     store = Store(options.out)
-    run = _run(options, encoder, corpus, engine_name, max_length)
+    batch_tokens = options.batch_tokens or _batch_tokens(store, encoder, layout, max_length)
+    run = _run(options, encoder, corpus, engine.name, max_length, batch_tokens)
     was_there = options.out.exists()
     store.claim(run)
-    job = Job(options, encoder, layout, engine_name, engine, store, run)
+    job = Job(options, encoder, layout, engine, store, run)
     if store.manifest is not None:
         store.clear_work()
         return job
@@ -181,7 +186,18 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
             store.root.rmdir()
         raise
     say("plan", plan.documents, plan.documents)
-    return Job(options, encoder, layout, engine_name, engine, store, run, plan)
+    return Job(options, encoder, layout, engine, store, run, plan)
+
+
+def measure_shards(
+    job: Job, shards: Iterable[int], *, progress: Callable[[int], None] | None = None
+) -> list[ShardRecord]:
+    """Measure shards, each being written while the next one is in the model; gives their records in the same order.
+
+    The first error is raised once the shard beside it has ended too; a shard without a record is not done.
+    """
+    with ThreadPoolExecutor(SHARDS_UNDER_WAY) as threads:
+        return list(threads.map(lambda shard: measure_shard(job, shard, progress=progress), shards))
 
 
 def measure_shard(job: Job, shard: int, *, progress: Callable[[int], None] | None = None) -> ShardRecord:
@@ -197,12 +213,8 @@ def measure_shard(job: Job, shard: int, *, progress: Callable[[int], None] | Non
     sequences, documents = read_shard(job.store.work, shard)
     instrument = Instrument(job.encoder, job.layout, job.engine, job.run["batch_tokens"], job.token_classes)
     tables, facts = measured_tables(instrument, sequences, shard=shard, progress=progress)
-    tables["sequences"] = _conformed(SEQUENCES, sequences, optional=frozenset(_KEPT[job.options.tokens]))
-    tables["documents"] = _conformed(DOCUMENTS, documents)
-    parts = {name: job.store.write_part(name, shard, table) for name, table in sorted(tables.items())}
-    record = ShardRecord(shard, parts, facts)
-    job.store.write_record(record)
-    return record
+    tables |= planned_tables(job, sequences, documents)
+    return write_shard(job.store, shard, tables, facts)
 
 
 def finish(job: Job) -> Path:
@@ -215,7 +227,7 @@ def finish(job: Job) -> Path:
         raise RuntimeError(
             f"a dataset is finished when all its shards are; missing: {', '.join(missing)}; run it again"
         )
-    manifest = _manifest(job, job.plan, [r for r in records if r is not None])
+    manifest = manifest_of(job, job.plan, [r for r in records if r is not None])
     job.store.finish(manifest, dataset_card(manifest))
     return job.store.root
 
@@ -246,7 +258,19 @@ def _max_length(options: RunOptions, encoder: Encoder) -> int:
     return asked
 
 
-def _run(options: RunOptions, encoder: Encoder, corpus: Corpus, engine: str, max_length: int) -> dict[str, Any]:
+def _batch_tokens(store: Store, encoder: Encoder, layout: Layout, max_length: int) -> int:
+    """The batch's size where none was given: as the run was begun, whatever memory is free today; else what fits."""
+    begun = (store.held_run() or {}).get("batch_tokens")
+    if begun is not None:
+        return begun
+    most = CUDA_BATCH_TOKENS if encoder.device.type == "cuda" else BATCH_TOKENS
+    fitting = tokens_that_fit(encoder.model, layout, encoder.device, longest=max_length)
+    return max(max_length, min(most, fitting or most))
+
+
+def _run(
+    options: RunOptions, encoder: Encoder, corpus: Corpus, engine: str, max_length: int, batch_tokens: int
+) -> dict[str, Any]:
     """What makes two runs the same run: their options and what these stand for."""
     left_out = {"out", "digest_key", "device", "dtype", "engine", "model", "corpus"}
     return {k: v for k, v in asdict(options).items() if k not in left_out} | {
@@ -258,64 +282,9 @@ def _run(options: RunOptions, encoder: Encoder, corpus: Corpus, engine: str, max
         "corpus": corpus.name,
         "corpus_files": [list(f) for f in corpus.files],
         "max_length": max_length,
-        "batch_tokens": options.batch_tokens or BATCH_TOKENS,
+        "batch_tokens": batch_tokens,
         "device": encoder.device.type,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "engine": engine,
         "digest_keyed": options.digest_key is not None,
     }
-
-
-def _conformed(table: Table, rows: pa.Table, *, optional: frozenset[str] = frozenset()) -> pa.Table:
-    schema = table.schema(optional=optional)
-    return rows.select(schema.names).cast(schema)
-
-
-def _manifest(job: Job, plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
-    padded, positions = (sum(r.facts[n] for r in records) for n in ("padded", "positions"))
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "run": dict(job.run),
-        "model": _model_facts(job),
-        "tokenizer": {"name": type(job.encoder.tokenizer).__name__, "digest": job.run["tokenizer_digest"]},
-        "corpus": {
-            "name": job.run["corpus"],
-            "digest": plan.corpus_digest,
-            "digest_keyed": job.run["digest_keyed"],
-            "documents": plan.documents,
-            "sequences": plan.sequences,
-            "tokens": plan.tokens,
-            "content_tokens": plan.content_tokens,
-            "dropped": dict(Counter(plan.dropped)),
-        },
-        "software": {"python": platform.python_version()}
-        | {name: version(name) for name in ("attlas", "torch", "transformers", "pyarrow", "numpy")},
-        "engine": job.engine_name,
-        "device": job.run["device"],
-        "dtype": job.run["dtype"],
-        "shards": plan.shards,
-        "padding_waste": padded / positions if positions else 0.0,
-        "tables": {name: _table_facts(name, records) for name in TABLES if any(name in r.parts for r in records)},
-    }
-
-
-def _model_facts(job: Job) -> dict[str, Any]:
-    layout = job.layout
-    return {
-        "name": job.encoder.name,
-        "revision": job.encoder.revision,
-        "weights_digest": job.run["weights_digest"],
-        "architecture": type(job.encoder.model).__name__,
-        "stack": layout.attentions[0].stack,
-        "layers": len(layout.attentions),
-        "heads": max(a.heads for a in layout.attentions),
-        "width": layout.width,
-        "parameters": sum(p.numel() for p in job.encoder.model.parameters()),
-        "residual": layout.residual_refusal or "measured",
-        "layout": layout.described,
-    }
-
-
-def _table_facts(name: str, records: list[ShardRecord]) -> dict[str, Any]:
-    parts: list[Part] = [r.parts[name] for r in records if name in r.parts]
-    return {"rows": sum(p.rows for p in parts), "parts": [asdict(p) for p in parts]}

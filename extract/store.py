@@ -24,6 +24,9 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 WORK = "_work"
 _RUN = "run.json"
+# nearly all of a part are the last digits of floats, which nothing packs: 3 gives 0.5 % more bytes, 15 gives 2 % less for
+# six times the time
+_LEVEL = 6
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Store:
             rows,
             temporary,
             compression="zstd",
-            compression_level=3,
+            compression_level=_LEVEL,
             use_dictionary=others,  # pyright: ignore[reportArgumentType]
             use_byte_stream_split=floats,  # pyright: ignore[reportArgumentType]
             store_schema=True,

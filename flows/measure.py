@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from extract.pipeline import Job
 
 
-# the model is in memory once, and one batch at a time keeps every core busy
-one_at_a_time = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=1))
+# one shard is in the model, which is in memory once, while the one before it is written; a third would only use memory
+two_at_a_time = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=2))
+_showing = threading.Lock()
 
 
-@flow(name="attlas", task_runner=one_at_a_time)
+@flow(name="attlas", task_runner=two_at_a_time)
 def measure(run: Run) -> Path:
     """Measure a corpus with a model and report on it; what an earlier run finished is not done again."""
     log = get_run_logger()
@@ -73,7 +75,7 @@ def measured(run: Run, shard: int) -> int:
     job = prepared(run)
     with tokens_shown() as show_tokens:
         measure_shard(job, shard, progress=show_tokens)
-    display.get().advance(Work(shards=1, documents=work_in(job, shard).documents))
+    advance(Work(shards=1, documents=work_in(job, shard).documents))
     return shard
 
 
@@ -106,13 +108,19 @@ def tokens_shown() -> Iterator[Callable[[int], None]]:
     def show(tokens: int) -> None:
         nonlocal shown
         shown += tokens
-        display.get().advance(Work(tokens=tokens))
+        advance(Work(tokens=tokens))
 
     try:
         yield show
     except BaseException:
-        display.get().advance(Work(tokens=-shown))
+        advance(Work(tokens=-shown))
         raise
+
+
+def advance(work: Work) -> None:
+    """Show that so much more is done; displays count, and not for several threads at once."""
+    with _showing:
+        display.get().advance(work)
 
 
 def measure_here(run: Run, *, show: Display) -> Path:

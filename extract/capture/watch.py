@@ -1,7 +1,6 @@
-"""Watch a forward pass: attention calls and residual updates as they happen.
+"""Watch a forward pass: attention calls as they happen, and the residual stream beside them.
 
-Tensors are handed on as soon as they are complete and dropped at once: nothing of the size of a pattern, and no more
-than two states of the stream, is held.
+What a call shows is summed up at once: nothing of the size of a pattern is held.
 """
 
 from __future__ import annotations
@@ -9,26 +8,24 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from extract.capture.layout import Attention, Layout, Site, Tap
-from extract.capture.seam import first_tensor, read_tensor, replaced_sdpa, weight_by_input
+from extract.capture.layout import Attention, Layout, Site
+from extract.capture.seam import replaced_sdpa, weight_by_input
+from extract.capture.stream import CompiledStream, Stream
 from extract.engines.rows import AttentionCall
-from extract.engines.visibility import Visibility, positions_of, see
+from extract.engines.visibility import Visibility, see
 from extract.errors import CaptureError
-from extract.statistics.residual import NormObservation, ResidualObservation
-from extract.statistics.sums import HeadObservation
+from extract.statistics.sums import HeadObservation, HeadSums
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from extract.engines import Engine
@@ -51,9 +48,9 @@ class Batch:
 class Observer(Protocol):
     """Takes observations as they are made."""
 
-    def heads(self, attention: Attention, observed: HeadObservation) -> None: ...
+    def heads(self, attention: Attention, sums: HeadSums) -> None: ...
 
-    def residual(self, site: Site, observed: ResidualObservation) -> None: ...
+    def residual(self, site: Site, values: Float[Tensor, "column batch"]) -> None: ...
 
 
 @dataclass
@@ -65,17 +62,9 @@ class _Watch:
     engine: Engine
     observer: Observer
     factors: Mapping[int, Tensor]
-    residual: bool
+    stream: Stream | None
     calls: int = 0
-    sites_done: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    held: dict[Tap, Tensor] = field(default_factory=dict)
-    contexts: dict[int, Tensor] = field(default_factory=dict)
     seen_masks: dict[tuple[int, bool], tuple[Any, Visibility]] = field(default_factory=dict)
-
-    @cached_property
-    def real(self) -> Bool[Tensor, "batch token"]:
-        return positions_of(self.batch.start, self.batch.length, self.batch.tokens) >= 0
 
     @property
     def next_write(self) -> Tensor | None:
@@ -98,12 +87,14 @@ def watching(
 
     Raises CaptureError when the pass shows other attention calls or residual sites than the layout has.
     """
-    residual = residual and layout.residual_refusal is None
-    watch = _Watch(layout, batch, engine, observer, _write_factors(model, layout), residual)
+    stream = None
+    if residual and layout.residual_refusal is None:
+        kind = CompiledStream if engine.compiled else Stream
+        stream = kind(layout, batch.start, batch.length, batch.tokens, observer.residual)
+    watch = _Watch(layout, batch, engine, observer, _write_factors(model, layout), stream)
     with _WATCHING, ExitStack() as stack:
-        if residual:
-            for handle in _tap(model, watch):
-                stack.callback(handle.remove)
+        if stream is not None:
+            stack.enter_context(stream.watched(model))
         stack.enter_context(replaced_sdpa(lambda original: _watched(watch, original)))
         yield
         if watch.calls != len(layout.attentions):
@@ -111,9 +102,9 @@ def watching(
                 f"every forward pass must show each attention layer once; expected {len(layout.attentions)} patterns, "
                 f"got {watch.calls}; the model changed its way since it was examined"
             )
-        if residual and watch.sites_done != len(layout.sites):
+        if stream is not None and stream.done != len(layout.sites):
             raise CaptureError(
-                f"every forward pass must show each residual site once; expected {len(layout.sites)}, got {watch.sites_done}"
+                f"every forward pass must show each residual site once; expected {len(layout.sites)}, got {stream.done}"
             )
 
 
@@ -206,88 +197,9 @@ def _observe_heads(watch: _Watch, call: AttentionCall, plain: Callable[[], Tenso
             f"{call.query.shape[1]} heads, {call.query.shape[-2]} queries and {call.key.shape[-2]} keys for {tokens} tokens"
         )
     watch.calls += 1
-    output, rows = watch.engine(call, plain)
-    watch.observer.heads(attention, HeadObservation(rows, call.visibility, watch.batch.classes))
-    if watch.residual:
-        watch.contexts[attention.layer] = output.to(rows.entropy.dtype)
+    output, rows = watch.engine.attend(call, plain)
+    observed = HeadObservation(rows, call.visibility, watch.batch.classes)
+    watch.observer.heads(attention, watch.engine.summed(observed))
+    if watch.stream is not None:
+        watch.stream.contexts(attention.layer, output)
     return output
-
-
-def _tap(model: nn.Module, watch: _Watch) -> Iterator[Any]:
-    """Hook every module that a residual site reads from; a site is complete when its last tap has come."""
-    waiting = {index: _taps_of(site) for index, site in enumerate(watch.layout.sites)}
-    readers: dict[Tap, set[int]] = {}
-    for index, taps in waiting.items():
-        for tap in taps:
-            readers.setdefault(tap, set()).add(index)
-    modules = dict(model.named_modules())
-
-    def arrive(tap: Tap, tensor: Tensor | None) -> None:
-        if tap not in readers or tensor is None:
-            return
-        watch.held[tap] = tensor
-        for index in sorted(readers[tap]):
-            waiting[index].discard(tap)
-            if not waiting[index]:
-                _observe_residual(watch, watch.layout.sites[index])
-                for used in _taps_of(watch.layout.sites[index]):
-                    readers[used].discard(index)
-                    if not readers[used]:
-                        watch.held.pop(used, None)
-
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = watch.counts[name]
-            watch.counts[name] += 1
-            arrive(Tap(name, call, "input"), read_tensor(args, kwargs))
-            arrive(Tap(name, call, "output"), first_tensor(output))
-
-        return hook
-
-    for name in {tap.module for tap in readers}:
-        yield modules[name].register_forward_hook(hook_of(name), with_kwargs=True)
-
-
-def _taps_of(site: Site) -> set[Tap]:
-    norm = () if site.norm is None else (site.norm.read, site.norm.wrote)
-    return {tap for tap in (site.after, site.stream, site.update, *norm) if tap is not None}
-
-
-def _observe_residual(watch: _Watch, site: Site) -> None:
-    rounding: list[float] = []
-
-    def held(tap: Tap | None) -> Tensor | None:
-        if tap is None:
-            return None
-        tensor = watch.held[tap]
-        rounding.append(torch.finfo(tensor.dtype).eps)
-        tensor = tensor.reshape(*watch.batch.start.shape, watch.batch.tokens, tensor.shape[-1])
-        return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-    after, stream, update = held(site.after), held(site.stream), held(site.update)
-    assert after is not None, "every site has a state after it"
-    real = watch.real
-    if stream is not None and update is not None:
-        _assert_identity(site, stream, update, after, real=real, rounding=max(rounding))
-    norm = None
-    if site.norm is not None:
-        read, wrote = held(site.norm.read), held(site.norm.wrote)
-        assert read is not None and wrote is not None
-        norm = NormObservation(read, wrote, site.norm.kind, site.norm.epsilon)
-    contexts = watch.contexts.pop(site.layer, None) if site.name == "attention" else None
-    watch.observer.residual(site, ResidualObservation(real, after, stream, update, norm, contexts))
-    watch.sites_done += 1
-
-
-def _assert_identity(
-    site: Site, stream: Tensor, update: Tensor, after: Tensor, *, real: Tensor, rounding: float
-) -> None:
-    """x' = x + F(x), on every batch, to a few roundings of the model's own type."""
-    # token by token first: one small mask instead of copies of the whole stream
-    off, total, x = (t.norm(dim=-1).where(real, 0).norm() for t in (after - stream - update, after, stream))
-    size = total + x
-    if bool(size.isfinite()) and not off <= 4 * rounding * size:
-        raise CaptureError(
-            f"x' = x + F(x) must hold at every residual site; at {site.name} of layer {site.layer} it is off by "
-            f"{float(off / size):.2e} of ‖x‖ + ‖x'‖; the model changed its way since it was examined"
-        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from extract.errors import Refusal
@@ -11,31 +13,68 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from extract.engines.rows import AttentionCall, Rows
+    from extract.statistics.sums import HeadObservation, HeadSums
 
-# the second argument makes the call as the model would, for an engine that leaves the output to it
-Engine = Callable[["AttentionCall", Callable[[], "Tensor"]], "tuple[Tensor, Rows]"]
+
+@dataclass(frozen=True)
+class Engine:
+    """How attention calls are made and summed up.
+
+    `attend` is given a call and the way to make it as the model would, for what an engine leaves to it.
+    """
+
+    name: str
+    attend: Callable[[AttentionCall, Callable[[], Tensor]], tuple[Tensor, Rows]]
+    summed: Callable[[HeadObservation], HeadSums]
+    compiled: bool = False  # the residual stream is read by compiled code as well
 
 
 def _reference() -> Engine:
     from extract.engines.reference import attend
+    from extract.statistics.sums import summed
 
-    return attend
+    return Engine("reference", attend, summed)
 
 
 def _cpu() -> Engine:
     from extract.engines.cpu import attend
+    from extract.statistics.sums_cpu import summed
 
-    return attend
-
-
-_ENGINES: Mapping[str, Callable[[], Engine]] = {"reference": _reference, "cpu": _cpu}
+    return Engine("cpu", attend, summed, compiled=True)
 
 
-def choose(name: str, *, device: str = "cpu") -> tuple[str, Engine]:
-    """The engine of that name and what it is called in the manifest; `auto` takes the fastest that runs there."""
-    chosen = ("cpu" if device == "cpu" else "reference") if name == "auto" else name
+def _triton() -> Engine:
+    from extract.engines.triton import attend
+    from extract.statistics.sums import summed
+
+    return Engine("triton", attend, summed)
+
+
+_ENGINES: Mapping[str, Callable[[], Engine]] = {"reference": _reference, "cpu": _cpu, "triton": _triton}
+# the device that an engine is for; the others run on any
+_DEVICES = {"cpu": "cpu", "triton": "cuda"}
+
+
+def choose(name: str, *, device: str = "cpu") -> Engine:
+    """The engine of that name; `auto` takes the fastest that runs there."""
+    chosen = _fastest(device) if name == "auto" else name
     if chosen not in _ENGINES:
         raise Refusal(f"an engine is one of auto, {', '.join(_ENGINES)}; got {name!r}; choose one of them")
-    if chosen == "cpu" and device != "cpu":
-        raise Refusal(f"the cpu engine measures on the CPU; the device is {device}; use --engine auto or --device cpu")
-    return chosen, _ENGINES[chosen]()
+    wanted = _DEVICES.get(chosen, device)
+    if wanted != device:
+        raise Refusal(
+            f"the {chosen} engine measures on {wanted}; the device is {device}; use --engine auto or --device {wanted}"
+        )
+    if chosen == "triton" and not _has_triton():
+        raise Refusal("the triton engine needs the package triton, which is not installed; use --engine auto")
+    return _ENGINES[chosen]()
+
+
+def _fastest(device: str) -> str:
+    if device == "cuda" and _has_triton():
+        return "triton"
+    return "cpu" if device == "cpu" else "reference"
+
+
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

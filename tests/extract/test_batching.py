@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extract.batching import batches, padding_waste, windows
+from extract.batching import batches, padded_positions, windows
 from extract.errors import Refusal
 
 LENGTHS = st.lists(st.integers(1, 600), max_size=60)
@@ -85,7 +85,11 @@ def test_a_budget_below_one_token_is_refused():
         batches([1], token_budget=0)
 
 
-def test_padding_waste_is_the_share_of_padded_positions():
-    assert padding_waste([4, 2, 6], [[0, 1], [2]]) == pytest.approx(2 / 14)
-    assert padding_waste([3, 3], [[0, 1]]) == 0
-    assert padding_waste([], []) == 0
+def test_padding_takes_positions_too():
+    assert padded_positions([4, 2, 6], [[0, 1], [2]]) == 2 * 4 + 6
+    assert padded_positions([], []) == 0
+
+
+@given(lengths=LENGTHS, token_budget=st.integers(1, 2000))
+def test_no_sequence_takes_fewer_positions_than_it_has_tokens(lengths, token_budget):
+    assert padded_positions(lengths, batches(lengths, token_budget=token_budget)) >= sum(lengths)

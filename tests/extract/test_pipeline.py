@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from extract.errors import Refusal
-from extract.pipeline import RunOptions, finish, measure_shard, prepare
+from extract.pipeline import RunOptions, finish, measure_shard, measure_shards, prepare
 from extract.schema import TABLES
 from extract.store import MANIFEST, WORK, file_sha256
 
@@ -37,8 +37,7 @@ def run(corpus: Path, out: Path, **changes) -> Path:
         **({"model": "demo", "corpus": str(corpus), "out": out, "max_length": 32, "shard_sequences": 4} | changes)
     )
     job = prepare(options)
-    for shard in job.remaining:
-        measure_shard(job, shard)
+    measure_shards(job, job.remaining)
     return finish(job)
 
 

@@ -1,0 +1,123 @@
+"""How code is compiled here: at its first call, for one set of types, once per machine; on torch's own threads."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import njit, types
+from numba.core import config
+
+# sums may be reordered and contracted, but infinities and NaN keep their meaning: they mark rows to leave out
+FAST = {"reassoc", "contract", "arcp", "nsz"}
+_KERNELS: list[Callable[[], Any]] = []
+
+
+def array(kind: Any, dimensions: int) -> Any:
+    """An array of any layout: one compilation serves them all."""
+    return types.Array(kind, dimensions, "A")
+
+
+def kernel(*arguments: Any, fast: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile a function of arguments of these types, with `prange` over torch's threads, when it is first called."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        options = {"parallel": True, "nogil": True, "cache": True, "error_model": "numpy"}
+
+        @cache
+        def made() -> Callable[..., None]:
+            with _own_cache():
+                return njit(types.void(*arguments), fastmath=FAST if fast else False, **options)(function)
+
+        _KERNELS.append(made)
+
+        @wraps(function)
+        def run(*values: Any) -> None:
+            _share_threads()
+            made()(*values)
+
+        return run
+
+    return decorate
+
+
+def prepare() -> None:
+    """Compile every kernel of the modules that are imported, or load it as an earlier process compiled it."""
+    for made in _KERNELS:
+        made()
+
+
+def is_prepared() -> bool:
+    """Whether kernels were compiled on this machine before, from these very sources."""
+    return any(_cache_folder().rglob("*.nbi"))
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """Keep what is compiled by the digest of all that it is compiled from: numba alone looks at one file's time."""
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(_cache_folder())
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+@cache
+def _cache_folder() -> Path:
+    extract = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for source in sorted([*extract.glob("engines/*.py"), *extract.glob("statistics/*.py")]):
+        digest.update(source.read_bytes())
+    home = os.environ.get("NUMBA_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(home) / "attlas" / digest.hexdigest()[:16]
+
+
+def _share_threads() -> None:
+    """Let numba run on as many threads as torch does."""
+    _share_once()
+    before = torch.get_num_threads()
+    numba.set_num_threads(min(before, config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != before:  # numba sets the number for the whole pool when it starts
+        torch.set_num_threads(before)
+
+
+@cache
+def _share_once() -> None:
+    """Give torch and numba one pool of threads.
+
+    Both compute with OpenMP, but numba's threading layer brings a copy of the GNU library of its own: two pools on the
+    same cores, each of which spins while the other works. Made visible to the whole process first, torch's copy is the
+    one that numba's layer finds.
+    """
+    for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+
+@njit(fastmath=FAST, error_model="numpy", inline="always")
+def ln(x: Any) -> Any:
+    """ln x for normal x > 0 without a call, so that loops stay vectors: ln(1 + f)/f to 4e-9 (minimax, degree 9)."""
+    bits = np.float32(x).view(np.int32)
+    exponent = (bits - np.int32(0x3F3504F3)) >> np.int32(23)  # of x / √½, so that the rest lies in [√½, √2]
+    f = np.int32(bits - (exponent << np.int32(23))).view(np.float32) - np.float32(1)
+    p = np.float32(-0.07830822729305664)
+    p = p * f + np.float32(0.13019154820122392)
+    p = p * f + np.float32(-0.1321226157880113)
+    p = p * f + np.float32(0.1416072072715744)
+    p = p * f + np.float32(-0.16610342187081698)
+    p = p * f + np.float32(0.20003206697395945)
+    p = p * f + np.float32(-0.25001570964480613)
+    p = p * f + np.float32(0.33333302396311615)
+    p = p * f + np.float32(-0.4999998832421422)
+    p = p * f + np.float32(1.0)
+    return p * f + np.float32(exponent) * np.float32(0.6931471805599453)

@@ -1,0 +1,99 @@
+"""What a run leaves on disk: a shard's parts and its record, and at the end the manifest."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from extract.schema import DOCUMENTS, SCHEMA_VERSION, SEQUENCES, TABLES, Table
+from extract.store import Part, ShardRecord, Store
+
+if TYPE_CHECKING:
+    from extract.pipeline import Job
+    from extract.planning import Plan
+
+# what each mode of `tokens` keeps of the tokens themselves
+_KEPT: Mapping[str, frozenset[str]] = {
+    "none": frozenset(),
+    "classes": frozenset(),
+    "ids": frozenset({"token_ids"}),
+    "text": frozenset({"token_ids", "text"}),
+}
+
+
+def planned_tables(job: Job, sequences: pa.Table, documents: pa.Table) -> dict[str, pa.Table]:
+    """A shard's sequences and documents, as far as the dataset may tell of them."""
+    return {
+        "sequences": _conformed(SEQUENCES, sequences, optional=_KEPT[job.options.tokens]),
+        "documents": _conformed(DOCUMENTS, documents),
+    }
+
+
+def write_shard(store: Store, shard: int, tables: Mapping[str, pa.Table], facts: Mapping[str, Any]) -> ShardRecord:
+    """Write the parts of a shard and then its record: with that, it is done."""
+    parts = {name: store.write_part(name, shard, table) for name, table in sorted(tables.items())}
+    record = ShardRecord(shard, parts, facts)
+    store.write_record(record)
+    return record
+
+
+def manifest_of(job: Job, plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
+    """What was measured, with what, and every part of it."""
+    padded, positions = (sum(r.facts[n] for r in records) for n in ("padded", "positions"))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run": dict(job.run),
+        "model": _model_facts(job),
+        "tokenizer": {"name": type(job.encoder.tokenizer).__name__, "digest": job.run["tokenizer_digest"]},
+        "corpus": {
+            "name": job.run["corpus"],
+            "digest": plan.corpus_digest,
+            "digest_keyed": job.run["digest_keyed"],
+            "documents": plan.documents,
+            "sequences": plan.sequences,
+            "tokens": plan.tokens,
+            "content_tokens": plan.content_tokens,
+            "dropped": dict(Counter(plan.dropped)),
+        },
+        "software": {"python": platform.python_version()}
+        | {name: version(name) for name in ("attlas", "torch", "transformers", "pyarrow", "numpy")},
+        "engine": job.engine.name,
+        "device": job.run["device"],
+        "dtype": job.run["dtype"],
+        "shards": plan.shards,
+        "padding_waste": padded / positions if positions else 0.0,
+        "tables": {name: _table_facts(name, records) for name in TABLES if any(name in r.parts for r in records)},
+    }
+
+
+def _model_facts(job: Job) -> dict[str, Any]:
+    layout = job.layout
+    return {
+        "name": job.encoder.name,
+        "revision": job.encoder.revision,
+        "weights_digest": job.run["weights_digest"],
+        "architecture": type(job.encoder.model).__name__,
+        "stack": layout.attentions[0].stack,
+        "layers": len(layout.attentions),
+        "heads": max(a.heads for a in layout.attentions),
+        "width": layout.width,
+        "parameters": sum(p.numel() for p in job.encoder.model.parameters()),
+        "residual": layout.residual_refusal or "measured",
+        "layout": layout.described,
+    }
+
+
+def _table_facts(name: str, records: list[ShardRecord]) -> dict[str, Any]:
+    parts: list[Part] = [r.parts[name] for r in records if name in r.parts]
+    return {"rows": sum(p.rows for p in parts), "parts": [asdict(p) for p in parts]}
+
+
+def _conformed(table: Table, rows: pa.Table, *, optional: frozenset[str] = frozenset()) -> pa.Table:
+    schema = table.schema(optional=optional)
+    return rows.select(schema.names).cast(schema)

@@ -1,0 +1,159 @@
+"""The models and batches that are measured, and both ways through them: measured and plain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from extract.batching import windows
+from extract.capture.watch import Batch
+from extract.corpus import open_corpus
+from extract.encoder import Encoder, load_encoder
+from extract.engines import choose
+from extract.measurement import Collector, Measurements, layout_of, observe
+from extract.planning import special_tokens
+from extract.tokens import token_classes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and a batch, right-padded, with all that a run knows of it: token ids and classes too."""
+
+    model: nn.Module
+    ids: Tensor
+    length: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return int(self.length.sum())
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        real = torch.arange(self.ids.shape[1]) < self.length[:, None]
+        return {"input_ids": self.ids, "attention_mask": real.long()}
+
+    @property
+    def batch(self) -> Batch:
+        # a random model's vocabulary takes its classes from the demo tokenizer, over and over
+        classes = np.resize(_demo_classes(), int(self.ids.max()) + 1).astype(np.int64)
+        return Batch(
+            start=torch.zeros_like(self.length),
+            length=self.length,
+            tokens=self.ids.shape[1],
+            token_ids=self.ids,
+            classes=torch.from_numpy(classes)[self.ids],
+        )
+
+
+def measured_pass(work: Workload) -> Callable[[], Measurements]:
+    """A forward pass with all that a run does per batch; columns and tables follow once per shard."""
+    model, inputs, batch = work.model, work.inputs, work.batch
+    layout = layout_of(model)
+    engine = choose("auto")
+    collector = Collector(len(work.ids))
+
+    def run() -> Measurements:
+        observe(model, layout, inputs, batch=batch, engine=engine, collector=collector)
+        return collector.measured
+
+    return run
+
+
+def plain_pass(work: Workload) -> Callable[[], None]:
+    """The same pass, unwatched."""
+    model, inputs = work.model, work.inputs
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(**inputs)
+
+    return run
+
+
+@cache
+def demo() -> Encoder:
+    return load_encoder("demo", device="cpu", dtype="float32")
+
+
+@cache
+def _demo_classes() -> np.ndarray:
+    return token_classes(demo().tokenizer)
+
+
+def minilm(sequences: int, tokens: int) -> Workload:
+    """The demo model on full windows of the demo corpus."""
+    return _padded(_demo_windows(sequences, tokens))
+
+
+def minilm_padded(sequences: int, tokens: int) -> Workload:
+    """The same, cut to lengths that rise evenly to the full one; a third of all positions is padding."""
+    special = special_tokens(demo().tokenizer)
+    lengths = np.linspace(tokens // 3, tokens, sequences).round().astype(int)
+    rows = []
+    for row, length in zip(_demo_windows(sequences, tokens), lengths, strict=True):
+        content = row[len(special.before) : len(row) - len(special.after)]
+        rows.append(special.around(content[: length - special.count]))
+    return _padded(rows)
+
+
+def bert_base(sequences: int, tokens: int, *, layers: int = 12) -> Workload:
+    """BERT-base's shape, random weights, random ids."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(max_position_embeddings=max(512, tokens), num_hidden_layers=layers)
+    config._attn_implementation = "sdpa"
+    model = BertModel(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if name.endswith(("query.weight", "key.weight")):
+            weight.mul_(_SHARPENED)
+    return _random(model, sequences, tokens)
+
+
+def gpt2(sequences: int, tokens: int) -> Workload:
+    """GPT-2's shape, random weights, random ids, no cache."""
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=max(1024, tokens), use_cache=False)
+    config._attn_implementation = "sdpa"
+    model = GPT2Model(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if name.endswith("c_attn.weight"):  # queries, keys and values side by side
+            weight[:, : 2 * config.n_embd].mul_(_SHARPENED)
+    return _random(model, sequences, tokens)
+
+
+# as drawn, scores deviate by 0.3 and every pattern is flat; with larger queries and keys by 2, as in trained models
+_SHARPENED = 2.5
+
+
+def _random(model: nn.Module, sequences: int, tokens: int) -> Workload:
+    # the range of ordinary words in both vocabularies
+    ids = torch.randint(1000, 30000, (sequences, tokens))
+    return Workload(model, ids, torch.full((sequences,), tokens))
+
+
+def _padded(rows: list[np.ndarray]) -> Workload:
+    length = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(length.max())), demo().tokenizer.pad_token_id)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = torch.from_numpy(row.astype(np.int64))
+    return Workload(demo().model, ids, length)
+
+
+def _demo_windows(count: int, tokens: int) -> list[np.ndarray]:
+    """Windows of exactly so many tokens, from all over the demo corpus."""
+    tokenizer = demo().tokenizer
+    special = special_tokens(tokenizer)
+    texts = [document.text for document in open_corpus("demo")]
+    documents = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    size = tokens - special.count
+    cut = [window for ids in documents for _, window in windows(ids, size=size, stride=0) if len(window) == size]
+    assert len(cut) >= count, f"the demo corpus has {len(cut)} windows of {tokens} tokens"
+    return [special.around(np.asarray(window)) for window in cut[:: len(cut) // count][:count]]

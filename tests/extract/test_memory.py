@@ -1,0 +1,264 @@
+"""Batches fit into memory, and one that does not is done again in halves, with the same numbers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from extract import memory, pipeline
+from extract.capture.layout import Attention, Site, Tap
+from extract.engines import Engine, choose
+from extract.errors import Refusal
+from extract.measurement import Collector, layout_of
+from extract.memory import bytes_per_token, free_on_host, is_out_of_memory, tokens_that_fit
+from extract.pipeline import RunOptions, finish, measure_shards, prepare
+from extract.shard import Instrument, measured_tables
+from extract.statistics.sums import HeadSums
+from tests.extract.models import tiny
+
+CPU = torch.device("cpu")
+GIB = 1 << 30
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    """A machine with 8 GiB available, as its system tells in these files."""
+    meminfo = f"MemTotal: {9 * GIB // 1024} kB\nMemAvailable: {8 * GIB // 1024} kB\n"
+    for name, text in (("proc/meminfo", meminfo), *files.items()):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V2 = "sys/fs/cgroup"
+V1 = "sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 8 * GIB),
+        ({"proc/self/cgroup": "0::/\n"}, 8 * GIB),
+        ({"proc/self/cgroup": "0::/a\n", f"{V2}/a/memory.max": "max\n", f"{V2}/a/memory.current": "5\n"}, 8 * GIB),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                f"{V2}/a/memory.max": f"{3 * GIB}\n",
+                f"{V2}/a/memory.current": f"{GIB}\n",
+                f"{V2}/a/b/memory.max": f"{20 * GIB}\n",
+                f"{V2}/a/b/memory.current": "0\n",
+            },
+            2 * GIB,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/a\n",
+                f"{V2}/a/memory.max": f"{3 * GIB}\n",
+                f"{V2}/a/memory.current": f"{3 * GIB}\n",
+                f"{V2}/a/memory.stat": f"anon 7\ninactive_file {GIB}\n",
+            },
+            GIB,
+        ),
+        (
+            {
+                "proc/self/cgroup": "8:pids:/\n4:cpu,memory:/outside/this/container\n0::/\n",
+                f"{V1}/memory.limit_in_bytes": f"{4 * GIB}\n",
+                f"{V1}/memory.usage_in_bytes": f"{3 * GIB}\n",
+                f"{V1}/memory.stat": f"total_inactive_file {GIB // 2}\n",
+            },
+            3 * GIB // 2,
+        ),
+    ],
+    ids=["machine", "no limit", "limit max", "limit above", "page cache", "version 1 in a container"],
+)
+def test_free_memory_is_the_machines_within_every_limit_on_this_process(tmp_path, files, free):
+    assert free_on_host(machine(tmp_path, files)) == free
+
+
+def test_a_system_that_does_not_say_what_is_free_sets_no_limit(tmp_path, monkeypatch):
+    assert free_on_host(tmp_path) is None
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    model = tiny("bert")
+    assert tokens_that_fit(model, layout_of(model), CPU, longest=8) is None
+
+
+def test_this_machine_says_what_is_free():
+    assert 0 < (free_on_host() or 0) < 1 << 60
+
+
+def test_twice_the_memory_holds_twice_the_tokens_and_a_little_more_the_same(monkeypatch):
+    model = tiny("bert")
+    layout = layout_of(model)
+
+    def fitting(free: float) -> int | None:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: int(free))
+        return tokens_that_fit(model, layout, CPU, longest=8)
+
+    each = bytes_per_token(model, layout, longest=8)
+    assert [fitting(2 * 1024 * each * f) for f in (0.99, 1, 1.1, 2)] == [512, 1024, 1024, 2048]
+    assert fitting(0) == 1
+
+
+def test_a_token_needs_more_with_wider_products_more_heads_and_longer_sequences_but_not_with_more_layers():
+    bert, roberta, gpt2 = (tiny(family) for family in ("bert", "roberta", "gpt2"))  # gpt2's products are wider
+    layout = layout_of(bert)
+    of_bert = bytes_per_token(bert, layout, longest=8)
+    assert bytes_per_token(gpt2, layout_of(gpt2), longest=8) > of_bert
+    assert bytes_per_token(bert, layout, longest=80) > of_bert
+    more_heads = replace(layout, attentions=tuple(replace(a, heads=8) for a in layout.attentions))
+    assert bytes_per_token(bert, more_heads, longest=8) > of_bert
+    assert len(layout.attentions) > len(layout_of(roberta).attentions)
+    assert bytes_per_token(roberta, layout_of(roberta), longest=8) == of_bert
+
+
+@pytest.mark.parametrize(
+    "act",
+    [lambda: torch.empty(1 << 55, dtype=torch.uint8), lambda: np.empty(1 << 55, np.uint8), lambda: bytearray(1 << 55)],
+    ids=["torch", "numpy", "python"],
+)
+def test_whoever_has_no_memory_is_understood(act):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        act()
+    assert is_out_of_memory(caught.value)
+
+
+def test_other_errors_are_not_taken_for_it():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(OSError("no space left on device"))
+
+
+def narrow(engine: Engine, most: int, error: type[Exception] = torch.OutOfMemoryError) -> tuple[Engine, list[int]]:
+    """An engine without memory for the second layer of more than `most` sequences, and the batches that had none."""
+    before, failed = [0], list[int]()
+
+    def attend(call, plain):
+        sequences = call.query.shape[0]
+        if sequences > most and before[0] == sequences:
+            before[0] = 0
+            failed.append(sequences)
+            raise error("not enough memory")
+        before[0] = sequences
+        return engine.attend(call, plain)
+
+    return replace(engine, attend=attend), failed
+
+
+def sequences(lengths: list[int]) -> pa.Table:
+    numbers = np.arange(len(lengths))
+    words = np.random.default_rng(0).integers(1000, 9000, (len(lengths), max(lengths)))
+    ids = [row[:length].tolist() for row, length in zip(words, lengths, strict=True)]
+    return pa.table({"sequence_id": numbers, "document_id": numbers, "token_ids": ids})
+
+
+@pytest.fixture
+def instrument(demo) -> Instrument:
+    return Instrument(demo, layout_of(demo.model), choose("reference"), 4096, np.zeros(30522, np.int8))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
+def test_halves_give_the_very_numbers_that_smaller_batches_give(instrument, error):
+    """What a failed batch had already shown of its first layer is in no sum."""
+    rows = sequences([24] * 8)
+    engine, failed = narrow(instrument.engine, 2, error)
+    halved, facts = measured_tables(replace(instrument, engine=engine), rows, shard=0)
+    smaller, same_facts = measured_tables(replace(instrument, batch_tokens=2 * 24), rows, shard=0)
+    assert failed == [8, 4, 4]
+    assert halved == smaller
+    assert facts == same_facts
+
+
+def test_halves_change_no_number_by_more_than_the_models_own_rounding(instrument):
+    """Lengths differ, so halves are padded less: torch's products of other shapes round otherwise, in float32."""
+    rows = sequences([5, 30, 17, 9, 22, 13, 28])
+    engine, failed = narrow(instrument.engine, 3)
+    halved, facts = measured_tables(replace(instrument, engine=engine), rows, shard=0)
+    whole, same_facts = measured_tables(instrument, rows, shard=0)
+    assert failed
+    assert facts == same_facts  # of the batches as planned
+    for name in ("heads", "residual"):
+        for ours, theirs in zip(halved[name].columns, whole[name].columns, strict=True):
+            assert ours.is_null().equals(theirs.is_null())
+            if pa.types.is_floating(ours.type):
+                np.testing.assert_allclose(ours.fill_null(0), theirs.fill_null(0), rtol=1e-4, atol=1e-5)
+            else:
+                assert ours == theirs
+
+
+def test_a_batch_that_did_not_go_through_is_told_to_nobody(instrument):
+    engine, _ = narrow(instrument.engine, 2)
+    told: list[int] = []
+    measured_tables(replace(instrument, engine=engine), sequences([24] * 8), shard=0, progress=told.append)
+    assert told == [48] * 4
+
+
+def test_one_sequence_that_does_not_fit_is_refused_with_what_to_do(instrument):
+    engine, _ = narrow(instrument.engine, 0)
+    with pytest.raises(Refusal, match=r"one of 24 tokens does not, on cpu \(not enough memory\); use a smaller --max"):
+        measured_tables(replace(instrument, engine=engine), sequences([24, 24]), shard=0)
+
+
+def test_any_other_error_ends_the_shard(instrument):
+    def broken(call, plain):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        measured_tables(
+            replace(instrument, engine=replace(instrument.engine, attend=broken)), sequences([24, 24]), shard=0
+        )
+
+
+def test_a_batch_counts_once_and_as_a_whole():
+    attention = Attention("encoder", 0, heads=2)
+    site = Site("mlp", 0, after=Tap("mlp", 0, "output"))
+    ones = torch.ones(3, 2, 2, dtype=torch.float64)
+    collector = Collector(4)
+    collector.at([0, 1])
+    collector.heads(attention, HeadSums(ones, ones))  # and then its pass fails
+    collector.at([3, 2])
+    collector.heads(attention, HeadSums(ones, ones))
+    collector.residual(site, torch.tensor([[7.0, 8.0]], dtype=torch.float64))
+    collector.settle()
+    measured = collector.measured
+    assert np.isnan(measured.heads[attention][:, :2]).all()
+    assert (measured.heads[attention][:, 2:] == 1).all()
+    assert (measured.profiles[attention] == 1).all()
+    np.testing.assert_equal(measured.residual[site], [[np.nan, np.nan, 8, 7]])
+
+
+def options(tmp_path: Path, **changes) -> RunOptions:
+    text = tmp_path / "text.txt"
+    text.write_text("What is begun on one day goes on on another.")
+    return RunOptions(model="demo", corpus=str(text), out=tmp_path / "out", engine="reference", **changes)
+
+
+def with_free(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+
+
+@pytest.mark.parametrize(
+    ("free", "batch_tokens"),
+    [(0, 200), (100 << 20, 1024), (1 << 40, pipeline.BATCH_TOKENS)],
+    ids=["none", "few", "much"],
+)
+def test_a_batch_is_what_fits_up_to_what_is_of_use_and_at_least_a_sequence(tmp_path, monkeypatch, free, batch_tokens):
+    with_free(monkeypatch, free)
+    assert prepare(options(tmp_path, max_length=200)).run["batch_tokens"] == batch_tokens
+
+
+def test_a_run_keeps_the_batches_it_was_begun_with_whatever_is_free_today(tmp_path, monkeypatch):
+    with_free(monkeypatch, 100 << 20)
+    begun = prepare(options(tmp_path))
+    assert begun.run["batch_tokens"] < pipeline.BATCH_TOKENS
+    with_free(monkeypatch, 1 << 40)
+    resumed = prepare(options(tmp_path))
+    assert resumed.run == begun.run
+    measure_shards(resumed, resumed.remaining)
+    assert prepare(options(tmp_path, batch_tokens=begun.run["batch_tokens"])).remaining == []
+    finish(resumed)
+    with_free(monkeypatch, 0)
+    assert prepare(options(tmp_path)).complete
+    with pytest.raises(Refusal, match=r"batch_tokens: there 1024, asked 512"):
+        prepare(options(tmp_path, batch_tokens=512))

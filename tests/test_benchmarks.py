@@ -1,0 +1,178 @@
+"""The benchmarks measure what they say: who runs when, what is compared, what is written. No timing is asserted."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from extract.capture.seam import replaced_sdpa
+from extract.measurement import measure
+from extract.pipeline import RunOptions
+from tests.benchmarks import memory, report, run, usual, workloads
+from tests.benchmarks.bench import benchmarks, chosen
+from tests.benchmarks.forward import measured_against_plain
+from tests.benchmarks.harness import Benchmark, Result, Seconds, interleaved
+from tests.extract.models import tiny
+
+NAMES = (
+    *(f"forward/minilm-{kind}" for kind in ("128", "512", "padded")),
+    *(f"forward/bert-base-{tokens}" for tokens in (128, 512, 2048)),
+    "forward/gpt2-1024",
+    "run/minilm-128",
+    "usual/minilm-512",
+    "memory/bert-base-8192",
+    "bytes-per-row/heads",
+)
+
+
+@pytest.fixture
+def demo_once(demo, monkeypatch):
+    """The demo model that the other tests use."""
+    monkeypatch.setattr(workloads, "demo", lambda: demo)
+    return demo
+
+
+def test_sides_take_turns_and_neither_is_always_first():
+    order = []
+    seconds = interleaved(lambda: order.append("ours"), lambda: order.append("theirs"), repeats=3)
+    assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    assert len(seconds.ours) == len(seconds.theirs) == 3
+
+
+def test_times_go_to_the_side_that_took_them():
+    seconds = interleaved(lambda: time.sleep(0.02), lambda: None, repeats=2)
+    assert min(seconds.ours) >= 0.02 > max(seconds.theirs)
+
+
+def test_a_rate_is_of_the_quickest_run_and_its_ratio_is_ours_over_theirs():
+    result = Seconds(ours=(4.0, 2.0), theirs=(1.0, 3.0)).rates(12, "tokens/s")
+    assert (result.ours, result.theirs, result.ratio) == (6.0, 12.0, 0.5)
+    assert result.paired == (0.25, 1.5)
+
+
+def test_every_name_of_the_table_is_there_and_the_longest_waits_to_be_named():
+    everything = benchmarks()
+    by_default = [b.name for b in chosen(everything, [])]
+    assert sorted(by_default) == sorted(NAMES)
+    assert [b.name for b in everything if b.waits] == ["memory/one-layer-32768"]
+    assert "memory/one-layer-32768" not in [b.name for b in chosen(everything, ["memory/*"])]
+    assert [b.name for b in chosen(everything, ["memory/one-layer-32768"])] == ["memory/one-layer-32768"]
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_the_names():
+    one = Benchmark("forward/minilm-128", lambda repeats: Result(1, 1, "s"), 1)
+    with pytest.raises(ValueError, match=r"'minilm' matches none of forward/minilm-128"):
+        chosen([one], ["minilm"])
+
+
+def test_results_of_other_names_stay_in_the_file(tmp_path: Path):
+    path = tmp_path / "bench.json"
+    report.write(path, {"a": Result(1, 2, "s"), "b": Result(3, 4, "s")})
+    report.write(path, {"a": Result(6, 2, "MiB", paired=(1.0,), note="noted")})
+    assert json.loads(path.read_text()) == [
+        {"name": "a", "ratio": 3.0, "ours": 6, "theirs": 2, "unit": "MiB"},
+        {"name": "b", "ratio": 0.75, "ours": 3, "theirs": 4, "unit": "s"},
+    ]
+
+
+def test_the_spread_is_that_of_the_paired_ratios():
+    assert report.spread(Result(1, 1, "s", paired=(0.9, 1.1, 1.0))) == "1.000 (0.900–1.100)"
+    assert report.spread(Result(1, 1, "s")) == ""
+
+
+def test_what_others_took_of_the_cores_is_what_was_not_ours():
+    cores = os.cpu_count() or 1
+    start = report.Clock(wall=0, all=10, own=5)
+    assert (
+        start.until(report.Clock(wall=10, all=10 + 6 * cores, own=5 + 4 * cores))
+        == "10 s, 20% of the cores taken by others"
+    )
+    assert "s, " in start.until(report.Clock.now())
+
+
+def test_a_third_of_the_padded_batch_is_padding(demo_once):
+    work = workloads.minilm_padded(32, 128)
+    assert work.tokens / work.ids.numel() == pytest.approx(2 / 3, abs=0.01)
+    separator = work.ids[torch.arange(32), work.length - 1]
+    assert (separator == demo_once.tokenizer.sep_token_id).all()
+    assert work.inputs["attention_mask"].sum() == work.tokens
+
+
+def test_windows_are_full_and_different(demo_once):
+    work = workloads.minilm(8, 64)
+    assert (work.ids != demo_once.tokenizer.pad_token_id).all()
+    assert len({tuple(row.tolist()) for row in work.ids}) == 8
+
+
+def test_the_patterns_of_random_models_are_not_flat(demo_once):
+    work = workloads.bert_base(1, 64, layers=1)
+    heads = measure(work.model, input_ids=work.ids)["heads"]
+    assert np.median(heads["entropy_normalized"]) < 0.9
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_forward_pass_is_measured_and_the_other_is_not(demo_once, family):
+    work = workloads.Workload(tiny(family), torch.randint(1, 60, (2, 12)), torch.tensor([12, 9]))
+    calls = []
+    plain = workloads.plain_pass(work)
+    with replaced_sdpa(lambda original: lambda *a, **k: calls.append("seen") or original(*a, **k)):
+        plain()
+    assert len(calls) == 3, "the plain pass takes torch's own attention"
+    result = measured_against_plain(work, repeats=2)
+    assert result.ratio > 0
+    assert len(result.paired) == 2
+
+
+def test_a_measured_batch_knows_ids_and_classes(demo_once):
+    work = workloads.minilm(2, 16)
+    assert work.batch.token_ids is work.ids
+    assert work.batch.classes is not None
+    assert work.batch.classes.max() > 0
+
+
+def test_the_usual_way_finds_the_same_numbers(demo_once):
+    work = workloads.minilm(2, 48)
+    classes = torch.from_numpy(workloads._demo_classes()[work.ids].astype(np.int64))
+    theirs = usual.usual_tables(usual.eager_copy(work.model), work.ids, classes)
+    ours = measure(work.model, tokenizer=demo_once.tokenizer, input_ids=work.ids)
+    order = [("layer", "ascending"), ("head", "ascending"), ("sequence_id", "ascending")]
+    heads = theirs["heads"].rename_columns({"sequence": "sequence_id"}).sort_by(order)
+    measured = ours["heads"].sort_by(order)
+    for name in heads.column_names[3:]:
+        # Σ p d² − (Σ p d)² in float32, as it is usually written, loses digits
+        tolerance = 1e-2 if name == "offset_std_tokens" else 2e-4
+        np.testing.assert_allclose(heads[name], measured[name], rtol=1e-3, atol=tolerance, err_msg=name)
+    left_out = set(measured.column_names) - set(heads.column_names)
+    assert left_out == {
+        *("stack", "mass_sink", "query_rows", "masked_rows", "nonfinite_rows"),
+        *("score_max", "score_mean", "score_std", "context_norm", "update_norm", "value_weighted_first"),
+    }
+
+
+def test_the_usual_way_is_timed_from_batch_to_parquet(demo_once):
+    result = usual.parquet_against_usual(demo_once, workloads.minilm(2, 16), repeats=1)
+    assert result.ratio > 0
+
+
+def test_plain_passes_see_the_batches_of_the_run(demo, tmp_path: Path):
+    options = RunOptions(model="demo", corpus="demo", out=tmp_path, max_length=32, limit=1, device="cpu")
+    first = run.first_run(options, demo, tmp_path)
+    assert sum(int(inputs["attention_mask"].sum()) for inputs in first.batches) == first.tokens
+    result = run.run_against_plain(first, options, demo, repeats=1)
+    assert result.ratio > 0
+    bytes_ = run.heads_bytes(first.dataset)
+    parts = list((first.dataset / "heads").iterdir())
+    assert bytes_.ours * int(bytes_.note.split()[0].replace(",", "")) == sum(p.stat().st_size for p in parts)
+    assert bytes_.theirs > 0
+
+
+def test_growth_is_what_an_act_holds_at_its_largest():
+    def holds_and_lets_go() -> None:
+        np.ones(64 * memory.MIB, np.uint8)
+
+    assert 60 * memory.MIB < memory.peak_growth(holds_and_lets_go) < 80 * memory.MIB
+    assert memory.peak_growth(lambda: None) < 4 * memory.MIB
