@@ -21,7 +21,7 @@ from extract.dictionary import dataset_card
 from extract.encoder import Encoder, check_model_name, load_encoder
 from extract.engines import Engine, choose
 from extract.errors import Refusal
-from extract.memory import tokens_that_fit
+from extract.memory import keep_freed_memory, tokens_that_fit
 from extract.planning import Plan, make_plan, read_plan, read_shard
 from extract.schema import SCHEMA_VERSION
 from extract.store import ShardRecord, Store
@@ -144,6 +144,7 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
     """Check the options, load and examine the model, take the output folder, plan the shards (or read the plan)."""
     say = progress or (lambda stage, done, total: None)
     corpus = check(options)
+    keep_freed_memory()
     say("model", 0, None)
     encoder = load_encoder(
         options.model,
@@ -153,6 +154,9 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
         trust_remote_code=options.trust_remote_code,
     )
     engine = choose(options.engine, device=encoder.device.type)
+    if not engine.is_ready():
+        say("engine", 0, None)
+    engine.make_ready()
     max_length = _max_length(options, encoder)
     from extract.measurement import layout_of
 

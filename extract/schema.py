@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from extract.statistics import attention, profiles, residual
 from extract.statistics.attention import CLASS_MASSES as CLASS_MASSES
+from extract.statistics.profiles import doubling_bin_edges as doubling_bin_edges
 from extract.statistics.registry import Column, columns_of
 
 SCHEMA_VERSION = 1
@@ -150,14 +151,6 @@ PROFILES = Table(
 )
 
 TABLES: Mapping[str, Table] = {t.name: t for t in (DOCUMENTS, SEQUENCES, HEADS, RESIDUAL, PROFILES)}
-
-
-def doubling_bin_edges(number: int) -> tuple[int, int]:
-    """First and last position (or distance) of a doubling bin: 0, 1, 2, 3–4, 5–8, … ; negative bins mirror them."""
-    if number < 0:
-        low, high = doubling_bin_edges(-number)
-        return -high, -low
-    return (number, number) if number < 3 else (2 ** (number - 2) + 1, 2 ** (number - 1))
 
 
 def histogram_bin_edges(number: int) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 STAGES = {
     "server": "starting Prefect's temporary server",
     "model": "loading the model",
+    "engine": "compiling the engine, once per machine (about half a minute)",
     "plan": "cutting documents into sequences",
     "finish": "writing the manifest",
     "report": "writing the report",

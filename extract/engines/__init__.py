@@ -27,6 +27,8 @@ class Engine:
     attend: Callable[[AttentionCall, Callable[[], Tensor]], tuple[Tensor, Rows]]
     summed: Callable[[HeadObservation], HeadSums]
     compiled: bool = False  # the residual stream is read by compiled code as well
+    is_ready: Callable[[], bool] = lambda: True
+    make_ready: Callable[[], None] = lambda: None  # what would otherwise be done in the first batch
 
 
 def _reference() -> Engine:
@@ -37,10 +39,12 @@ def _reference() -> Engine:
 
 
 def _cpu() -> Engine:
+    from extract.engines import compiled
     from extract.engines.cpu import attend
+    from extract.statistics import residual_cpu  # noqa: F401 - its kernels are made ready with the others
     from extract.statistics.sums_cpu import summed
 
-    return Engine("cpu", attend, summed, compiled=True)
+    return Engine("cpu", attend, summed, compiled=True, is_ready=compiled.is_prepared, make_ready=compiled.prepare)
 
 
 def _triton() -> Engine:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import boolean, float64, int32, int64, njit, prange
+from numba import boolean, float64, int32, int64, njit, prange, types
 from numba import float32 as f32
 
 from extract.engines.compiled import FAST, array, kernel, ln
@@ -496,6 +496,11 @@ def _put_between_zeros(values: Any, first: int, out: Any) -> None:
     out[first + values.shape[0] :] = f32(0)
 
 
+def _own(kind: Any, dimensions: int) -> Any:
+    """An array that the engine makes: its last dimension is side by side."""
+    return types.Array(kind, dimensions, "C")
+
+
 @kernel(
     array(f32, 4),
     array(f32, 4),
@@ -509,16 +514,16 @@ def _put_between_zeros(values: Any, first: int, out: Any) -> None:
     array(boolean, 4),
     array(f32, 4),
     array(f32, 1),
-    array(f32, 3),
-    array(int32, 3),
+    _own(f32, 3),
+    _own(int32, 3),
     boolean,
     array(f32, 4),
-    array(f32, 4),
-    array(boolean, 3),
-    array(f32, 4),
-    array(f32, 4),
-    array(f32, 3),
-    array(float64, 4),
+    _own(f32, 4),
+    _own(boolean, 3),
+    _own(f32, 4),
+    _own(f32, 4),
+    _own(f32, 3),
+    _own(float64, 4),
 )
 def attend(
     query: Any,

@@ -32,6 +32,14 @@ def doubling_bins(values: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     return values.sign() * (exponent + 1).where(size > 0, 0)
 
 
+def doubling_bin_edges(number: int) -> tuple[int, int]:
+    """First and last position (or distance) of a doubling bin: 0, 1, 2, 3–4, 5–8, … ; negative bins mirror them."""
+    if number < 0:
+        low, high = doubling_bin_edges(-number)
+        return -high, -low
+    return (number, number) if number < 3 else (2 ** (number - 2) + 1, 2 ** (number - 1))
+
+
 _OFFSETS = range(-LARGEST_DOUBLING_BIN, LARGEST_DOUBLING_BIN + 1)
 _POSITIONS = range(LARGEST_DOUBLING_BIN + 1)
 _HISTOGRAM = range(HISTOGRAM_BINS)

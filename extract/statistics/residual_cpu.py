@@ -151,15 +151,19 @@ _MEAN, _SQUARES, _LARGEST, _FOURTHS, _STREAM_SQUARES, _UPDATE_SQUARES, _STREAM_U
 _RAW = 10
 
 
-@njit(error_model="numpy", fastmath=True)
+@njit(error_model="numpy", fastmath=FAST)
 def _keep_largest(a: Any, largest: Any) -> Any:
-    """The token's largest |entry|, and of each dimension the largest so far; nothing is promised where one is NaN."""
-    top = float32(0)
+    """The token's largest |entry|, and of each dimension the largest so far.
+
+    Positive floats are in the order of their bits, NaN above all: LLVM makes a vector of that maximum, not of floats'.
+    """
     for k in range(a.shape[0]):
-        size = abs(a[k])
-        largest[k] = max(largest[k], size)
-        top = max(top, size)
-    return top
+        size, held = abs(a[k]), largest[k]
+        largest[k] = size if size > held else held
+    top = np.int32(0)
+    for k in range(a.shape[0]):
+        top = max(top, np.float32(abs(a[k])).view(np.int32))
+    return np.int32(top).view(np.float32)
 
 
 @njit(error_model="numpy", fastmath=FAST)

@@ -8,10 +8,16 @@ import numpy as np
 import torch
 from numba import boolean, float32, float64, int64, njit, prange, types
 
-from extract.engines.compiled import FAST, array, kernel, ln
+from extract.engines.compiled import FAST, array, exp, kernel, ln
 from extract.statistics import sums
 from extract.statistics.attention import PLACE, QUANTITIES, TOKEN_CLASSES
-from extract.statistics.profiles import COLUMN_OF_BIN, HISTOGRAM_BINS, PROFILE_COLUMNS
+from extract.statistics.profiles import (
+    COLUMN_OF_BIN,
+    HISTOGRAM_BINS,
+    LARGEST_DOUBLING_BIN,
+    PROFILE_COLUMNS,
+    doubling_bin_edges,
+)
 from extract.statistics.sums import HeadObservation, HeadSums
 
 # the row quantities, in the order in which the kernel takes them
@@ -49,18 +55,17 @@ def summed(o: HeadObservation) -> HeadSums:
     profiles = np.empty((2, heads, len(PROFILE_COLUMNS)))
     quantities = [getattr(rows, name) for name in _ROWS]
     _sum_up(
-        rows.measured.numpy(),
-        tuple((_ABSENT if t is None else t).numpy() for t in quantities),
-        rows.received.numpy(),
-        rows.offsets.numpy(),
-        (_ABSENT if rows.value_norm is None else rows.value_norm).numpy(),
+        rows.measured.contiguous().numpy(),
+        tuple((_ABSENT if t is None else t.contiguous()).numpy() for t in quantities),
+        rows.received.contiguous().numpy(),
+        rows.offsets.contiguous().numpy(),
+        (_ABSENT if rows.value_norm is None else rows.value_norm.contiguous()).numpy(),
         seen.start.numpy(),
         seen.length.numpy(),
-        *(t.expand(batch, heads, tokens).numpy() for t in (seen.first, seen.last)),
-        seen.uniform_distance.expand(batch, heads, tokens).numpy(),
+        *(t.expand(batch, -1, tokens).contiguous().numpy() for t in (seen.first, seen.last, seen.uniform_distance)),
         (_NO_CLASSES if o.classes is None else o.classes).numpy(),
-        np.log(np.arange(tokens + 2).clip(1)),
-        np.array([_doubling_bin(n) for n in range(tokens)]),
+        np.log(np.arange(tokens + 2).clip(2)).astype(np.float32),
+        _EDGES,
         values,
         profiles,
     )
@@ -70,8 +75,13 @@ def summed(o: HeadObservation) -> HeadSums:
     return HeadSums(torch.from_numpy(values), torch.from_numpy(profiles))
 
 
-def _doubling_bin(n: int) -> int:
-    return 0 if n == 0 else (n - 1).bit_length() + 1
+# position before which each doubling bin ends: 1, 2, 3, 5, 9, …
+_EDGES = np.array([doubling_bin_edges(number)[1] + 1 for number in range(LARGEST_DOUBLING_BIN + 1)])
+
+
+def _rowed(kind: Any) -> Any:
+    """[batch, head, token] side by side, so that loops over tokens are vectors."""
+    return types.Array(kind, 3, "C")
 
 
 @njit(error_model="numpy")
@@ -96,6 +106,22 @@ def _of_rows(x: Any, b: int, h: int, first: int, n: int) -> Any:
 
 
 @njit(error_model="numpy", fastmath=FAST)
+def _sum_by_position(x: Any, edges: Any, profile: Any, column: int) -> None:
+    """Add values [token] to the doubling bins of their positions; bin k ends before position edges[k]."""
+    n = x.shape[0]
+    begin = 0
+    for number in range(edges.shape[0]):
+        if begin >= n:
+            break
+        end = min(edges[number], n)
+        total = 0.0
+        for i in range(begin, end):
+            total += x[i]
+        profile[column + number] += total
+        begin = end
+
+
+@njit(error_model="numpy", fastmath=FAST)
 def _sum_rows(
     measured: Any,
     quantities: Any,
@@ -106,56 +132,67 @@ def _sum_rows(
     last_key: Any,
     uniform_distance: Any,
     ln_of: Any,
-    bin_of: Any,
+    edges: Any,
     steps: Any,
     profile: Any,
 ) -> Any:
-    """Sums over rows, in the order of QUANTITIES; row profiles; and how many pairs begin and end at each distance."""
+    """Sums over rows, in the order of QUANTITIES; row profiles; and how many pairs begin and end at each distance.
+
+    A row that is not measured holds zeros.
+    """
     n = measured.shape[0]
     entropy, distance = _of_rows(quantities[0], b, h, first, n), _of_rows(quantities[3], b, h, first, n)
     largest = _of_rows(quantities[2], b, h, first, n)
     score_max, score_mean = _of_rows(quantities[6], b, h, first, n), _of_rows(quantities[7], b, h, first, n)
     score_variance = _of_rows(quantities[8], b, h, first, n)
-    has_sink = quantities[11].shape[0] > 0
-    rows, several, masked, nonfinite, pairs = 0.0, 0.0, 0.0, 0.0, 0.0
-    squared, shares, attended, uniform, score, score_squared = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    top = -np.inf
+    rows, several, masked, nonfinite, pairs = 0, 0, 0, 0, 0
+    squared, attended, uniform, score, score_squared = 0.0, 0.0, 0.0, 0.0, 0.0
     for i in range(n):
-        keys = last_key[i] - first_key[i]
-        if not measured[i]:
-            masked += keys <= 0
-            nonfinite += keys > 0
-            continue
-        position = bin_of[i]
-        h_i, mean = np.float64(entropy[i]), np.float64(score_mean[i])
-        rows += 1
+        seen = last_key[i] > first_key[i]
+        rows += measured[i]
+        masked += not seen
+        nonfinite += seen and not measured[i]
+    for i in range(n):
+        counted = np.float64(measured[i])
+        keys = (last_key[i] - first_key[i]) * counted
+        of_row, mean = np.float64(entropy[i]), np.float64(score_mean[i])
         pairs += keys
-        squared += h_i * h_i
-        attended += np.exp(entropy[i])
-        uniform += uniform_distance[i]
-        top = max(top, score_max[i])
+        squared += of_row * of_row
+        attended += exp(entropy[i]) * counted
+        uniform += uniform_distance[i] * counted
         score += mean * keys
         score_squared += (score_variance[i] + mean * mean) * keys
-        profile[0, _ENTROPY_AT + position] += h_i
-        profile[1, _ENTROPY_AT + position] += 1
-        profile[0, _DISTANCE_AT + position] += distance[i]
-        profile[1, _DISTANCE_AT + position] += 1
-        profile[0, _MAX_WEIGHT + _histogram_bin(largest[i])] += 1
-        if keys >= 2:
-            share = min(h_i / ln_of[keys + has_sink], 1.0)
-            several += 1
-            shares += share
-            profile[0, _ENTROPY + _histogram_bin(share)] += 1
-        steps[first_key[i] - first - i + n - 1] += 1
-        steps[last_key[i] - first - i + n - 1] -= 1
+    top = np.float32(-np.inf)
+    for i in range(n):
+        top = max(top, score_max[i] if measured[i] else top)
+    outcomes = 1 if quantities[11].shape[0] > 0 else 0
+    shares = np.empty(n, np.float32)
+    total_share = 0.0
+    for i in range(n):
+        keys = last_key[i] - first_key[i]
+        counts = measured[i] and keys >= 2
+        share = min(entropy[i] / ln_of[keys + outcomes], np.float32(1)) if counts else np.float32(-1)
+        shares[i] = share
+        several += counts
+        total_share += share if counts else np.float32(0)
+    for i in range(n):
+        if measured[i]:
+            profile[0, _MAX_WEIGHT + _histogram_bin(largest[i])] += 1
+            if shares[i] >= 0:
+                profile[0, _ENTROPY + _histogram_bin(shares[i])] += 1
+            steps[first_key[i] - first - i + n - 1] += 1
+            steps[last_key[i] - first - i + n - 1] -= 1
+    _sum_by_position(entropy, edges, profile[0], _ENTROPY_AT)
+    _sum_by_position(distance, edges, profile[0], _DISTANCE_AT)
+    _sum_by_position(measured, edges, profile[1], _ENTROPY_AT)
     return (
-        rows,
-        several,
-        masked,
-        nonfinite,
+        np.float64(rows),
+        np.float64(several),
+        np.float64(masked),
+        np.float64(nonfinite),
         _total(entropy),
         squared,
-        shares,
+        total_share,
         attended,
         _total(_of_rows(quantities[1], b, h, first, n)),
         _total(largest),
@@ -166,58 +203,65 @@ def _sum_rows(
         _total(_of_rows(quantities[9], b, h, first, n)),
         _total(_of_rows(quantities[10], b, h, first, n)),
         _total(_of_rows(quantities[11], b, h, first, n)),
-        top,
-        pairs,
+        np.float64(top),
+        np.float64(pairs),
         score,
         score_squared,
     )
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def _sum_offsets(offsets: Any, steps: Any, bin_of: Any, profile: Any) -> Any:
+def _sum_offsets(offsets: Any, steps: Any, edges: Any, profile: Any) -> Any:
     """Self, previous, next, backward, forward; and the offset profile, mass and opportunity."""
     n = steps.shape[0] // 2
     middle = offsets.shape[0] // 2
-    seen = 0
+    ahead, behind = offsets[middle : middle + n], offsets[middle - n + 1 : middle + 1][::-1]
+    for place in range(1, 2 * n):  # steps up and down to how many pairs there are
+        steps[place] += steps[place - 1]
     backward, forward = 0.0, 0.0
-    for place in range(2 * n - 1):
-        d = place - (n - 1)
-        mass = np.float64(offsets[middle + d])
-        seen += steps[place]
-        column = _OFFSET + (bin_of[d] if d >= 0 else -bin_of[-d])
-        profile[0, column] += mass
-        profile[1, column] += seen
-        if d < 0:
-            backward += mass
-        elif d > 0:
-            forward += mass
-    if n < 2:
-        return np.float64(offsets[middle]), 0.0, 0.0, backward, forward
-    return (
-        np.float64(offsets[middle]),
-        np.float64(offsets[middle - 1]),
-        np.float64(offsets[middle + 1]),
-        backward,
-        forward,
-    )
+    begin = 0
+    for number in range(edges.shape[0]):
+        if begin >= n:
+            break
+        end = min(edges[number], n)
+        up, down = 0.0, 0.0
+        pairs_up, pairs_down = 0, 0
+        for d in range(begin, end):
+            up += ahead[d]
+            pairs_up += steps[n - 1 + d]
+        profile[0, _OFFSET + number] += up
+        profile[1, _OFFSET + number] += pairs_up
+        if number > 0:
+            for d in range(begin, end):
+                down += behind[d]
+                pairs_down += steps[n - 1 - d]
+            profile[0, _OFFSET - number] += down
+            profile[1, _OFFSET - number] += pairs_down
+            forward += up
+            backward += down
+        begin = end
+    previous, following = (behind[1], ahead[1]) if n > 1 else (np.float32(0), np.float32(0))
+    return np.float64(ahead[0]), np.float64(previous), np.float64(following), backward, forward
 
 
 @njit(error_model="numpy", fastmath=FAST)
 def _sum_keys(
-    received: Any, value_norm: Any, classes: Any, rows: Any, sink: Any, bin_of: Any, profile: Any, of_class: Any
+    received: Any, value_norm: Any, classes: Any, rows: Any, sink: Any, edges: Any, profile: Any, of_class: Any
 ) -> Any:
     """First; then the mean row's entropy, largest and its place, and what is written on the first key and on all."""
     n = received.shape[0]
-    entropy, largest, place = 0.0, np.float32(-1), 0
+    _sum_by_position(received, edges, profile[0], _RECEIVED_AT)
+    _sum_by_position(np.ones(n, np.float32), edges, profile[1], _RECEIVED_AT)
+    largest, place = np.float32(-1), 0
     for j in range(n):
         if received[j] > largest:
             largest, place = received[j], j
-        profile[0, _RECEIVED_AT + bin_of[j]] += received[j]
-        profile[1, _RECEIVED_AT + bin_of[j]] += 1
     each = np.float32(1 / rows)
+    entropy = 0.0
     for j in range(n):
         mean = received[j] * each
-        entropy -= mean * ln(mean) if mean > np.float32(1e-37) else np.float32(0)
+        # a smaller one adds less than float32 resolves
+        entropy -= mean * ln(mean) if mean > np.float32(1e-30) else np.float32(0)
     of_class[:] = 0.0 if classes.shape[0] > 0 else np.nan
     for j in range(classes.shape[0]):
         of_class[classes[j]] += received[j]
@@ -233,19 +277,19 @@ def _sum_keys(
 
 
 @kernel(
-    array(boolean, 3),
-    types.UniTuple(array(float32, 3), len(_ROWS)),
-    array(float32, 3),
-    array(float32, 3),
-    array(float32, 3),
+    _rowed(boolean),
+    types.UniTuple(_rowed(float32), len(_ROWS)),
+    _rowed(float32),
+    _rowed(float32),
+    _rowed(float32),
     array(int64, 1),
     array(int64, 1),
-    array(int64, 3),
-    array(int64, 3),
-    array(float64, 3),
+    _rowed(int64),
+    _rowed(int64),
+    _rowed(float64),
     array(int64, 2),
-    array(float64, 1),
-    array(int64, 1),
+    types.Array(float32, 1, "C"),
+    types.Array(int64, 1, "C"),
     array(float64, 3),
     array(float64, 3),
     fast=True,
@@ -263,7 +307,7 @@ def _sum_up(
     uniform_distance: Any,
     classes: Any,
     ln_of: Any,
-    bin_of: Any,
+    edges: Any,
     values: Any,
     profiles: Any,
 ) -> None:
@@ -282,15 +326,15 @@ def _sum_up(
                 b,
                 h,
                 first,
-                first_key[b, h, rows],
-                last_key[b, h, rows],
-                uniform_distance[b, h, rows],
+                first_key[b, h % first_key.shape[1], rows],
+                last_key[b, h % last_key.shape[1], rows],
+                uniform_distance[b, h % uniform_distance.shape[1], rows],
                 ln_of,
-                bin_of,
+                edges,
                 steps,
                 profile,
             )
-            of_offsets = _sum_offsets(offsets[b, h], steps, bin_of, profile)
+            of_offsets = _sum_offsets(offsets[b, h], steps, edges, profile)
             place = len(of_rows) + len(of_offsets) + 1
             of_keys = _sum_keys(
                 received[b, h, rows],
@@ -298,7 +342,7 @@ def _sum_up(
                 classes[b, rows] if classes.shape[0] > 0 else classes[:0, 0],
                 of_rows[0],
                 of_rows[16],
-                bin_of,
+                edges,
                 profile,
                 out[place : place + _CLASSES],
             )
@@ -308,5 +352,8 @@ def _sum_up(
             out[place : place + 2] = np.nan  # same token and induction, which the engine sums
             for number, value in enumerate(of_keys[1:]):
                 out[place + 2 + number] = value
+        profile[1, _DISTANCE_AT : _DISTANCE_AT + edges.shape[0]] = profile[
+            1, _ENTROPY_AT : _ENTROPY_AT + edges.shape[0]
+        ]
         profile[1, _ENTROPY : _ENTROPY + HISTOGRAM_BINS] = profile[0, _ENTROPY : _ENTROPY + HISTOGRAM_BINS]
         profile[1, _MAX_WEIGHT : _MAX_WEIGHT + HISTOGRAM_BINS] = profile[0, _MAX_WEIGHT : _MAX_WEIGHT + HISTOGRAM_BINS]

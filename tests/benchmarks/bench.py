@@ -73,7 +73,9 @@ def main() -> None:
         console.print(f"{benchmark.name}: {result.ratio:.3f}, {begun.until(report.Clock.now())}", style="dim")
     console.print()
     report.show(results, console)
-    console.print(f"\n{report.LEGEND}\n\nwritten to {RESULTS}, {started.until(report.Clock.now())}")
+    whole = started.until(report.Clock.now())
+    console.print(f"\n{report.LEGEND}\n\nwritten to {RESULTS}, {whole}")
+    console.print(whole.warning, style="bold red")
 
 
 def _asked_for() -> tuple[list[Benchmark], int | None]:

@@ -59,11 +59,26 @@ class Clock:
         ticks = user + nice + system + sum(interrupts)
         return cls(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]))
 
-    def until(self, later: Clock) -> str:
-        """How long, and how much of the machine others had: where that is much, the figures are theirs too."""
-        wall = later.wall - self.wall
+    def until(self, later: Clock) -> Span:
         others = (later.all - self.all) - (later.own - self.own)
-        return f"{wall:.0f} s, {max(0, others) / (wall * (os.cpu_count() or 1)):.0%} of the cores taken by others"
+        wall = later.wall - self.wall
+        return Span(wall, max(0.0, others) / (wall * (os.cpu_count() or 1)))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Seconds, and the share of all cores that other processes had meanwhile."""
+
+    seconds: float
+    others: float
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.0f} s, {self.others:.0%} of the cores taken by others"
+
+    @property
+    def warning(self) -> str:
+        # a core that is shared slows both sides, but not alike: pools of threads wait for their slowest one
+        return "the machine was not quiet; believe no ratio and run it again" if self.others > 0.05 else ""
 
 
 def show(results: Mapping[str, Result], console: Console) -> None:

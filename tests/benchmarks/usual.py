@@ -7,6 +7,7 @@ stream between attention and MLP are not among it, so this side does less.
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -78,64 +79,57 @@ def usual_tables(model: nn.Module, ids: Int[Tensor, "batch token"], classes: Int
     """One row per sequence, layer and head, and one per sequence and layer."""
     with torch.inference_mode():
         out = model(input_ids=ids, output_attentions=True, output_hidden_states=True)
-        of_pairs, of_text = pair_features(ids.shape[1]), text_features(ids)
-        heads = [head_statistics(p, of_pairs, of_text, classes) for p in out.attentions]
+        copies = repetitions(ids)
+        heads = [head_statistics(p, copies, classes) for p in out.attentions]
         states = out.hidden_states
         residual = [residual_statistics(x, after) for x, after in pairwise(states)]
         return {"heads": _table(heads, ("sequence", "head")), "residual": _table(residual, ("sequence",))}
 
 
-def pair_features(n: int) -> Float[Tensor, "query key feature"]:
-    """|d|, d, and whether d is 0, −1, 1, negative, positive."""
-    place = torch.arange(n)
-    d = place[None, :] - place[:, None]
-    return torch.stack((d.abs(), d, d == 0, d == -1, d == 1, d < 0, d > 0), -1).float()
-
-
-def text_features(ids: Int[Tensor, "batch token"]) -> Float[Tensor, "batch query key feature"]:
-    """Whether the key is another copy of the query, and whether it follows an earlier copy."""
+def repetitions(ids: Int[Tensor, "batch token"]) -> tuple[Tensor, Tensor]:
+    """Of [batch, 1, query, key], 1 or 0: the key is another copy of the query; it follows an earlier copy."""
     same = (ids[:, :, None] == ids[:, None, :]) & ~torch.eye(ids.shape[1], dtype=torch.bool)
     follows = same.roll(1, dims=-1).tril()
     follows[..., 0] = False
-    return torch.stack((same, follows), -1).float()
+    return same[:, None].float(), follows[:, None].float()
 
 
 def head_statistics(
     p: Float[Tensor, "batch head query key"],
-    of_pairs: Float[Tensor, "query key feature"],
-    of_text: Float[Tensor, "batch query key feature"],
+    copies: tuple[Tensor, Tensor],
     classes: Int[Tensor, "batch key"],
 ) -> dict[str, Float[Tensor, "batch head"]]:
-    """Means over rows. What is linear in the pattern is one product with what is known of the pairs."""
+    """Means over rows, each formula as it is written, nothing computed twice."""
     n = p.shape[-1]
-    entropy = torch.special.entr(p).sum(-1)
     place = torch.arange(n, dtype=p.dtype)
-    mean_place, mean_square = (p @ torch.stack((place, place.square()), -1)).unbind(-1)
-    spread = (mean_square - mean_place.square()).clamp_min(0).sqrt()
-    flat = p.flatten(2)  # one matrix product over pairs is three times as quick as an einsum
-    linear = flat @ of_pairs.flatten(0, 1) / n
-    distance, offset, own, previous, following, backward, forward = linear.unbind(-1)
-    same, induction = (flat @ of_text.flatten(1, 2) / n).unbind(-1)
+    d = place[None, :] - place[:, None]
+    entropy = torch.special.entr(p).sum(-1)
+    distance = (p * d.abs()).sum(-1).mean(-1)
+    offset = (p * d).sum(-1)
+    spread = ((p * d.square()).sum(-1) - offset.square()).clamp_min(0).sqrt()
+    own, previous, following = (p.diagonal(k, -2, -1).sum(-1) / n for k in (0, -1, 1))
+    backward = p.tril(-1).sum((-1, -2)) / n
     received = p.mean(-2)
     received_entropy = torch.special.entr(received).sum(-1)
     received_max, received_max_key = received.max(-1)
     by_class = received @ torch.nn.functional.one_hot(classes, len(TOKEN_CLASSES)).to(p.dtype)
+    same, induction = ((p * where).sum((-1, -2)) / n for where in copies)
     return {
         "entropy_nats": entropy.mean(-1),
         "entropy_std_nats": entropy.std(-1, correction=0),
-        "entropy_normalized": entropy.mean(-1) / np.log(n),
+        "entropy_normalized": entropy.mean(-1) / math.log(n),
         "attended_keys": entropy.exp().mean(-1),
-        "collision_probability": p.norm(dim=-1).square().mean(-1),
+        "collision_probability": p.square().sum(-1).mean(-1),
         "max_weight": p.amax(-1).mean(-1),
         "distance_tokens": distance,
-        "offset_tokens": offset,
+        "offset_tokens": offset.mean(-1),
         "offset_std_tokens": spread.mean(-1),
-        "distance_vs_uniform": distance / of_pairs[..., 0].mean(),
+        "distance_vs_uniform": distance / d.abs().mean(),
         "mass_self": own,
         "mass_previous": previous,
         "mass_next": following,
         "mass_backward": backward,
-        "mass_forward": forward,
+        "mass_forward": 1 - own - backward,
         "mass_first": received[..., 0],
         **{f"mass_{name}": by_class[..., number] for number, name in enumerate(TOKEN_CLASSES)},
         "mass_same_token": same,
