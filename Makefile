@@ -1,6 +1,7 @@
 # make run    measure the built-in corpus with the built-in model
 # make test   the tests that are quick
 # make check  format, lint, types, tests
+# make bench  speed, memory and size, against doing without or doing it the usual way
 # Each installs what it needs into .venv first, at the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints.txt
 
-.PHONY: run test check format lint types dictionary clean
+.PHONY: run test check bench format lint types dictionary clean
 
 run: .venv/.run-installed
 	$(BIN)/attlas run flows/runs/demo.toml
@@ -17,6 +18,10 @@ test: .venv/.test-installed
 	HF_HUB_OFFLINE=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 $(BIN)/python -m pytest
 
 check: format lint types test
+
+# ratios in one run; BENCH='forward/*' chooses some
+bench: .venv/.test-installed
+	$(BIN)/python -m tests.benchmarks.bench $(BENCH)
 
 format: .venv/.test-installed
 	$(BIN)/ruff format --check .
