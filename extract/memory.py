@@ -16,6 +16,7 @@ from torch import nn
 if TYPE_CHECKING:
     from extract.capture.layout import Layout
 
+_LONG = 2048  # tokens; beyond, a state of the stream is tens of megabytes
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers for its settings
 _SHARE = 0.5  # of what is free: the need is an estimate, and others want memory too
 # what a token holds at the peak of a layer, as measured on models of the BERT and Llama families
@@ -56,15 +57,16 @@ def bytes_per_token(model: nn.Module, layout: Layout, *, longest: int) -> int:
     return vectors + heads + mask
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees.
+def keep_freed_memory(*, longest: int) -> None:
+    """Let this process keep the memory that it frees, for sequences of at most so many tokens.
 
     By default glibc gives large blocks back to the system, which clears every page anew for the next layer's states: a
-    tenth of a CPU's forward pass. Other allocators are left as they are.
+    tenth of a CPU's forward pass. The states of long sequences are given back all the same: kept side by side, they leave
+    holes that make the process grow with every layer. Other allocators are left as they are.
     """
     settings = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if settings is not None:
-        settings(_MMAP_THRESHOLD, 1 << 30)
+        settings(_MMAP_THRESHOLD, 1 << 30 if longest <= _LONG else 1 << 24)
         settings(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

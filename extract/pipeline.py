@@ -144,7 +144,6 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
     """Check the options, load and examine the model, take the output folder, plan the shards (or read the plan)."""
     say = progress or (lambda stage, done, total: None)
     corpus = check(options)
-    keep_freed_memory()
     say("model", 0, None)
     encoder = load_encoder(
         options.model,
@@ -158,6 +157,7 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
         say("engine", 0, None)
     engine.make_ready()
     max_length = _max_length(options, encoder)
+    keep_freed_memory(longest=max_length)
     from extract.measurement import layout_of
 
     layout = layout_of(encoder.model)

@@ -61,7 +61,11 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     ] = "auto"
     device: Annotated[str, Field(min_length=1, description="auto, cpu, cuda or cuda:N")] = "auto"
     engine: Annotated[
-        str, Field(min_length=1, description="what computes the statistics: cpu, triton (on CUDA) or reference, which runs everywhere")
+        str,
+        Field(
+            min_length=1,
+            description="what computes the statistics: cpu, triton (on CUDA) or reference, which runs everywhere",
+        ),
     ] = "auto"
     digest_key: Annotated[
         Path | None, Field(description="a file with the secret for document digests; without it there are none")

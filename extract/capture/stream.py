@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from extract.capture.layout import Layout, Site, Tap
 from extract.capture.seam import first_tensor, read_tensor
+from extract.engines import buffers
 from extract.engines.visibility import positions_of
 from extract.errors import CaptureError
 from extract.statistics.residual import NormObservation, ResidualObservation, column_values
@@ -176,7 +178,7 @@ class CompiledStream(Stream):
             site = self._after.get(tap)
             known = site is not None and all(t is None or t in self._held for t in (site.stream, site.update))
             stream, update = self._step(site) if site is not None and known else (None, None)
-            output = torch.empty_like(state)
+            output = torch.from_numpy(buffers.empty(tuple(state.shape), np.float32))
             kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
             epsilon = torch.finfo(state.dtype).eps if module.eps is None else module.eps
             passed = self._cpu.passed(

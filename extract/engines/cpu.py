@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from extract.engines import cpu_kernel, reference
+from extract.engines import buffers, cpu_kernel, reference
 from extract.engines.cpu_kernel import QUANTITIES
 from extract.engines.rows import AttentionCall, Rows
 
@@ -33,11 +33,11 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
     batch, heads, tokens, _ = call.query.shape
     width = call.value.shape[-1]
     pieces = min(_PIECES, max(1, tokens // _PIECE_ROWS))
-    output = torch.empty(batch, tokens, heads, width).transpose(1, 2)
-    quantities = np.empty((len(QUANTITIES), batch, heads, tokens), np.float32)
+    output = torch.from_numpy(buffers.empty((batch, tokens, heads, width), np.float32)).transpose(1, 2)
+    quantities = buffers.empty((len(QUANTITIES), batch, heads, tokens), np.float32)
     measured = np.empty((batch, heads, tokens), np.bool_)
-    received = np.empty((pieces, batch, heads, tokens), np.float32)
-    offsets = np.empty((pieces, batch, heads, 2 * tokens - 1), np.float32)
+    received = buffers.empty((pieces, batch, heads, tokens), np.float32)
+    offsets = buffers.empty((pieces, batch, heads, 2 * tokens - 1), np.float32)
     value_norms = np.empty((batch, heads, tokens), np.float32)
     looked_up = np.empty((pieces, 2, batch, heads), np.float64)
     has_ids = call.token_ids is not None
