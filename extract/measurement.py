@@ -48,7 +48,7 @@ class Collector:
     """
 
     def __init__(self, sequences: int) -> None:
-        self._settled = Measurements()
+        self.measured = Measurements()
         self._sequences = sequences
         self.at(range(sequences))
 
@@ -69,7 +69,7 @@ class Collector:
         """Count the batch: its forward pass went through."""
         if self._copied is not None:
             self._copied.synchronize()
-        settled, places = self._settled, self._places
+        settled, places = self.measured, self._places
         for attention, (values, profiles) in self._heads.items():
             shape = (len(values), self._sequences, attention.heads)
             self._of(settled.heads, attention, shape)[:, places] = values.numpy()
@@ -78,12 +78,6 @@ class Collector:
         for site, values in self._residual.items():
             self._of(settled.residual, site, (len(values), self._sequences))[:, places] = values.numpy()
         self.at(places)
-
-    @property
-    def measured(self) -> Measurements:
-        """The sums of all batches, the one at hand included."""
-        self.settle()
-        return self._settled
 
     def _sent_home(self, tensor: Tensor) -> Tensor:
         """The tensor on the CPU. CUDA is not waited for until the batch is settled: the model goes on meanwhile."""
@@ -164,12 +158,13 @@ def observe(
     collector: Collector,
     residual: bool = True,
 ) -> None:
-    """One watched forward pass."""
+    """One watched forward pass; the collector counts it when it went through."""
     with (
         torch.inference_mode(),
         watching(model, layout, batch=batch, engine=engine, observer=collector, residual=residual),
     ):
         model(**inputs)
+    collector.settle()
 
 
 def segments(mask: Tensor | None, ids: Tensor) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:

@@ -98,7 +98,6 @@ def _observe(instrument: Instrument, rows: list[np.ndarray], collector: Collecto
         engine=instrument.engine,
         collector=collector,
     )
-    collector.settle()
 
 
 def _too_long(row: np.ndarray, instrument: Instrument, error: Exception) -> Refusal:

@@ -12,6 +12,7 @@ from numba import boolean, float64, int32, int64, njit, prange, types
 from numba import float32 as f32
 
 from extract.engines.compiled import FAST, array, kernel, ln
+from extract.engines.rows import ROW_QUANTITIES
 from extract.engines.simd import (
     AHEAD,
     AHEAD_SQUARED,
@@ -39,20 +40,7 @@ from extract.engines.simd import (
 LOG2_E = 1.4426950408889634
 _LN_2 = np.float32(0.6931471805599453)
 # places of the row quantities in the kernel's array
-QUANTITIES = (
-    "entropy",
-    "collision",
-    "max_weight",
-    "distance",
-    "offset",
-    "offset_std",
-    "score_max",
-    "score_mean",
-    "score_variance",
-    "context_norm",
-    "update_norm",
-    "sink",
-)
+QUANTITIES = (*ROW_QUANTITIES, "context_norm", "update_norm", "sink")
 (
     _ENTROPY,
     _COLLISION,

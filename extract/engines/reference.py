@@ -7,25 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from extract.engines.rows import AttentionCall, Rows
+from extract.engines.rows import ROW_QUANTITIES, AttentionCall, Rows
 from extract.engines.visibility import rows_per_block, skewed_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# row quantities of `Rows`, in the order in which a block gives them
-_ROW_NAMES = (
-    "entropy",
-    "collision",
-    "max_weight",
-    "distance",
-    "offset",
-    "offset_std",
-    "score_max",
-    "score_mean",
-    "score_variance",
-    "sink",
-)
+# in the order in which a block gives them
+_ROW_NAMES = (*ROW_QUANTITIES, "sink")
 
 
 def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Rows]:

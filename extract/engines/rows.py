@@ -12,6 +12,20 @@ if TYPE_CHECKING:
     from extract.engines.visibility import Visibility
 
 
+# the fields of `Rows` that follow from a row's scores and places, in the order in which engines hold them
+ROW_QUANTITIES = (
+    "entropy",
+    "collision",
+    "max_weight",
+    "distance",
+    "offset",
+    "offset_std",
+    "score_max",
+    "score_mean",
+    "score_variance",
+)
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One attention call of the model, as the model made it, and what is known besides.

@@ -26,28 +26,14 @@ import triton
 import triton.language as tl
 
 from extract.engines import reference
-from extract.engines.rows import AttentionCall, Rows
+from extract.engines.rows import ROW_QUANTITIES, AttentionCall, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # what a row comes to, in the order in which `_finished` gives it (the norm is found with the context): fields of Rows
 # by their names, and the two numbers that turn the row's scores into its pattern
-_QUANTITIES = (
-    "entropy",
-    "collision",
-    "max_weight",
-    "distance",
-    "offset",
-    "offset_std",
-    "score_max",
-    "score_mean",
-    "score_variance",
-    "sink",
-    "largest",
-    "part",
-    "context_norm",
-)
+_QUANTITIES = (*ROW_QUANTITIES, "sink", "largest", "part", "context_norm")
 _LARGEST = tl.constexpr(_QUANTITIES.index("largest"))
 _PART = tl.constexpr(_QUANTITIES.index("part"))
 _NORM = tl.constexpr(_QUANTITIES.index("context_norm"))

@@ -1,4 +1,4 @@
-"""The columns of `residual`, compiled: what `residual.column_values` gives, reading each state of the stream once.
+"""The columns of `residual`, compiled: what `residual.column_values` works out, reading each state of the stream once.
 
 Where the stream's norm is torch's own, the same pass makes the norm's output, since all that it needs is at hand.
 """
@@ -14,8 +14,7 @@ import torch
 from numba import boolean, float32, float64, int64, njit, prange, types
 
 from extract.engines.compiled import FAST, kernel
-from extract.statistics import residual
-from extract.statistics.residual import COLUMNS, NormObservation, ResidualObservation
+from extract.statistics.residual import COLUMNS, NormObservation
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -100,20 +99,6 @@ def passed(
     if norm is not None and norm.kind == "rms":
         of_norm[0] = math.nan
     return Passed(of_stream, of_norm, off, total + x)
-
-
-def column_values(o: ResidualObservation) -> Float[Tensor, "column batch"]:
-    """Every column of an observation, in float64; NaN where undefined."""
-    if o.after.dtype != torch.float32 or o.after.device.type != "cpu":
-        return residual.column_values(o)
-    segments = segments_of(o.real)
-    state = passed(segments, o.after, o.stream, o.update)
-    norm = None if o.norm is None else passed(segments, o.norm.read, norm=o.norm).norm
-    return assembled(state.stream, norm, None if o.contexts is None else of_heads(segments, o.contexts))
-
-
-def segments_of(real: Any) -> Segments:
-    return Segments(real.int().argmax(-1), real.sum(-1), real.shape[-1])
 
 
 def assembled(stream: np.ndarray, norm: np.ndarray | None, heads: np.ndarray | None) -> Float[Tensor, "column batch"]:

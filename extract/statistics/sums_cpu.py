@@ -9,6 +9,7 @@ import torch
 from numba import boolean, float32, float64, int64, njit, prange, types
 
 from extract.engines.compiled import FAST, array, exp, kernel, ln
+from extract.engines.cpu_kernel import QUANTITIES as ROW_ARRAYS
 from extract.statistics import sums
 from extract.statistics.attention import PLACE, QUANTITIES, TOKEN_CLASSES
 from extract.statistics.profiles import (
@@ -20,21 +21,6 @@ from extract.statistics.profiles import (
 )
 from extract.statistics.sums import HeadObservation, HeadSums
 
-# the row quantities, in the order in which the kernel takes them
-_ROWS = (
-    "entropy",
-    "collision",
-    "max_weight",
-    "distance",
-    "offset",
-    "offset_std",
-    "score_max",
-    "score_mean",
-    "score_variance",
-    "context_norm",
-    "update_norm",
-    "sink",
-)
 # columns of bin 0 of each profile
 _OFFSET, _ENTROPY, _MAX_WEIGHT = (COLUMN_OF_BIN[name, 0] for name in ("offset", "entropy", "max_weight"))
 _ENTROPY_AT, _DISTANCE_AT, _RECEIVED_AT = (
@@ -53,7 +39,7 @@ def summed(o: HeadObservation) -> HeadSums:
     batch, heads, tokens = rows.entropy.shape
     values = np.empty((len(QUANTITIES), batch, heads))
     profiles = np.empty((2, heads, len(PROFILE_COLUMNS)))
-    quantities = [getattr(rows, name) for name in _ROWS]
+    quantities = [getattr(rows, name) for name in ROW_ARRAYS]
     _sum_up(
         rows.measured.contiguous().numpy(),
         tuple((_ABSENT if t is None else t.contiguous()).numpy() for t in quantities),
@@ -278,7 +264,7 @@ def _sum_keys(
 
 @kernel(
     _rowed(boolean),
-    types.UniTuple(_rowed(float32), len(_ROWS)),
+    types.UniTuple(_rowed(float32), len(ROW_ARRAYS)),
     _rowed(float32),
     _rowed(float32),
     _rowed(float32),
