@@ -2,6 +2,7 @@
 # make test   the tests that are quick
 # make check  format, lint, types, tests
 # make bench  speed, memory and size, against doing without or doing it the usual way
+# make census every architecture of transformers, measured as a tiny model against its own eager patterns
 # Each installs what it needs into .venv first, at the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints.txt
 
-.PHONY: run test check bench format lint types dictionary clean
+.PHONY: run test check bench census format lint types dictionary clean
 
 run: .venv/.run-installed
 	$(BIN)/attlas run flows/runs/demo.toml
@@ -22,6 +23,10 @@ check: format lint types test
 # ratios in one run; BENCH='forward/*' chooses some
 bench: .venv/.test-installed
 	$(BIN)/python -m tests.benchmarks.bench $(BENCH)
+
+# writes data/COVERAGE.md
+census: .venv/.test-installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.census.census
 
 format: .venv/.test-installed
 	$(BIN)/ruff format --check .

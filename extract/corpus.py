@@ -29,15 +29,18 @@ import pyarrow as pa
 from extract.errors import Refusal
 
 Unit = Literal["document", "paragraph", "line"]
+IMAGES = "images"
 _KIND_OF_EXTENSION = {
     **dict.fromkeys(("", ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".log"), "text"),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "JSON lines"),
     ".csv": "CSV",
     ".tsv": "TSV",
     ".parquet": "Parquet",
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), IMAGES),
 }
 _COMPRESSIONS = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
-_KNOWN = ", ".join(e for e in _KIND_OF_EXTENSION if e) + f"; all but .parquet also as {', '.join(_COMPRESSIONS)}"
+_UNCOMPRESSED = ("Parquet", IMAGES)  # read as they are, being compressed inside
+_KNOWN = f"{', '.join(e for e in _KIND_OF_EXTENSION if e)}; those of text, .parquet aside, also as {', '.join(_COMPRESSIONS)}"
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 _HEAD_LINES = 100  # of a JSON lines file, looked at for its columns before any work
 _PARQUET_ROWS = 256
@@ -53,11 +56,12 @@ _TEXT_TYPES = (
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it came from; `text` is "" where it was dropped before it could be read."""
+    """A text and where it came from; `text` is "" where it was dropped before it could be read, or is an image's `file`."""
 
     source: str
     text: str
     dropped_reason: str | None = None
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,13 @@ class Corpus:
     name: str
     files: tuple[tuple[str, int], ...]
     read: Callable[[], Iterator[Document]] = field(repr=False)
+    folder: Path | None = None  # in which the files of a corpus of images lie
     limit: int | None = None
     strict: bool = False
+
+    @property
+    def of_images(self) -> bool:
+        return self.folder is not None
 
     def __iter__(self) -> Iterator[Document]:
         for document in islice(self.read(), self.limit):
@@ -108,13 +117,16 @@ def open_corpus(
         return opened(corpus, (), _demo if corpus == "demo" else _hub(corpus, text_column))
     if corpus == "random-repeats":
         raise Refusal("random-repeats is made of token ids and can't be read as documents; give texts")
-    name, files = _local_files(corpus)
+    name, folder, files = _local_files(corpus)
     _check_unit(unit, files[0].kind)
+    if files[0].kind == IMAGES:
+        images = partial(_images, files)
+        return opened(name, _names_and_sizes(files), images, folder)
     if files[0].kind != "text":
         for file in files:
             _check_column(file, text_column)
     read = partial(_documents_of_files, files, text_column, unit)
-    return opened(name, tuple((file.name, file.size) for file in files), read)
+    return opened(name, _names_and_sizes(files), read)
 
 
 def reason_kind(reason: str) -> str:
@@ -192,8 +204,16 @@ def _hub(corpus: str, text_column: str) -> Callable[[], Iterator[Document]]:
 # --- local files
 
 
-def _local_files(corpus: str) -> tuple[str, list[_File]]:
-    """The corpus's name and its files, sorted by name, all of one kind."""
+def _names_and_sizes(files: Iterable[_File]) -> tuple[tuple[str, int], ...]:
+    return tuple((file.name, file.size) for file in files)
+
+
+def _images(files: Iterable[_File]) -> Iterator[Document]:
+    return (Document(file.name, "", file=file.path) for file in files)
+
+
+def _local_files(corpus: str) -> tuple[str, Path, list[_File]]:
+    """The corpus's name, its folder, and its files, sorted by name, all of one kind."""
     path = Path(corpus).expanduser()
     name = _public_name(corpus, path)
     if path.is_file():
@@ -213,7 +233,7 @@ def _local_files(corpus: str) -> tuple[str, list[_File]]:
         raise Refusal(f"a corpus has at least one file; {corpus!r} has none; check the name (hidden files don't count)")
     files = [_File(base / n, n, _kind(n), (base / n).stat().st_size) for n in names]
     _check_one_kind(corpus, files)
-    return name, files
+    return name, base, files
 
 
 def _public_name(corpus: str, path: Path) -> str:
@@ -233,7 +253,7 @@ def _kind(name: str) -> str:
     path = Path(name.lower())
     inner = path.with_suffix("") if path.suffix in _COMPRESSIONS else path
     kind = _KIND_OF_EXTENSION.get(inner.suffix, "of no known kind")
-    return "of no known kind" if kind == "Parquet" and inner is not path else kind
+    return "of no known kind" if kind in _UNCOMPRESSED and inner is not path else kind
 
 
 def _check_one_kind(corpus: str, files: list[_File]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from extract.schema import TABLES, Column, Table
@@ -17,6 +17,10 @@ m_i = |V_i|, d = j − i. A `heads` column is the unweighted mean over the seque
 many: weight by it when averaging over sequences). Rows that see nothing or have non-finite scores are left out and
 counted. Logarithms are natural; 0 ln 0 = 0; `_std` is a population deviation. Statistics are float32, accumulators float64.
 
+A sequence of an image is what the model makes of it: patches row by row, and class or register tokens, all counted as
+tokens. Columns that need token ids or a tokenizer's classes are null for it. `distance_patches` is there where changing
+one patch at a time changes one token at a time, in raster order; elsewhere the grid is not known.
+
 Float32 columns agree with their formula in float64, on the pattern the model really used, to 1e-5 absolute or 1e-4
 relative, whichever is larger (float32 models). null means undefined; NaN and infinities never occur.
 """
@@ -25,7 +29,7 @@ _PRIVACY = """\
 No text and no token ids are in a dataset unless asked for (`--tokens ids` or `text`). A document's `digest` is keyed with
 a secret and null without one. The manifest's corpus digest is unkeyed unless a key is given: it shows whether two runs read
 the same corpus, and lets whoever has the exact whole corpus confirm it. While a run is unfinished its working folder `_work`
-holds token ids (and the text, with `--tokens text`); it is removed when the run is finished.
+holds token ids (and the text, with `--tokens text`; of images names and SHA-256); it is removed when the run is finished.
 """
 
 
@@ -54,15 +58,12 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
     ]
     model, corpus = manifest["model"], manifest["corpus"]
     facts = [
-        (
-            "model",
-            f"{_plain(model['name'])} ({model['architecture']}, {model['layers']} layers × {model['heads']} heads)",
-        ),
+        ("model", f"{_plain(model['name'])} ({model['architecture']}, {_stacks(model['stacks'])})"),
         (
             "corpus",
             f"{_plain(corpus['name'])}: {corpus['documents']:,} documents, {corpus['sequences']:,} sequences, {corpus['tokens']:,} tokens",
         ),
-        ("windows", f"{manifest['run']['max_length']} tokens, overlapping by {manifest['run']['stride']}"),
+        _sequences(manifest),
         ("engine", f"{manifest['engine']} on {manifest['device']}, {manifest['dtype']}"),
         ("residual", _plain(model["residual"])),
     ]
@@ -83,6 +84,26 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
         _PRIVACY,
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _sequences(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """What a sequence is: a window of a text, or an image."""
+    if "images" not in manifest:
+        return "windows", f"{manifest['run']['max_length']} tokens, overlapping by {manifest['run']['stride']}"
+    images = manifest["images"]
+    grids = "".join(f", {g['rows']} × {g['columns']} patches" for g in images["grids"].values())
+    return (
+        "images",
+        f"{' × '.join(map(str, images['pixels']))} pixels by {images['preprocessor']}, {images['tokens']} tokens each{grids}",
+    )
+
+
+def _stacks(stacks: Sequence[Mapping[str, Any]]) -> str:
+    """How many layers of how many heads; of which stack, where there are several."""
+    said = [f"{s['layers']} layers" + ("" if s["heads"] is None else f" × {s['heads']} heads") for s in stacks]
+    return (
+        said[0] if len(said) == 1 else ", ".join(f"{s['stack']} {text}" for s, text in zip(stacks, said, strict=True))
+    )
 
 
 def _table(table: Table) -> str:

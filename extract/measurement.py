@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +14,14 @@ import torch
 from torch import nn
 
 from extract.capture.examine import find_layout
+from extract.capture.grid import sight_of
 from extract.capture.layout import Attention, Layout, Site
-from extract.capture.probe import PROBE_TOKENS
+from extract.capture.probe import hides_the_future
+from extract.capture.seam import same_values
 from extract.capture.watch import Batch, watching
 from extract.engines import Engine, choose
 from extract.errors import Refusal
+from extract.inputs import apart, batch_of, main_input, named_inputs, probe_inputs
 from extract.schema import CLASS_MASSES, HEADS, PROFILES, RESIDUAL, Table
 from extract.statistics.attention import HeadQuantities
 from extract.statistics.profiles import PROFILE_COLUMNS
@@ -26,10 +30,12 @@ from extract.statistics.sums import HeadSums
 from extract.tokens import token_classes
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
-_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+    from extract.engines.patches import Grid
+
+_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, dict[frozenset[str], Layout]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -96,31 +102,36 @@ class Collector:
 
 
 def layout_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layout:
-    """The model's layout, found once: by a probe of a few tokens, the model's own or the first of `inputs`."""
-    known = _LAYOUTS.get(model)
-    if known is None:
-        known = _LAYOUTS[model] = find_layout(model, _probe_inputs(model, inputs))
-    return known
+    """The model's layout for inputs of these names, found once: by a probe of a few tokens, or the first of `inputs`."""
+    known = _LAYOUTS.setdefault(model, {})
+    names = frozenset({"input_ids"} if inputs is None else inputs) - {"attention_mask"}
+    if inputs is not None and not hasattr(model, "config"):
+        names = _kinds(inputs)
+    if names not in known:
+        probe, sequences = probe_inputs(model, inputs)
+        known[names] = find_layout(model, probe, batch=sequences)
+    return known[names]
 
 
-def _probe_inputs(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if vocabulary is None:
-        if inputs is None or not isinstance(inputs.get("input_ids"), torch.Tensor):
-            raise Refusal("a model is examined on a few tokens; this one states no vocab_size; pass input_ids")
-        vocabulary = int(inputs["input_ids"].max()) + 1
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-    if padding is not None and vocabulary > 1:
-        ids = ids.where(ids != padding, (padding + 1) % vocabulary)  # some families number positions past padding
-    return {"input_ids": ids.to(device)}
+def _kinds(inputs: Mapping[str, Any]) -> frozenset[Any]:
+    """What may make a module of no known make another model: the inputs' dimensions, which are the same, what hides."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    return frozenset(
+        (
+            name,
+            value.dim(),
+            next(n for n, other in tensors.items() if same_values(other, value)),
+            hides_the_future(value),
+        )
+        if isinstance(value, torch.Tensor)
+        else (name, value if isinstance(value, bool | int | float | str) else None)
+        for name, value in inputs.items()
+    )
 
 
 def measure(
     model: nn.Module,
-    *,
+    *arguments: Any,
     tokenizer: Any = None,
     engine: str = "auto",
     residual: bool = True,
@@ -128,24 +139,55 @@ def measure(
 ) -> dict[str, pa.Table]:
     """Measure one batch through any attention model: {"heads": …, "residual": …, "profiles": …} as Arrow tables.
 
-    inputs: `input_ids` Int[batch, token], `attention_mask` Int[batch, token] where there is padding (left or right), and
-    whatever else the model's forward takes. `sequence_id` is the row of the batch. Columns that need the tokenizer
-    (the token classes) are absent without one. `residual` is absent where the model's stream could not be read
-    exactly. Raises Refusal for inputs that cannot be measured, CaptureError where a pattern does not show.
+    arguments, inputs: what the model's forward takes: `input_ids` Int[batch, token] with `attention_mask` Int[batch,
+    token] where there is padding (left or right), `pixel_values`, the `src` of an nn.TransformerEncoder. An
+    encoder–decoder model without `decoder_input_ids` is measured by its encoder alone. `sequence_id` is the row of the
+    batch. Columns that need the tokenizer (the token classes) are absent without one. `residual` is absent where the
+    model's stream could not be read exactly. Raises Refusal for inputs that cannot be measured, CaptureError where a
+    pattern does not show.
     """
-    if model.training:
-        raise Refusal("a pattern is measured in eval mode; the model is in training mode; call model.eval()")
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
-        raise Refusal(f"measure needs input_ids of shape [batch, token]; got {_described(ids)}; pass a 2-d tensor")
-    chosen = choose(engine, device=ids.device.type)
-    start, length = segments(inputs.get("attention_mask"), ids)
-    classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=ids.device)[ids].long()
-    batch = Batch(start, length, ids.shape[1], token_ids=ids, classes=classes)
-    layout = layout_of(model, inputs)
-    collector = Collector(ids.shape[0])
-    observe(model, layout, inputs, batch=batch, engine=chosen, collector=collector, residual=residual)
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise Refusal(
+            f"a pattern is measured in eval mode; {training or 'the model'} is in training mode; call model.eval()"
+        )
+    given = named_inputs(model, arguments, inputs)
+    model = measured_part(model, given)
+    device = main_input(model, given).device
+    chosen = choose(engine, device=device.type)
+    classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=device)
+    parts = apart(model, given)
+    for part in parts:
+        batch_of(model, part, classes)  # refuses what cannot be measured before the model runs
+    layout = layout_of(model, parts[0])
+    batches = [_batch(model, layout, part, classes) for part in parts]
+    collector = Collector(sum(batch.sequences for batch in batches))
+    for number, (part, batch) in enumerate(zip(parts, batches, strict=True)):
+        if len(parts) > 1:
+            collector.at([number])
+        observe(model, layout, part, batch=batch, engine=chosen, collector=collector, residual=residual)
     return _tables(collector.measured, layout, with_classes=classes is not None, residual=residual)
+
+
+def _batch(model: nn.Module, layout: Layout, inputs: Mapping[str, Any], classes: Tensor | None) -> Batch:
+    batch = replace(batch_of(model, inputs, classes), grids=grids_of(model, layout, inputs))
+    return replace(batch, sequences=1) if layout.packed else batch
+
+
+def grids_of(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> dict[str, Grid]:
+    """Where the patches of images stand among the tokens of a stack that reads them."""
+    sight = sight_of(model, layout, inputs)
+    return {} if sight is None or sight.grid is None else {sight.stack: sight.grid}
+
+
+def measured_part(model: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
+    """The encoder of an encoder–decoder model whose decoder is given nothing; else the model."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return model
+    encoder: Any = model.get_encoder()  # pyright: ignore
+    takes = inspect.signature(encoder.forward).parameters if isinstance(encoder, nn.Module) else {}
+    return encoder if set(inputs) <= set(takes) else model
 
 
 def observe(
@@ -167,33 +209,6 @@ def observe(
     collector.settle()
 
 
-def segments(mask: Tensor | None, ids: Tensor) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
-    """Where the real tokens of each row of the batch begin and how many they are."""
-    if mask is None:
-        zeros = ids.new_zeros(ids.shape[0])
-        return zeros, zeros + ids.shape[1]
-    if mask.shape != ids.shape:
-        raise Refusal(f"attention_mask must be shaped like input_ids {tuple(ids.shape)}; got {tuple(mask.shape)}")
-    real: Bool[Tensor, "batch token"] = mask != 0
-    length = real.sum(-1)
-    start = real.int().argmax(-1)
-    place = torch.arange(ids.shape[1], device=ids.device)
-    together = (place >= start[:, None]) & (place < (start + length)[:, None])
-    if not torch.equal(together, real):
-        raise Refusal(
-            "the real tokens of a sequence must stand together (padding left or right of them); this attention_mask has "
-            "holes; remove the padding inside the sequences"
-        )
-    if not bool((length > 0).all()):
-        row = int((length == 0).nonzero()[0])
-        raise Refusal(f"a sequence has at least one real token; row {row} of attention_mask has none; leave it out")
-    return start, length
-
-
-def _described(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
 def _tables(measured: Measurements, layout: Layout, *, with_classes: bool, residual: bool) -> dict[str, pa.Table]:
     sequences = np.arange(next(iter(measured.heads.values())).shape[1])
     tables = {
@@ -203,7 +218,7 @@ def _tables(measured: Measurements, layout: Layout, *, with_classes: bool, resid
         "profiles": profiles_table(measured, shard=0),
     }
     if residual and layout.residual_refusal is None:
-        tables["residual"] = residual_table(measured, layout, sequences, sequences).drop_columns(["document_id"])
+        tables["residual"] = residual_table(measured, sequences, sequences).drop_columns(["document_id"])
     return tables
 
 
@@ -228,15 +243,12 @@ def _computed(column: Column, quantities: HeadQuantities) -> np.ndarray:
     return column.compute(quantities)
 
 
-def residual_table(
-    measured: Measurements, layout: Layout, sequence_ids: np.ndarray, document_ids: np.ndarray
-) -> pa.Table:
+def residual_table(measured: Measurements, sequence_ids: np.ndarray, document_ids: np.ndarray) -> pa.Table:
     """The `residual` rows of some sequences, sorted by stack, layer, site, sequence."""
-    stack = layout.attentions[0].stack
-    blocks = sorted(measured.residual.items(), key=lambda item: (item[0].layer, item[0].name))
+    blocks = sorted(measured.residual.items(), key=lambda item: (item[0].stack, item[0].layer, item[0].name))
     count = len(sequence_ids)
     keys = {
-        "stack": [np.full(count, stack) for _ in blocks],
+        "stack": [np.full(count, site.stack) for site, _ in blocks],
         "layer": [np.full(count, site.layer) for site, _ in blocks],
         "site": [np.full(count, site.name) for site, _ in blocks],
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +21,17 @@ from extract.dictionary import dataset_card
 from extract.encoder import Encoder, check_model_name, load_encoder
 from extract.engines import Engine, choose
 from extract.errors import Refusal
+from extract.fed import Fed, Stacks, fed_images, fed_texts
+from extract.images import processor_digest
 from extract.memory import keep_freed_memory, tokens_that_fit
-from extract.planning import Plan, make_plan, read_plan, read_shard
+from extract.planning import Plan, make_image_plan, make_plan, read_plan, read_shard
 from extract.schema import SCHEMA_VERSION
 from extract.store import ShardRecord, Store
 from extract.writing import manifest_of, planned_tables, write_shard
 
 if TYPE_CHECKING:
+    import torch
+
     from extract.capture.layout import Layout
 
 TokenMode = Literal["none", "classes", "ids", "text"]
@@ -51,6 +55,7 @@ class RunOptions:
     stride: int = 0
     limit: int | None = None
     tokens: TokenMode = "classes"
+    stacks: Stacks = "encoder"  # of an encoder–decoder model
     text_column: str = "text"
     unit: Literal["document", "paragraph", "line"] = "document"
     shard_sequences: int = 256
@@ -70,11 +75,15 @@ class Job:
 
     options: RunOptions
     encoder: Encoder
-    layout: Layout
     engine: Engine
     store: Store
     run: Mapping[str, Any]
+    fed: Fed
     plan: Plan | None = None  # None: the dataset is finished
+
+    @property
+    def layout(self) -> Layout:
+        return self.fed.layout
 
     @property
     def complete(self) -> bool:
@@ -119,7 +128,9 @@ class Job:
     def token_classes(self) -> np.ndarray | None:
         from extract.tokens import token_classes
 
-        return None if self.options.tokens == "none" else token_classes(self.encoder.tokenizer)
+        if self.options.tokens == "none" or self.encoder.tokenizer is None:
+            return None
+        return token_classes(self.encoder.tokenizer)
 
 
 def check(options: RunOptions) -> Corpus:
@@ -131,13 +142,31 @@ def check(options: RunOptions) -> Corpus:
     check_model_name(options.model, trust_remote_code=options.trust_remote_code)
     _read_key(options.digest_key)
     Store(options.out).refuse_foreign()
-    return open_corpus(
+    corpus = open_corpus(
         options.corpus,
         text_column=options.text_column,
         unit=options.unit,
         limit=options.limit,
         strict=options.strict,
     )
+    if corpus.of_images:
+        _refuse_options_of_texts(options)
+    return corpus
+
+
+def _refuse_options_of_texts(options: RunOptions) -> None:
+    asked = {
+        "--max-length": options.max_length is not None,
+        "--stride": options.stride > 0,
+        f"--tokens {options.tokens}": options.tokens in ("ids", "text"),
+        "--stacks all": options.stacks == "all",
+    }
+    given = [name for name, is_given in asked.items() if is_given]
+    if given:
+        raise Refusal(
+            f"an image is one sequence, without ids, text or tokens for a decoder; {', '.join(given)} can't be asked of "
+            f"{options.corpus}; leave it out"
+        )
 
 
 def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
@@ -151,46 +180,55 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
         dtype=options.dtype,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
+        reads="images" if corpus.of_images else "texts",
     )
     engine = choose(options.engine, device=encoder.device.type)
     if not engine.is_ready():
         say("engine", 0, None)
     engine.make_ready()
-    max_length = _max_length(options, encoder)
+    fed = _fed(options, encoder, corpus)
+    max_length = _max_length(options, encoder) if fed.images is None else fed.images.eye.tokens
     keep_freed_memory(longest=max_length)
-    from extract.measurement import layout_of
-
-    layout = layout_of(encoder.model)
     say("model", 1, 1)
     store = Store(options.out)
-    batch_tokens = options.batch_tokens or _batch_tokens(store, encoder, layout, max_length)
+    batch_tokens = options.batch_tokens or _batch_tokens(store, fed, encoder.device, max_length)
     run = _run(options, encoder, corpus, engine.name, max_length, batch_tokens)
     was_there = options.out.exists()
     store.claim(run)
-    job = Job(options, encoder, layout, engine, store, run)
+    job = Job(options, encoder, engine, store, run, fed)
     if store.manifest is not None:
         store.clear_work()
         return job
     try:
-        plan = read_plan(store.work) or make_plan(
-            corpus,
-            encoder.tokenizer,
-            folder=store.work,
-            max_length=max_length,
-            stride=options.stride,
-            shard_sequences=options.shard_sequences,
-            digest_key=_read_key(options.digest_key),
-            keep_text=options.tokens == "text",
-            strict=options.strict,
-            progress=lambda documents, tokens: say("plan", documents, None),
-        )
+        plan = read_plan(store.work) or _planned(job, corpus, max_length, lambda done, _: say("plan", done, None))
     except Refusal:
         store.clear_work()
         if not was_there:
             store.root.rmdir()
         raise
     say("plan", plan.documents, plan.documents)
-    return Job(options, encoder, layout, engine, store, run, plan)
+    return replace(job, plan=plan)
+
+
+def _planned(job: Job, corpus: Corpus, max_length: int, progress: Callable[[int, int], None]) -> Plan:
+    options, images = job.options, job.fed.images
+    for_any: dict[str, Any] = {
+        "folder": job.store.work,
+        "shard_sequences": options.shard_sequences,
+        "digest_key": _read_key(options.digest_key),
+        "strict": options.strict,
+        "progress": progress,
+    }
+    if images is not None:
+        return make_image_plan(corpus, images.eye, **for_any)
+    return make_plan(
+        corpus,
+        job.encoder.tokenizer,
+        max_length=max_length,
+        stride=options.stride,
+        keep_text=options.tokens == "text",
+        **for_any,
+    )
 
 
 def measure_shards(
@@ -215,7 +253,9 @@ def measure_shard(job: Job, shard: int, *, progress: Callable[[int], None] | Non
     from extract.shard import Instrument, measured_tables
 
     sequences, documents = read_shard(job.store.work, shard)
-    instrument = Instrument(job.encoder, job.layout, job.engine, job.run["batch_tokens"], job.token_classes)
+    fed, measured = job.fed, replace(job.encoder, model=job.fed.model)
+    batch_tokens = job.run["batch_tokens"]
+    instrument = Instrument(measured, fed.layout, job.engine, batch_tokens, job.token_classes, fed.inputs, fed.images)
     tables, facts = measured_tables(instrument, sequences, shard=shard, progress=progress)
     tables |= planned_tables(job, sequences, documents)
     return write_shard(job.store, shard, tables, facts)
@@ -262,14 +302,28 @@ def _max_length(options: RunOptions, encoder: Encoder) -> int:
     return asked
 
 
-def _batch_tokens(store: Store, encoder: Encoder, layout: Layout, max_length: int) -> int:
+def _fed(options: RunOptions, encoder: Encoder, corpus: Corpus) -> Fed:
+    """What of the model is measured, and what it is given."""
+    if corpus.folder is None:
+        return fed_texts(encoder.model, encoder.tokenizer, stacks=options.stacks, device=encoder.device)
+    return fed_images(encoder.model, encoder.processor, corpus.folder, device=encoder.device, dtype=encoder.dtype)
+
+
+def _batch_tokens(store: Store, fed: Fed, device: torch.device, max_length: int) -> int:
     """The batch's size where none was given: as the run was begun, whatever memory is free today; else what fits."""
     begun = (store.held_run() or {}).get("batch_tokens")
     if begun is not None:
         return begun
-    most = CUDA_BATCH_TOKENS if encoder.device.type == "cuda" else BATCH_TOKENS
-    fitting = tokens_that_fit(encoder.model, layout, encoder.device, longest=max_length)
+    most = CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
+    fitting = tokens_that_fit(fed.model, fed.layout, device, longest=max_length)
     return max(max_length, min(most, fitting or most))
+
+
+def _reader_digest(encoder: Encoder) -> dict[str, str]:
+    """Of what makes the model's inputs out of documents."""
+    if encoder.processor is not None:
+        return {"processor_digest": processor_digest(encoder.processor)}
+    return {"tokenizer_digest": encoder.tokenizer_digest()}
 
 
 def _run(
@@ -282,7 +336,7 @@ def _run(
         "attlas": version("attlas"),
         "model": encoder.name,
         "weights_digest": encoder.weights_digest(),
-        "tokenizer_digest": encoder.tokenizer_digest(),
+        **_reader_digest(encoder),
         "corpus": corpus.name,
         "corpus_files": [list(f) for f in corpus.files],
         "max_length": max_length,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +20,7 @@ import pyarrow as pa
 from extract.batching import windows
 from extract.corpus import Document, reason_kind, refuse_unreadable
 from extract.errors import Refusal
+from extract.images import Eye, Unreadable
 from extract.store import read_json, write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -31,19 +32,17 @@ _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20
 _PROBES = ("a", "The quick brown fox", "one 2, three!")
 
-_SEQUENCES = pa.schema(
-    {
-        "sequence_id": pa.int64(),
-        "document_id": pa.int64(),
-        "shard": pa.int32(),
-        "window": pa.int32(),
-        "first_token": pa.int32(),
-        "tokens": pa.int32(),
-        "special_tokens": pa.int32(),
-        "token_ids": pa.list_(pa.int32()),
-        "special": pa.list_(pa.bool_()),
-    }
-)
+_OF_EVERY_SEQUENCE = {
+    "sequence_id": pa.int64(),
+    "document_id": pa.int64(),
+    "shard": pa.int32(),
+    "window": pa.int32(),
+    "first_token": pa.int32(),
+    "tokens": pa.int32(),
+    "special_tokens": pa.int32(),
+}
+_SEQUENCES = pa.schema(_OF_EVERY_SEQUENCE | {"token_ids": pa.list_(pa.int32()), "special": pa.list_(pa.bool_())})
+_IMAGES = pa.schema(_OF_EVERY_SEQUENCE | {"image": pa.string(), "sha256": pa.string()})
 _TEXT = pa.field("text", pa.large_string())
 _DOCUMENTS = pa.schema(
     {
@@ -107,7 +106,7 @@ def make_plan(
     special = special_tokens(tokenizer)
     _check_sizes(special.count, max_length, stride, shard_sequences)
     _clear(folder)
-    spool = _Spool(folder, shard_sequences, special, digest_key, keep_text)
+    spool = _Spool(folder, shard_sequences, digest_key, special, keep_text)
     for batch in _document_batches(corpus):
         for document, encoded in zip(batch, _encoded(tokenizer, batch, keep_text), strict=True):
             if strict:
@@ -118,6 +117,47 @@ def make_plan(
     plan = spool.finish()
     write_json(folder / _PLAN, asdict(plan))
     return plan
+
+
+def make_image_plan(
+    corpus: Iterable[Document],
+    eye: Eye,
+    *,
+    folder: Path,
+    shard_sequences: int,
+    digest_key: bytes | None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """The same for a corpus of images: each is a sequence. The spool names the files, which are read again when measured.
+
+    Every image is made into pixels once here, so that what can't be used is known before the model sees any.
+    """
+    _clear(folder)
+    spool = _Spool(folder, shard_sequences, digest_key)
+    for document in corpus:
+        data, reason = _usable(document, eye)
+        if strict:
+            refuse_unreadable(replace(document, dropped_reason=reason))
+        spool.add_image(document, data, reason, tokens=eye.tokens, special=eye.special)
+        if progress is not None:
+            progress(spool.documents, spool.tokens)
+    plan = spool.finish()
+    write_json(folder / _PLAN, asdict(plan))
+    return plan
+
+
+def _usable(document: Document, eye: Eye) -> tuple[bytes | None, str | None]:
+    """(bytes, None) of an image that the model can be given, or (None, why it can't)."""
+    assert document.file is not None, "a document of an image corpus is a file"
+    try:
+        data = document.file.read_bytes()
+        eye.pixels(data)
+    except OSError as error:
+        return None, f"unreadable: {type(error).__name__}"
+    except Unreadable as error:
+        return None, str(error)
+    return data, None
 
 
 def read_plan(folder: Path) -> Plan | None:
@@ -251,12 +291,15 @@ def _text_reader(tokenizer: PreTrainedTokenizerBase, text: str, encoding: Any, r
 
 @dataclass
 class _Shard:
-    """The rows of the shard being filled."""
+    """The rows of the shard being filled; `ids` of texts alone."""
 
     number: int
     sequences: list[dict[str, Any]] = field(default_factory=list)
     ids: list[np.ndarray] = field(default_factory=list)
     documents: list[dict[str, Any]] = field(default_factory=list)
+
+    def image_table(self) -> pa.Table:
+        return pa.Table.from_pylist(self.sequences, schema=_IMAGES)
 
     def sequence_table(self, special: SpecialTokens, *, keep_text: bool) -> pa.Table:
         ends = np.cumsum([0, *map(len, self.ids)], dtype=np.int32)
@@ -279,10 +322,15 @@ class _Shard:
 
 
 class _Spool:
-    """The state of the pass: the shard being filled, the totals, the digest."""
+    """The state of the pass: the shard being filled, the totals, the digest. `special` is None for images."""
 
     def __init__(
-        self, folder: Path, shard_sequences: int, special: SpecialTokens, key: bytes | None, keep_text: bool
+        self,
+        folder: Path,
+        shard_sequences: int,
+        key: bytes | None,
+        special: SpecialTokens | None = None,
+        keep_text: bool = False,
     ) -> None:
         self.folder = folder
         self.shard_sequences = shard_sequences
@@ -298,62 +346,95 @@ class _Spool:
         """Take the next document; `encoded` is None for one that was dropped."""
         cut = [] if encoded is None else list(windows(cast(Sequence[int], encoded.ids), size=size, stride=stride))
         reason = document.dropped_reason or (None if cut else "no tokens")
-        if cut:
-            self._make_room()
-        self.shard.documents.append(self._document_row(document, encoded, len(cut), reason))
-        if reason is not None:
-            self.dropped[reason_kind(reason)] += 1
+        content = None if encoded is None else document.text.encode()
+        tokens = 0 if encoded is None else len(encoded.ids)
+        self._add_document(document, content, tokens, len(cut), reason, characters=len(document.text))
         for window, (first, ids) in enumerate(cut):
-            self._make_room()
             assert encoded is not None
             self._add_window(window, first, np.asarray(ids), encoded)
-        self.content_tokens += 0 if encoded is None else len(encoded.ids)
         self.documents += 1
 
-    def _make_room(self) -> None:
-        # only when a sequence comes: documents dropped at the end stay in the last shard that has sequences
-        if len(self.shard.ids) == self.shard_sequences:
-            self._write_shard()
+    def add_image(
+        self, document: Document, data: bytes | None, reason: str | None, *, tokens: int, special: int
+    ) -> None:
+        """Take the next image; `data` is None for one that was dropped."""
+        sequences = 0 if data is None else 1
+        self._add_document(document, data, sequences * (tokens - special), sequences, reason, characters=None)
+        if data is not None:
+            facts = {"image": document.source, "sha256": hashlib.sha256(data).hexdigest()}
+            self._add_sequence(0, 0, tokens, special, facts)
+        self.documents += 1
 
-    def _document_row(
-        self, document: Document, encoded: _Encoded | None, sequences: int, reason: str | None
-    ) -> dict[str, Any]:
-        # without a key the digest serves the corpus digest only, and is not kept: anyone could test a text against it
-        digest = None if encoded is None else _hash(document.text.encode(), self.key)
-        content = b"" if digest is None else digest.digest()
-        self.digest.update(len(content).to_bytes(8, "big") + content)
-        return {
+    def _add_document(
+        self,
+        document: Document,
+        content: bytes | None,
+        tokens: int,
+        sequences: int,
+        reason: str | None,
+        *,
+        characters: int | None,
+    ) -> None:
+        if sequences:
+            self._make_room()
+        row = {
             "document_id": self.documents,
             "source": document.source,
-            "digest": digest.hexdigest() if digest is not None and self.key is not None else None,
-            "characters": len(document.text),
-            "tokens": 0 if encoded is None else len(encoded.ids),
+            "digest": self._digest(content),
+            "characters": characters,
+            "tokens": tokens,
             "sequences": sequences,
             "dropped_reason": reason,
         }
+        self.shard.documents.append(row)
+        if reason is not None:
+            self.dropped[reason_kind(reason)] += 1
+        self.content_tokens += tokens
+
+    def _make_room(self) -> None:
+        # only when a sequence comes: documents dropped at the end stay in the last shard that has sequences
+        if len(self.shard.sequences) == self.shard_sequences:
+            self._write_shard()
+
+    def _digest(self, content: bytes | None) -> str | None:
+        """A document's digest where there is a key; in any case it goes into that of the corpus."""
+        # without a key it serves the corpus digest only, and is not kept: anyone could test a text against it
+        digest = None if content is None else _hash(content, self.key)
+        own = b"" if digest is None else digest.digest()
+        self.digest.update(len(own).to_bytes(8, "big") + own)
+        return digest.hexdigest() if digest is not None and self.key is not None else None
 
     def _add_window(self, window: int, first: int, ids: np.ndarray, encoded: _Encoded) -> None:
+        assert self.special is not None, "texts have special tokens, if only none"
         whole = self.special.around(ids)
+        text = None if encoded.text_of is None else encoded.text_of(first, first + len(ids))
+        self._add_sequence(window, first, len(whole), self.special.count, {"text": text})
         self.shard.ids.append(whole)
-        self.shard.sequences.append(
-            {
-                "sequence_id": self.sequences,
-                "document_id": self.documents,
-                "shard": self.shard.number,
-                "window": window,
-                "first_token": first,
-                "tokens": len(whole),
-                "special_tokens": self.special.count,
-                "text": None if encoded.text_of is None else encoded.text_of(first, first + len(ids)),
-            }
-        )
+
+    def _add_sequence(self, window: int, first: int, tokens: int, special: int, facts: Mapping[str, Any]) -> None:
+        self._make_room()
+        row = {
+            "sequence_id": self.sequences,
+            "document_id": self.documents,
+            "shard": self.shard.number,
+            "window": window,
+            "first_token": first,
+            "tokens": tokens,
+            "special_tokens": special,
+        }
+        self.shard.sequences.append({**row, **facts})
         self.sequences += 1
-        self.tokens += len(whole)
+        self.tokens += tokens
+
+    def _sequence_table(self) -> pa.Table:
+        if self.special is None:
+            return self.shard.image_table()
+        return self.shard.sequence_table(self.special, keep_text=self.keep_text)
 
     def _write_shard(self) -> None:
         sink = pa.BufferOutputStream()
         options = pa.ipc.IpcWriteOptions(compression="zstd")
-        for table in (self.shard.sequence_table(self.special, keep_text=self.keep_text), self.shard.document_table()):
+        for table in (self._sequence_table(), self.shard.document_table()):
             with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
                 writer.write_table(table)
         write_atomically(_spool_path(self.folder, self.shard.number), cast(bytes, sink.getvalue()))

@@ -65,17 +65,35 @@ DOCUMENTS = Table(
     row="document",
     keys=(DOCUMENT_ID,),
     facts=(
-        Column(name="source", dtype="string", formula="file and place in it (line or row, from 1)"),
+        Column(name="source", dtype="string", formula="file and place in it (line or row, from 1); an image's file"),
         Column(
             name="digest",
             dtype="string",
-            formula="HMAC-SHA256(key, UTF-8 text), hexadecimal",
+            formula="HMAC-SHA256(key, UTF-8 text, or an image file's bytes), hexadecimal",
             meaning="null without a key: an unkeyed digest lets anyone test whether a text they know was in the corpus",
             nullable=True,
         ),
-        Column(name="characters", dtype="int64", unit="characters", formula="length of the text", bounds=(0, None)),
-        Column(name="tokens", dtype="int64", unit="tokens", formula="ids without special tokens", bounds=(0, None)),
-        Column(name="sequences", dtype="int32", formula="windows cut from the document", bounds=(0, None)),
+        Column(
+            name="characters",
+            dtype="int64",
+            unit="characters",
+            formula="length of the text; null for an image",
+            bounds=(0, None),
+            nullable=True,
+        ),
+        Column(
+            name="tokens",
+            dtype="int64",
+            unit="tokens",
+            formula="ids without special tokens; of an image its patches",
+            bounds=(0, None),
+        ),
+        Column(
+            name="sequences",
+            dtype="int32",
+            formula="windows cut from the document; 1 for an image",
+            bounds=(0, None),
+        ),
         Column(name="dropped_reason", dtype="string", formula="why it gave no sequence; null if it did", nullable=True),
     ),
     order=("document_id",),
@@ -98,7 +116,13 @@ SEQUENCES = Table(
         Column(
             name="tokens", dtype="int32", unit="tokens", formula="length, special tokens included", bounds=(1, None)
         ),
-        Column(name="special_tokens", dtype="int32", unit="tokens", formula="special tokens in it", bounds=(0, None)),
+        Column(
+            name="special_tokens",
+            dtype="int32",
+            unit="tokens",
+            formula="special tokens in it; of an image those that are no patches (class, registers), 0 if its grid is not known",
+            bounds=(0, None),
+        ),
         Column(
             name="token_ids", dtype="list<int32>", formula="the ids (only with --tokens ids or text)", nullable=True
         ),

@@ -6,15 +6,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from extract.batching import batches, padded_positions
-from extract.capture.watch import Batch
+from extract.capture.watch import Batch, Tokens
+from extract.engines.visibility import Axis
 from extract.errors import Refusal
+from extract.fed import MASK_OF, TEXT, Images, takes
 from extract.measurement import Collector, Measurements, heads_table, observe, profiles_table, residual_table
 from extract.memory import is_out_of_memory, let_go
 
@@ -37,6 +39,15 @@ class Instrument:
     engine: Engine
     batch_tokens: int
     classes: np.ndarray | None  # of every id of the vocabulary; None: neither classes nor ids are looked at
+    inputs: tuple[str, ...] = TEXT  # of the model, that a sequence is given to
+    images: Images | None = None  # what sequences are, if not ids
+
+
+class _Row(NamedTuple):
+    """A sequence: how many tokens it is, and its ids, or the name and SHA-256 of its image."""
+
+    tokens: int
+    given: Any
 
 
 def measured_tables(
@@ -46,32 +57,43 @@ def measured_tables(
 
     Threads that measure shards take turns at the model; what comes before and after it, they do side by side.
     """
-    ids = [np.asarray(row.as_py(), np.int64) for row in sequences["token_ids"]]
-    lengths = [len(row) for row in ids]
+    rows = _rows(instrument, sequences)
+    lengths = [row.tokens for row in rows]
     planned = batches(lengths, token_budget=instrument.batch_tokens)
     with _ONE_AT_A_TIME:
-        measured = _measured(instrument, ids, planned, progress or (lambda tokens: None))
+        measured = _measured(instrument, rows, planned, progress or (lambda tokens: None))
     sequence_ids, document_ids = (sequences[n].to_numpy() for n in ("sequence_id", "document_id"))
     tables = {
         "heads": heads_table(measured, sequence_ids, document_ids),
         "profiles": profiles_table(measured, shard=shard),
     }
     if instrument.layout.residual_refusal is None:
-        tables["residual"] = residual_table(measured, instrument.layout, sequence_ids, document_ids)
+        tables["residual"] = residual_table(measured, sequence_ids, document_ids)
     # of the batches as planned: a day on which memory was short leaves the same manifest
     positions = padded_positions(lengths, planned)
     return tables, {"positions": positions, "padded": positions - sum(lengths)}
 
 
+def _rows(instrument: Instrument, sequences: pa.Table) -> list[_Row]:
+    if instrument.images is None:
+        ids = (np.asarray(row.as_py(), np.int64) for row in sequences["token_ids"])
+        return [_Row(len(of_row), of_row) for of_row in ids]
+    names = ("tokens", "image", "sha256")
+    return [
+        _Row(tokens, (image, sha256))
+        for tokens, image, sha256 in zip(*(sequences[n].to_pylist() for n in names), strict=True)
+    ]
+
+
 def _measured(
-    instrument: Instrument, ids: Sequence[np.ndarray], planned: Sequence[list[int]], progress: Callable[[int], None]
+    instrument: Instrument, sequences: Sequence[_Row], planned: Sequence[list[int]], progress: Callable[[int], None]
 ) -> Measurements:
     """The sums of all sequences. A batch that does not fit into memory is done again in halves."""
-    collector = Collector(len(ids))
+    collector = Collector(len(sequences))
     waiting = deque(planned)
     while waiting:
         chosen = waiting.popleft()
-        rows = [ids[n] for n in chosen]
+        rows = [sequences[n] for n in chosen]
         collector.at(chosen)
         try:
             _observe(instrument, rows, collector)
@@ -84,12 +106,14 @@ def _measured(
             middle = len(chosen) // 2
             waiting.extendleft((chosen[middle:], chosen[:middle]))
         else:
-            progress(sum(map(len, rows)))
+            progress(sum(row.tokens for row in rows))
     return collector.measured
 
 
-def _observe(instrument: Instrument, rows: list[np.ndarray], collector: Collector) -> None:
-    inputs, batch = _batch(instrument, rows)
+def _observe(instrument: Instrument, rows: list[_Row], collector: Collector) -> None:
+    given = [row.given for row in rows]
+    images = instrument.images
+    inputs, batch = _batch(instrument, given) if images is None else _image_batch(instrument, images, given)
     observe(
         instrument.encoder.model,
         instrument.layout,
@@ -100,12 +124,20 @@ def _observe(instrument: Instrument, rows: list[np.ndarray], collector: Collecto
     )
 
 
-def _too_long(row: np.ndarray, instrument: Instrument, error: Exception) -> Refusal:
+def _too_long(row: _Row, instrument: Instrument, error: Exception) -> Refusal:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return Refusal(
-        f"a sequence must fit into memory by itself; one of {len(row)} tokens does not, on {instrument.encoder.device} "
+        f"a sequence must fit into memory by itself; one of {row.tokens} tokens does not, on {instrument.encoder.device} "
         f"({said}); use a smaller --max-length, a --dtype of fewer bytes, or a machine with more memory"
     )
+
+
+def _image_batch(instrument: Instrument, images: Images, rows: list[tuple[str, str]]) -> tuple[dict[str, Any], Batch]:
+    """Pixels of the model's type, all of one shape: there is no padding."""
+    pixels = np.stack([images.pixels(*row) for row in rows])
+    (name,) = instrument.inputs
+    given = _on(instrument.encoder.device, pixels).to(instrument.encoder.dtype)
+    return {name: given}, Batch(len(rows), grids=images.grids)
 
 
 def _batch(instrument: Instrument, rows: list[np.ndarray]) -> tuple[dict[str, Any], Batch]:
@@ -117,17 +149,22 @@ def _batch(instrument: Instrument, rows: list[np.ndarray]) -> tuple[dict[str, An
     real = np.zeros((len(rows), tokens), np.int64)
     for place, row in enumerate(rows):
         ids[place, : len(row)], real[place, : len(row)] = row, 1
-    inputs = {name: _on(encoder.device, of) for name, of in (("input_ids", ids), ("attention_mask", real))}
-    length = inputs["attention_mask"].sum(-1)
+    given, mask = _on(encoder.device, ids), _on(encoder.device, real)
+    length = mask.sum(-1)
     if instrument.classes is None:
         known = {}
     else:
         classes = _on(encoder.device, instrument.classes[ids].astype(np.int64))
-        known = {"token_ids": inputs["input_ids"], "classes": classes}
-    batch = Batch(torch.zeros_like(length), length, tokens, **known)
+        known = {"ids": given, "classes": classes}
+    inputs: dict[str, Any] = {}
+    texts = {}
+    for name in instrument.inputs:
+        inputs |= {name: given, MASK_OF[name]: mask}
+        # to each input an axis of its own: queries and keys that share one are the same tokens
+        texts[name] = Tokens(Axis(torch.zeros_like(length), length, tokens), **known)
     # a decoder keeps no cache for tokens that never come
-    cached = getattr(getattr(encoder.model, "config", None), "use_cache", False)
-    return inputs | ({"use_cache": False} if cached else {}), batch
+    cached = getattr(getattr(encoder.model, "config", None), "use_cache", False) and takes(encoder.model, "use_cache")
+    return inputs | ({"use_cache": False} if cached else {}), Batch(len(rows), texts)
 
 
 def _on(device: torch.device, values: np.ndarray) -> torch.Tensor:

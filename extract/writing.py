@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,11 @@ from extract.schema import DOCUMENTS, SCHEMA_VERSION, SEQUENCES, TABLES, Table
 from extract.store import Part, ShardRecord, Store
 
 if TYPE_CHECKING:
+    from extract.capture.layout import Attention
     from extract.pipeline import Job
     from extract.planning import Plan
 
+_SOFTWARE = ("attlas", "torch", "transformers", "pyarrow", "numpy")
 # what each mode of `tokens` keeps of the tokens themselves
 _KEPT: Mapping[str, frozenset[str]] = {
     "none": frozenset(),
@@ -50,7 +52,7 @@ def manifest_of(job: Job, plan: Plan, records: list[ShardRecord]) -> dict[str, A
         "schema_version": SCHEMA_VERSION,
         "run": dict(job.run),
         "model": _model_facts(job),
-        "tokenizer": {"name": type(job.encoder.tokenizer).__name__, "digest": job.run["tokenizer_digest"]},
+        **_reader_facts(job),
         "corpus": {
             "name": job.run["corpus"],
             "digest": plan.corpus_digest,
@@ -62,7 +64,7 @@ def manifest_of(job: Job, plan: Plan, records: list[ShardRecord]) -> dict[str, A
             "dropped": dict(Counter(plan.dropped)),
         },
         "software": {"python": platform.python_version()}
-        | {name: version(name) for name in ("attlas", "torch", "transformers", "pyarrow", "numpy")},
+        | {name: version(name) for name in (*_SOFTWARE, *(("pillow",) if job.fed.images else ()))},
         "engine": job.engine.name,
         "device": job.run["device"],
         "dtype": job.run["dtype"],
@@ -72,21 +74,46 @@ def manifest_of(job: Job, plan: Plan, records: list[ShardRecord]) -> dict[str, A
     }
 
 
+def _reader_facts(job: Job) -> dict[str, Any]:
+    """What made the model's inputs out of documents: a tokenizer, or a preprocessor and what becomes of an image."""
+    images = job.fed.images
+    if images is None:
+        return {"tokenizer": {"name": type(job.encoder.tokenizer).__name__, "digest": job.run["tokenizer_digest"]}}
+    eye = images.eye
+    facts = {
+        "preprocessor": type(eye.processor).__name__,
+        "digest": job.run["processor_digest"],
+        "pixels": list(eye.shape),
+        "tokens": eye.tokens,
+        "grids": {
+            stack: {"rows": g.rows, "columns": g.columns, "first_patch": g.prefix} for stack, g in images.grids.items()
+        },
+    }
+    return {"images": facts}
+
+
 def _model_facts(job: Job) -> dict[str, Any]:
+    """`stack`, `layers` and `heads` are there where one number says it: one stack, whose layers have as many heads each."""
     layout = job.layout
-    return {
+    stacks = [_stack_facts(stack, layout.of(stack)) for stack in layout.stacks]
+    single = stacks[0] if len(stacks) == 1 else dict.fromkeys(("stack", "layers", "heads"))
+    return single | {
         "name": job.encoder.name,
         "revision": job.encoder.revision,
         "weights_digest": job.run["weights_digest"],
         "architecture": type(job.encoder.model).__name__,
-        "stack": layout.attentions[0].stack,
-        "layers": len(layout.attentions),
-        "heads": max(a.heads for a in layout.attentions),
+        "measured": type(job.fed.model).__name__,
+        "stacks": stacks,
         "width": layout.width,
         "parameters": sum(p.numel() for p in job.encoder.model.parameters()),
         "residual": layout.residual_refusal or "measured",
         "layout": layout.described,
     }
+
+
+def _stack_facts(stack: str, attentions: Sequence[Attention]) -> dict[str, Any]:
+    heads = {a.heads for a in attentions}
+    return {"stack": stack, "layers": len(attentions), "heads": heads.pop() if len(heads) == 1 else None}
 
 
 def _table_facts(name: str, records: list[ShardRecord]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def refuse_bad_paths(run: Run) -> None:
     """Raise the first refusal that the run's paths give reason for."""
     refuse_bad_corpus(run)
-    refuse_missing_model(run.model)
+    refuse_missing_model(run.model, trust_remote_code=run.trust_remote_code)
     # first, since a key in the output folder also makes it a folder that holds something else
     if run.digest_key is not None:
         refuse_exposed_key(run.digest_key, run.out)
@@ -28,8 +28,15 @@ def refuse_bad_corpus(run: Run) -> None:
         open_corpus(run.corpus, text_column=run.text_column, unit=run.unit, limit=run.limit, strict=run.strict)
 
 
-def refuse_missing_model(model: str) -> None:
-    if model == "demo" or Path(model).is_dir():
+def refuse_missing_model(model: str, *, trust_remote_code: bool = False) -> None:
+    """Refuse a model that is nowhere, and a folder or file that can be seen to be no model."""
+    from extract.model_code import is_model_code
+    from extract.model_folder import check_model_name
+
+    if model == "demo":
+        return
+    if Path(model).is_dir() or is_model_code(model):
+        check_model_name(model, trust_remote_code=trust_remote_code)
         return
     if Path(model).exists():
         raise Refusal(f"a model is a folder with config.json and safetensors; {model} is a file; give its folder")

@@ -25,11 +25,12 @@ Switch = Annotated[bool, Field(strict=True)]
 class Run(BaseModel, frozen=True, extra="forbid"):
     """One measurement: a corpus, a model, a folder, and how. A field's description is its help text."""
 
-    model: Annotated[str, Field(min_length=1, description="a folder, a hub name, or demo")]
+    model: Annotated[str, Field(min_length=1, description="a folder, a hub name, file.py:function, or demo")]
     corpus: Annotated[
         str,
         Field(
-            min_length=1, description="a text, JSONL, CSV or Parquet file, a folder or glob of them, hub:NAME, or demo"
+            min_length=1,
+            description="a text, JSONL, CSV or Parquet file or an image, a folder or glob of them, hub:NAME, or demo",
         ),
     ]
     out: Annotated[Path, Field(description="the dataset's folder: new, empty, or holding this same run")]
@@ -44,6 +45,12 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         Literal["none", "classes", "ids", "text"],
         Field(description="what the dataset may tell of the tokens; only ids and text reveal the corpus"),
     ] = "classes"
+    stacks: Annotated[
+        Literal["encoder", "all"],
+        Field(
+            description="of an encoder–decoder model: its encoder alone, or all of it, the decoder fed the same tokens"
+        ),
+    ] = "encoder"
     text_column: Annotated[str, Field(min_length=1, description="the column or key that holds a document's text")] = (
         "text"
     )
@@ -121,8 +128,9 @@ def _located(name: str, value: Any, folder: Path) -> Any:
         return str(there)
     if name == "corpus" and value not in BUILT_IN and not value.startswith("hub:"):
         return str(there)
-    # a model's name may look like a path: it is one where it says so or where the folder is there
-    if name == "model" and value not in BUILT_IN and (value.startswith(("./", "../", "~")) or there.is_dir()):
+    # a model's name may look like a path: it is one where it says so, where the folder is there, or where it names code
+    looks_like_path = value.startswith(("./", "../", "~")) or there.is_dir() or ".py:" in value
+    if name == "model" and value not in BUILT_IN and looks_like_path:
         return str(there)
     return value
 

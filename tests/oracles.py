@@ -94,8 +94,11 @@ def head_columns(
     tokens: NDArray[np.int64] | Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
     sink: Floats | None = None,
+    grid: tuple[int, int, int] | None = None,
 ) -> Columns:
     """Every column of `heads` for one head on one sequence; None where an argument is missing or a rule says null.
+
+    `grid`: rows and columns of an image's patches, and how many tokens stand before them.
 
     p, s, visible [n, n]; v [n, d_v]; w_o [d_v, d_model] without bias; context [n, d_v], else Σ p v; tokens, classes,
     sink [n].
@@ -107,6 +110,7 @@ def head_columns(
         **entropy_columns(p, visible, rows, sink),
         **concentration_columns(p, rows),
         **distance_columns(p, visible, rows),
+        "distance_patches": None if grid is None else distance_patches(p, *grid, measured=rows),
         **mass_columns(p, rows, sink),
         **class_columns(p, rows, classes),
         **repetition_columns(p, rows, tokens),
@@ -149,6 +153,23 @@ def distance_columns(p: Floats, visible: Bools, rows: list[int]) -> Columns:
         "offset_std_tokens": mean(math.sqrt(max(0.0, q - o**2)) for q, o in zip(squared, signed, strict=True)),
         "distance_vs_uniform": ratio(sum(distances), sum(opportunity)),
     }
+
+
+def distance_patches(
+    p: Floats, rows: int, columns: int, prefix: int, *, measured: list[int] | None = None
+) -> float | None:
+    """Mean distance of patch queries to patch keys, in patches, the pattern renormalised over patches row by row.
+
+    Patches stand row by row after `prefix` other tokens. A row without mass on patches is left out.
+    """
+    place = {prefix + n: divmod(n, columns) for n in range(rows * columns)}
+    means = []
+    for i, (row, column) in place.items():
+        mass = math.fsum(float(p[i, j]) for j in place)
+        if mass > 0 and (measured is None or i in measured):
+            far = math.fsum(float(p[i, j]) * math.hypot(row - r, column - c) for j, (r, c) in place.items())
+            means.append(far / mass)
+    return mean(means)
 
 
 def mass_where(p: Floats, rows: list[int], where: Bools) -> float | None:

@@ -3,16 +3,19 @@
 import json
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from extract.capture.seam import replaced_sdpa
 from extract.measurement import measure
 from extract.pipeline import RunOptions
-from tests.benchmarks import memory, report, run, usual, workloads
+from tests.benchmarks import memory, report, run, usual, usual_way, workloads
 from tests.benchmarks.bench import benchmarks, chosen
 from tests.benchmarks.forward import measured_against_plain
 from tests.benchmarks.harness import Benchmark, Result, Seconds, interleaved
@@ -118,7 +121,7 @@ def test_a_forward_pass_is_measured_and_the_other_is_not(demo_once, family):
     work = workloads.Workload(tiny(family), torch.randint(1, 60, (2, 12)), torch.tensor([12, 9]))
     calls = []
     plain = workloads.plain_pass(work)
-    with replaced_sdpa(lambda original: lambda *a, **k: calls.append("seen") or original(*a, **k)):
+    with replaced_sdpa(lambda request: calls.append("seen") or request.plain()):
         plain()
     assert len(calls) == 3, "the plain pass takes torch's own attention"
     result = measured_against_plain(work, repeats=2)
@@ -128,33 +131,127 @@ def test_a_forward_pass_is_measured_and_the_other_is_not(demo_once, family):
 
 def test_a_measured_batch_knows_ids_and_classes(demo_once):
     work = workloads.minilm(2, 16)
-    assert work.batch.token_ids is work.ids
-    assert work.batch.classes is not None
-    assert work.batch.classes.max() > 0
+    tokens = work.batch.texts["input_ids"]
+    assert tokens.ids is work.ids
+    assert tokens.classes is not None
+    assert tokens.classes.max() > 0
 
 
-def test_the_usual_way_finds_the_same_numbers(demo_once):
-    work = workloads.minilm(2, 48)
-    classes = torch.from_numpy(workloads._demo_classes()[work.ids].astype(np.int64))
-    theirs = usual.usual_tables(usual.eager_copy(work.model), work.ids, classes)
-    ours = measure(work.model, tokenizer=demo_once.tokenizer, input_ids=work.ids)
-    order = [("layer", "ascending"), ("head", "ascending"), ("sequence_id", "ascending")]
-    heads = theirs["heads"].rename_columns({"sequence": "sequence_id"}).sort_by(order)
-    measured = ours["heads"].sort_by(order)
-    for name in heads.column_names[3:]:
-        # Σ p d² − (Σ p d)² in float32, as it is usually written, loses digits
-        tolerance = 1e-2 if name == "offset_std_tokens" else 2e-4
-        np.testing.assert_allclose(heads[name], measured[name], rtol=1e-3, atol=tolerance, err_msg=name)
-    left_out = set(measured.column_names) - set(heads.column_names)
-    assert left_out == {
-        *("stack", "mass_sink", "query_rows", "masked_rows", "nonfinite_rows"),
-        *("score_max", "score_mean", "score_std", "context_norm", "update_norm", "value_weighted_first"),
+USUAL_KEYS = {
+    "heads": ("layer", "head", "sequence_id"),
+    "residual": ("layer", "site", "sequence_id"),
+    "profiles": ("layer", "head", "profile", "bin"),
+}
+# what the usual side leaves out: BERT has one stack and no learned sink, text has no patches, without padding
+# every row is measured, and a notebook has one shard
+NOT_USUAL = {
+    "heads": {"stack", "mass_sink", "distance_patches", "query_rows", "masked_rows", "nonfinite_rows"},
+    "residual": {"stack"},
+    "profiles": {"stack", "shard"},
+}
+
+
+@pytest.fixture(scope="module")
+def both_ways(demo):
+    """(usual, ours) of every table, the rows in the same order: two sequences of 48 tokens."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(workloads, "demo", lambda: demo)
+        ids = workloads.minilm(2, 48).ids
+        classes = torch.from_numpy(workloads._demo_classes()[ids].astype(np.int64))
+    usual_ones = usual.usual_tables(usual.eager_copy(demo.model), ids, classes)
+    ours = measure(demo.model, tokenizer=demo.tokenizer, input_ids=ids)
+    return {
+        name: tuple(_in_order(tables[name], keys) for tables in (usual_ones, ours)) for name, keys in USUAL_KEYS.items()
     }
 
 
-def test_the_usual_way_is_timed_from_batch_to_parquet(demo_once):
-    result = usual.parquet_against_usual(demo_once, workloads.minilm(2, 16), repeats=1)
-    assert result.ratio > 0
+def _in_order(table, keys):
+    """Sorted by keys; words that are held as numbers of a dictionary are words again."""
+    words = {f.name: table[f.name].cast("string") for f in table.schema if pa.types.is_dictionary(f.type)}
+    plain = pa.table({name: words.get(name, table[name]) for name in table.column_names})
+    return plain.sort_by([(key, "ascending") for key in keys])
+
+
+@pytest.mark.parametrize("table", USUAL_KEYS)
+def test_the_usual_way_gives_all_columns_and_rows(both_ways, table):
+    theirs, ours = both_ways[table]
+    assert set(theirs.column_names) == set(ours.column_names) - NOT_USUAL[table]
+    for key in USUAL_KEYS[table]:
+        assert theirs[key].to_pylist() == ours[key].to_pylist(), key
+
+
+def test_what_the_usual_way_leaves_out_of_heads_says_nothing(both_ways):
+    _, ours = both_ways["heads"]
+    constants = {name: set(ours[name].to_pylist()) for name in NOT_USUAL["heads"]}
+    assert constants == {
+        "stack": {"encoder"},
+        "mass_sink": {None},
+        "distance_patches": {None},
+        "query_rows": {48},
+        "masked_rows": {0},
+        "nonfinite_rows": {0},
+    }
+
+
+@pytest.mark.parametrize("table", ["heads", "residual"])
+def test_the_usual_way_finds_the_same_numbers(both_ways, table):
+    theirs, ours = both_ways[table]
+    for name in set(theirs.column_names) - set(USUAL_KEYS[table]):
+        assert_within_tolerance(theirs[name], ours[name], name)
+
+
+def test_the_usual_way_finds_the_same_profiles(both_ways):
+    theirs, ours = both_ways["profiles"]
+    by_row = np.isin(ours["profile"].to_pylist(), ["entropy", "max_weight"])
+    for name in ("sum", "count"):
+        found, expected = theirs[name].to_numpy(), ours[name].to_numpy()
+        assert_within_tolerance(found[~by_row], expected[~by_row], name)
+        # a row that stands on the edge between two bins is rounded into either
+        moved = np.cumsum(found[by_row] - expected[by_row])
+        assert np.isin(moved, [-1, 0, 1]).all()
+        assert moved[-1] == 0
+
+
+def assert_within_tolerance(found, expected, name):
+    """What the data dictionary promises of float32: 1e-5 or 1e-4 of it, whichever is larger; null where it is null."""
+    found, expected = (np.asarray(values, np.float64) for values in (found, expected))
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected), err_msg=name)
+    off = np.abs(found - expected) > np.maximum(1e-5, 1e-4 * np.abs(expected))
+    assert not off.any(), f"{name}: {found[off]} is not {expected[off]}"
+
+
+def test_diagonals_are_summed_by_their_distance():
+    p = torch.arange(9.0).view(1, 1, 3, 3)
+    assert usual_way.diagonal_sums(p)[0, 0].tolist() == [6, 3 + 7, 0 + 4 + 8, 1 + 5, 2]
+
+
+def test_the_usual_way_is_timed_from_batch_to_parquet_in_a_process_of_its_own(demo_once, tmp_path: Path):
+    ids = workloads.minilm(2, 16).ids
+    with usual.usual_process(ids, tmp_path) as theirs:
+        assert 0 < theirs() < 60
+    assert {path.name for path in tmp_path.iterdir()} == {f"{table}.parquet" for table in USUAL_KEYS}
+    assert pq.read_table(tmp_path / "heads.parquet").num_rows == 2 * 6 * 12
+
+
+def test_both_ways_are_compared_in_one_result(demo_once, monkeypatch):
+    @contextmanager
+    def here(ids, folder):
+        yield lambda: 1.0
+
+    monkeypatch.setattr(usual, "usual_process", here)
+    result = usual.parquet_against_usual(demo_once, workloads.minilm(2, 16), repeats=2)
+    assert result.theirs == 32
+    assert result.ours > 0
+    assert len(result.paired) == 2
+
+
+def test_a_usual_side_that_ends_by_itself_is_an_error(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(usual, "ROOT", tmp_path)  # where there is no such module
+    with (
+        pytest.raises(RuntimeError, match="ended by itself, with status 1"),
+        usual.usual_process(torch.ones(1, 1), tmp_path),
+    ):
+        pass
 
 
 def test_plain_passes_see_the_batches_of_the_run(demo, tmp_path: Path):

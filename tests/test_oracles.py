@@ -261,11 +261,11 @@ def test_values_behind_the_mask_change_nothing():
 def test_nothing_measured_is_null_everywhere_but_in_the_counts():
     nothing = np.zeros((3, 3), dtype=bool)
     p = np.full((3, 3), np.nan)
-    given = {"v": np.ones((3, 2)), "w_o": np.eye(2)}
-    columns = oracles.head_columns(p, p, nothing, tokens=[1, 1, 1], classes=["bos"] * 3, sink=np.zeros(3), **given)
+    v, w_o = np.ones((3, 2)), np.eye(2)
+    columns = oracles.head_columns(p, p, nothing, tokens=[1, 1, 1], classes=["bos"] * 3, sink=np.zeros(3), v=v, w_o=w_o)
     counts = {c: columns.pop(c) for c in ("query_rows", "masked_rows", "nonfinite_rows")}
     assert counts == {"query_rows": 0, "masked_rows": 3, "nonfinite_rows": 0}
-    assert set((columns | oracles.sample_columns(p, p, nothing, **given)).values()) == {None}
+    assert set((columns | oracles.sample_columns(p, p, nothing, v=v, w_o=w_o)).values()) == {None}
 
 
 def test_mass_where_nothing_is_visible_is_refused():

@@ -2,61 +2,327 @@
 
 Nothing is guessed from names: the output projection of an attention call is the module that reads its contexts, a norm
 is a module that does what a norm does, and a sublayer's update is the tensor F for which x' = x + F(x) holds.
+
+A miss of a layer is the worst that can happen here, so the calls are counted again in ways that know nothing of the first:
+by the model's own eager patterns where it gives them, by its configuration where it does not, and by the modules that ran.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeGuard
 
+import torch
 from torch import nn
 
+from extract.capture.interface import attending_by, configurations
 from extract.capture.layout import Attention, Layout
-from extract.capture.probe import Call, Trace, same, trace_of
-from extract.capture.seam import weight_by_input
-from extract.capture.sites import find_sites
+from extract.capture.probe import PROBE_TOKENS, Call, Trace, same, trace_of
+from extract.capture.seam import first_tensor, read_tensor, weight_by_input
+from extract.capture.sites import find_sites, one_refusal
+from extract.capture.stacks import stacks_of
 from extract.errors import CaptureError
 
+# kinds of `layer_types` in configurations that make no pattern
+_WITHOUT_PATTERN = ("linear", "recurrent", "mamba", "conv", "ssm", "gated_delta", "rwkv")
 
-def find_layout(model: nn.Module, inputs: Mapping[str, Any]) -> Layout:
-    """Run the model once on small inputs and find its attention calls, projections, norms and residual sites.
 
-    Raises CaptureError where fewer patterns arrive than the model says it has attention layers.
+def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> Layout:
+    """Run the model on small inputs and find its attention calls, projections, norms and residual sites.
+
+    `batch` is the number of sequences in the inputs. Raises CaptureError where fewer patterns arrive than the model has
+    attention layers.
     """
-    trace = trace_of(model, inputs)
-    expected = expected_layers(model)
-    calls = trace.calls
-    if not calls or (expected is not None and len(calls) != expected):
-        raise CaptureError(
-            f"every attention layer must show its pattern; {type(model).__name__} has "
-            f"{'at least one' if expected is None else expected} and showed {len(calls)}; load it with "
-            'attn_implementation="sdpa", or it is a kind that is not measured yet'
-        )
-    if not all(c.self_attention for c in calls):
-        raise CaptureError(
-            f"only self-attention over the model's own tokens is measured; {type(model).__name__} has attention calls "
-            "over something else"
-        )
+    trace = trace_of(model, inputs, batch=batch)
+    if any(call.way == "softmax" for call in trace.calls) or not trace.calls:
+        trace = _through_interface(model, inputs, trace) or trace
+    trace, others = _without_others(trace, inputs)
+    without_pattern = _assert_whole(model, inputs, trace)
+    batch_last = _batch_last(model, inputs, trace)
     modules = dict(model.named_modules())
-    found = [_projection(trace, c, modules) for c in calls]
+    found = [_projection(trace, call, modules) for call in trace.calls]
     attentions = tuple(
-        Attention("decoder" if c.causal else "encoder", n, c.heads, p.module if p else None)
-        for n, (c, p) in enumerate(zip(calls, found, strict=True))
+        Attention(
+            stack=place.stack,
+            layer=place.layer,
+            heads=call.heads,
+            projection=p.module if p else None,
+            way=call.way,
+            module=owner_of(model, call),
+            queries=place.queries,
+            keys=place.keys,
+            crosses=call.crosses,
+            batch_last=number in batch_last,
+            order=call.order,
+        )
+        for number, (call, place, p) in enumerate(zip(trace.calls, stacks_of(model, trace, inputs), found, strict=True))
     )
+    sites, refusals = find_sites(trace, attentions, modules)
     width = next((p.width for p in found if p is not None), None)
-    sites, refusal = find_sites(trace, modules, width)
-    return Layout(attentions, sites, refusal, width)
+    sequence_first = any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in modules.values())
+    refusal = one_refusal(sites, refusals)
+    return Layout(
+        attentions,
+        sites,
+        refusal,
+        width,
+        others=others,
+        without_pattern=without_pattern,
+        packed=batch > 1 and all(call.batch == 1 for call in trace.calls),
+        sequence_first=sequence_first,
+        residual_refusals=refusals,
+    )
+
+
+def _through_interface(model: nn.Module, inputs: Mapping[str, Any], own: Trace) -> Trace | None:
+    """The same pass through the attention interface; None where the model then computes anything else."""
+    if not configurations(model):
+        return None
+    try:
+        through = trace_of(model, inputs, batch=own.batch, interface=True)
+        padded = _padded(inputs)
+        pairs = [(own, through, None)]
+        if padded is not None:
+            a, b = (trace_of(model, padded, batch=own.batch, interface=way) for way in (False, True))
+            pairs.append((a, b, padded["attention_mask"]))
+    except Exception:
+        # the model's own code, called as its authors may not have meant it: then it is watched as it is
+        return None
+    alike = all(_gives_alike(a, b, mask) for a, b, mask in pairs)
+    return through if alike and any(call.way == "interface" for call in through.calls) else None
+
+
+def _padded(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The inputs with padding at the end of the last sequence, so that masks are seen at work."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] < 4:
+        return None
+    mask = torch.ones_like(ids)
+    mask[-1, -3:] = 0
+    return {**inputs, "attention_mask": mask}
+
+
+def _gives_alike(a: Trace, b: Trace, mask: torch.Tensor | None) -> bool:
+    """What the model gives at last, wherever tokens are real: anything done otherwise on the way would show there."""
+    if len(a.calls) > len(b.calls):
+        return False
+    given, other = first_tensor(a.returned), first_tensor(b.returned)
+    if given is None or other is None or given.shape != other.shape:
+        return False
+    if mask is not None and given.shape[:2] == mask.shape:
+        given, other = given[mask.bool()], other[mask.bool()]
+    return same(given.float(), other.float())
+
+
+def _without_others(trace: Trace, inputs: Mapping[str, Any]) -> tuple[Trace, frozenset[int]]:
+    """Leave out calls whose heads are as many as the probe's tokens: they look over layers or the like, at one position."""
+    ids = inputs.get("input_ids")
+    tokens = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.shape[1:] == (PROBE_TOKENS,) else None
+    others = frozenset(n for n, call in enumerate(trace.calls) if call.heads == tokens != call.keys)
+    calls = [call for n, call in enumerate(trace.calls) if n not in others]
+    return replace(trace, calls=calls), others
+
+
+def _batch_last(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> set[int]:
+    """Calls on windows of sequences that have the first window of every sequence before the second of any.
+
+    Seen by changing the order of the sequences. Raises CaptureError where the windows follow neither order.
+    """
+    numbers = [n for n, call in enumerate(trace.calls) if call.batch != trace.batch and call.batch % trace.batch == 0]
+    if trace.batch == 1 or not numbers:
+        return set()
+    turned = {
+        name: x.roll(1, 0) if isinstance(x, torch.Tensor) and x.dim() and len(x) == trace.batch else x
+        for name, x in inputs.items()
+    }
+    calls = trace_of(model, turned, batch=trace.batch, interface=any(c.way == "interface" for c in trace.calls)).calls
+    last = set()
+    for number in numbers:
+        a, b = trace.calls[number].contexts, calls[number].contexts
+        if same(a.unflatten(0, (trace.batch, -1)).roll(1, 0), b):
+            continue
+        if not same(a.unflatten(0, (-1, trace.batch)).roll(1, 1), b):
+            raise CaptureError(
+                f"windows of a sequence stand together in a batch, or the first of each first; those of "
+                f"{owner_of(model, trace.calls[number])} of {type(model).__name__} do neither"
+            )
+        last.add(number)
+    return last
+
+
+def _assert_whole(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> tuple[str, ...]:
+    """Refuse a model that has shown less than it has; gives the layers that have no pattern to show."""
+    name = type(model).__name__
+    if not trace.calls:
+        raise CaptureError(f"a model is measured by its attention; {name} showed none on a few tokens")
+    _assert_every_kind_showed(model, trace)
+    confirmed = _assert_own_patterns(model, inputs, trace)
+    expected = expected_layers(model)
+    shown = len(trace.calls)
+    if not confirmed and expected is not None and shown < expected:
+        raise CaptureError(
+            f"every attention layer must show its pattern; {name} has {expected} and showed {shown}; load it with "
+            'attn_implementation="sdpa" or "eager"'
+        )
+    silent = _layers_without_pattern(model, trace)
+    _refuse_hidden_attention(model, inputs, silent)
+    return silent
+
+
+# what mixes tokens without attention
+_MIXERS = (nn.modules.conv._ConvNd, nn.RNNBase, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+def _refuse_hidden_attention(model: nn.Module, inputs: Mapping[str, Any], silent: tuple[str, ...]) -> None:
+    """A layer of the user's own that showed no pattern among others that did has none: one token tells another nothing."""
+    if configurations(model):
+        return  # transformers' models are counted by their own patterns and their configuration
+    mixing: list[str] = []
+
+    def hook(name: str) -> Any:
+        def mixes(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            read, wrote = read_tensor(args, kwargs), first_tensor(output)
+            if name in mixing or not (_is_stream(read) and _is_stream(wrote)) or read.shape[:2] != wrote.shape[:2]:
+                return
+            other = read.clone()
+            other[0, 0] = other[0, 0].flip(-1) + 1
+            given = (other, *args[1:]) if args else args
+            named = kwargs if args else {n: other if v is read else v for n, v in kwargs.items()}
+            changed = (first_tensor(module.forward(*given, **named)) - wrote).abs().sum(-1) > 0  # pyright: ignore
+            changed[0, 0] = False
+            if bool(changed.any()):
+                mixing.append(name)
+
+        return mixes
+
+    with ExitStack() as stack, torch.inference_mode():
+        for name in silent:
+            module = model.get_submodule(name)
+            if not any(isinstance(m, _MIXERS) for m in module.modules()):
+                stack.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
+        if silent:
+            model(**inputs)
+    if mixing:
+        raise CaptureError(
+            f"every attention layer must show its pattern; {mixing[0]} of {type(model).__name__} showed none, though what "
+            "it does with one token depends on the others; let it call torch's scaled_dot_product_attention, or softmax "
+            "and a matrix product with the values"
+        )
+
+
+def _is_stream(tensor: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    return tensor is not None and tensor.is_floating_point() and tensor.dim() == 3
+
+
+def _assert_every_kind_showed(model: nn.Module, trace: Trace) -> None:
+    """Of modules of one class, either all that ran attend or none does; a wrapper of a product is no kind of its own."""
+    attending = {owner_of(model, call) for call in trace.calls} - {""}
+    kinds = {type(model.get_submodule(name)) for name in attending}
+    silent = [n for n in dict.fromkeys(trace.ran) if type(model.get_submodule(n)) in kinds and n not in attending]
+    if silent:
+        raise CaptureError(
+            f"every attention layer must show its pattern; {silent[0]} of {type(model).__name__} ran without showing one, "
+            f"though others of its class ({type(model.get_submodule(silent[0])).__name__}) did"
+        )
+
+
+def owner_of(model: nn.Module, call: Call) -> str:
+    """The innermost module with weights around a call."""
+    with_weights = (n for n in reversed(call.inside) if next(model.get_submodule(n).parameters(), None) is not None)
+    return next(with_weights, "")
+
+
+def _assert_own_patterns(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> bool:
+    """Find each of the model's own eager patterns among those that were seen; False where it gives none."""
+    if not configurations(model) or any(call.pattern is None for call in trace.calls):
+        return False
+    try:
+        with attending_by(model, "eager"):
+            eager = trace_of(model, {**inputs, "output_attentions": True}, batch=trace.batch)
+    except Exception:  # not every model takes the argument, or has an eager form
+        return False
+    eager, _ = _without_others(eager, inputs)
+    heads = {call.heads for call in trace.calls}
+    own = [p for p in patterns_in(eager.returned) if is_distribution(p) and is_over_keys(p, heads)]
+    missed = [p for p in own if not any(_is_pattern(p, call, trace.rounding) for call in trace.calls)]
+    if missed or len(eager.calls) > len(trace.calls):
+        raise CaptureError(
+            f"every attention layer must show its pattern; {type(model).__name__} gives {len(own)} patterns of its own "
+            f"and makes {len(eager.calls)} attention calls when it attends by eager code; {len(trace.calls)} were seen, and "
+            f"{len(missed)} of its patterns were not among them"
+        )
+    return bool(own)
+
+
+def patterns_in(returned: Any) -> list[torch.Tensor]:
+    """Every tensor that a model of transformers returned as attention."""
+    items = returned.items() if isinstance(returned, Mapping) else []
+    return [
+        pattern
+        for name, value in items
+        for pattern in (_tensors(value) if "attentions" in name else patterns_in(value))
+    ]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [tensor for one in values for tensor in _tensors(one)]
+
+
+def is_distribution(pattern: torch.Tensor) -> bool:
+    """Whether it is what a softmax gives, a sink's share taken or not: some models return scores or states instead."""
+    return bool((pattern >= 0).all() and (pattern.sum(-1) <= 1 + 1e-2).all())
+
+
+def is_over_keys(pattern: torch.Tensor, heads: set[int]) -> bool:
+    """Whether its rows are a head's: deformable attention gives [batch, query, head, point], or levels before points."""
+    if pattern.dim() > 4 and torch.allclose(pattern.sum((-1, -2)), pattern.new_ones(()), atol=1e-4):
+        return False
+    return pattern.dim() == 3 or bool(heads & {*pattern.shape[1:-2]})
+
+
+def _is_pattern(own: torch.Tensor, call: Call, rounding: float) -> bool:
+    """Rows in proportion: whether the share of a learned sink is left out of them differs."""
+    assert call.pattern is not None, "small enough to be kept"
+    shape, seen = own.shape[-2:], call.pattern
+    if own.numel() != seen.numel() and own.shape[:2] == seen.shape[:2] and shape <= seen.shape[-2:]:
+        seen = seen[..., -shape[0] :, -shape[1] :]  # without the tokens that the model puts before the user's
+    near = max(1e-4, 8 * rounding)  # half precision rounds; another pattern is far off
+    for heads_first in (own, *(own.movedim(n, -3) for n in range(1, own.dim() - 3))):
+        candidate = heads_first.flatten(0, -4) if heads_first.dim() > 4 else heads_first
+        if candidate.numel() == seen.numel() and candidate.shape[-2:] == seen.shape[-2:]:
+            rows = [
+                p / p.sum(-1, keepdim=True).clamp_min(1e-30) for p in (candidate.reshape(seen.shape).to(seen), seen)
+            ]
+            if torch.allclose(*rows, atol=near, rtol=near):
+                return True
+    return False
 
 
 def expected_layers(model: nn.Module) -> int | None:
-    """How many attention calls the model says a forward pass makes, or None where it does not say."""
+    """How many attention layers the model's configuration says it has; None where it does not say."""
     config = getattr(model, "config", None)
-    if config is None:
-        return sum(isinstance(m, nn.MultiheadAttention) for m in model.modules()) or None
     kinds = getattr(config, "layer_types", None)
     if kinds:
-        return sum("attention" in kind for kind in kinds)
+        return sum(not any(other in kind for other in _WITHOUT_PATTERN) for kind in kinds)
     return getattr(config, "num_hidden_layers", None)
+
+
+def _layers_without_pattern(model: nn.Module, trace: Trace) -> tuple[str, ...]:
+    """Members of a list of layers that showed no pattern while others of the list did."""
+    attending = {name for call in trace.calls for name in call.inside}
+    silent = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        layers = [f"{name}.{n}" if name else n for n, _ in module.named_children()]
+        if any(layer in attending for layer in layers):
+            silent += [layer for layer in layers if layer not in attending and layer in trace.ran]
+    return tuple(silent)
 
 
 class _Projection(NamedTuple):
@@ -66,6 +332,9 @@ class _Projection(NamedTuple):
 
 def _projection(trace: Trace, call: Call, modules: Mapping[str, nn.Module]) -> _Projection | None:
     """The linear module that reads exactly this call's contexts; None where something stands between."""
+    if call.projection is not None:
+        named = (n for n, m in modules.items() if getattr(m, "weight", None) is call.projection)
+        return next((_Projection(name, call.projection.shape[0]) for name in named), None)
     for event in trace.events:
         if event.time < call.time or not same(event.read, call.contexts):
             continue

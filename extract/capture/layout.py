@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
+
+# how a call shows itself: through torch's own function, through transformers' attention interface, or as a softmax that
+# the model makes itself and multiplies with values
+Way = Literal["sdpa", "interface", "softmax"]
 
 
 class Tap(NamedTuple):
@@ -32,57 +37,135 @@ class Norm:
         return Tap(self.module, self.call, "output")
 
 
+class Update(NamedTuple):
+    """What a sublayer adds to the stream: what a module wrote, times a number or a parameter where the model does so."""
+
+    tap: Tap
+    factor: float = 1.0
+    gain: str | None = None
+
+
 @dataclass(frozen=True)
 class Site:
-    """One place of the residual stream: x, F and x', and the norm that reads x (pre-norm) or x' (post-norm)."""
+    """One place of the residual stream: x, F and x', and the norm that reads x (pre-norm) or x' (post-norm).
+
+    Of parallel sublayers each after the first has the updates of those before it `beside` its own: its x is theirs
+    included, and x' of all but the last, a state that the model never makes, is None. `heads` are the stack and layer of
+    the attention call whose contexts F is made of.
+    """
 
     name: str
     layer: int
-    after: Tap
+    after: Tap | None
+    stack: str = "encoder"
     stream: Tap | None = None
-    update: Tap | None = None
+    update: Update | None = None
     norm: Norm | None = None
+    beside: tuple[Update, ...] = ()
+    heads: tuple[str, int] | None = None
+    token_first: bool = False  # the stream is [token, batch, width]
+    overwritten: frozenset[Tap] = frozenset()  # places whose tensor the model writes into later
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """What is added to the stream, this site's own last."""
+        return self.beside if self.update is None else (*self.beside, self.update)
+
+    @property
+    def sum(self) -> tuple[Tap, ...]:
+        """The places of x', x and F."""
+        return tuple(
+            tap for tap in (self.after, self.stream, *(update.tap for update in self.updates)) if tap is not None
+        )
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """Every place that is read."""
+        return self.sum if self.norm is None else (*self.sum, self.norm.read, self.norm.wrote)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention call: its layer, its heads and, where found, the module that is its output projection."""
+    """One attention call of a forward pass: its layer, its heads and, where found, its output projection.
+
+    `queries` and `keys` name the model's input whose tokens they are, None where they are something else: patches,
+    frames, latents. `module` is the innermost that was running.
+    """
 
     stack: str
     layer: int
     heads: int
     projection: str | None = None
+    way: Way = "sdpa"
+    module: str = ""
+    queries: str | None = "input_ids"
+    keys: str | None = "input_ids"
+    crosses: bool = False
+    batch_last: bool = False  # windows of sequences: the first of each sequence, then the second of each, …
+    order: str = ""  # of a softmax that goes into an einsum: the letters of batch and head
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What `capture` watches, and what it expects to see in every forward pass."""
+    """What `capture` watches, and what it expects to see in every forward pass, in the order in which it comes."""
 
     attentions: tuple[Attention, ...]
     sites: tuple[Site, ...]
     residual_refusal: str | None  # why `residual` is not measured, or None
     width: int | None
+    others: frozenset[int] = frozenset()  # calls, counted among all of a pass, that are no attention over positions
+    without_pattern: tuple[str, ...] = ()  # layers that have none: recurrent, convolutional
+    packed: bool = False  # all sequences of a batch stand one after the other in a single row
+    sequence_first: bool = False  # the stream is [token, batch, width]
+    residual_refusals: Mapping[str, str] = field(default_factory=dict)  # stacks that `residual` leaves out, and why
+
+    @property
+    def ways(self) -> frozenset[Way]:
+        return frozenset(a.way for a in self.attentions)
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """In the order in which they begin."""
+        return tuple(dict.fromkeys(a.stack for a in self.attentions))
+
+    def of(self, stack: str) -> tuple[Attention, ...]:
+        return tuple(a for a in self.attentions if a.stack == stack)
 
     @property
     def described(self) -> dict[str, Any]:
         """For the manifest."""
         return {
             "attention": [
-                {"stack": a.stack, "layer": a.layer, "heads": a.heads, "projection": a.projection}
+                {
+                    "stack": a.stack,
+                    "layer": a.layer,
+                    "heads": a.heads,
+                    "way": a.way,
+                    "module": a.module,
+                    "projection": a.projection,
+                }
                 for a in self.attentions
             ],
             "sites": [
                 {
+                    "stack": s.stack,
                     "site": s.name,
                     "layer": s.layer,
                     "after": _name(s.after),
                     "stream": _name(s.stream),
-                    "update": _name(s.update),
+                    "update": None if s.update is None else _described(s.update),
                     "norm": None if s.norm is None else f"{s.norm.module}#{s.norm.call} ({s.norm.kind})",
                 }
                 for s in self.sites
             ],
+            "without_pattern": list(self.without_pattern),
+            "residual_refusals": dict(self.residual_refusals),
         }
+
+
+def _described(update: Update) -> str:
+    factor = "" if update.factor == 1 else f"{update.factor:g} × "
+    return f"{factor}{_name(update.tap)}{f' × {update.gain}' if update.gain else ''}"
 
 
 def _name(tap: Tap | None) -> str | None:

@@ -1,52 +1,73 @@
-"""One run of a model on a few tokens, with everything kept that its modules read and wrote."""
+"""One run of a model on a few tokens, with everything kept that its modules read and wrote and how it attended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from extract.capture.seam import first_tensor, read_tensor, replaced_sdpa
+from extract.capture.interface import configurations, replaced_interface
+from extract.capture.layout import Way
+from extract.capture.seam import Request, first_tensor, read_tensor, replaced_sdpa
+from extract.capture.softmax import Product, Softmaxes, in_usual_order
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
-PROBE_TOKENS = 12
+# what a probe has, where the choice is ours: no two numbers alike, so that dimensions tell themselves apart
+PROBE_SEQUENCES, PROBE_TOKENS, PROBE_DECODER_TOKENS = 3, 13, 11
+_LARGEST_PATTERN = 1 << 20  # entries
 # relative to the larger tensor's norm; a wrong candidate differs by its whole size
 _SAME = 1e-3
 
 
 @dataclass(frozen=True)
 class Event:
-    """A module's call in the probe."""
+    """A module's call in the probe: copies of what it read and wrote, and the tensors themselves, as they are later."""
 
     time: int
     module: str
     call: int
     read: Tensor | None
     wrote: Tensor | None
+    later_read: Tensor | None = None
+    later_wrote: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Call:
-    """An attention call in the probe; contexts as [batch, token, head × head_width]."""
+    """An attention call in the probe. `inside` are the modules that were running, outermost first."""
 
     time: int
+    way: Way
+    inside: tuple[str, ...]
+    batch: int
     heads: int
-    contexts: Tensor
+    queries: int
+    keys: int
+    contexts: Float[Tensor, "batch query head_width"]  # heads side by side
+    pattern: Float[Tensor, "batch head query key"] | None  # None where it is too large to be kept
     causal: bool
-    self_attention: bool
+    crosses: bool
+    projection: Tensor | None = None
+    order: str = ""
 
 
 @dataclass
 class Trace:
+    """What a probe has seen, in the order of time."""
+
     events: list[Event] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    ran: list[str] = field(default_factory=list)  # modules, as they began
     rounding: float = torch.finfo(torch.float32).eps  # ε of the model's own type
+    batch: int = 1
+    returned: Any = None
     clock: int = 0
 
     def tick(self) -> int:
@@ -54,43 +75,155 @@ class Trace:
         return self.clock
 
 
-def trace_of(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
-    trace = Trace()
+def trace_of(model: nn.Module, inputs: Mapping[str, Any], *, batch: int, interface: bool = False) -> Trace:
+    """Run the model on inputs of so many sequences, its calls through the attention interface answered by ours if asked."""
+    trace = Trace(batch=batch)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None:
         trace.rounding = torch.finfo(parameter.dtype).eps
-    counts: dict[str, int] = {}
+    probe = _Probe(trace, _head_counts(model))
+    with ExitStack() as stack:
+        stack.enter_context(probe.hooked(model))
+        stack.enter_context(replaced_sdpa(probe.attend))
+        if interface:
+            stack.enter_context(replaced_interface(model, probe.attend))
+        stack.enter_context(probe.softmaxes)
+        stack.enter_context(torch.inference_mode())
+        # what a model draws at random is drawn alike in every probe, and the user's own numbers are left as they are
+        stack.enter_context(torch.random.fork_rng())
+        torch.manual_seed(0)
+        trace.returned = model(**inputs)
+    return trace
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            number = counts[name] = counts.get(name, -1) + 1
-            trace.events.append(
-                Event(trace.tick(), name, number, _kept(read_tensor(args, kwargs)), _kept(first_tensor(output)))
-            )
+
+def _head_counts(model: nn.Module) -> frozenset[int]:
+    """The numbers of heads that the model's configurations know of."""
+    found: set[int] = set()
+    for config in configurations(model):
+        for name, value in config.to_dict().items():
+            if "head" in name:
+                found |= {n for n in (value if isinstance(value, list | tuple) else [value]) if isinstance(n, int)}
+    return frozenset(found)
+
+
+class _Probe:
+    def __init__(self, trace: Trace, head_counts: frozenset[int]) -> None:
+        self._trace = trace
+        self._head_counts = head_counts
+        self.softmaxes = Softmaxes(self.finished)
+        self._running: list[tuple[str, bool]] = []  # names, and whether they were given what others hold
+
+    @contextmanager
+    def hooked(self, model: nn.Module) -> Iterator[None]:
+        counts: dict[str, int] = {}
+        with ExitStack() as stack:
+            for name, module in model.named_modules():
+                begins = module.register_forward_pre_hook(self._begins(name), with_kwargs=True)
+                ends = module.register_forward_hook(self._ends(name, counts), with_kwargs=True)
+                stack.callback(begins.remove)
+                stack.callback(ends.remove)
+            yield
+
+    def _begins(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, kwargs: Any) -> None:
+            elsewhere = any(kwargs.get(n) is not None for n in ("encoder_hidden_states", "key_value_states"))
+            self._running.append((name, elsewhere))
+            self._trace.ran.append(name)
 
         return hook
 
-    def watched(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            output = original(query, key, value, *args, **kwargs)
-            contexts = output.transpose(1, 2).flatten(2).float()
-            causal = bool(kwargs.get("is_causal")) or _hides_the_future(
-                kwargs.get("attn_mask", args[0] if args else None)
-            )
-            same = query.shape[-2] == key.shape[-2]
-            trace.calls.append(Call(trace.tick(), query.shape[1], contexts, causal, same))
-            return output
+    def _ends(self, name: str, counts: dict[str, int]) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            while self._running and self._running.pop()[0] != name:
+                pass  # one that ended by an exception which the model caught
+            number = counts[name] = counts.get(name, -1) + 1
+            read, wrote = read_tensor(args, kwargs), first_tensor(output)
+            self._trace.events.append(Event(self._trace.tick(), name, number, _kept(read), _kept(wrote), read, wrote))
 
-        return call
+        return hook
 
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            handle = module.register_forward_hook(watch(name), with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(replaced_sdpa(watched))
-        stack.enter_context(torch.inference_mode())
-        model(**inputs)
-    return trace
+    def attend(self, request: Request) -> Tensor:
+        with self.softmaxes.paused():
+            output = request.plain()
+            pattern = None
+            if output.shape[:2].numel() * request.query.shape[-2] * request.key.shape[-2] <= _LARGEST_PATTERN:
+                pattern = _pattern(request)
+        shape = (*output.shape[:3], request.key.shape[-2])
+        causal = request.causal or hides_the_future(request.mask)
+        self._add(request.way, shape, output, pattern, causal, request.crosses, request.projection)
+        return output
+
+    def finished(self, product: Product) -> None:
+        made = in_usual_order(product, batch=self._trace.batch, head_counts=self._head_counts)
+        if made is None:
+            return
+        softmax = product.softmax.reshape(-1, product.softmax.shape[-1])[..., : product.pattern.shape[-1]]
+        # what was changed between softmax and product is another pattern than the softmax's
+        if not torch.equal(softmax.reshape(-1), product.pattern.reshape(-1)):
+            return
+        pattern = made.pattern.detach().double() if made.pattern.numel() <= _LARGEST_PATTERN else None
+        causal = hides_the_future(made.pattern > 0)
+        self._add("softmax", made.pattern.shape, made.contexts, pattern, causal, None, None, made.order)
+
+    def _add(
+        self,
+        way: Way,
+        shape: tuple[int, ...],
+        contexts: Tensor,
+        pattern: Tensor | None,
+        causal: bool,
+        crosses: bool | None,
+        projection: Tensor | None,
+        order: str = "",
+    ) -> None:
+        batch, heads, queries, keys = shape
+        if crosses is None:
+            crosses = queries != keys or (bool(self._running) and self._running[-1][1])
+        inside = tuple(name for name, _ in self._running)
+        contexts = contexts.transpose(1, 2).flatten(2).float()
+        call = Call(
+            self._trace.tick(),
+            way,
+            inside,
+            batch,
+            heads,
+            queries,
+            keys,
+            contexts,
+            pattern,
+            causal,
+            crosses,
+            projection,
+            order,
+        )
+        self._trace.calls.append(call)
+
+
+def hides_the_future(mask: Tensor | None) -> bool:
+    if mask is None or mask.dim() < 2 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
+        return False
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return False
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return not bool(seen.triu(1).any())
+
+
+def _pattern(request: Request) -> Float[Tensor, "batch head query key"]:
+    """The pattern of a call that goes through torch or the interface, by its definition."""
+    heads = request.query.shape[1]
+    keys = request.key.double().repeat_interleave(heads // request.key.shape[1], dim=1)
+    scores = request.query.double() @ keys.transpose(-1, -2) * request.scale
+    if request.softcap is not None:
+        scores = (scores / request.softcap).tanh() * request.softcap
+    if request.mask is not None:
+        hides = request.mask.dtype == torch.bool
+        scores = scores.masked_fill(~request.mask, -torch.inf) if hides else scores + request.mask.double()
+    if request.causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    if request.sinks is not None:
+        sink = request.sinks.double()[None, :, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    return scores.softmax(-1)
 
 
 def _kept(tensor: Tensor | None) -> Tensor | None:
@@ -98,13 +231,6 @@ def _kept(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or not tensor.is_floating_point() or tensor.dim() < 2:
         return None
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
-
-
-def _hides_the_future(mask: Any) -> bool:
-    if not isinstance(mask, torch.Tensor) or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
-        return False
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return not bool(seen.triu(1).any())
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:

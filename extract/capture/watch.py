@@ -5,10 +5,9 @@ What a call shows is summed up at once: nothing of the size of a pattern is held
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,33 +15,50 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from extract.capture.layout import Attention, Layout, Site
-from extract.capture.seam import replaced_sdpa, weight_by_input
+from extract.capture.interface import replaced_interface
+from extract.capture.layout import Attention, Layout, Site, Way
+from extract.capture.seam import Request, replaced_sdpa, weight_by_input
+from extract.capture.softmax import Finished, Product, Softmaxes, in_usual_order
 from extract.capture.stream import CompiledStream, Stream
-from extract.engines.rows import AttentionCall
-from extract.engines.visibility import Visibility, see
+from extract.engines import reference
+from extract.engines.rows import AttentionCall, Rows, ScoredCall
+from extract.engines.visibility import Axis, Visibility, axis_of, keys_seen, see, whole_axis
 from extract.errors import CaptureError
+from extract.statistics.attention import OF_WHOLE_SEQUENCES, PLACE
 from extract.statistics.sums import HeadObservation, HeadSums
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from extract.engines import Engine
+    from extract.engines.patches import Grid
 
 # one name is replaced for the whole process, so one forward pass is watched at a time
 _WATCHING = threading.Lock()
+# a score so far below its row's largest is a mask's doing: some models hide by adding −10,000
+_HIDDEN = 5000
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of the tokens of an input. Without an axis, padding is what no query sees."""
+
+    axis: Axis | None
+    ids: Int[Tensor, "batch token"] | None = None
+    classes: Int[Tensor, "batch token"] | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is known of a batch besides the model's inputs; real tokens of a sequence stand together."""
+    """What is known of a batch besides the model's inputs: the tokens of those that have some, by the input's name.
 
-    start: Int[Tensor, " batch"]
-    length: Int[Tensor, " batch"]
-    tokens: int
-    token_ids: Int[Tensor, "batch token"] | None = None
-    classes: Int[Tensor, "batch token"] | None = None
+    `grids` say where the patches of its images stand among the tokens of a stack.
+    """
+
+    sequences: int
+    texts: Mapping[str, Tokens] = field(default_factory=dict)
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
 
 class Observer(Protocol):
@@ -51,26 +67,6 @@ class Observer(Protocol):
     def heads(self, attention: Attention, sums: HeadSums) -> None: ...
 
     def residual(self, site: Site, values: Float[Tensor, "column batch"]) -> None: ...
-
-
-@dataclass
-class _Watch:
-    """The state of one watched forward pass."""
-
-    layout: Layout
-    batch: Batch
-    engine: Engine
-    observer: Observer
-    factors: Mapping[int, Tensor]
-    stream: Stream | None
-    calls: int = 0
-    seen_masks: dict[tuple[int, bool], tuple[Any, Visibility]] = field(default_factory=dict)
-
-    @property
-    def next_write(self) -> Tensor | None:
-        """How the heads of the attention call that comes next write into the stream."""
-        attentions = self.layout.attentions
-        return self.factors.get(attentions[self.calls].layer) if self.calls < len(attentions) else None
 
 
 @contextmanager
@@ -90,12 +86,16 @@ def watching(
     stream = None
     if residual and layout.residual_refusal is None:
         kind = CompiledStream if engine.compiled else Stream
-        stream = kind(layout, batch.start, batch.length, batch.tokens, observer.residual)
+        stream = kind(layout, batch, observer.residual)
     watch = _Watch(layout, batch, engine, observer, _write_factors(model, layout), stream)
     with _WATCHING, ExitStack() as stack:
         if stream is not None:
             stack.enter_context(stream.watched(model))
-        stack.enter_context(replaced_sdpa(lambda original: _watched(watch, original)))
+        stack.enter_context(replaced_sdpa(watch.attend))
+        if "interface" in layout.ways:
+            stack.enter_context(replaced_interface(model, watch.attend))
+        if "softmax" in layout.ways:
+            stack.enter_context(watch.softmaxes)
         yield
         if watch.calls != len(layout.attentions):
             raise CaptureError(
@@ -112,13 +112,13 @@ _FACTORS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], dict[int, 
 
 
 def _write_factors(model: nn.Module, layout: Layout) -> dict[int, Tensor]:
-    """Per layer R [head, head_width, head_width] with ‖c R‖ = ‖c W_O^h‖: a small matrix instead of the projection.
+    """Per attention call R [head, head_width, head_width] with ‖c R‖ = ‖c W_O^h‖: a small matrix instead of the projection.
 
     Computed anew when a weight has changed since the last time.
     """
     weights = {
-        attention.layer: (attention.heads, weight)
-        for attention in layout.attentions
+        number: (attention.heads, weight)
+        for number, attention in enumerate(layout.attentions)
         if attention.projection is not None
         and (weight := weight_by_input(model.get_submodule(attention.projection))) is not None
     }
@@ -126,7 +126,9 @@ def _write_factors(model: nn.Module, layout: Layout) -> dict[int, Tensor]:
     state = tuple((w.data_ptr(), w.dtype, None if w.is_inference() else w._version) for _, w in weights.values())
     known = _FACTORS.get(model)
     if known is None or known[0] != state:
-        factors = {layer: _write_factor(weight.unflatten(0, (heads, -1))) for layer, (heads, weight) in weights.items()}
+        factors = {
+            number: _write_factor(weight.unflatten(0, (heads, -1))) for number, (heads, weight) in weights.items()
+        }
         known = _FACTORS[model] = (state, factors)
     return known[1]
 
@@ -139,67 +141,189 @@ def _write_factor(weight: Float[Tensor, "head head_width model_width"]) -> Float
     return factor.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
 
 
-def _watched(watch: _Watch, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if dropout_p:
-            raise CaptureError(
-                "a pattern is measured without dropout; the model is in training mode; call model.eval()"
-            )
+@dataclass
+class _Watch:
+    """The state of one watched forward pass."""
 
-        def plain() -> Tensor:
-            return original(
-                query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+    layout: Layout
+    batch: Batch
+    engine: Engine
+    observer: Observer
+    factors: Mapping[int, Tensor]
+    stream: Stream | None
+    calls: int = 0  # of attention layers
+    made: int = 0  # of all kinds
+    own_axes: dict[tuple[int, int], Axis] = field(default_factory=dict)  # of self-attention, by batch and tokens
+    seen_masks: dict[tuple[Any, ...], tuple[Any, Visibility]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.softmaxes = Softmaxes(self.finished)
+
+    def attend(self, request: Request) -> Tensor:
+        """Make an attention call that comes through torch or the interface, and observe it."""
+        with self.softmaxes.paused():
+            self.made += 1
+            return request.plain() if self.made - 1 in self.layout.others else self._attend(request)
+
+    def _attend(self, request: Request) -> Tensor:
+        attention = self._next(request.way)
+        number = self.calls - 1
+        packed = request.query.shape
+        query = _unpacked(request.query, attention)
+        self._assert_as_examined(attention, query.shape[1], query.shape[-2], request.key.shape[-2])
         call = AttentionCall(
             query=query,
-            key=key,
-            value=value,
-            visibility=_visibility(watch, attn_mask, causal=is_causal),
-            scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-            write=watch.next_write,
-            token_ids=watch.batch.token_ids,
+            key=request.key,
+            value=request.value,
+            visibility=self._visibility(attention, request, query),
+            scale=request.scale,
+            softcap=request.softcap,
+            sinks=request.sinks,
+            write=self.factors.get(number),
+            token_ids=self._tokens(attention.queries).ids,
+            grid=self._grid(attention, *query.shape[::2]),
         )
-        return _observe_heads(watch, call, plain)
+        attend = reference.attend if call.visibility.crosses else self.engine.attend
+        output, rows = attend(call, lambda: request.plain().reshape(*query.shape[:-1], -1))
+        self._observe(attention, call.visibility, rows, output)
+        return output.reshape(*packed[:-1], output.shape[-1])
 
-    return attend
+    def finished(self, product: Product) -> None:
+        """Observe an attention call that the model has made itself."""
+        expected = self.layout.attentions[self.calls] if self.calls < len(self.layout.attentions) else None
+        heads, order = (None, "") if expected is None else (expected.heads, expected.order)
+        made = in_usual_order(product, batch=self.batch.sequences, heads=heads, order=order)
+        if made is None:
+            return  # no attention, and counted as none when the model was examined
+        self.made += 1
+        if self.made - 1 in self.layout.others:
+            return
+        with self.softmaxes.paused():
+            self._observe_finished(made)
 
-
-def _visibility(watch: _Watch, mask: Tensor | None, *, causal: bool) -> Visibility:
-    """The visibility of a mask; layers share masks, so it is read once."""
-    key = (id(mask), causal)
-    known = watch.seen_masks.get(key)
-    if known is None:
-        batch = watch.batch
-        read = see(mask, causal=causal, start=batch.start, length=batch.length, tokens=batch.tokens)
-        # the mask is kept with it, so that no other object takes its id
-        known = watch.seen_masks[key] = (mask, read)
-    return known[1]
-
-
-def _observe_heads(watch: _Watch, call: AttentionCall, plain: Callable[[], Tensor]) -> Tensor:
-    if watch.calls >= len(watch.layout.attentions):
-        raise CaptureError(f"expected {len(watch.layout.attentions)} attention calls, the model makes more")
-    attention = watch.layout.attentions[watch.calls]
-    tokens = watch.batch.tokens
-    if call.query.shape[1] != attention.heads or call.query.shape[-2] != tokens or call.key.shape[-2] != tokens:
-        raise CaptureError(
-            f"layer {attention.layer} was examined with {attention.heads} heads over the batch's own tokens; this call has "
-            f"{call.query.shape[1]} heads, {call.query.shape[-2]} queries and {call.key.shape[-2]} keys for {tokens} tokens"
+    def _observe_finished(self, made: Finished) -> None:
+        attention = self._next("softmax")
+        number = self.calls - 1
+        self._assert_as_examined(attention, *made.scores.shape[1:])
+        visibility = self._visibility_of_scores(attention, made)
+        call = ScoredCall(
+            scores=made.scores,
+            value=made.value,
+            visibility=visibility,
+            sinks=made.sinks,
+            write=self.factors.get(number),
+            token_ids=self._tokens(attention.queries).ids,
+            grid=self._grid(attention, *made.scores.shape[::2]),
         )
-    watch.calls += 1
-    output, rows = watch.engine.attend(call, plain)
-    observed = HeadObservation(rows, call.visibility, watch.batch.classes)
-    watch.observer.heads(attention, watch.engine.summed(observed))
-    if watch.stream is not None:
-        watch.stream.contexts(attention.layer, output)
-    return output
+        self._observe(attention, visibility, reference.rows_of_scores(call, made.contexts), made.contexts)
+
+    def _next(self, way: Way) -> Attention:
+        """The attention call that comes now."""
+        attentions = self.layout.attentions
+        if self.calls >= len(attentions):
+            raise CaptureError(f"expected {len(attentions)} attention calls, the model makes more")
+        attention = attentions[self.calls]
+        if attention.way != way:
+            raise CaptureError(
+                f"layer {attention.layer} of the {attention.stack} was examined as it attends by {attention.way}; now it "
+                f"does so by {way}"
+            )
+        self.calls += 1
+        return attention
+
+    def _assert_as_examined(self, attention: Attention, heads: int, queries: int, keys: int) -> None:
+        expected = [self._tokens(name).axis for name in (attention.queries, attention.keys)]
+        wanted = [given if axis is None else axis.tokens for axis, given in zip(expected, (queries, keys), strict=True)]
+        if heads != attention.heads or [queries, keys] != wanted:
+            raise CaptureError(
+                f"layer {attention.layer} of the {attention.stack} was examined with {attention.heads} heads over the "
+                f"batch's own tokens; this call has {heads} heads, {queries} queries and {keys} keys for {wanted[0]} and "
+                f"{wanted[1]} tokens"
+            )
+
+    def _tokens(self, name: str | None) -> Tokens:
+        return self.batch.texts.get(name or "", _UNKNOWN)
+
+    def _grid(self, attention: Attention, batch: int, queries: int) -> Grid | None:
+        """Where patches stand in this call; None where it is over windows, or fewer tokens than the image began with."""
+        grid = self.batch.grids.get(attention.stack)
+        whole = grid is not None and batch == self.batch.sequences and queries == grid.tokens
+        return grid if whole and not attention.crosses else None
+
+    def _visibility(self, attention: Attention, request: Request, query: Tensor) -> Visibility:
+        """The visibility of a call's mask; layers share masks, so it is read once."""
+        batch, _, queries, _ = query.shape
+        keys = request.key.shape[-2]
+        known_by = (id(request.mask), request.causal, attention.queries, attention.keys, batch, queries, keys)
+        known = self.seen_masks.get(known_by)
+        if known is None:
+            of_keys = self._keys(attention, request.mask, batch, keys, query.device)
+            of_queries = self._queries(attention, of_keys, batch, queries)
+            read = see(request.mask, causal=request.causal, queries=of_queries, keys=of_keys)
+            # the mask is kept with it, so that no other object takes its id
+            known = self.seen_masks[known_by] = (request.mask, read)
+        return known[1]
+
+    def _visibility_of_scores(self, attention: Attention, made: Finished) -> Visibility:
+        batch, _, queries, keys = made.scores.shape
+        visible = _visible(made.scores)
+        of_keys = self._keys(attention, visible, batch, keys, visible.device)
+        return see(visible, causal=False, queries=self._queries(attention, of_keys, batch, queries), keys=of_keys)
+
+    def _keys(self, attention: Attention, mask: Tensor | None, batch: int, keys: int, device: torch.device) -> Axis:
+        """Where the keys' tokens are real: as the inputs say, or where any query sees them."""
+        known = self._tokens(attention.keys).axis
+        if known is not None:
+            return known
+        axis = axis_of(keys_seen(mask, batch=batch, keys=keys, device=device))
+        if axis is None and attention.crosses:  # places among such keys mean nothing
+            return whole_axis(batch, keys, device)
+        if axis is None:
+            raise CaptureError(
+                f"the real tokens of a sequence must stand together; in layer {attention.layer} of the {attention.stack} "
+                "there are keys between them that no query sees"
+            )
+        return axis
+
+    def _queries(self, attention: Attention, keys: Axis, batch: int, queries: int) -> Axis:
+        """The keys' own places; for cross-attention as the inputs say, or as the queries' own attention showed last."""
+        if not attention.crosses:
+            self.own_axes[batch, queries] = keys
+            return keys
+        known = self._tokens(attention.queries).axis or self.own_axes.get((batch, queries))
+        return known or whole_axis(batch, queries, keys.start.device)
+
+    def _observe(self, attention: Attention, visibility: Visibility, rows: Rows, output: Tensor) -> None:
+        observed = HeadObservation(rows, visibility, self._tokens(attention.keys).classes)
+        self.observer.heads(attention, _by_sequence(self.engine.summed(observed), self.batch.sequences, attention))
+        if self.stream is not None:
+            self.stream.contexts(attention, visibility.queries, output)
+
+
+_UNKNOWN = Tokens(None)
+
+
+def _unpacked(query: Tensor, attention: Attention) -> Tensor:
+    """Queries as [batch, head, query, width]: a single token's heads may come side by side as queries of the key heads."""
+    batch, key_heads, rows, width = query.shape
+    packed = key_heads != attention.heads and key_heads * rows == attention.heads
+    return query.reshape(batch, attention.heads, 1, width) if packed else query
+
+
+def _visible(scores: Tensor) -> Bool[Tensor, "batch head query key"]:
+    hidden = scores <= torch.finfo(scores.dtype).min / 2
+    return ~(hidden | (scores < scores.amax(-1, keepdim=True) - _HIDDEN))
+
+
+def _by_sequence(sums: HeadSums, sequences: int, attention: Attention) -> HeadSums:
+    """Sums of sequences that the model has cut into windows, put together; what is no sum is not known then."""
+    pieces = sums.values.shape[1] // sequences
+    if pieces <= 1:
+        return sums
+    values = sums.values.unflatten(1, (pieces, sequences) if attention.batch_last else (sequences, pieces))
+    if attention.batch_last:
+        values = values.transpose(1, 2)
+    total = values.sum(2)
+    total[PLACE["score_max"]] = values[PLACE["score_max"]].amax(1)
+    total[[PLACE[name] for name in OF_WHOLE_SEQUENCES]] = torch.nan
+    return HeadSums(total, sums.profiles)

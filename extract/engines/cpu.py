@@ -41,7 +41,7 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
     value_norms = np.empty((batch, heads, tokens), np.float32)
     looked_up = np.empty((pieces, 2, batch, heads), np.float64)
     has_ids = call.token_ids is not None
-    start, length = seen.start.numpy(), seen.length.numpy()
+    start, length = seen.keys.start.numpy(), seen.keys.length.numpy()
     cpu_kernel.attend(
         _narrow(call.query),
         _narrow(call.key),
@@ -80,6 +80,7 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
         value_norm=None if call.write is None else torch.from_numpy(value_norms),
         same_token=same if has_ids else None,
         induction=induction if has_ids else None,
+        patches=reference.patch_sums(call, torch.from_numpy(measured)),
     )
     whole = np.count_nonzero(measured) == heads * int(length.sum())
     return (output.to(call.query.dtype) if whole else plain()), rows

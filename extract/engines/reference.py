@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from extract.engines.rows import ROW_QUANTITIES, AttentionCall, Rows
+from extract.engines.patches import PatchSums
+from extract.engines.rows import ROW_QUANTITIES, AttentionCall, Rows, ScoredCall
 from extract.engines.visibility import rows_per_block, skewed_sum
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
     from torch import Tensor
+
+    from extract.engines.visibility import Visibility
 
 # in the order in which a block gives them
 _ROW_NAMES = (*ROW_QUANTITIES, "sink")
@@ -25,30 +29,81 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
 
 def rows(call: AttentionCall, output: Tensor) -> Rows:
     """The primitives of one attention call with this output, in float32 (float64 for a float64 model)."""
-    exact = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-    batch, heads, tokens, _ = call.query.shape
+    exact = _exact(call.query)
+    heads = call.query.shape[1]
     key = call.key.to(exact).repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-1, -2)
-    size = rows_per_block(batch * heads * tokens)
-    received = key.new_zeros(batch, heads, tokens)
-    offsets = key.new_zeros(batch, heads, 2 * tokens - 1)
-    looked_up = [key.new_zeros(batch, heads), key.new_zeros(batch, heads)]
+    sinks = None if call.sinks is None else call.sinks[None, :, None]
+    return _rows(call, lambda first, last: _scores(call, key, first, last), sinks, output)
+
+
+def rows_of_scores(call: ScoredCall, output: Tensor) -> Rows:
+    """The same where the model has made the scores."""
+    exact = _exact(call.scores)
+    return _rows(call, lambda first, last: call.scores[:, :, first:last].to(exact), call.sinks, output)
+
+
+def output_of(call: AttentionCall) -> Float[Tensor, "batch head query value_width"]:
+    """What the call gives, by its definition; for models whose own function knows nothing of the seam."""
+    exact = _exact(call.query)
+    heads, queries = call.query.shape[1:3]
+    of_heads = (t.to(exact).repeat_interleave(heads // t.shape[1], dim=1) for t in (call.key, call.value))
+    key, value = next(of_heads).transpose(-1, -2), next(of_heads)
+    size = rows_per_block(len(call.query) * heads * key.shape[-1])
+    blocks = [
+        _pattern(_scores(call, key, n, min(n + size, queries)), call.visibility.seen(n, n + size), call.sinks) @ value
+        for n in range(0, queries, size)
+    ]
+    return torch.cat(blocks, -2).to(call.query.dtype)
+
+
+def _pattern(scores: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over what is seen; a row that sees nothing looks at nothing."""
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    return scores.softmax(-1).where(seen.any(-1, keepdim=True), 0)
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rows(
+    call: AttentionCall | ScoredCall,
+    scores_of: Callable[[int, int], Float[Tensor, "batch head row key"]],
+    sinks: Float[Tensor, "batch head query"] | None,
+    output: Float[Tensor, "batch head query value_width"],
+) -> Rows:
+    batch, heads = output.shape[:2]
+    queries, keys = call.visibility.queries.tokens, call.visibility.keys.tokens
+    size = rows_per_block(batch * heads * keys)
+    received = output.new_zeros(batch, heads, keys, dtype=_exact(output))
+    offsets = received.new_zeros(batch, heads, queries + keys - 1)
+    looked_up = [received.new_zeros(batch, heads), received.new_zeros(batch, heads)]
+    patches = None if call.grid is None else PatchSums.zero(received)
     measured, quantities = [], []
-    for first in range(0, tokens, size):
-        last = min(first + size, tokens)
-        p, row_is_measured, row_quantities = _block(call, key, first, last)
+    for first in range(0, queries, size):
+        last = min(first + size, queries)
+        scores = scores_of(first, last)
+        of_rows = None if sinks is None else sinks.to(scores.dtype).expand(-1, -1, queries)[..., first:last]
+        p, row_is_measured, row_quantities = _block(call.visibility, scores, of_rows, first, last)
         measured.append(row_is_measured)
         quantities.append(row_quantities)
         received += p.sum(-2)
+        if call.visibility.crosses:
+            continue
         offsets += skewed_sum(p, first)
+        if patches is not None and call.grid is not None:
+            patches.add(scores, call.visibility.seen(first, last), row_is_measured, call.grid, first)
         if call.token_ids is not None:
-            for total, chosen in zip(
-                looked_up, _same_and_induction(call.token_ids, call.visibility.real, first, last), strict=True
-            ):
-                total += (p * chosen[:, None]).sum((-1, -2))
+            chosen = _same_and_induction(call.token_ids, call.visibility.keys.real, first, last)
+            for total, where in zip(looked_up, chosen, strict=True):
+                total += (p * where[:, None]).sum((-1, -2))
     named = dict(zip(_ROW_NAMES, torch.cat(quantities, -2).unbind(-1), strict=True))
-    if call.sinks is None:
+    if sinks is None:
         del named["sink"]
-    same, induction = looked_up if call.token_ids is not None else (None, None)
+    known = call.token_ids is not None and not call.visibility.crosses
     row_is_measured = torch.cat(measured, -1)
     return Rows(
         measured=row_is_measured,
@@ -56,46 +111,61 @@ def rows(call: AttentionCall, output: Tensor) -> Rows:
         **norms(call, output, row_is_measured),
         received=received,
         offsets=offsets,
-        same_token=same,
-        induction=induction,
+        same_token=looked_up[0] if known else None,
+        induction=looked_up[1] if known else None,
+        patches=patches,
     )
 
 
-def norms(call: AttentionCall, output: Tensor, measured: Tensor) -> dict[str, Tensor]:
+def patch_sums(call: AttentionCall, measured: Bool[Tensor, "batch head query"]) -> PatchSums | None:
+    """How far the measured rows look, in patches, for engines that hold no scores: they are made once more, in blocks."""
+    if call.grid is None:
+        return None
+    exact, heads = _exact(call.query), call.query.shape[1]
+    key = call.key.to(exact).repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-1, -2)
+    sums = PatchSums.zero(call.query)
+    size = rows_per_block(len(call.query) * heads * key.shape[-1])
+    for first in range(0, call.grid.tokens, size):
+        last = min(first + size, call.grid.tokens)
+        scores, seen = _scores(call, key, first, last), call.visibility.seen(first, last)
+        sums.add(scores, seen, measured[..., first:last], call.grid, first)
+    return sums
+
+
+def norms(call: AttentionCall | ScoredCall, output: Tensor, measured: Tensor) -> dict[str, Tensor]:
     """Sizes of the measured contexts and, where the projection is known, of what contexts and values write."""
-    exact = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+    exact = _exact(output)
     contexts = output.to(exact)
     of = {"context_norm": contexts.norm(dim=-1).where(measured, 0)}
     if call.write is not None:
         write = call.write.to(exact)
         values = call.value.to(exact).repeat_interleave(contexts.shape[1] // call.value.shape[1], dim=1)
         of["update_norm"] = (contexts @ write).norm(dim=-1).where(measured, 0)
-        of["value_norm"] = (values @ write).norm(dim=-1).where(call.visibility.real[:, None], 0)
+        of["value_norm"] = (values @ write).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
     return of
 
 
-def _block(call: AttentionCall, key: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+def _block(
+    visibility: Visibility, scores: Tensor, sinks: Tensor | None, first: int, last: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pattern of the rows first … last−1 (zero where not measured), which are measured, and their quantities."""
-    seen = call.visibility.seen(first, last)
-    scores = _scores(call, key, first, last)
+    seen = visibility.seen(first, last)
     measured = seen.any(-1) & (scores.isfinite() | ~seen).all(-1)
     usable = seen & measured[..., None]
     # a row without usable keys gets one score of zero, so that nothing below is undefined, and is cleared at the end
     scores = scores.where(usable, -torch.inf).where(measured[..., None], 0)
     largest = scores.amax(-1)
-    shift = largest if call.sinks is None else torch.maximum(largest, call.sinks.to(scores.dtype)[None, :, None])
+    shift = largest if sinks is None else torch.maximum(largest, sinks)
     below = (scores - shift[..., None]).where(usable, 0)
     weights = below.exp() * usable
-    sink_weight = (
-        torch.zeros_like(shift) if call.sinks is None else (call.sinks.to(scores.dtype)[None, :, None] - shift).exp()
-    )
+    sink_weight = torch.zeros_like(shift) if sinks is None else (sinks - shift).exp()
     total = (weights.sum(-1) + sink_weight).where(measured, 1)
     p, sink = weights / total[..., None], sink_weight / total
     entropy = total.log() - (p * below).sum(-1) - (sink_weight.log().where(sink_weight > 0, 0) * sink)
     count = usable.sum(-1).clamp_min(1)
     mean = (scores.where(usable, 0)).sum(-1) / count
     variance = ((scores - mean[..., None]).where(usable, 0).square()).sum(-1) / count
-    d = _distances(call, first, last).to(p.dtype)
+    d = _distances(visibility, first, last).to(p.dtype)
     offset = (p * d).sum(-1)
     # centred before squaring: Σ p d² − (Σ p d)² loses all digits far from the query; the sink's mass is not in Σ p
     spread = (p * (d - offset[..., None]).square()).sum(-1) + offset.square() * sink
@@ -123,9 +193,8 @@ def _scores(call: AttentionCall, key: Tensor, first: int, last: int) -> Tensor:
     return scores
 
 
-def _distances(call: AttentionCall, first: int, last: int) -> Tensor:
-    place = torch.arange(call.key.shape[-2], device=call.key.device)
-    return place[None, :] - place[first:last, None]
+def _distances(visibility: Visibility, first: int, last: int) -> Tensor:
+    return visibility.keys.place[None, :] - visibility.queries.place[first:last, None]
 
 
 def _same_and_induction(ids: Tensor, real: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from extract.engines.patches import Grid, PatchSums
     from extract.engines.visibility import Visibility
 
 
@@ -44,11 +45,27 @@ class AttentionCall:
     sinks: Float[Tensor, " head"] | None = None
     write: Float[Tensor, "head value_width value_width"] | None = None
     token_ids: Int[Tensor, "batch token"] | None = None
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True)
+class ScoredCall:
+    """An attention call whose scores the model made itself, masked, biased and scaled, and put through its own softmax."""
+
+    scores: Float[Tensor, "batch head query key"]
+    value: Float[Tensor, "batch key_head key value_width"]
+    visibility: Visibility
+    sinks: Float[Tensor, "batch head query"] | None = None
+    write: Float[Tensor, "head value_width value_width"] | None = None
+    token_ids: Int[Tensor, "batch token"] | None = None
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
 class Rows:
     """Row quantities of one attention call, and its sums over rows, in float32 or better.
+
+    Where queries and keys are different tokens, what is about distance holds places' distances and means nothing.
 
     A row that is not measured (padding, fully masked, non-finite scores) holds zero everywhere and adds to no sum.
     """
@@ -65,9 +82,10 @@ class Rows:
     score_variance: Float[Tensor, "batch head query"]  # population
     context_norm: Float[Tensor, "batch head query"]  # ‖c_i‖
     received: Float[Tensor, "batch head key"]  # Σ_i p[i, key]
-    offsets: Float[Tensor, "batch head distance"]  # Σ_i p[i, i+d] at index d + tokens − 1
+    offsets: Float[Tensor, "batch head distance"]  # Σ_i p[i, i+d] at index d + queries − 1
     update_norm: Float[Tensor, "batch head query"] | None = None  # ‖c_i W_O^h‖
     value_norm: Float[Tensor, "batch head key"] | None = None  # ‖v_j W_O^h‖ at real keys
     sink: Float[Tensor, "batch head query"] | None = None
     same_token: Float[Tensor, "batch head"] | None = None  # Σ_i Σ_j≠i p, equal ids
     induction: Float[Tensor, "batch head"] | None = None  # Σ_i Σ_j≤i p, id j−1 = id i, j−1 ≠ i
+    patches: PatchSums | None = None

@@ -109,7 +109,7 @@ def attend_in_blocks(call: AttentionCall, plain: Callable[[], Tensor], blocks: B
         output, measured, looked_up = _rows(call, blocks, shared)
         received, offsets = _sums(call, blocks, shared)
     # asked last: the answer waits for the device
-    if bool(measured.sum() < heads * call.visibility.length.sum()):
+    if bool(measured.sum() < heads * call.visibility.keys.length.sum()):
         output = plain()
     named = dict(zip(_QUANTITIES, quantities.unbind(), strict=True))
     del named["largest"], named["part"]
@@ -122,6 +122,7 @@ def attend_in_blocks(call: AttentionCall, plain: Callable[[], Tensor], blocks: B
         offsets=offsets,
         same_token=None if call.token_ids is None else looked_up[0].sum(-1),
         induction=None if call.token_ids is None else looked_up[1].sum(-1),
+        patches=reference.patch_sums(call, measured),
     )
 
 
@@ -158,7 +159,7 @@ def _rows(call: AttentionCall, blocks: Blocks, shared: dict[str, Any]) -> tuple[
         value=_strided(call.value),
         sinks=None if call.sinks is None else call.sinks.contiguous(),
         ids=None if call.token_ids is None else call.token_ids.contiguous(),
-        start=call.visibility.start.contiguous(),
+        start=call.visibility.keys.start.contiguous(),
         output=_strided(output),
         measured=measured,
         looked_up=looked_up,

@@ -26,20 +26,12 @@ BLOCK_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True)
-class Visibility:
-    """Which keys each query sees. Real tokens of a sequence stand together, from `start`, `length` of them.
-
-    Query i sees keys `first[i]` … `last[i]` − 1, places in the batch; none where last ≤ first, as at padding. `allowed`
-    is None where it sees every one of these. `bias` is added to the scores; it decides nothing about who sees whom.
-    """
+class Axis:
+    """The places of a batch along which tokens stand: those of a sequence together, from `start`, `length` of them."""
 
     start: Int[Tensor, " batch"]
     length: Int[Tensor, " batch"]
     tokens: int
-    first: Int[Tensor, "batch group query"]
-    last: Int[Tensor, "batch group query"]
-    allowed: Bool[Tensor, "batch group query key"] | None = None
-    bias: Float[Tensor, "batch group query key"] | None = None
 
     @cached_property
     def positions(self) -> Int[Tensor, "batch token"]:
@@ -54,14 +46,49 @@ class Visibility:
     def place(self) -> Int[Tensor, " token"]:
         return torch.arange(self.tokens, device=self.start.device)
 
+
+def whole_axis(batch: int, tokens: int, device: torch.device) -> Axis:
+    """An axis without padding."""
+    zeros = torch.zeros(batch, dtype=torch.long, device=device)
+    return Axis(zeros, zeros + tokens, tokens)
+
+
+def axis_of(real: Bool[Tensor, "batch token"]) -> Axis | None:
+    """The axis with these real tokens; None where those of a sequence do not stand together."""
+    length = real.sum(-1)
+    start = real.int().argmax(-1)
+    axis = Axis(start, length, real.shape[-1])
+    return axis if torch.equal(axis.real, real) else None
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys each query sees. In self-attention queries and keys are the same axis, and the same object.
+
+    Query i sees keys `first[i]` … `last[i]` − 1, places in the batch; none where last ≤ first, as at padding. `allowed`
+    is None where it sees every one of these. `bias` is added to the scores; it decides nothing about who sees whom.
+    """
+
+    queries: Axis
+    keys: Axis
+    first: Int[Tensor, "batch group query"]
+    last: Int[Tensor, "batch group query"]
+    allowed: Bool[Tensor, "batch group query key"] | None = None
+    bias: Float[Tensor, "batch group query key"] | None = None
+
+    @property
+    def crosses(self) -> bool:
+        """Queries and keys are different tokens: there is no distance between them."""
+        return self.queries is not self.keys
+
     def seen(self, first: int, last: int) -> Bool[Tensor, "batch group query key"]:
         """Visible pairs of the query rows first … last−1."""
         low, high = self.first[..., first:last, None], self.last[..., first:last, None]
-        pairs = (self.place >= low) & (self.place < high)
+        pairs = (self.keys.place >= low) & (self.keys.place < high)
         return pairs if self.allowed is None else pairs & self.allowed[..., first:last, :]
 
     @cached_property
-    def keys(self) -> Int[Tensor, "batch group query"]:
+    def visible(self) -> Int[Tensor, "batch group query"]:
         """m_i: how many keys each query sees; 0 at padding."""
         return (self.last - self.first).clamp_min(0) if self.allowed is None else self._counted[0]
 
@@ -71,31 +98,31 @@ class Visibility:
         if self.allowed is not None:
             total = self._counted[1]
         else:
-            before = _sum_to(self.place - self.first) - _sum_to(self.place - self.last)
-            after = _sum_to(self.last - 1 - self.place) - _sum_to(self.first - 1 - self.place)
-            total = (before + after).where(self.keys > 0, 0)
-        return total.double() / self.keys.clamp_min(1)
+            before = _sum_to(self.queries.place - self.first) - _sum_to(self.queries.place - self.last)
+            after = _sum_to(self.last - 1 - self.queries.place) - _sum_to(self.first - 1 - self.queries.place)
+            total = (before + after).where(self.visible > 0, 0)
+        return total.double() / self.visible.clamp_min(1)
 
     def pairs_of(self, measured: Bool[Tensor, "batch head query"]) -> Int[Tensor, "batch head distance"]:
         """Visible pairs at each distance d, at index d + tokens − 1, of the measured rows alone."""
         if self.allowed is not None:
             return self._holed_pairs(measured)
-        if (measured == (self.keys > 0)).all():  # most often: then heads share what their masks share
-            return self._pairs(self.keys > 0).expand(-1, measured.shape[1], -1)
+        if (measured == (self.visible > 0)).all():  # most often: then heads share what their masks share
+            return self._pairs(self.visible > 0).expand(-1, measured.shape[1], -1)
         return self._pairs(measured)
 
     def _pairs(self, rows: Bool[Tensor, "batch group query"]) -> Int[Tensor, "batch group distance"]:
         """Each row adds one from its first distance to its last: a sum of steps up and steps down."""
-        counted = (rows & (self.keys > 0)).long()
-        steps = counted.new_zeros(*counted.shape[:2], 2 * self.tokens)
-        ahead = self.tokens - 1 - self.place
+        counted = (rows & (self.visible > 0)).long()
+        steps = counted.new_zeros(*counted.shape[:2], 2 * self.queries.tokens)
+        ahead = self.queries.tokens - 1 - self.queries.place
         steps.scatter_add_(-1, (self.first + ahead).clamp_min(0).expand_as(counted), counted)
         steps.scatter_add_(-1, (self.last + ahead).clamp_min(0).expand_as(counted), -counted)
         return steps.cumsum(-1)[..., :-1]
 
     def _holed_pairs(self, measured: Bool[Tensor, "batch head query"]) -> Int[Tensor, "batch head distance"]:
         total: Tensor | int = 0
-        for first, last in _blocks(self.start.shape[0] * measured.shape[1], self.tokens):
+        for first, last in _blocks(len(self.keys.start) * measured.shape[1], self.queries.tokens, self.keys.tokens):
             total = total + skewed_sum((self.seen(first, last) & measured[..., first:last, None]).int(), first)
         assert isinstance(total, torch.Tensor), "a batch has tokens"
         return total
@@ -105,10 +132,10 @@ class Visibility:
         """Visible keys of each row and the sum of their distances, counted pair by pair."""
         keys, distances = [], []
         assert self.allowed is not None, "without holes both follow from the ends"
-        for first, last in _blocks(self.start.shape[0] * self.allowed.shape[1], self.tokens):
+        for first, last in _blocks(len(self.keys.start) * self.allowed.shape[1], self.queries.tokens, self.keys.tokens):
             seen = self.seen(first, last)
             keys.append(seen.sum(-1))
-            distances.append((seen * (self.place - self.place[first:last, None]).abs()).sum(-1))
+            distances.append((seen * (self.keys.place - self.queries.place[first:last, None]).abs()).sum(-1))
         return torch.cat(keys, -1), torch.cat(distances, -1)
 
 
@@ -124,11 +151,11 @@ def _sum_to(n: Tensor) -> Tensor:
     return n * (n + 1) // 2
 
 
-def _blocks(groups: int, tokens: int) -> Iterator[tuple[int, int]]:
-    """First and last row of each block of `groups` square masks."""
-    size = rows_per_block(groups * tokens)
-    for first in range(0, tokens, size):
-        yield first, min(first + size, tokens)
+def _blocks(groups: int, rows: int, keys: int) -> Iterator[tuple[int, int]]:
+    """First and last row of each block of `groups` masks."""
+    size = rows_per_block(groups * keys)
+    for first in range(0, rows, size):
+        yield first, min(first + size, rows)
 
 
 def rows_per_block(elements_per_row: int) -> int:
@@ -147,40 +174,50 @@ def skewed_sum(block: Tensor, first: int) -> Tensor:
     return pad(sums, (ahead, first))
 
 
-def see(
-    mask: Tensor | None,
-    *,
-    causal: bool,
-    start: Int[Tensor, " batch"],
-    length: Int[Tensor, " batch"],
-    tokens: int,
-) -> Visibility:
+def see(mask: Tensor | None, *, causal: bool, queries: Axis, keys: Axis | None = None) -> Visibility:
     """Read a mask as given to scaled_dot_product_attention: boolean (True is visible) or added to the scores.
 
+    Without `keys` the queries look at each other.
     An added mask hides where it is below half the least finite number of its type. Raises CaptureError where real
     queries see padding.
     """
-    plain = _plain(start, length, tokens, causal=causal)
+    keys = keys or queries
+    plain = _plain(queries, keys, causal=causal)
     if mask is None:
         return plain
-    mask = mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
+    mask = _in_four(mask)
     # a mask that says the same to every query is read once, and so is one that batch or heads share
     if mask.stride(-2) == 0:
         mask = mask[..., :1, :]
     first, last, unbroken, biased = _read(mask, plain, causal=causal)
-    whole = mask.expand(-1, -1, tokens, tokens)
+    whole = mask.expand(-1, -1, queries.tokens, keys.tokens)
     allowed = None if unbroken else _allows(whole)
-    return Visibility(start, length, tokens, first, last, allowed, whole if biased else None)
+    return Visibility(queries, keys, first, last, allowed, whole if biased else None)
 
 
-def _plain(start: Tensor, length: Tensor, tokens: int, *, causal: bool) -> Visibility:
-    """Every real query sees every real key, or every real key up to itself."""
-    place = torch.arange(tokens, device=start.device)
-    real = positions_of(start, length, tokens)[:, None] >= 0
-    first = start[:, None, None].expand(-1, 1, tokens)
-    end = (start + length)[:, None, None].expand(-1, 1, tokens)
-    last = torch.minimum(end, place + 1) if causal else end
-    return Visibility(start, length, tokens, first, last.where(real, first))
+def keys_seen(mask: Tensor | None, *, batch: int, keys: int, device: torch.device) -> Bool[Tensor, "batch key"]:
+    """Which keys any query of any head sees: where nothing else tells what is padding, it is what nobody sees."""
+    if mask is None:
+        return torch.ones(batch, keys, dtype=torch.bool, device=device)
+    mask = _in_four(mask)
+    if mask.stride(-2) == 0:
+        mask = mask[..., :1, :]
+    blocks = _blocks(max(batch, mask.shape[0]) * mask.shape[1], mask.shape[-2], keys)
+    seen = [_allows(mask[..., first:last, :]).any(-2).any(1) for first, last in blocks]
+    return torch.stack(seen).any(0).expand(batch, keys)
+
+
+def _in_four(mask: Tensor) -> Tensor:
+    return mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
+
+
+def _plain(queries: Axis, keys: Axis, *, causal: bool) -> Visibility:
+    """Every real query sees every real key, or every real key up to its own place."""
+    real = queries.real[:, None]
+    first = keys.start[:, None, None].expand(-1, 1, queries.tokens)
+    end = (keys.start + keys.length)[:, None, None].expand(-1, 1, queries.tokens)
+    last = torch.minimum(end, queries.place + 1) if causal else end
+    return Visibility(queries, keys, first, last.where(real, first))
 
 
 def _allows(mask: Tensor) -> Tensor:
@@ -191,17 +228,17 @@ def _read(mask: Tensor, plain: Visibility, *, causal: bool) -> tuple[Tensor, Ten
     """Ends of what each query sees of its sequence, whether all between is visible, and whether anything is added."""
     firsts, lasts = [], []
     unbroken, biased = True, False
-    batch = plain.start.shape[0]
-    for first, last in _blocks(max(batch, mask.shape[0]) * mask.shape[1], plain.tokens):
-        rows = mask[..., first:last, :] if mask.shape[-2] > 1 else mask
-        allowed = _allows(rows)
+    batch, rows, keys = len(plain.keys.start), plain.queries.tokens, plain.keys.tokens
+    for first, last in _blocks(max(batch, mask.shape[0]) * mask.shape[1], rows, keys):
+        block = mask[..., first:last, :] if mask.shape[-2] > 1 else mask
+        allowed = _allows(block)
         if not biased and mask.dtype != torch.bool:
-            biased = bool((rows.masked_fill(~allowed, 0) != 0).any())
+            biased = bool((block.masked_fill(~allowed, 0) != 0).any())
         _refuse_seen_padding(allowed, plain, first, last, causal=causal)
         among_real = allowed & plain.seen(first, last)
         count = among_real.sum(-1)
         low = among_real.int().argmax(-1)
-        high = plain.tokens - among_real.flip(-1).int().argmax(-1)
+        high = keys - among_real.flip(-1).int().argmax(-1)
         low, high = low.where(count > 0, 0), high.where(count > 0, 0)
         unbroken = unbroken and bool((high - low == count).all())
         firsts.append(low)
@@ -211,11 +248,12 @@ def _read(mask: Tensor, plain: Visibility, *, causal: bool) -> tuple[Tensor, Ten
 
 def _refuse_seen_padding(allowed: Tensor, plain: Visibility, first: int, last: int, *, causal: bool) -> None:
     """Padding never counts: a model that lets real queries see it has another pattern than its rows over real keys."""
-    if bool(plain.real.all()):
+    queries, keys = plain.queries, plain.keys
+    if bool(keys.real.all()):
         return
-    outside = ~plain.real[:, None, None, :] & plain.real[:, None, first:last, None]
+    outside = ~keys.real[:, None, None, :] & queries.real[:, None, first:last, None]
     if causal:  # hides what stands behind the query, whatever the mask says
-        outside = outside & (plain.place <= plain.place[first:last, None])
+        outside = outside & (keys.place <= queries.place[first:last, None])
     if bool((allowed & outside).any()):
         raise CaptureError(
             "padding must be invisible to real tokens; this model's mask shows it to them; "

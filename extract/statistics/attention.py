@@ -59,8 +59,12 @@ QUANTITIES = (
     "received_max_key",  # and its position
     "written_first",  # p ‖v W_O^h‖ on the first token
     "written",  # on all keys
+    "patch_distance",  # Σ p·√(Δrow² + Δcolumn²) / Σ p over the keys that are patches, of the rows that are
+    "patch_rows",  # those that see any
 )
 PLACE = {name: place for place, name in enumerate(QUANTITIES)}
+# what the windows of one sequence do not add up to: it is about all of its keys at once
+OF_WHOLE_SEQUENCES = ("first", "written_first", "received_entropy", "received_max", "received_max_key")
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,19 @@ def offset_std_tokens(o: HeadQuantities) -> Values:
 def distance_vs_uniform(o: HeadQuantities) -> Values:
     """Distance against that of a head which looks evenly at all it may see: a ratio of sums."""
     return o.ratio(o["distance"], o["uniform_distance"])
+
+
+@column(
+    formula="mean of Σ_j p·√(Δrow² + Δcolumn²) / Σ_j p over rows i and keys j that are patches of an image, the class "
+    "token and registers left out; null where the grid of patches is not known (text, windows, cross)",
+    unit="patches",
+    bounds=(0, "n−1"),
+    reference="Raghu 2021",
+    nullable=True,
+)
+def distance_patches(o: HeadQuantities) -> Values:
+    """How far the head looks across the image: times the patch's size, the mean attention distance in pixels."""
+    return o.ratio(o["patch_distance"], o["patch_rows"])
 
 
 @column(formula="mean of p[i,i]", bounds=(0, 1), nullable=True)

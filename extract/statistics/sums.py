@@ -47,7 +47,7 @@ def summed(o: HeadObservation) -> HeadSums:
     exact = torch.float64
     measured = rows.measured
     count = measured.sum(-1).to(exact)
-    visible = (visibility.keys * measured).to(exact)
+    visible = (visibility.visible * measured).to(exact)
     several = visible >= 2
     outcomes = visible + (0 if rows.sink is None else 1)
     entropy = rows.entropy.to(exact)
@@ -56,18 +56,14 @@ def summed(o: HeadObservation) -> HeadSums:
     total = {
         "rows": count,
         "several": several.sum(-1),
-        "masked": (visibility.real[:, None] & (visibility.keys == 0)).sum(-1).expand_as(count),
-        "nonfinite": ((visibility.keys > 0) & ~measured).sum(-1),
+        "masked": (visibility.queries.real[:, None] & (visibility.visible == 0)).sum(-1).expand_as(count),
+        "nonfinite": ((visibility.visible > 0) & ~measured).sum(-1),
         "entropy": entropy.sum(-1),
         "entropy_squared": entropy.square().sum(-1),
         "entropy_share": share.sum(-1),
         "attended": (entropy.exp() * measured).sum(-1),
         "collision": rows.collision.to(exact).sum(-1),
         "max_weight": rows.max_weight.to(exact).sum(-1),
-        "distance": rows.distance.to(exact).sum(-1),
-        "offset": rows.offset.to(exact).sum(-1),
-        "offset_std": rows.offset_std.to(exact).sum(-1),
-        "uniform_distance": (visibility.uniform_distance * measured).sum(-1),
         "context_norm": rows.context_norm.to(exact).sum(-1),
         "score_max": rows.score_max.to(exact).where(measured, -torch.inf).amax(-1),
         "pairs": visible.sum(-1),
@@ -80,7 +76,16 @@ def summed(o: HeadObservation) -> HeadSums:
         total["sink"] = rows.sink.to(exact).sum(-1)
     if rows.same_token is not None and rows.induction is not None:
         total |= {"same_token": rows.same_token, "induction": rows.induction}
-    total |= _by_offset(rows) | _by_key(o, count, total.get("sink"))
+    if rows.patches is not None:
+        total |= {"patch_distance": rows.patches.distance, "patch_rows": rows.patches.rows}
+    total |= _by_key(o, count, total.get("sink"))
+    if not visibility.crosses:
+        total |= _by_offset(rows) | {
+            "distance": rows.distance.to(exact).sum(-1),
+            "offset": rows.offset.to(exact).sum(-1),
+            "offset_std": rows.offset_std.to(exact).sum(-1),
+            "uniform_distance": (visibility.uniform_distance * measured).sum(-1),
+        }
     values = count.new_full((len(QUANTITIES), *count.shape), torch.nan)
     for name, value in total.items():
         values[PLACE[name]] = value
@@ -112,7 +117,7 @@ def _by_key(o: HeadObservation, count: Tensor, sink: Tensor | None) -> dict[str,
     largest = mean_row.amax(-1)
     # the first of equals; real tokens stand together, so their order is that of the places
     place = (mean_row == largest[..., None]).int().argmax(-1)
-    first = o.visibility.start.view(-1, 1, 1).expand(*count.shape, 1)
+    first = o.visibility.keys.start.view(-1, 1, 1).expand(*count.shape, 1)
     of = {
         "first": received.gather(-1, first).squeeze(-1),
         "received_entropy": entropy.clamp_min(0),
@@ -120,7 +125,7 @@ def _by_key(o: HeadObservation, count: Tensor, sink: Tensor | None) -> dict[str,
         "received_max_key": (place - first.squeeze(-1)).where(count > 0, torch.nan),
     }
     if o.classes is not None:
-        classes = o.classes.where(o.visibility.real, -1)
+        classes = o.classes.where(o.visibility.keys.real, -1)
         of |= {name: (received * (classes == number)[:, None]).sum(-1) for number, name in enumerate(TOKEN_CLASSES)}
     if o.rows.value_norm is not None:
         written = received * o.rows.value_norm
@@ -141,23 +146,23 @@ def _profiles(o: HeadObservation, share: Tensor, several: Tensor) -> Tensor:
         columns = [COLUMN_OF_BIN[name, number] for number in numbers.tolist()]
         out[:, :, columns] = torch.stack((sums, counts)) @ one_hot
 
-    reach = seen.tokens - 1
-    distances = torch.arange(-reach, reach + 1, device=share.device)
-    pairs = seen.pairs_of(rows.measured)
-    put("offset", doubling_bins(distances), rows.offsets.double().sum(0), pairs.double().sum(0))
+    if not seen.crosses:
+        reach = seen.keys.tokens - 1
+        distances = torch.arange(-reach, reach + 1, device=share.device)
+        pairs = seen.pairs_of(rows.measured)
+        put("offset", doubling_bins(distances), rows.offsets.double().sum(0), pairs.double().sum(0))
     for name, values, included in (("entropy", share, several), ("max_weight", rows.max_weight, rows.measured)):
         counts = _histogram(values, included)
         columns = [COLUMN_OF_BIN[name, number] for number in range(HISTOGRAM_BINS)]
         out[:, :, columns] = counts.expand(2, *counts.shape)
-    bins = doubling_bins(seen.positions.clamp_min(0)).reshape(-1)
-    real = seen.real[:, None].expand_as(rows.measured)
-    for name, values, included in (
-        ("entropy_by_position", rows.entropy, rows.measured),
-        ("distance_by_position", rows.distance, rows.measured),
-        ("received_by_position", rows.received, real),
-    ):
-        by_head = (t.double().transpose(0, 1).reshape(heads, -1) for t in (values, included))
-        put(name, bins, *by_head)
+    by_position = [("entropy_by_position", rows.entropy, rows.measured, seen.queries)]
+    if not seen.crosses:
+        by_position.append(("distance_by_position", rows.distance, rows.measured, seen.queries))
+    real = seen.keys.real[:, None].expand_as(rows.received)
+    by_position.append(("received_by_position", rows.received, real, seen.keys))
+    for name, values, included, axis in by_position:
+        bins = doubling_bins(axis.positions.clamp_min(0)).reshape(-1)
+        put(name, bins, *(t.double().transpose(0, 1).reshape(heads, -1) for t in (values, included)))
     return out
 
 

@@ -34,7 +34,12 @@ _NO_CLASSES = torch.zeros(0, 0, dtype=torch.int64)
 def summed(o: HeadObservation) -> HeadSums:
     """The sums of an observation on the CPU; a mask with holes, or float64, is left to plain torch."""
     rows, seen = o.rows, o.visibility
-    if seen.allowed is not None or rows.entropy.dtype != torch.float32 or rows.entropy.device.type != "cpu":
+    if (
+        seen.crosses
+        or seen.allowed is not None
+        or rows.entropy.dtype != torch.float32
+        or rows.entropy.device.type != "cpu"
+    ):
         return sums.summed(o)
     batch, heads, tokens = rows.entropy.shape
     values = np.empty((len(QUANTITIES), batch, heads))
@@ -46,8 +51,8 @@ def summed(o: HeadObservation) -> HeadSums:
         rows.received.contiguous().numpy(),
         rows.offsets.contiguous().numpy(),
         (_ABSENT if rows.value_norm is None else rows.value_norm.contiguous()).numpy(),
-        seen.start.numpy(),
-        seen.length.numpy(),
+        seen.keys.start.numpy(),
+        seen.keys.length.numpy(),
         *(t.expand(batch, -1, tokens).contiguous().numpy() for t in (seen.first, seen.last, seen.uniform_distance)),
         (_NO_CLASSES if o.classes is None else o.classes).numpy(),
         np.log(np.arange(tokens + 2).clip(2)).astype(np.float32),
@@ -58,6 +63,11 @@ def summed(o: HeadObservation) -> HeadSums:
     if rows.same_token is not None and rows.induction is not None:
         values[PLACE["same_token"]] = rows.same_token.numpy()
         values[PLACE["induction"]] = rows.induction.numpy()
+    for name in ("patch_distance", "patch_rows"):
+        values[PLACE[name]] = np.nan
+    if rows.patches is not None:
+        values[PLACE["patch_distance"]] = rows.patches.distance.numpy()
+        values[PLACE["patch_rows"]] = rows.patches.rows.numpy()
     return HeadSums(torch.from_numpy(values), torch.from_numpy(profiles))
 
 

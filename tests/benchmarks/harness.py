@@ -1,4 +1,4 @@
-"""Two sides in turn on one machine in one process, and what comes of it."""
+"""Two sides in turn on one machine, and what comes of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,22 @@ class Seconds:
 
 
 def interleaved(ours: Callable[[], object], theirs: Callable[[], object], *, repeats: int) -> Seconds:
-    """Time both, turn by turn; who goes first alternates, so that neither always runs on what the other left behind."""
+    """Time both in this process, turn by turn."""
+    return in_turns(partial(seconds_of, ours), partial(seconds_of, theirs), repeats=repeats)
+
+
+def in_turns(ours: Callable[[], float], theirs: Callable[[], float], *, repeats: int) -> Seconds:
+    """Two sides that say themselves how many seconds they took; who goes first alternates, so that neither always runs
+    on what the other left behind."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            seconds[side].append(_seconds((ours, theirs)[side]))
+            seconds[side].append((ours, theirs)[side]())
     return Seconds(tuple(seconds[0]), tuple(seconds[1]))
 
 
-def _seconds(side: Callable[[], object]) -> float:
-    gc.collect()  # nobody pays for the other's garbage
+def seconds_of(side: Callable[[], object]) -> float:
+    gc.collect()  # nobody pays for the other's garbage; meanwhile the other's threads go to sleep
     start = time.perf_counter()
     side()
     return time.perf_counter() - start

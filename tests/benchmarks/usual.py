@@ -1,16 +1,22 @@
-"""usual/*: the way it is usually done, every pattern in memory and the statistics in torch.
+"""usual/*: the way it is usually done: eager patterns in memory, hooks for the rest, the same statistics in torch.
 
-The statistics are those of `heads` and `residual` that follow from what the model returns: scores, contexts and the
-stream between attention and MLP are not among it, so this side does less.
+Both sides go from a batch of ids to Parquet and give the same columns, but for those that say nothing of a BERT without
+padding: `mass_sink`, `query_rows`, `masked_rows`, `nonfinite_rows`, `stack`, and the numbers of document and shard. The
+usual side runs in a process of its own, whose allocator is torch's and glibc's own: `keep_freed_memory`, which a run
+switches on, is no part of a notebook. It waits on a pipe while ours runs, and takes its time itself, around the work
+alone; so do we.
 """
 
 from __future__ import annotations
 
 import copy
-import math
+import json
+import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,38 +31,119 @@ from extract.engines import choose
 from extract.measurement import layout_of
 from extract.pipeline import BATCH_TOKENS
 from extract.shard import Instrument, measured_tables
-from extract.statistics.attention import TOKEN_CLASSES
 from extract.store import Store
 from extract.tokens import token_classes
-from tests.benchmarks.harness import Result, interleaved
+from tests.benchmarks.harness import Result, in_turns, seconds_of
+from tests.benchmarks.usual_way import (
+    Call,
+    Profile,
+    head_columns,
+    norm_quantities,
+    pattern_quantities,
+    profiles,
+    repetitions,
+    score_quantities,
+    site_columns,
+)
 from tests.benchmarks.workloads import Workload, demo
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+    Columns = Mapping[str, Tensor]
+    Seen = Mapping[str, tuple[Tensor, Tensor]]  # what a module read and wrote, by its name
+
+ROOT = Path(__file__).parents[2]
+_HOOKED = ("query", "key", "value", "attention.output.dense", "LayerNorm")
+
+
+def minilm_usual(work: Workload, repeats: int) -> Result:
+    return parquet_against_usual(demo(), work, repeats)
+
 
 def parquet_against_usual(encoder: Encoder, work: Workload, repeats: int) -> Result:
-    """From a batch of ids without padding to Parquet, both ways."""
-    classes = token_classes(encoder.tokenizer)
-    engine = choose("auto")
-    instrument = Instrument(encoder, layout_of(encoder.model), engine, BATCH_TOKENS, classes)
-    eager = eager_copy(encoder.model)
-    class_of = torch.from_numpy(classes[work.ids].astype(np.int64))
-    with tempfile.TemporaryDirectory() as folder:
-
-        def ours() -> None:
-            tables, _ = measured_tables(instrument, _sequences(work.ids), shard=0)
-            for name, table in tables.items():
-                Store(Path(folder)).write_part(name, 0, table)
-
-        def theirs() -> None:
-            for name, table in usual_tables(eager, work.ids, class_of).items():
-                pq.write_table(table, Path(folder) / f"{name}.parquet")
-
-        for _ in range(2):
+    """From a batch of the demo model's ids, without padding, to Parquet, both ways."""
+    with tempfile.TemporaryDirectory() as folder, usual_process(work.ids, Path(folder) / "usual") as theirs:
+        ours = partial(seconds_of, our_way(encoder, work.ids, Path(folder) / "ours"))
+        for _ in range(2):  # compiled and warm before anything counts
             ours()
             theirs()
-        return interleaved(ours, theirs, repeats=repeats).rates(work.tokens, "tokens/s")
+        return in_turns(ours, theirs, repeats=repeats).rates(work.tokens, "tokens/s")
+
+
+def our_way(encoder: Encoder, ids: Int[Tensor, "batch token"], folder: Path) -> Callable[[], None]:
+    instrument = Instrument(
+        encoder, layout_of(encoder.model), choose("auto"), BATCH_TOKENS, token_classes(encoder.tokenizer)
+    )
+    numbers = np.arange(len(ids))
+    sequences = pa.table({"sequence_id": numbers, "document_id": numbers, "token_ids": ids.tolist()})
+
+    def run() -> None:
+        tables, _ = measured_tables(instrument, sequences, shard=0)
+        for name, table in tables.items():
+            Store(folder).write_part(name, 0, table)
+
+    return run
+
+
+def usual_way(encoder: Encoder, ids: Int[Tensor, "batch token"], folder: Path) -> Callable[[], None]:
+    model = eager_copy(encoder.model)
+    classes = torch.from_numpy(token_classes(encoder.tokenizer)[ids].astype(np.int64))
+    folder.mkdir(exist_ok=True)
+
+    def run() -> None:
+        for name, table in usual_tables(model, ids, classes).items():
+            pq.write_table(table, folder / f"{name}.parquet")
+
+    return run
+
+
+@contextmanager
+def usual_process(ids: Int[Tensor, "batch token"], folder: Path) -> Iterator[Callable[[], float]]:
+    """A process that does it the usual way whenever it is told to, and answers with the seconds that it took."""
+    command = [sys.executable, "-m", __name__]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def ask(**question: Any) -> Any:
+            assert process.stdin is not None and process.stdout is not None, "both are pipes"
+            print(json.dumps(question), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            if not answer:
+                raise RuntimeError(f"the usual side's process ended by itself, with status {process.wait()}")
+            return json.loads(answer)
+
+        threads = ask(ids=ids.tolist(), folder=str(folder))
+        assert threads == torch.get_num_threads(), "both sides compute with as many threads"
+        yield ask
+
+
+def main() -> None:
+    """The usual side: read what to work on, then work as often as a line comes, until there are no more."""
+    task = json.loads(sys.stdin.readline())
+    run = usual_way(demo(), torch.tensor(task["ids"]), Path(task["folder"]))
+    print(torch.get_num_threads(), flush=True)
+    for _ in sys.stdin:
+        print(seconds_of(run), flush=True)
+
+
+def usual_tables(
+    model: nn.Module, ids: Int[Tensor, "batch token"], classes: Int[Tensor, "batch token"], *, at_once: int = 1
+) -> dict[str, pa.Table]:
+    """The three tables; `classes` are indices into TOKEN_CLASSES, `at_once` is how many sequences the model is given.
+
+    One at a time is twice as quick as eight: its patterns fit into the caches, and into blocks that glibc keeps when freed.
+    """
+    with torch.inference_mode():
+        grams = write_grams(model)
+        parts = [quantities(model, part, grams) for part in ids.split(at_once)]
+        heads, sites = (
+            {name: torch.cat([p[name] for p in of], 1) for name in of[0]} for of in zip(*parts, strict=True)
+        )
+        return {
+            "heads": _table(head_columns(heads, classes), ("layer", "sequence_id", "head")),
+            "residual": _residual_table(sites),
+            "profiles": _profiles_table(profiles(heads)),
+        }
 
 
 def eager_copy(model: nn.Module) -> nn.Module:
@@ -66,109 +153,88 @@ def eager_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def minilm_usual(work: Workload, repeats: int) -> Result:
-    return parquet_against_usual(demo(), work, repeats)
+def write_grams(model: Any) -> list[Float[Tensor, "head width width"]]:
+    """W_O^h W_O^hᵀ of every head, layer by layer."""
+    heads = model.config.num_attention_heads
+    projections = [layer.attention.output.dense.weight.unflatten(1, (heads, -1)) for layer in model.encoder.layer]
+    return [torch.einsum("ohw,ohv->hwv", w, w) for w in projections]
 
 
-def _sequences(ids: Tensor) -> pa.Table:
-    numbers = np.arange(len(ids))
-    return pa.table({"sequence_id": numbers, "document_id": numbers, "token_ids": ids.tolist()})
+def quantities(
+    model: Any, ids: Int[Tensor, "batch token"], grams: Sequence[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Quantities of heads [layer, batch, head, …] and columns of the stream's sites [site, batch]."""
+    with hooked(model) as seen:
+        patterns = model(input_ids=ids, output_attentions=True).attentions
+    same, follows = repetitions(ids)
+    calls = [call_of(seen, layer, gram) for layer, gram in enumerate(grams)]
+    heads = [
+        pattern_quantities(p, same, follows) | score_quantities(call) | norm_quantities(call)
+        for p, call in zip(patterns, calls, strict=True)
+    ]
+    norms = [states for name, states in seen.items() if name.endswith("LayerNorm")]
+    attentions = [(call.contexts, of["context_norm"]) for call, of in zip(calls, heads, strict=True)]
+    return _stacked(heads), _stacked(site_columns(norms, attentions, epsilon=model.config.layer_norm_eps))
 
 
-def usual_tables(model: nn.Module, ids: Int[Tensor, "batch token"], classes: Int[Tensor, "batch token"]):
-    """One row per sequence, layer and head, and one per sequence and layer."""
-    with torch.inference_mode():
-        out = model(input_ids=ids, output_attentions=True, output_hidden_states=True)
-        copies = repetitions(ids)
-        heads = [head_statistics(p, copies, classes) for p in out.attentions]
-        states = out.hidden_states
-        residual = [residual_statistics(x, after) for x, after in pairwise(states)]
-        return {"heads": _table(heads, ("sequence", "head")), "residual": _table(residual, ("sequence",))}
+@contextmanager
+def hooked(model: nn.Module) -> Iterator[Seen]:
+    """What the modules of interest read and write in this context, in the order in which they do."""
+    seen = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, read, wrote: seen.__setitem__(name, (read[0], wrote))
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name.endswith(_HOOKED):
+                stack.callback(module.register_forward_hook(keep(name)).remove)
+        yield seen
 
 
-def repetitions(ids: Int[Tensor, "batch token"]) -> tuple[Tensor, Tensor]:
-    """Of [batch, 1, query, key], 1 or 0: the key is another copy of the query; it follows an earlier copy."""
-    same = (ids[:, :, None] == ids[:, None, :]) & ~torch.eye(ids.shape[1], dtype=torch.bool)
-    follows = same.roll(1, dims=-1).tril()
-    follows[..., 0] = False
-    return same[:, None].float(), follows[:, None].float()
+def call_of(seen: Seen, layer: int, gram: Float[Tensor, "head width width"]) -> Call:
+    attention = f"encoder.layer.{layer}.attention"
+
+    def by_head(states: Tensor) -> Tensor:
+        return states.unflatten(-1, gram.shape[:2]).transpose(1, 2)
+
+    query, key, value = (by_head(seen[f"{attention}.self.{name}"][1]) for name in ("query", "key", "value"))
+    return Call(query, key, value, contexts=by_head(seen[f"{attention}.output.dense"][0]), gram=gram)
 
 
-def head_statistics(
-    p: Float[Tensor, "batch head query key"],
-    copies: tuple[Tensor, Tensor],
-    classes: Int[Tensor, "batch key"],
-) -> dict[str, Float[Tensor, "batch head"]]:
-    """Means over rows, each formula as it is written, nothing computed twice."""
-    n = p.shape[-1]
-    place = torch.arange(n, dtype=p.dtype)
-    d = place[None, :] - place[:, None]
-    entropy = torch.special.entr(p).sum(-1)
-    distance = (p * d.abs()).sum(-1).mean(-1)
-    offset = (p * d).sum(-1)
-    spread = ((p * d.square()).sum(-1) - offset.square()).clamp_min(0).sqrt()
-    own, previous, following = (p.diagonal(k, -2, -1).sum(-1) / n for k in (0, -1, 1))
-    backward = p.tril(-1).sum((-1, -2)) / n
-    received = p.mean(-2)
-    received_entropy = torch.special.entr(received).sum(-1)
-    received_max, received_max_key = received.max(-1)
-    by_class = received @ torch.nn.functional.one_hot(classes, len(TOKEN_CLASSES)).to(p.dtype)
-    same, induction = ((p * where).sum((-1, -2)) / n for where in copies)
-    return {
-        "entropy_nats": entropy.mean(-1),
-        "entropy_std_nats": entropy.std(-1, correction=0),
-        "entropy_normalized": entropy.mean(-1) / math.log(n),
-        "attended_keys": entropy.exp().mean(-1),
-        "collision_probability": p.square().sum(-1).mean(-1),
-        "max_weight": p.amax(-1).mean(-1),
-        "distance_tokens": distance,
-        "offset_tokens": offset.mean(-1),
-        "offset_std_tokens": spread.mean(-1),
-        "distance_vs_uniform": distance / d.abs().mean(),
-        "mass_self": own,
-        "mass_previous": previous,
-        "mass_next": following,
-        "mass_backward": backward,
-        "mass_forward": 1 - own - backward,
-        "mass_first": received[..., 0],
-        **{f"mass_{name}": by_class[..., number] for number, name in enumerate(TOKEN_CLASSES)},
-        "mass_same_token": same,
-        "mass_induction": induction,
-        "received_entropy_nats": received_entropy,
-        "mutual_information_nats": received_entropy - entropy.mean(-1),
-        "received_max": received_max,
-        "received_max_key": received_max_key,
-    }
+def _stacked(tables: Sequence[Columns]) -> dict[str, Tensor]:
+    """Columns of all layers or sites; NaN where one has no such column."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    undefined = torch.full((next(iter(tables[0].values())).shape[0],), torch.nan)
+    return {name: torch.stack([table.get(name, undefined) for table in tables]) for name in names}
 
 
-def residual_statistics(
-    x: Float[Tensor, "batch token width"], after: Float[Tensor, "batch token width"]
-) -> dict[str, Float[Tensor, " batch"]]:
-    """The stream around one layer, as far as hidden states show it."""
-    n, width = x.shape[1:]
-    update = after - x
-    norm, update_norm, after_norm = (t.norm(dim=-1) for t in (x, update, after))
-    units = after / after_norm[..., None]
-    size = after.abs()
-    largest = size.amax(1)
-    return {
-        "stream_norm": norm.mean(-1),
-        "update_norm": update_norm.mean(-1),
-        "update_ratio": (update_norm / norm).mean(-1),
-        "update_cosine": torch.cosine_similarity(x, update, dim=-1).mean(-1),
-        "step_cosine": torch.cosine_similarity(x, after, dim=-1).mean(-1),
-        "norm_gain": (after_norm / norm).mean(-1),
-        "anisotropy": (units.sum(1).square().sum(-1) - n) / (n * (n - 1)),
-        "max_abs": largest.amax(-1),
-        "outlier_dim": largest.argmax(-1),
-        "outlier_ratio": (size.amax(-1) / after_norm).mean(-1) * width**0.5,
-        "kurtosis": units.pow(4).sum(-1).mean(-1) * width,
-    }
+def _table(columns: Columns, axes: Sequence[str]) -> pa.Table:
+    """A row for every place along the axes; NaN becomes null."""
+    numbers = np.indices(next(iter(columns.values())).shape)
+    values = dict(zip(axes, numbers, strict=True)) | {name: of.numpy() for name, of in columns.items()}
+    return pa.table({name: pa.array(of.ravel(), from_pandas=True) for name, of in values.items()})
 
 
-def _table(layers: Sequence[Mapping[str, Tensor]], axes: tuple[str, ...]) -> pa.Table:
-    """The layers' statistics one below the other, with the numbers of layer and axes."""
-    columns = {name: torch.stack([layer[name] for layer in layers]).numpy() for name in layers[0]}
-    shape = next(iter(columns.values())).shape
-    numbers = zip(("layer", *axes), np.indices(shape), strict=True)
-    return pa.table({name: values.ravel() for name, values in (*numbers, *columns.items())})
+def _residual_table(columns: Columns) -> pa.Table:
+    table = _table(columns, ("place", "sequence_id"))
+    place = table["place"].to_numpy()
+    site = np.where(place == 0, "embedding", np.where(place % 2, "attention", "mlp"))
+    layer = (place - 1).clip(0) // 2
+    return table.drop_columns("place").append_column("layer", [layer]).append_column("site", [site])
+
+
+def _profiles_table(profiles: Mapping[str, Profile]) -> pa.Table:
+    """A row for every bin in which something is counted."""
+    tables = []
+    for name, profile in profiles.items():
+        counts = profile.counts.expand_as(profile.sums)
+        layer, head, place = kept = counts.nonzero(as_tuple=True)
+        columns = {"layer": layer, "head": head, "bin": profile.bins[place], "sum": profile.sums[kept]}
+        numbers = {key: of.numpy() for key, of in (columns | {"count": counts[kept]}).items()}
+        tables.append(pa.table({"profile": np.full(len(place), name)} | numbers))
+    return pa.concat_tables(tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from extract.batching import windows
-from extract.capture.watch import Batch
+from extract.capture.watch import Batch, Tokens
 from extract.corpus import open_corpus
 from extract.encoder import Encoder, load_encoder
 from extract.engines import choose
+from extract.engines.visibility import Axis
 from extract.measurement import Collector, Measurements, layout_of, observe
 from extract.planning import special_tokens
 from extract.tokens import token_classes
@@ -41,13 +42,8 @@ class Workload:
     def batch(self) -> Batch:
         # a random model's vocabulary takes its classes from the demo tokenizer, over and over
         classes = np.resize(_demo_classes(), int(self.ids.max()) + 1).astype(np.int64)
-        return Batch(
-            start=torch.zeros_like(self.length),
-            length=self.length,
-            tokens=self.ids.shape[1],
-            token_ids=self.ids,
-            classes=torch.from_numpy(classes)[self.ids],
-        )
+        axis = Axis(torch.zeros_like(self.length), self.length, self.ids.shape[1])
+        return Batch(len(self.ids), {"input_ids": Tokens(axis, self.ids, torch.from_numpy(classes)[self.ids])})
 
 
 def measured_pass(work: Workload) -> Callable[[], Measurements]:

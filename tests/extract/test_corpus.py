@@ -196,8 +196,8 @@ def test_mixed_kinds_are_refused_with_the_list(tmp_path):
 
 
 def test_files_of_no_known_kind_are_refused(tmp_path):
-    with pytest.raises(Refusal, match=r"of no known kind \(1\): a\.png"):
-        open_corpus(written(tmp_path / "a.png", "x"))
+    with pytest.raises(Refusal, match=r"of no known kind \(1\): a\.bin"):
+        open_corpus(written(tmp_path / "a.bin", "x"))
 
 
 @pytest.mark.parametrize("name", ["", "*.txt"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from extract.engines import choose
 from extract.engines.rows import AttentionCall, Rows
-from extract.engines.visibility import see
+from extract.engines.visibility import Axis, see
 from extract.statistics.attention import QUANTITIES
 from extract.statistics.profiles import PROFILE_COLUMNS
 from extract.statistics.sums import HeadObservation
@@ -56,7 +56,7 @@ def call_of(
         given = ((place <= place[:, None]) | (place < max(1, tokens // 3))) & among_real
     elif mask == "late":  # the first rows see nothing
         given = (place >= tokens // 2) & (place[:, None] >= tokens // 3) & among_real
-    seen = see(given, causal=causal, start=start, length=length, tokens=tokens)
+    seen = see(given, causal=causal, queries=Axis(start, length, tokens))
     ids = torch.randint(0, 5, (batch, tokens), generator=generator)
     return AttentionCall(
         query,
@@ -87,7 +87,7 @@ def own_output(call: AttentionCall) -> torch.Tensor:
         scores = (scores / call.softcap).tanh() * call.softcap
     if call.visibility.bias is not None:
         scores = scores + call.visibility.bias
-    scores = scores.masked_fill(~call.visibility.seen(0, call.visibility.tokens), -torch.inf)
+    scores = scores.masked_fill(~call.visibility.seen(0, call.visibility.keys.tokens), -torch.inf)
     if call.sinks is not None:
         sinks = call.sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
         return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1] @ value
@@ -133,7 +133,7 @@ def agrees_with_float64(engine: str, facts: dict) -> None:
     output, rows = choose(engine).attend(call, lambda: own_output(call).float())
     # entropy of a row and its spread lose digits to float32 scores of this size; the columns' own tolerance is kept
     assert_rows_agree(rows, exact, absolute=2e-5 * max(1.0, facts["size"]), relative=1e-4)
-    real = call.visibility.real[:, None, :, None]
+    real = call.visibility.keys.real[:, None, :, None]
     torch.testing.assert_close(
         output.double() * real, own_output(call) * real, atol=1e-5 * max(1, facts["size"]), rtol=1e-4
     )
@@ -211,12 +211,12 @@ def test_very_large_scores_stay_finite_and_exact(engine, size):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 def test_rows_with_non_finite_scores_are_left_out_and_counted(engine, poison):
     call = call_of(5, batch=1, heads=2, grouped=False, tokens=12, width=8, causal=False, size=1.0)
-    first = int(call.visibility.start[0])
+    first = int(call.visibility.keys.start[0])
     call.query[0, 1, first] = poison
     marker = torch.full_like(call.value, 7.0)
     output, rows = choose(engine).attend(call, lambda: marker)
     assert not rows.measured[0, 1, first]
-    assert rows.measured.sum() == 2 * int(call.visibility.length[0]) - 1
+    assert rows.measured.sum() == 2 * int(call.visibility.keys.length[0]) - 1
     assert output is marker
     assert all(
         getattr(rows, f.name).isfinite().all() for f in dataclasses.fields(Rows) if getattr(rows, f.name) is not None
@@ -231,7 +231,7 @@ def test_a_narrow_pattern_far_away_keeps_its_spread(engine):
     key = torch.full((1, 1, tokens, 4), -30.0)
     key[0, 0, :2] = 0.0
     zeros = torch.zeros(1, dtype=torch.int64)
-    seen = see(None, causal=False, start=zeros, length=zeros + tokens, tokens=tokens)
+    seen = see(None, causal=False, queries=Axis(zeros, zeros + tokens, tokens))
     _, rows = choose(engine).attend(AttentionCall(query, key, torch.ones(1, 1, tokens, 4), seen, 1.0), lambda: query)
     torch.testing.assert_close(rows.offset_std, torch.full_like(rows.offset_std, 0.5), atol=1e-5, rtol=1e-5)
 
@@ -242,9 +242,9 @@ def test_a_prefix_that_sees_itself_whole_is_not_taken_for_causal():
     zeros = torch.zeros(1, dtype=torch.int64)
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     mask[:3, :3] = True
-    seen = see(mask, causal=False, start=zeros, length=zeros + tokens, tokens=tokens)
+    seen = see(mask, causal=False, queries=Axis(zeros, zeros + tokens, tokens))
     assert torch.equal(seen.seen(0, tokens)[0, 0], mask)
-    assert seen.keys[0, 0].tolist() == mask.sum(-1).tolist()
+    assert seen.visible[0, 0].tolist() == mask.sum(-1).tolist()
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -253,6 +253,6 @@ def test_a_mask_that_says_no_more_than_padding_and_causality_is_dropped(causal):
     place = torch.arange(5)
     real = (place >= start[:, None]) & (place < (start + length)[:, None])
     mask = real[:, None, None, :] & (place[None, :] <= place[:, None] if causal else torch.ones(5, 5, dtype=torch.bool))
-    seen = see(mask, causal=False, start=start, length=length, tokens=5)
+    seen = see(mask, causal=False, queries=Axis(start, length, 5))
     assert seen.allowed is None
     assert torch.equal(seen.seen(0, 5), mask & real[:, None, :, None])

@@ -10,7 +10,7 @@ import torch
 from extract import measure
 from extract.engines.reference import rows
 from extract.engines.rows import AttentionCall
-from extract.engines.visibility import see
+from extract.engines.visibility import Axis, see
 from extract.measurement import layout_of
 from extract.schema import HEADS
 from extract.statistics.attention import TOKEN_CLASSES, HeadQuantities
@@ -169,7 +169,7 @@ def test_known_patterns_give_their_closed_forms(letter, n):
     scores = torch.where(torch.tensor(pattern) > 0, 0.0, -1e4)[None, None].float()
     zeros = torch.zeros(1, dtype=torch.int64)
     mask = torch.where(torch.tensor(visible), scores, torch.finfo(torch.float32).min)
-    seen = see(mask, causal=False, start=zeros, length=zeros + n, tokens=n)
+    seen = see(mask, causal=False, queries=Axis(zeros, zeros + n, n))
     flat = torch.zeros(1, 1, n, 4)
     observed = summed(HeadObservation(rows(AttentionCall(flat, flat, flat, seen, 1.0), flat), seen))
     quantities = HeadQuantities(observed.values.numpy())
@@ -192,7 +192,7 @@ def test_known_patterns_give_their_closed_forms(letter, n):
 def test_a_single_token_has_no_normalised_entropy_and_no_distance_ratio(demo):
     ids = torch.tensor([[2023]])
     (row, *_) = measure(demo.model, input_ids=ids)["heads"].to_pylist()
-    undefined = {"entropy_normalized", "distance_vs_uniform", "mass_sink"}
+    undefined = {"entropy_normalized", "distance_vs_uniform", "distance_patches", "mass_sink"}
     assert {name for name, value in row.items() if value is None} == undefined
     assert row["mass_self"] == row["max_weight"] == row["attended_keys"] == 1 and row["entropy_nats"] == 0
 

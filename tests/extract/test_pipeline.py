@@ -135,9 +135,8 @@ def test_documents_and_sequences_account_for_everything(dataset):
     assert documents["sequences"].sum() == sequences.height == manifest["corpus"]["sequences"]
     assert (sequences["tokens"] - sequences["special_tokens"]).sum() == documents["tokens"].sum()
     assert heads.height == sequences.height * 6 * 12
-    assert (
-        heads.null_count().sum_horizontal()[0] == heads.height + heads["distance_vs_uniform"].null_count()
-    )  # mass_sink
+    unknown = heads["distance_vs_uniform"].null_count() + 2 * heads.height  # mass_sink and distance_patches
+    assert heads.null_count().sum_horizontal()[0] == unknown
     assert 0 <= manifest["padding_waste"] < 1
 
 

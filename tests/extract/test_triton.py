@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from extract.engines import reference
 from extract.engines.rows import AttentionCall, Rows
-from extract.engines.visibility import see
+from extract.engines.visibility import Axis, see
 from tests.extract.test_engines import assert_rows_agree, call_of, doubled, own_output
 
 # Triton asks when it is first imported, and when a kernel is called
@@ -67,7 +67,7 @@ def formula(call: AttentionCall) -> torch.Tensor:
     scores = exact.query @ key.transpose(-1, -2) * call.scale
     if call.softcap is not None:
         scores = (scores / call.softcap).tanh() * call.softcap
-    scores = scores.masked_fill(~call.visibility.seen(0, call.visibility.tokens), -torch.inf)
+    scores = scores.masked_fill(~call.visibility.seen(0, call.visibility.keys.tokens), -torch.inf)
     if call.sinks is not None:
         sink = call.sinks.double()[None, :, None, None].expand(*scores.shape[:-1], 1)
         return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ value
@@ -79,7 +79,7 @@ def whole_call(*, tokens: int, heads: int = 2, width: int = 16, size: float = 1.
     generator = torch.Generator().manual_seed(tokens)
     query, key, value = (torch.randn(1, heads, tokens, width, generator=generator) for _ in range(3))
     zeros = torch.zeros(1, dtype=torch.int64)
-    seen = see(mask, causal=causal, start=zeros, length=zeros + tokens, tokens=tokens)
+    seen = see(mask, causal=causal, queries=Axis(zeros, zeros + tokens, tokens))
     return AttentionCall(query * size, key, value, seen, width**-0.5, **others)
 
 
@@ -118,7 +118,7 @@ def test_the_kernels_agree_with_float64(blocks, **facts):
     output, rows = engine.attend_in_blocks(call, lambda: own_output(call).float(), blocks)
     absolute = 2e-5 * max(1.0, facts["size"])  # as every engine is held to
     assert_rows_agree(rows, exact, absolute=absolute, relative=1e-4)
-    real = call.visibility.real[:, None, :, None]
+    real = call.visibility.keys.real[:, None, :, None]
     torch.testing.assert_close(output.double() * real, own_output(call) * real, atol=absolute, rtol=1e-4)
 
 
@@ -192,12 +192,12 @@ def test_very_large_scores_stay_finite_and_exact(size):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 def test_rows_with_non_finite_scores_are_left_out_and_counted(poison):
     call = call_of(5, batch=1, heads=2, grouped=False, tokens=24, width=16, causal=False, size=1.0)
-    first = int(call.visibility.start[0])
+    first = int(call.visibility.keys.start[0])
     call.query[0, 1, first] = poison
     marker = torch.full_like(call.value, 7.0)
     output, rows = engine.attend_in_blocks(call, lambda: marker, SMALL)
     assert not rows.measured[0, 1, first]
-    assert rows.measured.sum() == 2 * int(call.visibility.length[0]) - 1
+    assert rows.measured.sum() == 2 * int(call.visibility.keys.length[0]) - 1
     assert output is marker
     named = {f.name: getattr(rows, f.name) for f in dataclasses.fields(Rows) if getattr(rows, f.name) is not None}
     assert all(t.isfinite().all() for t in named.values())
@@ -220,7 +220,7 @@ def test_rows_that_see_nothing_are_left_out():
 def test_what_stands_at_padding_does_not_matter():
     facts: dict[str, Any] = dict(batch=3, heads=2, grouped=False, tokens=24, width=16, causal=False, size=1.0)
     clean, soiled = call_of(7, **facts), call_of(7, **facts)
-    padding = ~clean.visibility.real
+    padding = ~clean.visibility.keys.real
     assert padding.any()
     for tensor in (soiled.query, soiled.key, soiled.value):
         tensor.transpose(1, 2)[padding] = torch.nan

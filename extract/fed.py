@@ -1,0 +1,155 @@
+"""What a run feeds a model: which part of it is measured, and which of its inputs are given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from extract.capture.grid import PIXELS
+from extract.capture.probe import PROBE_DECODER_TOKENS, PROBE_SEQUENCES, PROBE_TOKENS
+from extract.errors import CaptureError, Refusal
+from extract.images import Eye, pixels_of, read_again
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float
+    from torch import nn
+
+    from extract.capture.layout import Layout
+    from extract.engines.patches import Grid
+
+Stacks = Literal["encoder", "all"]
+Reads = Literal["texts", "images"]
+TEXT = ("input_ids",)
+MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+# the main inputs of models that read no texts
+_OTHER_INPUTS = (PIXELS, "pixel_values_videos", "input_features", "input_values")
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run: where they lie, how they are made into pixels, where their patches stand among tokens."""
+
+    folder: Path
+    eye: Eye
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+
+    def pixels(self, name: str, sha256: str) -> Float[np.ndarray, "channel row column"]:
+        """Of the image of this name, which must be as it was planned. Raises Refusal."""
+        return self.eye.pixels(read_again(self.folder / name, sha256))
+
+
+@dataclass(frozen=True)
+class Fed:
+    """The part of a model that is measured, the inputs of it that hold a sequence, and its layout."""
+
+    model: nn.Module
+    inputs: tuple[str, ...]
+    layout: Layout
+    images: Images | None = None
+
+
+def refuse_other_reader(model: nn.Module, reads: Reads) -> None:
+    """Raise Refusal where the corpus is of images and the model reads none, or the other way round."""
+    read = getattr(model, "main_input_name", "input_ids")
+    if reads == "images" and _part_that_sees(model) is None:
+        raise Refusal(
+            f"a corpus of images needs a model that reads {PIXELS}; {type(model).__name__} reads {read}; "
+            "give texts, or a model of images"
+        )
+    if reads == "texts" and read in _OTHER_INPUTS:
+        raise Refusal(
+            f"a corpus of texts needs a model that reads input_ids; {type(model).__name__} reads {read}; "
+            + ("give images, or a model of texts" if read == PIXELS else "give a model of texts")
+        )
+
+
+def fed_texts(model: nn.Module, tokenizer: Any, *, stacks: Stacks, device: torch.device) -> Fed:
+    """An encoder–decoder model's encoder alone, or all of it with the same tokens for its decoder; else the model.
+
+    Examined on ids of the tokenizer, where the model itself does not say how many there are.
+    """
+    from extract.measurement import layout_of, measured_part
+
+    both = stacks == "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    inputs = ("input_ids", "decoder_input_ids") if both else TEXT
+    given = [*inputs, *(MASK_OF[name] for name in inputs)]
+    part = measured_part(model, dict.fromkeys(given))
+    probe = _of_any_tokens(inputs, max(tokenizer.get_vocab().values(), default=0))
+    return Fed(part, inputs, layout_of(part, {name: tensor.to(device) for name, tensor in probe.items()}))
+
+
+def _of_any_tokens(inputs: Sequence[str], largest_id: int) -> dict[str, torch.Tensor]:
+    """A few ids, without padding, of other numbers for encoder and decoder: equal ones could be taken for each other."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = {"input_ids": PROBE_TOKENS, "decoder_input_ids": PROBE_DECODER_TOKENS}
+    ids = {
+        name: torch.randint(0, largest_id + 1, (PROBE_SEQUENCES, tokens[name]), generator=generator) for name in inputs
+    }
+    return ids | {MASK_OF[name]: torch.ones_like(of_input) for name, of_input in ids.items()}
+
+
+def fed_images(model: nn.Module, processor: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Fed:
+    """The part of a model that sees, examined on an image of noise as its preprocessor makes it. Raises Refusal."""
+    import torch
+
+    from extract.capture.grid import sight_of
+    from extract.measurement import grids_of, measured_part
+
+    seeing = _part_that_sees(model)
+    assert seeing is not None, "refused before"
+    part = measured_part(seeing, {PIXELS: None})
+    pixels = _of_noise(processor)
+    inputs = {PIXELS: torch.from_numpy(np.stack([pixels, pixels[:, ::-1].copy()])).to(device, dtype)}
+    layout = _layout_for(part, inputs)
+    sight = sight_of(part, layout, inputs)
+    if sight is None:
+        raise Refusal(
+            f"a run counts the tokens that an image becomes; {type(part).__name__} does not show them before its first "
+            "attention layer; measure it with extract.measure"
+        )
+    special = 0 if sight.grid is None else sight.tokens - sight.grid.patches
+    eye = Eye(processor, pixels.shape, sight.tokens, special)
+    return Fed(part, (PIXELS,), layout, Images(folder, eye, grids_of(part, layout, inputs)))
+
+
+def _of_noise(processor: Any) -> Float[np.ndarray, "channel row column"]:
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    return pixels_of(processor, Image.fromarray(noise))
+
+
+def _layout_for(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Layout:
+    from extract.measurement import layout_of
+
+    try:
+        return layout_of(model, inputs)
+    except (Refusal, CaptureError):
+        raise
+    except (ValueError, RuntimeError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Refusal(
+            f"a model takes the pixels that its own preprocessor makes; {type(model).__name__} does not take "
+            f"{list(inputs[PIXELS].shape[1:])} ({said}); use the preprocessor_config.json that belongs to it"
+        ) from error
+
+
+def _part_that_sees(model: nn.Module) -> nn.Module | None:
+    """The outermost part whose main input is pixels: the model itself, or a tower of it."""
+    if not hasattr(model, "config") and takes(model, PIXELS):  # a module of the user's own
+        return model
+    parts = (m for m in model.modules() if getattr(m, "config", None) is not None)
+    return next((m for m in parts if getattr(m, "main_input_name", None) == PIXELS), None)
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward names this input."""
+    return name in inspect.signature(model.forward).parameters

@@ -1,0 +1,187 @@
+"""What a model is given: the sequences of a batch, their real tokens, and a few tokens to examine it by."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from extract.capture.probe import PROBE_DECODER_TOKENS, PROBE_SEQUENCES, PROBE_TOKENS
+from extract.capture.watch import Batch, Tokens
+from extract.engines.visibility import axis_of, whole_axis
+from extract.errors import Refusal
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+# the input that says which tokens of another are real
+_MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+# inputs that are about tokens of text alone; a model that takes others is examined on the user's own
+_TEXT = {*_MASKS, *_MASKS.values(), "token_type_ids", "position_ids", "use_cache", "output_attentions"}
+
+
+def named_inputs(model: nn.Module, arguments: tuple[Any, ...], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """All inputs by the names of the model's forward; None is left out.
+
+    Raises Refusal where there is no tensor among them, or where forward does not take them.
+    """
+    try:
+        signature = inspect.signature(model.forward)
+        signature.bind_partial(*arguments, **inputs)
+        bound = signature.bind_partial(*arguments).arguments
+    except TypeError as error:
+        raise Refusal(f"inputs are those of {type(model).__name__}.forward; {error}; pass them by name") from error
+    named = {name: value for name, value in {**bound, **inputs}.items() if value is not None}
+    if not any(isinstance(value, torch.Tensor) for value in named.values()):
+        raise Refusal(
+            f"measure needs the tensors that the model reads, such as input_ids of shape [batch, token]; "
+            f"got {', '.join(named) or 'nothing'}"
+        )
+    ids = named.get("input_ids")
+    if "input_ids" in named and (not isinstance(ids, torch.Tensor) or ids.dim() < 2):
+        raise Refusal(f"measure needs input_ids of shape [batch, token]; got {_described(ids)}; pass a 2-d tensor")
+    return named
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def main_input(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The tensor that holds the sequences: the model's main input where it names one, else the first."""
+    named = inputs.get(getattr(model, "main_input_name", "input_ids"))
+    if isinstance(named, torch.Tensor):
+        return named
+    return next(value for value in inputs.values() if isinstance(value, torch.Tensor))
+
+
+def sequences_in(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """How many sequences a batch has. torch's own attention takes tokens first unless told otherwise."""
+    tensor = main_input(model, inputs)
+    if _grid(model, inputs) is not None:
+        return 1  # the patches of one image, see `apart`
+    if not tensor.is_floating_point() or hasattr(model, "config"):
+        return len(tensor)
+    if tensor.dim() == 2:
+        return 1  # one sequence without a batch
+    return tensor.shape[1 if is_sequence_first(model) else 0]
+
+
+def apart(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Inputs that hold the patches of several images one after the other, image by image; other inputs as they are.
+
+    Such a tower looks at each image by itself, so nothing is changed by giving them to it one at a time.
+    """
+    grid = _grid(model, inputs)
+    if grid is None or len(grid) == 1:
+        return [dict(inputs)]
+    patches = grid.prod(-1).tolist()
+    parts: list[dict[str, Any]] = [{} for _ in patches]
+    for name, value in inputs.items():
+        rows = len(value) if isinstance(value, torch.Tensor) and value.dim() else 0
+        sizes = patches if rows == sum(patches) else [1] * len(patches) if rows == len(patches) else None
+        of_images = [value] * len(patches) if sizes is None else value.split(sizes)
+        for part, of_image in zip(parts, of_images, strict=True):
+            part[name] = of_image
+    return parts
+
+
+def _grid(model: nn.Module, inputs: Mapping[str, Any]) -> Int[Tensor, "image 3"] | None:
+    """Frames, rows and columns of patches of each image, where the main input is patches side by side."""
+    patches = len(main_input(model, inputs)) if "input_ids" not in inputs else 0
+    for value in inputs.values():
+        whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dim() == 2
+        if whole and value.shape[1] == 3 and int(value.prod(-1).sum()) == patches:
+            return value
+    return None
+
+
+def is_sequence_first(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules())
+
+
+def batch_of(model: nn.Module, inputs: Mapping[str, Any], classes: Tensor | None = None) -> Batch:
+    """What is known of a batch from its inputs. `classes` are those of the vocabulary's ids."""
+    texts = {}
+    for name, mask in _MASKS.items():
+        ids = inputs.get(name)
+        if isinstance(ids, torch.Tensor) and ids.dim() >= 2 and not ids.is_floating_point():
+            texts[name] = _tokens(ids, inputs.get(mask), mask, classes)
+    return Batch(sequences_in(model, inputs), texts)
+
+
+def _tokens(
+    ids: Int[Tensor, "batch token *several"],
+    mask: Tensor | None,
+    name: str,
+    classes: Int[Tensor, " vocabulary"] | None,
+) -> Tokens:
+    if ids.dim() > 2:  # several ids to a token: codes of sound
+        first = _tokens(ids.flatten(2)[..., 0], mask, name, None)
+        return Tokens(first.axis)
+    of_ids = None if classes is None else classes[ids].long()
+    if mask is None:
+        return Tokens(whole_axis(ids.shape[0], ids.shape[1], ids.device), ids, of_ids)
+    if mask.dim() != 2:  # a mask of pairs of tokens: what no query sees is padding
+        return Tokens(None, ids, of_ids)
+    if mask.shape != ids.shape:
+        raise Refusal(f"{name} must be shaped like the ids {tuple(ids.shape)}; got {tuple(mask.shape)}")
+    axis = axis_of(mask != 0)
+    if axis is None:
+        raise Refusal(
+            f"the real tokens of a sequence must stand together (padding left or right of them); this {name} has "
+            "holes; remove the padding inside the sequences"
+        )
+    if not bool((axis.length > 0).all()):
+        row = int((axis.length == 0).nonzero()[0])
+        raise Refusal(f"a sequence has at least one real token; row {row} of {name} has none; leave it out")
+    return Tokens(axis, ids, of_ids)
+
+
+def probe_inputs(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[dict[str, Any], int]:
+    """Small inputs to examine a model on, and their number of sequences: a few tokens, or the first rows of `inputs`.
+
+    Without inputs a model is taken to be one of text.
+    """
+    names = {"input_ids"} if inputs is None else set(inputs)
+    vocabulary = _vocabulary(model)
+    several = inputs is not None and "input_ids" in inputs and inputs["input_ids"].dim() > 2
+    if "input_ids" in names and names <= _TEXT and vocabulary is not None and not several:
+        lengths = {"input_ids": PROBE_TOKENS, "decoder_input_ids": PROBE_DECODER_TOKENS}
+        probe = {name: _ids(model, vocabulary, length) for name, length in lengths.items() if name in names}
+        return probe, PROBE_SEQUENCES
+    if inputs is None:
+        raise Refusal(
+            f"a model is examined on a few tokens; {type(model).__name__} states no vocabulary; it is no model of text"
+        )
+    sequences = sequences_in(model, inputs)
+    few = min(sequences, 2)
+    if not hasattr(model, "config"):
+        return dict(inputs), sequences  # which dimension is which is known to the model alone
+    sliced = {
+        name: value[:few] if isinstance(value, torch.Tensor) and value.dim() and len(value) == sequences else value
+        for name, value in inputs.items()
+    }
+    return sliced, few
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    try:
+        embeddings = model.get_input_embeddings()  # pyright: ignore
+    except (AttributeError, NotImplementedError):
+        embeddings = None
+    stated = getattr(getattr(model, "config", None), "vocab_size", None)
+    return getattr(embeddings, "num_embeddings", None) or (stated if isinstance(stated, int) else None)
+
+
+def _ids(model: nn.Module, vocabulary: int, tokens: int) -> Int[Tensor, "batch token"]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (PROBE_SEQUENCES, tokens), generator=generator)
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if padding is not None and vocabulary > 1:
+        ids = ids.where(ids != padding, (padding + 1) % vocabulary)  # some families number positions past padding
+    return ids.to(next(model.parameters()).device)

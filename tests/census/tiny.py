@@ -1,0 +1,294 @@
+"""Any architecture of transformers as a tiny seeded model with inputs, built from its configuration alone.
+
+`python -m tests.census.tiny [model_type ...]` says of each whether it builds, runs, and returns patterns.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import math
+import signal
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from tests.census.shrink import shrunk
+
+Modality = Literal["text", "vision", "audio", "multimodal"]
+MOST_PARAMETERS, WORKERS, PATIENCE = 3_000_000, 2, 90
+GAIN = 1.5
+VISION = ("pixel", "image", "video", "visual", "grid_thw", "patch")
+AUDIO = ("input_values", "input_features", "audio", "speech", "spectro", "waveform")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model in eval mode, float32, and a batch of two for its forward pass."""
+
+    model_type: str
+    modality: Modality
+    model: nn.Module
+    inputs: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """Why there is no tiny model of this architecture, in one line."""
+
+    model_type: str
+    modality: Modality
+    reason: str
+
+
+def architectures() -> dict[str, Modality]:
+    """Every `model_type` that AutoModel maps, by what its forward pass takes."""
+    return {model_type: modality(model_type) for model_type in MODEL_MAPPING_NAMES}
+
+
+def config_of(model_type: str) -> PreTrainedConfig:
+    """The shrunk configuration."""
+    return shrunk(model_type, _gathered("EXCEPTIONS"), _gathered("SIZES"))
+
+
+def build(model_type: str, *, attention: str | None = None, gain: float = GAIN) -> Built | NotBuilt:
+    """The tiny model and its inputs; `attention` is transformers' `attn_implementation`, None its default."""
+    kind = modality(model_type)
+    try:
+        torch.manual_seed(0)
+        model = _model(config_of(model_type), attention)
+        randomise(model, gain)
+        torch.manual_seed(1)
+        return Built(model_type, kind, model, _inputs(kind, model_type, model))
+    except Exception as error:
+        return NotBuilt(model_type, kind, reason_of(error))
+
+
+def forward(built: Built, **options: Any) -> Any:
+    """The model's output for its inputs, without a cache where it can do without."""
+    if "use_cache" in takes(type(built.model)):
+        options = {"use_cache": False, **options}
+    torch.manual_seed(2)  # a few choose patches or noise at random even in eval mode
+    with torch.no_grad():
+        return built.model(**built.inputs, **options)
+
+
+def modality(model_type: str) -> Modality:
+    """What the architecture takes, from the names in its forward pass; a series of numbers counts as text."""
+    try:
+        model = model_class(model_type)
+        names = takes(model)
+    except Exception:  # a class that is missing, or a stand-in for one whose package is
+        return (
+            "audio"
+            if {"sampling_rate", "sample_rate"} & set(CONFIG_MAPPING[model_type].default_config_fields())
+            else "text"
+        )
+    text = "input_ids" in names or "decoder_input_ids" in names
+    vision = any(name.startswith(VISION) for name in names)
+    audio = any(name.startswith(AUDIO) for name in names)
+    if text + vision + audio > 1:
+        return "multimodal"
+    if not (text or vision or audio):  # hidden states of some kind: what the class declares
+        vision = bool({"image", "video"} & set(_listed(model.input_modalities)))
+        audio = "audio" in model.input_modalities or model.main_input_name.startswith(AUDIO)
+    return "vision" if vision else "audio" if audio else "text"
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def model_class(model_type: str) -> Any:
+    """AutoModel's class; the first where it has a choice."""
+    model = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
+    return model[0] if isinstance(model, (tuple, list)) else model
+
+
+@cache
+def takes(model: type[nn.Module]) -> tuple[str, ...]:
+    """The names of a model's forward pass."""
+    return tuple(inspect.signature(model.forward).parameters)
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def randomise(model: nn.Module, gain: float) -> None:
+    """Weights far from their initial ones, in place, so that no pattern is near uniform and no two heads are alike.
+
+    `gain` is how much larger than usual the products of a matrix are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    names = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                _randomise(parameter, owners[id(parameter)], names[id(parameter)], generator, gain)
+
+
+def _randomise(p: Tensor, owner: nn.Module, name: str, generator: torch.Generator, gain: float) -> None:
+    noise = torch.randn(p.shape, generator=generator)
+    if isinstance(owner, nn.Embedding):
+        p.copy_(noise)
+    elif p.ndim >= 2:
+        p.copy_(noise * gain / math.sqrt(_fan_in(p, owner)))
+    elif p.ndim == 1:
+        # Around the initial value: a scale's is one, or zero where the model adds the one itself; decay rates have theirs.
+        start = torch.where(p.isfinite() & (p.abs() < 100), p, 0.0)
+        p.copy_(start + noise * {"bias": 0.1, "weight": 0.2}.get(name, 0.5))
+
+
+def _fan_in(p: Tensor, owner: nn.Module) -> int:
+    if isinstance(owner, Conv1D):
+        return p.shape[0]
+    if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return p[0].numel()
+    return p.shape[-1]
+
+
+def _model(config: PreTrainedConfig, attention: str | None) -> nn.Module:
+    if model_class(config.model_type).forward is nn.Module.forward:
+        raise NotImplementedError("the class has no forward pass of its own")
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if (size := _parameters(config, options)) > MOST_PARAMETERS:
+        raise ValueError(f"too large: {size:,} parameters")
+    model = AutoModel.from_config(config, **options).eval().float()
+    if (size := sum(p.numel() for p in model.parameters())) > MOST_PARAMETERS:
+        raise ValueError(f"too large: {size:,} parameters")
+    return model
+
+
+def _parameters(config: PreTrainedConfig, options: dict[str, Any]) -> int:
+    """How many, without the memory; 0 where the model cannot be made that way."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModel.from_config(config, **options).parameters())
+    except Exception:
+        return 0
+
+
+def _inputs(kind: Modality, model_type: str, model: nn.Module) -> dict[str, Tensor]:
+    """From the module of the modality: `inputs(model_type, model)` in text.py, vision.py, audio.py or multimodal.py."""
+    return importlib.import_module(f"tests.census.{kind}").inputs(model_type, model)
+
+
+@cache
+def _gathered(table: str) -> dict[str, Any]:
+    """A table of the four modules as one: EXCEPTIONS by model_type, SIZES by a field's name."""
+    whole: dict[str, Any] = {}
+    for kind in ("text", "vision", "audio", "multimodal"):
+        if importlib.util.find_spec(f"tests.census.{kind}"):
+            whole |= getattr(importlib.import_module(f"tests.census.{kind}"), table, {})
+    return whole
+
+
+def main(model_types: list[str]) -> None:
+    """One line of each architecture, or of a modality's."""
+    known = architectures()
+    wanted = [t for t in known if not model_types or t in model_types or known[t] in model_types]
+    counts: Counter[str] = Counter()
+    for line in _lines(wanted):
+        print(line, flush=True)
+        counts[line.split("\t")[2]] += 1
+    print(dict(counts))
+
+
+def _lines(model_types: list[str]) -> Iterator[str]:
+    """Each in a process of its own, forked after the imports, two at a time: one that hangs or dies costs its line."""
+    context, waiting = get_context("fork"), list(reversed(model_types))
+    running: dict[Any, str] = {}
+    while waiting or running:
+        while waiting and len(running) < WORKERS:
+            model_type = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            context.Process(target=_send_line, args=(model_type, sender), daemon=True).start()
+            sender.close()
+            running[receiver] = model_type
+        for receiver in cast(list[Any], wait(list(running))):
+            model_type = running.pop(receiver)
+            try:
+                yield receiver.recv()
+            except EOFError:
+                yield f"{model_type}\t{modality(model_type)}\tnot built\tdied, or took more than {PATIENCE} s"
+
+
+def _send_line(model_type: str, sender: Connection) -> None:
+    signal.alarm(PATIENCE)
+    sender.send(_line(model_type))
+
+
+def _line(model_type: str) -> str:
+    built = build(model_type)
+    if isinstance(built, NotBuilt):
+        return "\t".join([model_type, built.modality, "not built", built.reason])
+    default = cast(Any, built.model).config._attn_implementation
+    head = [model_type, built.modality]
+    try:
+        if not finite(forward(built)):
+            return "\t".join([*head, "not finite", default, ""])
+    except Exception as error:
+        return "\t".join([*head, "forward fails", default, reason_of(error)])
+    return "\t".join([*head, "runs", default, patterns(model_type)])
+
+
+def finite(output: Any) -> bool:
+    """Whether every number that a forward pass returned is one."""
+    if isinstance(output, Tensor):
+        return bool(output.isfinite().all())
+    if isinstance(output, Mapping):
+        return all(finite(value) for value in output.values())
+    return not isinstance(output, (tuple, list)) or all(finite(value) for value in output)
+
+
+def patterns(model_type: str) -> str:
+    """What eager attention returns with `output_attentions`: how many tensors of which shape, by field."""
+    built = build(model_type, attention="eager")
+    if isinstance(built, NotBuilt):
+        return f"no eager: {built.reason}"
+    try:
+        output = forward(built, output_attentions=True)
+    except Exception as error:
+        return f"no eager: {reason_of(error)}"
+    return "; ".join(f"{name} {_shapes(value)}" for name, value in _patterns(output)) or "no patterns"
+
+
+def _patterns(output: Any, within: str = "") -> Iterator[tuple[str, Any]]:
+    """What is named attentions in an output and in the outputs of its towers."""
+    for name, value in output.items():
+        if isinstance(value, dict):
+            yield from _patterns(value, f"{within}{name}.")
+        elif name.endswith("attentions") and value is not None and len(value):
+            yield f"{within}{name}", value
+
+
+def _shapes(value: Any) -> str:
+    if isinstance(value, Tensor):
+        value = [value]
+    counts = Counter(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in value)
+    return " ".join(f"{count}x{shape}" for shape, count in counts.items())
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    main(sys.argv[1:])

@@ -1,0 +1,58 @@
+"""The command line over a model folder of each kind: attention by SDPA, by interface, by hand; a dataset that verifies."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.extract.checkpoints import TEXT, model_of, save
+from tests.flows.conftest import Ended
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("test_server")]
+
+# family: the class that is saved, the name of the stack that is measured
+FAMILIES = {
+    "bert": ("BertForMaskedLM", "encoder"),
+    "roberta": ("RobertaForSequenceClassification", "encoder"),
+    "albert": ("AlbertForMaskedLM", "encoder"),
+    "modernbert": ("ModernBertForMaskedLM", "encoder"),
+    "mpnet": ("MPNetModel", "encoder"),
+    "deberta-v2": ("DebertaV2Model", "encoder"),
+    "gpt2": ("GPT2LMHeadModel", "decoder"),
+    "llama": ("LlamaForCausalLM", "decoder"),
+    "gemma2": ("Gemma2ForCausalLM", "decoder"),
+    "mixtral": ("MixtralForCausalLM", "decoder"),
+    "t5": ("T5EncoderModel", "encoder"),
+    "bart": ("BartForConditionalGeneration", "encoder"),
+}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A document longer than a sequence and one that is shorter, so that there is padding."""
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": t}) + "\n" for t in (TEXT, "The cat sat.")))
+    return file
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_over_a_saved_model_gives_a_dataset_that_verifies(
+    attlas: Callable[..., Ended], tmp_path: Path, texts: Path, family: str
+) -> None:
+    kind, stack = FAMILIES[family]
+    model, out = save(model_of(family, kind), tmp_path / family, max_shard_size="20KB"), tmp_path / "out"
+    code, _, err = attlas("run", "--model", model, "--corpus", texts, "--out", out, "--max-length", 24)
+    assert code == 0, err
+    code, said, err = attlas("verify", out)
+    assert code == 0, said + err
+    heads = pq.read_table(out / "heads")
+    assert set(heads["stack"].to_pylist()) == {stack}
+    sequences = pq.read_table(out / "sequences").num_rows
+    assert heads.num_rows == 2 * 4 * sequences
+    assert sequences > 2
+    assert heads["entropy_nats"].null_count == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["model"]["name"] == family
+    assert manifest["model"]["residual"] == "measured"
