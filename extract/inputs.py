@@ -53,7 +53,8 @@ def _described(value: Any) -> str:
 
 def main_input(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The tensor that holds the sequences: the model's main input where it names one, else the first."""
-    named = inputs.get(getattr(model, "main_input_name", "input_ids"))
+    name = getattr(model, "main_input_name", "input_ids")
+    named = inputs.get(name) if isinstance(name, str) else None
     if isinstance(named, torch.Tensor):
         return named
     return next(value for value in inputs.values() if isinstance(value, torch.Tensor))

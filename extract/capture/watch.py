@@ -158,6 +158,9 @@ class _Watch:
 
     def __post_init__(self) -> None:
         self.softmaxes = Softmaxes(self.finished)
+        # an engine's output is the model's own where tokens are real; where cross-attention goes over what no mask tells
+        # of, it may go over padding too, and every place must be the model's own
+        self.padding_is_read = any(a.crosses and a.keys is None for a in self.layout.attentions)
 
     def attend(self, request: Request) -> Tensor:
         """Make an attention call that comes through torch or the interface, and observe it."""
@@ -186,6 +189,8 @@ class _Watch:
         attend = reference.attend if call.visibility.crosses else self.engine.attend
         output, rows = attend(call, lambda: request.plain().reshape(*query.shape[:-1], -1))
         self._observe(attention, call.visibility, rows, output)
+        if self.padding_is_read:
+            output = request.plain()
         return output.reshape(*packed[:-1], output.shape[-1])
 
     def finished(self, product: Product) -> None:
@@ -317,8 +322,14 @@ def _visible(scores: Tensor) -> Bool[Tensor, "batch head query key"]:
 
 def _by_sequence(sums: HeadSums, sequences: int, attention: Attention) -> HeadSums:
     """Sums of sequences that the model has cut into windows, put together; what is no sum is not known then."""
-    pieces = sums.values.shape[1] // sequences
-    if pieces <= 1:
+    pieces, rest = divmod(sums.values.shape[1], sequences)
+    if rest:
+        raise CaptureError(
+            f"a stack attends over as many rows as the batch has sequences, or over windows of them; layer "
+            f"{attention.layer} of the {attention.stack} has {sums.values.shape[1]} rows for {sequences} sequences; give "
+            "the inputs of one sequence at a time"
+        )
+    if pieces == 1:
         return sums
     values = sums.values.unflatten(1, (pieces, sequences) if attention.batch_last else (sequences, pieces))
     if attention.batch_last:

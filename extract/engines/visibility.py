@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # rows × keys of one block of a mask or pattern, over batch × head: bounds memory, not results
 BLOCK_ELEMENTS = 1 << 23
+# what is added to hide padding, −10,000 in older models, is below; no weight is left of a score so far below others
+_OPEN = -5000
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ def _read(mask: Tensor, plain: Visibility, *, causal: bool) -> tuple[Tensor, Ten
         allowed = _allows(block)
         if not biased and mask.dtype != torch.bool:
             biased = bool((block.masked_fill(~allowed, 0) != 0).any())
-        _refuse_seen_padding(allowed, plain, first, last, causal=causal)
+        _refuse_seen_padding(allowed if mask.dtype == torch.bool else block > _OPEN, plain, first, last, causal=causal)
         among_real = allowed & plain.seen(first, last)
         count = among_real.sum(-1)
         low = among_real.int().argmax(-1)

@@ -35,6 +35,16 @@ ABSOLUTE, RELATIVE = 1e-5, 1e-4
 SMALL_GAIN = 0.2
 # they return the pattern before its sink takes a share, and multiply what comes of it by the rest
 BEFORE_SINKS = ("granite_swa", "granitemoe_swa")
+# what is called attention there is no softmax over keys, so there is no pattern
+WITHOUT_PATTERN = {
+    "autoformer": "weighs delays of the whole series by autocorrelation",
+    "mobilevitv2": "one vector of weights for all queries",
+    "mra": "approximates by blocks of several resolutions, without a softmax",
+    "patchtsmixer": "a gate of softmax over features",
+    "rwkv": "a recurrence",
+    "swiftformer": "one vector of weights for all queries",
+    "yoso": "estimates by hashing, without a softmax",
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ def entry(model_type: str) -> Entry:
         for said, making in (
             ("with smaller weights", Making(model_type, gain=SMALL_GAIN)),
             ("in float64", Making(model_type, double=True)),
+            ("with few tokens", Making(model_type, gain=SMALL_GAIN, tokens=6)),
+            ("as it attends by eager code", Making(model_type, attention="eager")),
         ):
             again = _compared(making)
             if again.outcome in (EXACT, FALLBACK):
@@ -82,10 +94,16 @@ class Making:
     model_type: str
     gain: float = GAIN
     double: bool = False
+    tokens: int | None = None
+    attention: str | None = None  # as it is measured
 
     def built(self, attention: str | None = None) -> Built | NotBuilt:
-        built = build(self.model_type, attention=attention, gain=self.gain)
-        if isinstance(built, NotBuilt) or not self.double:
+        built = build(self.model_type, attention=attention or self.attention, gain=self.gain)
+        if isinstance(built, NotBuilt):
+            return built
+        if self.tokens is not None:
+            built = replace(built, inputs={n: x[:, : self.tokens] for n, x in built.inputs.items()})
+        if not self.double:
             return built
         inputs = {n: x.double() if x.is_floating_point() else x for n, x in built.inputs.items()}
         return replace(built, model=built.model.double(), inputs=inputs)
@@ -104,6 +122,8 @@ def _compared(making: Making) -> Entry:
     try:
         tables, layout = measured(built)
     except (CaptureError, Refusal) as error:
+        if model_type in WITHOUT_PATTERN:
+            return Entry(model_type, kind, WITHOUT, WITHOUT_PATTERN[model_type])
         outcome = REFUSED if any(p.returned or p.softmaxes for p in own) or attends(built) else WITHOUT
         return Entry(model_type, kind, outcome, "" if outcome == WITHOUT else str(error))
     except Exception as error:
@@ -171,11 +191,16 @@ def _own(making: Making, built: Built) -> Own:
             break
         except Exception:
             continue
-    own = [p.double() for p in returned if is_distribution(p)]
+    own = [p.double() for p in returned if is_distribution(p) and not _is_average(p)]
     own = [p for n, p in enumerate(own) if not any(p is q or torch.equal(p, q) for q in own[:n])]
     if making.model_type in BEFORE_SINKS:
         own = [p * share[..., None] for p, share in zip(own, recorder.shares, strict=True)]
     return Own(built.inputs, [_whole(p, recorder.made) for p in own], recorder.made)
+
+
+def _is_average(pattern: Tensor) -> bool:
+    """Whether it is one pattern for all heads: torch's multi-head attention averages them unless told otherwise."""
+    return pattern.dim() == 4 and pattern.shape[1] > 1 and bool((pattern == pattern[:, :1]).all())
 
 
 def _whole(pattern: Tensor, softmaxes: list[Tensor]) -> Tensor:
@@ -251,7 +276,10 @@ def difference(
             return "heads are of other tokens"
     if not attention.crosses and pattern.shape[2] != pattern.shape[3]:
         return "heads look at something else"
-    pieces = pattern.unflatten(0, (sequences, -1))
+    windows = len(pattern) // sequences
+    # of each sequence in turn, or the first of each first: as the seam found it by changing the order of sequences
+    of_sequences = pattern.unflatten(0, (windows, sequences)).transpose(0, 1) if attention.batch_last else None
+    pieces = pattern.unflatten(0, (sequences, windows)) if of_sequences is None else of_sequences
     for (sequence, head), row in rows.items():
         queries, keys = (
             real_of(pieces[sequence], sequence, name, side, inputs)
@@ -259,6 +287,8 @@ def difference(
         )
         parts = [p[queries][:, keys].numpy() for p in pieces[sequence, :, head]]
         # heads share a mask, and a weight that underflows in one need not in another
+        if any(0 in part.shape for part in parts):
+            return "has no real tokens there"
         visible = [(p.amax(0) > 0)[queries][:, keys].numpy() for p in pieces[sequence]]
         for name, value in expected_columns(parts, visible, crosses=attention.crosses).items():
             if not agree(row[name], value):
