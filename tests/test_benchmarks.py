@@ -27,6 +27,7 @@ NAMES = (
     "forward/gpt2-1024",
     "run/minilm-128",
     "usual/minilm-512",
+    "usual-by-one/minilm-512",
     "memory/bert-base-8192",
     "bytes-per-row/heads",
 )
@@ -227,7 +228,7 @@ def test_diagonals_are_summed_by_their_distance():
 
 def test_the_usual_way_is_timed_from_batch_to_parquet_in_a_process_of_its_own(demo_once, tmp_path: Path):
     ids = workloads.minilm(2, 16).ids
-    with usual.usual_process(ids, tmp_path) as theirs:
+    with usual.usual_process(ids, tmp_path, at_once=1) as theirs:
         assert 0 < theirs() < 60
     assert {path.name for path in tmp_path.iterdir()} == {f"{table}.parquet" for table in USUAL_KEYS}
     assert pq.read_table(tmp_path / "heads.parquet").num_rows == 2 * 6 * 12
@@ -235,11 +236,11 @@ def test_the_usual_way_is_timed_from_batch_to_parquet_in_a_process_of_its_own(de
 
 def test_both_ways_are_compared_in_one_result(demo_once, monkeypatch):
     @contextmanager
-    def here(ids, folder):
+    def here(ids, folder, *, at_once):
         yield lambda: 1.0
 
     monkeypatch.setattr(usual, "usual_process", here)
-    result = usual.parquet_against_usual(demo_once, workloads.minilm(2, 16), repeats=2)
+    result = usual.parquet_against_usual(demo_once, workloads.minilm(2, 16), repeats=2, at_once=2)
     assert result.theirs == 32
     assert result.ours > 0
     assert len(result.paired) == 2
@@ -249,7 +250,7 @@ def test_a_usual_side_that_ends_by_itself_is_an_error(monkeypatch, tmp_path: Pat
     monkeypatch.setattr(usual, "ROOT", tmp_path)  # where there is no such module
     with (
         pytest.raises(RuntimeError, match="ended by itself, with status 1"),
-        usual.usual_process(torch.ones(1, 1), tmp_path),
+        usual.usual_process(torch.ones(1, 1), tmp_path, at_once=1),
     ):
         pass
 

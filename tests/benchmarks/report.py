@@ -21,7 +21,8 @@ ratio is ours ÷ theirs, each the quickest of its runs; median and range are tho
 forward/*  tokens/s of a measured forward pass, every column included, against the plain one (real tokens alone count)
 run/*      tokens/s from tokenisation to Parquet and manifest, against plain passes over the same batches; the model's
            loading and Prefect's start are left out: they cost the same however large the corpus is
-usual/*    tokens/s from a batch to Parquet, against eager patterns and the statistics that follow from them in torch
+usual/*    tokens/s from a batch to Parquet, against eager patterns, hooks and the same statistics in torch, in a process of its
+           own with torch's allocator as it is; usual-by-one gives its model one sequence at a time
 memory/*   growth of the process at its peak, and its difference, against the plain pass
 bytes/*    of a `heads` row on disk, against pyarrow's defaults"""
 

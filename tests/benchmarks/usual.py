@@ -57,13 +57,19 @@ ROOT = Path(__file__).parents[2]
 _HOOKED = ("query", "key", "value", "attention.output.dense", "LayerNorm")
 
 
-def minilm_usual(work: Workload, repeats: int) -> Result:
-    return parquet_against_usual(demo(), work, repeats)
+def minilm_usual(work: Workload, repeats: int, *, at_once: int) -> Result:
+    return parquet_against_usual(demo(), work, repeats, at_once=at_once)
 
 
-def parquet_against_usual(encoder: Encoder, work: Workload, repeats: int) -> Result:
-    """From a batch of the demo model's ids, without padding, to Parquet, both ways."""
-    with tempfile.TemporaryDirectory() as folder, usual_process(work.ids, Path(folder) / "usual") as theirs:
+def parquet_against_usual(encoder: Encoder, work: Workload, repeats: int, *, at_once: int) -> Result:
+    """From a batch of the demo model's ids, without padding, to Parquet, both ways.
+
+    `at_once` is how many sequences the usual side gives its model.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        usual_process(work.ids, Path(folder) / "usual", at_once=at_once) as theirs,
+    ):
         ours = partial(seconds_of, our_way(encoder, work.ids, Path(folder) / "ours"))
         for _ in range(2):  # compiled and warm before anything counts
             ours()
@@ -86,20 +92,20 @@ def our_way(encoder: Encoder, ids: Int[Tensor, "batch token"], folder: Path) -> 
     return run
 
 
-def usual_way(encoder: Encoder, ids: Int[Tensor, "batch token"], folder: Path) -> Callable[[], None]:
+def usual_way(encoder: Encoder, ids: Int[Tensor, "batch token"], folder: Path, *, at_once: int) -> Callable[[], None]:
     model = eager_copy(encoder.model)
     classes = torch.from_numpy(token_classes(encoder.tokenizer)[ids].astype(np.int64))
     folder.mkdir(exist_ok=True)
 
     def run() -> None:
-        for name, table in usual_tables(model, ids, classes).items():
+        for name, table in usual_tables(model, ids, classes, at_once=at_once).items():
             pq.write_table(table, folder / f"{name}.parquet")
 
     return run
 
 
 @contextmanager
-def usual_process(ids: Int[Tensor, "batch token"], folder: Path) -> Iterator[Callable[[], float]]:
+def usual_process(ids: Int[Tensor, "batch token"], folder: Path, *, at_once: int) -> Iterator[Callable[[], float]]:
     """A process that does it the usual way whenever it is told to, and answers with the seconds that it took."""
     command = [sys.executable, "-m", __name__]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -112,7 +118,7 @@ def usual_process(ids: Int[Tensor, "batch token"], folder: Path) -> Iterator[Cal
                 raise RuntimeError(f"the usual side's process ended by itself, with status {process.wait()}")
             return json.loads(answer)
 
-        threads = ask(ids=ids.tolist(), folder=str(folder))
+        threads = ask(ids=ids.tolist(), folder=str(folder), at_once=at_once)
         assert threads == torch.get_num_threads(), "both sides compute with as many threads"
         yield ask
 
@@ -120,7 +126,7 @@ def usual_process(ids: Int[Tensor, "batch token"], folder: Path) -> Iterator[Cal
 def main() -> None:
     """The usual side: read what to work on, then work as often as a line comes, until there are no more."""
     task = json.loads(sys.stdin.readline())
-    run = usual_way(demo(), torch.tensor(task["ids"]), Path(task["folder"]))
+    run = usual_way(demo(), torch.tensor(task["ids"]), Path(task["folder"]), at_once=task["at_once"])
     print(torch.get_num_threads(), flush=True)
     for _ in sys.stdin:
         print(seconds_of(run), flush=True)
