@@ -90,6 +90,8 @@ def try_out(name: str, model: nn.Module, largest_id: int) -> None:
     import torch
 
     ids = torch.tensor([[largest_id]])
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # as when it is measured
     with torch.inference_mode():
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -100,6 +102,8 @@ def try_out(name: str, model: nn.Module, largest_id: int) -> None:
             ) from error
         except Exception as error:
             _refuse_failed(_parts(name)[0], error)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _parts(name: str) -> tuple[Path, str]:

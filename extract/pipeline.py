@@ -335,6 +335,7 @@ def _run(
         "schema_version": SCHEMA_VERSION,
         "attlas": version("attlas"),
         "model": encoder.name,
+        "revision": encoder.revision,
         "weights_digest": encoder.weights_digest(),
         **_reader_digest(encoder),
         "corpus": corpus.name,

@@ -56,3 +56,42 @@ def test_a_run_over_a_saved_model_gives_a_dataset_that_verifies(
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["model"]["name"] == family
     assert manifest["model"]["residual"] == "measured"
+
+
+OWN = """
+from torch import nn
+
+from tests.extract.checkpoints import VOCABULARY, tokenizer_of
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 16)
+        self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+
+    def forward(self, input_ids, attention_mask):
+        return self.body(self.embed(input_ids), src_key_padding_mask=attention_mask == 0)
+
+
+def build():
+    return Own(), tokenizer_of()
+"""
+
+
+def test_a_users_own_encoder_runs_when_its_file_and_function_are_named(
+    attlas: Callable[..., Ended], tmp_path: Path, texts: Path
+) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    name, out = f"{tmp_path / 'own.py'}:build", tmp_path / "out"
+    code, _, err = attlas("run", "--model", name, "--corpus", texts, "--out", out, "--max-length", 24)
+    assert code == 0, err
+    code, said, err = attlas("verify", out)
+    assert code == 0, said + err
+    heads = pq.read_table(out / "heads")
+    assert set(heads["stack"].to_pylist()) == {"encoder"}
+    assert set(heads["layer"].to_pylist()) == {0, 1}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["model"]["name"] == "own.py:build"
+    assert manifest["model"]["residual"] == "measured"
+    assert {a["way"] for a in manifest["model"]["layout"]["attention"]} == {"sdpa"}
