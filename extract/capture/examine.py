@@ -172,7 +172,11 @@ def _assert_whole(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> 
     """Refuse a model that has shown less than it has; gives the layers that have no pattern to show."""
     name = type(model).__name__
     if not trace.calls:
-        raise CaptureError(f"a model is measured by its attention; {name} showed none on a few tokens")
+        raise CaptureError(
+            f"a model is measured by its attention; {name} showed none on a few tokens: seen are "
+            "torch's scaled_dot_product_attention, transformers' attention interface, and a softmax over keys times values; "
+            "attention by blocks, by hashing or without a softmax is not measured"
+        )
     _assert_every_kind_showed(model, trace)
     confirmed = _assert_own_patterns(model, inputs, trace)
     expected = expected_layers(model)
@@ -330,12 +334,13 @@ def expected_layers(model: nn.Module) -> int | None:
 
 
 def _layers_without_pattern(model: nn.Module, trace: Trace) -> tuple[str, ...]:
-    """Members of a list of layers that showed no pattern while others of the list did."""
+    """Members of a list of layers that showed no pattern while others of the list did; lists inside layers are parts."""
     attending = {name for call in trace.calls for name in call.inside}
-    silent = []
+    silent, lists = [], []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList):
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{other}.") for other in lists):
             continue
+        lists.append(name)
         layers = [f"{name}.{n}" if name else n for n, _ in module.named_children()]
         if any(layer in attending for layer in layers):
             silent += [layer for layer in layers if layer not in attending and layer in trace.ran]
