@@ -15,7 +15,7 @@ from extract.fed import Reads, refuse_other_reader
 from extract.images import load_processor
 from extract.model_code import build_model, is_model_code, shown_name, try_out
 from extract.model_folder import check_model_name, find_model, is_path
-from extract.model_loading import Source, first_line, load_model
+from extract.model_loading import Source, in_short, load_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -158,7 +158,7 @@ def _load_tokenizer(name: str, path: str, options: dict[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # the tokenizers library raises no type of its own
-        raise _without_tokenizer(name, f"{type(error).__name__}: {first_line(error)}") from error
+        raise _without_tokenizer(name, f"{type(error).__name__}: {in_short(error)}") from error
     # without the files of its vocabulary transformers makes one that knows no word
     known = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - set(tokenizer.added_tokens_encoder)
     if len(known) <= 1:

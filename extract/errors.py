@@ -7,3 +7,8 @@ class Refusal(ValueError):
 
 class CaptureError(RuntimeError):
     """A model that does not show what was asked of it: a missed pattern, a broken residual identity."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

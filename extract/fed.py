@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from extract.capture.grid import PIXELS
-from extract.capture.probe import PROBE_DECODER_TOKENS, PROBE_SEQUENCES, PROBE_TOKENS
-from extract.errors import CaptureError, Refusal
+from extract.errors import CaptureError, Refusal, first_line
 from extract.images import Eye, pixels_of, read_again
+from extract.inputs import MASK_OF, PROBED, random_ids
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 Stacks = Literal["encoder", "all"]
 Reads = Literal["texts", "images"]
 TEXT = ("input_ids",)
-MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 # the main inputs of models that read no texts
 _OTHER_INPUTS = (PIXELS, "pixel_values_videos", "input_features", "input_values")
 
@@ -85,14 +84,10 @@ def fed_texts(model: nn.Module, tokenizer: Any, *, stacks: Stacks, device: torch
 
 
 def _of_any_tokens(inputs: Sequence[str], largest_id: int) -> dict[str, torch.Tensor]:
-    """A few ids, without padding, of other numbers for encoder and decoder: equal ones could be taken for each other."""
+    """A few ids for each input, without padding."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    tokens = {"input_ids": PROBE_TOKENS, "decoder_input_ids": PROBE_DECODER_TOKENS}
-    ids = {
-        name: torch.randint(0, largest_id + 1, (PROBE_SEQUENCES, tokens[name]), generator=generator) for name in inputs
-    }
+    ids = {name: random_ids(largest_id + 1, PROBED[name]) for name in inputs}
     return ids | {MASK_OF[name]: torch.ones_like(of_input) for name, of_input in ids.items()}
 
 
@@ -135,7 +130,7 @@ def _layout_for(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Layout:
     except (Refusal, CaptureError):
         raise
     except (ValueError, RuntimeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         raise Refusal(
             f"a model takes the pixels that its own preprocessor makes; {type(model).__name__} does not take "
             f"{list(inputs[PIXELS].shape[1:])} ({said}); use the preprocessor_config.json that belongs to it"

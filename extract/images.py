@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extract.errors import Refusal
+from extract.errors import Refusal, first_line
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -95,7 +95,7 @@ def load_processor(name: str, path: str, **options: Any) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(path, backend="pil", **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         raise Refusal(
             f"a model that reads images comes with its preprocessor_config.json; none could be loaded from {name} "
             f"({said}); save the image processor into the same folder"

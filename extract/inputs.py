@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # the input that says which tokens of another are real
-_MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+# how many tokens of each a probe has: other numbers, since equal ones could be taken for each other
+PROBED = {"input_ids": PROBE_TOKENS, "decoder_input_ids": PROBE_DECODER_TOKENS}
 # inputs that are about tokens of text alone; a model that takes others is examined on the user's own
-_TEXT = {*_MASKS, *_MASKS.values(), "token_type_ids", "position_ids", "use_cache", "output_attentions"}
+_TEXT = {*MASK_OF, *MASK_OF.values(), "token_type_ids", "position_ids", "use_cache", "output_attentions"}
 
 
 def named_inputs(model: nn.Module, arguments: tuple[Any, ...], inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def is_sequence_first(model: nn.Module) -> bool:
 def batch_of(model: nn.Module, inputs: Mapping[str, Any], classes: Tensor | None = None) -> Batch:
     """What is known of a batch from its inputs. `classes` are those of the vocabulary's ids."""
     texts = {}
-    for name, mask in _MASKS.items():
+    for name, mask in MASK_OF.items():
         ids = inputs.get(name)
         if isinstance(ids, torch.Tensor) and ids.dim() >= 2 and not ids.is_floating_point():
             texts[name] = _tokens(ids, inputs.get(mask), mask, classes)
@@ -152,8 +154,7 @@ def probe_inputs(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[di
     vocabulary = _vocabulary(model)
     several = inputs is not None and "input_ids" in inputs and inputs["input_ids"].dim() > 2
     if "input_ids" in names and names <= _TEXT and vocabulary is not None and not several:
-        lengths = {"input_ids": PROBE_TOKENS, "decoder_input_ids": PROBE_DECODER_TOKENS}
-        probe = {name: _ids(model, vocabulary, length) for name, length in lengths.items() if name in names}
+        probe = {name: _ids(model, vocabulary, tokens) for name, tokens in PROBED.items() if name in names}
         return probe, PROBE_SEQUENCES
     if inputs is None:
         raise Refusal(
@@ -180,9 +181,14 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def _ids(model: nn.Module, vocabulary: int, tokens: int) -> Int[Tensor, "batch token"]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (PROBE_SEQUENCES, tokens), generator=generator)
+    ids = random_ids(vocabulary, tokens)
     padding = getattr(getattr(model, "config", None), "pad_token_id", None)
     if padding is not None and vocabulary > 1:
         ids = ids.where(ids != padding, (padding + 1) % vocabulary)  # some families number positions past padding
     return ids.to(next(model.parameters()).device)
+
+
+def random_ids(vocabulary: int, tokens: int) -> Int[Tensor, "sequence token"]:
+    """Ids of a probe, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary, (PROBE_SEQUENCES, tokens), generator=generator)

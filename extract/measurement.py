@@ -157,10 +157,11 @@ def measure(
     chosen = choose(engine, device=device.type)
     classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=device)
     parts = apart(model, given)
-    for part in parts:
-        batch_of(model, part, classes)  # refuses what cannot be measured before the model runs
+    batches = [
+        batch_of(model, part, classes) for part in parts
+    ]  # what cannot be measured is refused before the model runs
     layout = layout_of(model, parts[0])
-    batches = [_batch(model, layout, part, classes) for part in parts]
+    batches = [_as_found(batch, model, layout, part) for batch, part in zip(batches, parts, strict=True)]
     collector = Collector(sum(batch.sequences for batch in batches))
     for number, (part, batch) in enumerate(zip(parts, batches, strict=True)):
         if len(parts) > 1:
@@ -169,8 +170,9 @@ def measure(
     return _tables(collector.measured, layout, with_classes=classes is not None, residual=residual)
 
 
-def _batch(model: nn.Module, layout: Layout, inputs: Mapping[str, Any], classes: Tensor | None) -> Batch:
-    batch = replace(batch_of(model, inputs, classes), grids=grids_of(model, layout, inputs))
+def _as_found(batch: Batch, model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> Batch:
+    """The batch with what is known of it once the model is examined."""
+    batch = replace(batch, grids=grids_of(model, layout, inputs))
     return replace(batch, sequences=1) if layout.packed else batch
 
 

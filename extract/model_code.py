@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from extract.errors import Refusal
+from extract.errors import Refusal, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +51,7 @@ def check_model_code(name: str) -> None:
         tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError) as error:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise Refusal(f"a model of your own is Python; {file}{where}: {_said(error)}; mend that place") from error
+        raise Refusal(f"a model of your own is Python; {file}{where}: {first_line(error)}; mend that place") from error
     names = set(_defined(tree))
     if function in names or "*" in names:
         return
@@ -98,7 +98,7 @@ def try_out(name: str, model: nn.Module, largest_id: int) -> None:
         except IndexError as error:
             raise Refusal(
                 f"a tokenizer's ids are rows of the model's embedding table; the module of {name} has no row for "
-                f"{largest_id}, the largest id of its tokenizer ({_said(error)}); make the table larger"
+                f"{largest_id}, the largest id of its tokenizer ({first_line(error)}); make the table larger"
             ) from error
         except Exception as error:
             _refuse_failed(_parts(name)[0], error)
@@ -164,7 +164,7 @@ def _refuse_failed(file: Path, error: BaseException) -> NoReturn:
     lines = [f.lineno for f in frames if Path(f.filename).resolve() == file.resolve()]
     where = f", line {lines[-1]}" if lines else ""
     raise Refusal(
-        f"a model of your own must build and run; {file}{where}: {type(error).__name__}: {_said(error)}; mend that place"
+        f"a model of your own must build and run; {file}{where}: {type(error).__name__}: {first_line(error)}; mend that place"
     ) from error
 
 
@@ -208,7 +208,3 @@ def _described(value: Any) -> str:
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}: {', '.join(type(v).__name__ for v in value)}"
     return "None" if value is None else f"a {type(value).__name__}"
-
-
-def _said(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

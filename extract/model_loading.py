@@ -59,7 +59,7 @@ def load_model(source: Source, *, dtype: Any) -> nn.Module:
 def _unloadable(source: Source, error: Exception, report: list[str]) -> Refusal:
     """The refusal for what transformers said of a model: its error, and the lines of its report that explain it."""
     unmade = [line.partition(" | ")[0].strip() for line in "\n".join(report).splitlines() if "| CONVERSION" in line]
-    said = f"of its weights {_some(unmade)} can't be made" if unmade else first_line(error)
+    said = f"of its weights {_some(unmade)} can't be made" if unmade else in_short(error)
     if source.local:
         from transformers import __version__
 
@@ -159,7 +159,7 @@ def _its_report() -> Iterator[list[str]]:
         logger.removeFilter(keep)
 
 
-def first_line(error: BaseException) -> str:
+def in_short(error: BaseException) -> str:
     """What an error says, in one line and not more than a few."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return textwrap.shorten(" ".join(lines[:2]), 240, placeholder=" …")

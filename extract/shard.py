@@ -15,8 +15,9 @@ import torch
 from extract.batching import batches, padded_positions
 from extract.capture.watch import Batch, Tokens
 from extract.engines.visibility import Axis
-from extract.errors import Refusal
-from extract.fed import MASK_OF, TEXT, Images, takes
+from extract.errors import Refusal, first_line
+from extract.fed import TEXT, Images, takes
+from extract.inputs import MASK_OF
 from extract.measurement import Collector, Measurements, heads_table, observe, profiles_table, residual_table
 from extract.memory import is_out_of_memory, let_go
 
@@ -125,7 +126,7 @@ def _observe(instrument: Instrument, rows: list[_Row], collector: Collector) -> 
 
 
 def _too_long(row: _Row, instrument: Instrument, error: Exception) -> Refusal:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = first_line(error)
     return Refusal(
         f"a sequence must fit into memory by itself; one of {row.tokens} tokens does not, on {instrument.encoder.device} "
         f"({said}); use a smaller --max-length, a --dtype of fewer bytes, or a machine with more memory"

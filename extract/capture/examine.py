@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from torch import nn
 from extract.capture.interface import attending_by, configurations
 from extract.capture.layout import Attention, Layout
 from extract.capture.probe import PROBE_TOKENS, Call, Trace, same, trace_of
-from extract.capture.seam import first_tensor, read_tensor, weight_by_input
+from extract.capture.seam import first_tensor, is_stream, read_tensor, weight_by_input
 from extract.capture.sites import find_sites, one_refusal
 from extract.capture.stacks import stacks_of
 from extract.errors import CaptureError
@@ -62,7 +62,6 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> L
     )
     sites, refusals = find_sites(trace, attentions, modules)
     width = next((p.width for p in found if p is not None), None)
-    sequence_first = any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in modules.values())
     refusal = one_refusal(sites, refusals)
     return Layout(
         attentions,
@@ -72,7 +71,6 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> L
         others=others,
         without_pattern=without_pattern,
         packed=batch > 1 and all(call.batch == 1 for call in trace.calls),
-        sequence_first=sequence_first,
         residual_refusals=refusals,
     )
 
@@ -204,7 +202,7 @@ def _refuse_hidden_attention(model: nn.Module, inputs: Mapping[str, Any], silent
     def hook(name: str) -> Any:
         def mixes(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             read, wrote = read_tensor(args, kwargs), first_tensor(output)
-            if name in mixing or not (_is_stream(read) and _is_stream(wrote)) or read.shape[:2] != wrote.shape[:2]:
+            if name in mixing or not (is_stream(read) and is_stream(wrote)) or read.shape[:2] != wrote.shape[:2]:
                 return
             other = read.clone()
             other[0, 0] = other[0, 0].flip(-1) + 1
@@ -230,10 +228,6 @@ def _refuse_hidden_attention(model: nn.Module, inputs: Mapping[str, Any], silent
             "it does with one token depends on the others; let it call torch's scaled_dot_product_attention, or softmax "
             "and a matrix product with the values"
         )
-
-
-def _is_stream(tensor: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
-    return tensor is not None and tensor.is_floating_point() and tensor.dim() == 3
 
 
 def _assert_every_kind_showed(model: nn.Module, trace: Trace) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from extract.capture.seam import is_stream
 from extract.engines.patches import Grid
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _hooked(model: nn.Module, attention: str, seen: _Seen) -> Iterator[None]:
             seen.patches = (output.shape[-2], output.shape[-1]), (module.stride[0], module.stride[1])
 
     def holds(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        tokens = next((x for x in (*args, *kwargs.values()) if _is_stream(x)), None)
+        tokens = next((x for x in (*args, *kwargs.values()) if is_stream(x)), None)
         seen.tokens = seen.tokens if tokens is None else tokens
 
     def begins(*_: Any) -> None:
@@ -154,7 +155,3 @@ def _hooked(model: nn.Module, attention: str, seen: _Seen) -> Iterator[None]:
             stack.callback(inside.register_forward_pre_hook(holds, with_kwargs=True).remove)
         stack.callback(model.get_submodule(attention).register_forward_pre_hook(begins).remove)
         yield
-
-
-def _is_stream(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() == 3

@@ -116,7 +116,6 @@ class Layout:
     others: frozenset[int] = frozenset()  # calls, counted among all of a pass, that are no attention over positions
     without_pattern: tuple[str, ...] = ()  # layers that have none: recurrent, convolutional
     packed: bool = False  # all sequences of a batch stand one after the other in a single row
-    sequence_first: bool = False  # the stream is [token, batch, width]
     residual_refusals: Mapping[str, str] = field(default_factory=dict)  # stacks that `residual` leaves out, and why
 
     @property

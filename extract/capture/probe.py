@@ -14,6 +14,7 @@ from extract.capture.interface import configurations, replaced_interface
 from extract.capture.layout import Way
 from extract.capture.seam import Request, first_tensor, read_tensor, replaced_sdpa
 from extract.capture.softmax import Product, Softmaxes, in_usual_order
+from extract.engines.visibility import allows
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -204,8 +205,7 @@ def hides_the_future(mask: Tensor | None) -> bool:
         return False
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return False
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return not bool(seen.triu(1).any())
+    return not bool(allows(mask).triu(1).any())
 
 
 def _pattern(request: Request) -> Float[Tensor, "batch head query key"]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -200,6 +200,11 @@ def first_tensor(value: Any) -> Tensor | None:
 def read_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """What a module reads: its first argument, however it was passed."""
     return first_tensor(args) if args else first_tensor(next(iter(kwargs.values()), None))
+
+
+def is_stream(value: Any) -> TypeGuard[Tensor]:
+    """Whether it may be states of tokens: [batch, token, width]."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3
 
 
 def weight_by_input(module: nn.Module) -> Float[Tensor, "input output"] | None:

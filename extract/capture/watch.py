@@ -189,7 +189,7 @@ class _Watch:
         attend = reference.attend if call.visibility.crosses else self.engine.attend
         output, rows = attend(call, lambda: request.plain().reshape(*query.shape[:-1], -1))
         self._observe(attention, call.visibility, rows, output)
-        if self.padding_is_read:
+        if self.padding_is_read and not bool(call.visibility.queries.real.all()):
             output = request.plain()
         return output.reshape(*packed[:-1], output.shape[-1])
 

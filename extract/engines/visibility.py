@@ -193,7 +193,7 @@ def see(mask: Tensor | None, *, causal: bool, queries: Axis, keys: Axis | None =
         mask = mask[..., :1, :]
     first, last, unbroken, biased = _read(mask, plain, causal=causal)
     whole = mask.expand(-1, -1, queries.tokens, keys.tokens)
-    allowed = None if unbroken else _allows(whole)
+    allowed = None if unbroken else allows(whole)
     return Visibility(queries, keys, first, last, allowed, whole if biased else None)
 
 
@@ -205,7 +205,7 @@ def keys_seen(mask: Tensor | None, *, batch: int, keys: int, device: torch.devic
     if mask.stride(-2) == 0:
         mask = mask[..., :1, :]
     blocks = _blocks(max(batch, mask.shape[0]) * mask.shape[1], mask.shape[-2], keys)
-    seen = [_allows(mask[..., first:last, :]).any(-2).any(1) for first, last in blocks]
+    seen = [allows(mask[..., first:last, :]).any(-2).any(1) for first, last in blocks]
     return torch.stack(seen).any(0).expand(batch, keys)
 
 
@@ -222,7 +222,8 @@ def _plain(queries: Axis, keys: Axis, *, causal: bool) -> Visibility:
     return Visibility(queries, keys, first, last.where(real, first))
 
 
-def _allows(mask: Tensor) -> Tensor:
+def allows(mask: Tensor) -> Bool[Tensor, ...]:
+    """Where a mask lets see: an added one hides below half the least finite number of its type."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
@@ -233,10 +234,10 @@ def _read(mask: Tensor, plain: Visibility, *, causal: bool) -> tuple[Tensor, Ten
     batch, rows, keys = len(plain.keys.start), plain.queries.tokens, plain.keys.tokens
     for first, last in _blocks(max(batch, mask.shape[0]) * mask.shape[1], rows, keys):
         block = mask[..., first:last, :] if mask.shape[-2] > 1 else mask
-        allowed = _allows(block)
+        allowed = allows(block)
         if not biased and mask.dtype != torch.bool:
             biased = bool((block.masked_fill(~allowed, 0) != 0).any())
-        _refuse_seen_padding(allowed if mask.dtype == torch.bool else block > _OPEN, plain, first, last, causal=causal)
+        _refuse_seen_padding(block, plain, first, last, causal=causal)
         among_real = allowed & plain.seen(first, last)
         count = among_real.sum(-1)
         low = among_real.int().argmax(-1)
@@ -248,7 +249,7 @@ def _read(mask: Tensor, plain: Visibility, *, causal: bool) -> tuple[Tensor, Ten
     return torch.cat(firsts, -1), torch.cat(lasts, -1), unbroken, biased
 
 
-def _refuse_seen_padding(allowed: Tensor, plain: Visibility, first: int, last: int, *, causal: bool) -> None:
+def _refuse_seen_padding(mask: Tensor, plain: Visibility, first: int, last: int, *, causal: bool) -> None:
     """Padding never counts: a model that lets real queries see it has another pattern than its rows over real keys."""
     queries, keys = plain.queries, plain.keys
     if bool(keys.real.all()):
@@ -256,7 +257,8 @@ def _refuse_seen_padding(allowed: Tensor, plain: Visibility, first: int, last: i
     outside = ~keys.real[:, None, None, :] & queries.real[:, None, first:last, None]
     if causal:  # hides what stands behind the query, whatever the mask says
         outside = outside & (keys.place <= queries.place[first:last, None])
-    if bool((allowed & outside).any()):
+    open_ = mask if mask.dtype == torch.bool else mask > _OPEN
+    if bool((open_ & outside).any()):
         raise CaptureError(
             "padding must be invisible to real tokens; this model's mask shows it to them; "
             "pass attention_mask to the model, or measure one sequence at a time"

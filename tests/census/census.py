@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,7 +59,6 @@ class Entry:
     ways: tuple[str, ...] = ()
     compared: int = 0  # patterns of the model's own
     residual: str = ""
-    columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fast(self) -> bool:

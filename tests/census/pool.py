@@ -1,6 +1,5 @@
 """Each piece of work in a process of its own, forked after the imports: one that hangs or dies costs its own result."""
 
-import os
 import resource
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -37,5 +36,4 @@ def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tupl
 def _sent(work: Callable[[Any], Any], item: Any, sender: Connection) -> None:
     signal.alarm(PATIENCE)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    os.environ["OMP_NUM_THREADS"] = "1"
     sender.send(work(item))

@@ -7,15 +7,12 @@ import importlib
 import importlib.util
 import inspect
 import math
-import signal
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, cast
 
 import torch
@@ -27,10 +24,11 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from tests.census.pool import PATIENCE, each
 from tests.census.shrink import shrunk
 
 Modality = Literal["text", "vision", "audio", "multimodal"]
-MOST_PARAMETERS, WORKERS, PATIENCE = 3_000_000, 2, 90
+MOST_PARAMETERS = 3_000_000
 GAIN = 1.5
 VISION = ("pixel", "image", "video", "visual", "grid_thw", "patch")
 AUDIO = ("input_values", "input_features", "audio", "speech", "spectro", "waveform")
@@ -207,34 +205,11 @@ def main(model_types: list[str]) -> None:
     known = architectures()
     wanted = [t for t in known if not model_types or t in model_types or known[t] in model_types]
     counts: Counter[str] = Counter()
-    for line in _lines(wanted):
+    for model_type, found in each(_line, wanted):
+        line = found or f"{model_type}\t{known[model_type]}\tnot built\tdied, or took more than {PATIENCE} s"
         print(line, flush=True)
         counts[line.split("\t")[2]] += 1
     print(dict(counts))
-
-
-def _lines(model_types: list[str]) -> Iterator[str]:
-    """Each in a process of its own, forked after the imports, two at a time: one that hangs or dies costs its line."""
-    context, waiting = get_context("fork"), list(reversed(model_types))
-    running: dict[Any, str] = {}
-    while waiting or running:
-        while waiting and len(running) < WORKERS:
-            model_type = waiting.pop()
-            receiver, sender = context.Pipe(duplex=False)
-            context.Process(target=_send_line, args=(model_type, sender), daemon=True).start()
-            sender.close()
-            running[receiver] = model_type
-        for receiver in cast(list[Any], wait(list(running))):
-            model_type = running.pop(receiver)
-            try:
-                yield receiver.recv()
-            except EOFError:
-                yield f"{model_type}\t{modality(model_type)}\tnot built\tdied, or took more than {PATIENCE} s"
-
-
-def _send_line(model_type: str, sender: Connection) -> None:
-    signal.alarm(PATIENCE)
-    sender.send(_line(model_type))
 
 
 def _line(model_type: str) -> str:
