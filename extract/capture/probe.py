@@ -12,7 +12,7 @@ from torch import nn
 
 from extract.capture.interface import configurations, replaced_interface
 from extract.capture.layout import Way
-from extract.capture.seam import Request, first_tensor, read_tensor, replaced_sdpa
+from extract.capture.seam import Request, first_tensor, read_tensor, replaced_sdpa, unheard
 from extract.capture.softmax import Product, Softmaxes, in_usual_order
 from extract.engines.visibility import allows
 
@@ -88,7 +88,7 @@ def trace_of(model: nn.Module, inputs: Mapping[str, Any], *, batch: int, interfa
         stack.enter_context(replaced_sdpa(probe.attend))
         if interface:
             stack.enter_context(replaced_interface(model, probe.attend))
-        stack.enter_context(probe.softmaxes)
+        stack.enter_context(Softmaxes(probe.finished))
         stack.enter_context(torch.inference_mode())
         # what a model draws at random is drawn alike in every probe, and the user's own numbers are left as they are
         stack.enter_context(torch.random.fork_rng())
@@ -111,7 +111,6 @@ class _Probe:
     def __init__(self, trace: Trace, head_counts: frozenset[int]) -> None:
         self._trace = trace
         self._head_counts = head_counts
-        self.softmaxes = Softmaxes(self.finished)
         self._running: list[tuple[str, bool]] = []  # names, and whether they were given what others hold
 
     @contextmanager
@@ -144,7 +143,7 @@ class _Probe:
         return hook
 
     def attend(self, request: Request) -> Tensor:
-        with self.softmaxes.paused():
+        with unheard():
             output = request.plain()
             pattern = None
             if output.shape[:2].numel() * request.query.shape[-2] * request.key.shape[-2] <= _LARGEST_PATTERN:

@@ -52,6 +52,9 @@ class Request:
 
 Attend = Callable[[Request], "Tensor"]
 
+# what is computed in this context is not the model's, or heard already
+unheard = torch._C.DisableTorchFunction
+
 
 @contextmanager
 def replaced_sdpa(attend: Attend) -> Iterator[None]:
@@ -104,7 +107,7 @@ def _receiving(original: Callable[..., Tensor], attend: Attend, inside: _MultiHe
         refuse_dropout(dropout_p)
 
         def plain() -> Tensor:
-            with torch._C.DisableTorchFunction():  # it is heard already
+            with unheard():
                 return original(
                     query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
                 )

@@ -6,13 +6,14 @@ values. The model makes its pattern itself, so memory is its own; the statistics
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from extract.capture.seam import unheard
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -67,24 +68,12 @@ class Softmaxes(TorchFunctionMode):
         super().__init__()
         self._finished = finished
         self._open: list[_Open] = []
-        self._paused = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is computed in here is not the model's."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self._paused:
-            return result
         name = getattr(func, "__name__", "")
         if self._open and isinstance(result, torch.Tensor):
             self._follow(name, args, result)
@@ -106,9 +95,10 @@ class Softmaxes(TorchFunctionMode):
             softmax.age = _PATIENCE  # done
             equation = next((a for a in args if isinstance(a, str)), None)
             if len(operands) == 2 and operands[0] is factor:
-                self._finished(
-                    Product(softmax.scores, softmax.over, softmax.softmax, factor, operands[1], result, equation)
-                )
+                with unheard():
+                    self._finished(
+                        Product(softmax.scores, softmax.over, softmax.softmax, factor, operands[1], result, equation)
+                    )
         self._open = [softmax for softmax in self._open if softmax.age < _PATIENCE]
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from extract.capture.interface import replaced_interface
 from extract.capture.layout import Attention, Layout, Site, Way
-from extract.capture.seam import Request, replaced_sdpa, weight_by_input
+from extract.capture.seam import Request, replaced_sdpa, unheard, weight_by_input
 from extract.capture.softmax import Finished, Product, Softmaxes, in_usual_order
 from extract.capture.stream import CompiledStream, Stream
 from extract.engines import reference
@@ -95,7 +95,7 @@ def watching(
         if "interface" in layout.ways:
             stack.enter_context(replaced_interface(model, watch.attend))
         if "softmax" in layout.ways:
-            stack.enter_context(watch.softmaxes)
+            stack.enter_context(Softmaxes(watch.finished))
         yield
         if watch.calls != len(layout.attentions):
             raise CaptureError(
@@ -157,14 +157,13 @@ class _Watch:
     seen_masks: dict[tuple[Any, ...], tuple[Any, Visibility]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.softmaxes = Softmaxes(self.finished)
         # an engine's output is the model's own where tokens are real; where cross-attention goes over what no mask tells
         # of, it may go over padding too, and every place must be the model's own
         self.padding_is_read = any(a.crosses and a.keys is None for a in self.layout.attentions)
 
     def attend(self, request: Request) -> Tensor:
         """Make an attention call that comes through torch or the interface, and observe it."""
-        with self.softmaxes.paused():
+        with unheard():
             self.made += 1
             return request.plain() if self.made - 1 in self.layout.others else self._attend(request)
 
@@ -203,8 +202,7 @@ class _Watch:
         self.made += 1
         if self.made - 1 in self.layout.others:
             return
-        with self.softmaxes.paused():
-            self._observe_finished(made)
+        self._observe_finished(made)
 
     def _observe_finished(self, made: Finished) -> None:
         attention = self._next("softmax")

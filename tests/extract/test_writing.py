@@ -4,14 +4,17 @@ import errno
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 import extract.measurement
+import extract.shard
 from extract.measurement import Measurements
 from extract.pipeline import SHARDS_UNDER_WAY, Job, RunOptions, finish, measure_shard, measure_shards, prepare
 from extract.store import Part, Store
@@ -84,32 +87,40 @@ def test_a_shard_is_measured_while_the_one_before_it_is_written(corpus, tmp_path
 
 
 def test_slow_writing_holds_the_model_up_and_memory_flat(corpus, tmp_path, monkeypatch):
-    alive: weakref.WeakSet[Measurements] = weakref.WeakSet()
+    sums: weakref.WeakSet[Measurements] = weakref.WeakSet()
+    tables: weakref.WeakValueDictionary[int, pa.Table] = weakref.WeakValueDictionary()
     held: list[tuple[int, int, int]] = []
     measured: list[int] = []
+    made: Counter[str] = Counter()
 
     class Counted(Measurements):
         __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
-        def __post_init__(self) -> None:
-            alive.add(self)
+        def __init__(self) -> None:
+            super().__init__()
+            made["sums"] += 1
+            sums.add(self)
+
+    heads_table = extract.shard.heads_table
+
+    def counted(*args: Any) -> pa.Table:
+        made["tables"] += 1
+        return tables.setdefault(made["tables"], heads_table(*args))
 
     job = job_into(tmp_path / "out", corpus)
 
     def crawl(shard: int) -> None:
         time.sleep(0.3)
         done = sum(job.store.read_record(n) is not None for n in range(job.shards))
-        held.append((len(alive), len(measured) - done, pa.total_allocated_bytes()))
+        held.append((len(sums), len(tables), len(measured) - done))
 
     monkeypatch.setattr(extract.measurement, "Measurements", Counted)
+    monkeypatch.setattr(extract.shard, "heads_table", counted)
     before_writing(monkeypatch, crawl)
     measure_shards(job, job.remaining, progress=measured.append)
-    sums, shards, table_bytes = zip(*held, strict=True)
-    assert len(held) == job.shards
-    assert max(sums) <= SHARDS_UNDER_WAY
-    assert max(shards) <= SHARDS_UNDER_WAY
-    half = len(held) // 2
-    assert max(table_bytes[half:]) <= 1.5 * max(table_bytes[:half])
+    assert len(held) == made["sums"] == made["tables"] == job.shards > 2 * SHARDS_UNDER_WAY
+    for most in map(max, zip(*held, strict=True)):
+        assert most <= SHARDS_UNDER_WAY
 
 
 def test_an_error_of_the_writer_reaches_the_caller_and_the_shard_is_not_done(
