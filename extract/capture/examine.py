@@ -20,6 +20,7 @@ from torch import nn
 from extract.capture.interface import attending_by, configurations
 from extract.capture.layout import Attention, Layout
 from extract.capture.probe import PROBE_TOKENS, Call, Trace, same, trace_of
+from extract.capture.replay import find as find_by_replay
 from extract.capture.seam import first_tensor, is_stream, read_tensor, weight_by_input
 from extract.capture.sites import find_sites, one_refusal
 from extract.capture.stacks import stacks_of
@@ -27,6 +28,9 @@ from extract.errors import CaptureError
 
 # kinds of `layer_types` in configurations that make no pattern
 _WITHOUT_PATTERN = ("linear", "recurrent", "mamba", "conv", "ssm", "gated_delta", "rwkv")
+
+# the table of exceptions: modules whose contexts are more than the product of one softmax with values
+_OF_SEVERAL_PARTS = ("InformerProbSparseAttention", "LEDEncoderSelfAttention", "LongformerSelfAttention")
 
 
 def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> Layout:
@@ -39,8 +43,9 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> L
     trace = trace_of(model, inputs, batch=batch)
     if any(call.way == "softmax" for call in trace.calls) or not trace.calls:
         trace = _through_interface(model, inputs, trace) or trace
+    trace, parts = _without_parts(model, trace)
     trace, others = _without_others(trace, inputs)
-    without_pattern = _assert_whole(model, inputs, trace)
+    trace, without_pattern = _whole(model, inputs, trace, missing=parts)
     batch_last = _batch_last(model, inputs, trace)
     modules = dict(model.named_modules())
     found = [_projection(trace, call, modules) for call in trace.calls]
@@ -57,6 +62,7 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> L
             crosses=call.crosses,
             batch_last=number in batch_last,
             order=call.order,
+            replayed=call.replayed,
         )
         for number, (call, place, p) in enumerate(zip(trace.calls, stacks_of(model, trace, inputs), found, strict=True))
     )
@@ -78,16 +84,11 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> L
 def _refuse_known(model: nn.Module) -> None:
     """The table of exceptions: models whose patterns are not what they seem."""
     config = getattr(model, "config", None)
-    reason = None
-    if getattr(config, "model_type", None) == "informer":
-        reason = "its queries are a sample, in the order of their sparsity, so that their places are not known"
-    elif getattr(config, "attention_type", None) == "block_sparse":
-        reason = (
-            "in blocks it changes for good to full attention at its first short sequence, so what it computes depends on "
-            'what came before; load it with attention_type="original_full"'
+    if getattr(config, "attention_type", None) == "block_sparse":
+        raise CaptureError(
+            f"what a model computes must not depend on what came before; {type(model).__name__} in blocks changes for good "
+            'to full attention at its first short sequence; load it with attention_type="original_full"'
         )
-    if reason is not None:
-        raise CaptureError(f"a pattern says which token looks at which; {type(model).__name__} is refused: {reason}")
 
 
 def _through_interface(model: nn.Module, inputs: Mapping[str, Any], own: Trace) -> Trace | None:
@@ -166,6 +167,25 @@ def _batch_last(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> se
     return last
 
 
+def _whole(
+    model: nn.Module, inputs: Mapping[str, Any], trace: Trace, *, missing: bool
+) -> tuple[Trace, tuple[str, ...]]:
+    """The trace with every attention layer of the model, and the layers that have no pattern to show.
+
+    What has shown less than it has is run again, module by module; what then still shows less is refused.
+    """
+    if not missing:
+        try:
+            return trace, _assert_whole(model, inputs, trace)
+        except CaptureError:
+            pass
+    found, refused = find_by_replay(model, inputs, trace)
+    if refused is not None:
+        raise refused
+    trace = replace(trace, calls=sorted((*trace.calls, *found), key=lambda call: call.time))
+    return trace, _assert_whole(model, inputs, trace)
+
+
 def _assert_whole(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> tuple[str, ...]:
     """Refuse a model that has shown less than it has; gives the layers that have no pattern to show."""
     name = type(model).__name__
@@ -187,6 +207,16 @@ def _assert_whole(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> 
     silent = _layers_without_pattern(model, trace)
     _refuse_hidden_attention(model, inputs, silent)
     return silent
+
+
+def _without_parts(model: nn.Module, trace: Trace) -> tuple[Trace, bool]:
+    """Leave out calls that are a part of their module's attention, and say whether there were any."""
+    calls = [
+        call
+        for call in trace.calls
+        if not any(type(model.get_submodule(name)).__name__ in _OF_SEVERAL_PARTS for name in call.inside)
+    ]
+    return replace(trace, calls=calls), len(calls) < len(trace.calls)
 
 
 # what mixes tokens without attention
@@ -261,6 +291,10 @@ def _assert_own_patterns(model: nn.Module, inputs: Mapping[str, Any], trace: Tra
     heads = {call.heads for call in trace.calls}
     own = [p for p in patterns_in(eager.returned) if is_distribution(p) and is_over_keys(p, heads)]
     missed = [p for p in own if not any(_is_pattern(p, call, trace.rounding) for call in trace.calls)]
+    # a model that attends over blocks or a sample gives its patterns in them; that these are what makes its contexts has
+    # been seen in running it again
+    replayed = sum(call.way == "replay" for call in trace.calls)
+    missed = [] if len(missed) <= replayed else missed
     if missed or len(eager.calls) > len(trace.calls):
         raise CaptureError(
             f"every attention layer must show its pattern; {type(model).__name__} gives {len(own)} patterns of its own "

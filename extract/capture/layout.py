@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-# how a call shows itself: through torch's own function, through transformers' attention interface, or as a softmax that
-# the model makes itself and multiplies with values
-Way = Literal["sdpa", "interface", "softmax"]
+# how a call shows itself: through torch's own function, through transformers' attention interface, as a softmax that the
+# model makes itself and multiplies with values, or by running its module again with other values
+Way = Literal["sdpa", "interface", "softmax", "replay"]
 
 
 class Tap(NamedTuple):
@@ -84,6 +84,17 @@ class Site:
         return self.sum if self.norm is None else (*self.sum, self.norm.read, self.norm.wrote)
 
 
+class Replayed(NamedTuple):
+    """What makes the values in a module that is run again, and what reads its contexts there: names within the module.
+
+    Without a reader the contexts are what the module gives.
+    """
+
+    values: tuple[str, ...]
+    reader: str | None
+    token_first: bool  # values are [token, batch, width]
+
+
 @dataclass(frozen=True)
 class Attention:
     """One attention call of a forward pass: its layer, its heads and, where found, its output projection.
@@ -103,6 +114,7 @@ class Attention:
     crosses: bool = False
     batch_last: bool = False  # windows of sequences: the first of each sequence, then the second of each, …
     order: str = ""  # of a softmax that goes into an einsum: the letters of batch and head
+    replayed: Replayed | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from extract.capture.interface import configurations, replaced_interface
-from extract.capture.layout import Way
+from extract.capture.layout import Replayed, Way
 from extract.capture.seam import Request, first_tensor, read_tensor, replaced_sdpa, unheard
 from extract.capture.softmax import Product, Softmaxes, in_usual_order
 from extract.engines.visibility import allows
@@ -57,6 +57,7 @@ class Call:
     crosses: bool
     projection: Tensor | None = None
     order: str = ""
+    replayed: Replayed | None = None
 
 
 @dataclass
@@ -90,11 +91,17 @@ def trace_of(model: nn.Module, inputs: Mapping[str, Any], *, batch: int, interfa
             stack.enter_context(replaced_interface(model, probe.attend))
         stack.enter_context(Softmaxes(probe.finished))
         stack.enter_context(torch.inference_mode())
-        # what a model draws at random is drawn alike in every probe, and the user's own numbers are left as they are
-        stack.enter_context(torch.random.fork_rng())
-        torch.manual_seed(0)
+        stack.enter_context(drawn_alike())
         trace.returned = model(**inputs)
     return trace
+
+
+@contextmanager
+def drawn_alike() -> Iterator[None]:
+    """What a model draws at random in here is drawn alike every time, and the user's own numbers are left as they are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def _head_counts(model: nn.Module) -> frozenset[int]:

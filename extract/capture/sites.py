@@ -268,13 +268,12 @@ class _Stream:
     def _is_token_first(self, path: Path) -> bool:
         """Whether a stream is [token, batch, width]; refuses one whose rows are not the batch's sequences and tokens."""
         call, batch = path.members[0].call, self.trace.batch
+        tokens = call.contexts.shape[1]  # what the model pads by itself included
         state = self.streams.states[path.states[-1]]
-        if call.batch == batch and len(state.tensor) != batch * call.queries:
-            raise _Refused(
-                f"the stream has {len(state.tensor)} states for {batch * call.queries} tokens that attention sees"
-            )
+        if call.batch == batch and len(state.tensor) != batch * tokens:
+            raise _Refused(f"the stream has {len(state.tensor)} states for {batch * tokens} tokens that attention sees")
         shape = state.shape
-        if len(shape) == 3 and shape[0] != batch and shape[:2] == (call.queries, batch):
+        if len(shape) == 3 and shape[0] != batch and shape[:2] == (tokens, batch):
             return True
         rows = shape[0] if len(shape) > 2 else call.batch
         if rows % batch:

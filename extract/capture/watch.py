@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 
 from extract.capture.interface import replaced_interface
 from extract.capture.layout import Attention, Layout, Site, Way
+from extract.capture.replay import Run, shown
 from extract.capture.seam import Request, replaced_sdpa, unheard, weight_by_input
 from extract.capture.softmax import Finished, Product, Softmaxes, in_usual_order
 from extract.capture.stream import CompiledStream, Stream
@@ -24,7 +25,7 @@ from extract.engines import reference
 from extract.engines.rows import AttentionCall, Rows, ScoredCall
 from extract.engines.visibility import Axis, Visibility, axis_of, keys_seen, see, whole_axis
 from extract.errors import CaptureError
-from extract.statistics.attention import OF_WHOLE_SEQUENCES, PLACE
+from extract.statistics.attention import OF_SCORES, OF_WHOLE_SEQUENCES, PLACE
 from extract.statistics.sums import HeadObservation, HeadSums
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def watching(
             stack.enter_context(replaced_interface(model, watch.attend))
         if "softmax" in layout.ways:
             stack.enter_context(Softmaxes(watch.finished))
+        stack.enter_context(watch.replays(model))
         yield
         if watch.calls != len(layout.attentions):
             raise CaptureError(
@@ -153,6 +155,7 @@ class _Watch:
     stream: Stream | None
     calls: int = 0  # of attention layers
     made: int = 0  # of all kinds
+    running: Run | None = None  # a module that is run again when it ends
     own_axes: dict[tuple[int, int], Axis] = field(default_factory=dict)  # of self-attention, by batch and tokens
     seen_masks: dict[tuple[Any, ...], tuple[Any, Visibility]] = field(default_factory=dict)
 
@@ -163,6 +166,8 @@ class _Watch:
 
     def attend(self, request: Request) -> Tensor:
         """Make an attention call that comes through torch or the interface, and observe it."""
+        if self.running is not None:  # a part of what is run again
+            return request.plain()
         with unheard():
             self.made += 1
             return request.plain() if self.made - 1 in self.layout.others else self._attend(request)
@@ -194,6 +199,8 @@ class _Watch:
 
     def finished(self, product: Product) -> None:
         """Observe an attention call that the model has made itself."""
+        if self.running is not None:
+            return
         expected = self.layout.attentions[self.calls] if self.calls < len(self.layout.attentions) else None
         heads, order = (None, "") if expected is None else (expected.heads, expected.order)
         made = in_usual_order(product, batch=self.batch.sequences, heads=heads, order=order)
@@ -208,7 +215,7 @@ class _Watch:
         attention = self._next("softmax")
         number = self.calls - 1
         self._assert_as_examined(attention, *made.scores.shape[1:])
-        visibility = self._visibility_of_scores(attention, made)
+        visibility = self._visibility_of_scores(attention, made.scores)
         call = ScoredCall(
             scores=made.scores,
             value=made.value,
@@ -219,6 +226,47 @@ class _Watch:
             grid=self._grid(attention, *made.scores.shape[::2]),
         )
         self._observe(attention, visibility, reference.rows_of_scores(call, made.contexts), made.contexts)
+
+    @contextmanager
+    def replays(self, model: nn.Module) -> Iterator[None]:
+        """Run those modules again that show their attention in no other way, each as it ends."""
+        with ExitStack() as stack:
+            for name in dict.fromkeys(a.module for a in self.layout.attentions if a.replayed is not None):
+                module = model.get_submodule(name)
+                stack.callback(module.register_forward_pre_hook(self._begins, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(self._ends).remove)
+            yield
+
+    def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.running = Run(module, args, kwargs)
+
+    def _ends(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        assert self.running is not None, "it began"
+        with unheard():
+            self._observe_replayed(self.running)
+        self.running = None
+
+    def _observe_replayed(self, run: Run) -> None:
+        attention = self._next("replay")
+        number = self.calls - 1
+        assert attention.replayed is not None
+        axis = self._tokens(attention.queries).axis
+        pattern, contexts, value = shown(
+            run, attention.replayed, heads=attention.heads, axis=axis, name=attention.module
+        )
+        self._assert_as_examined(attention, *pattern.shape[1:])
+        scores = pattern.log()
+        visibility = self._visibility_of_scores(attention, scores)
+        of_tokens = contexts[:, :, : pattern.shape[-2]]
+        call = ScoredCall(
+            scores=scores,
+            value=value,
+            visibility=visibility,
+            write=self.factors.get(number),
+            token_ids=self._tokens(attention.queries).ids,
+            grid=self._grid(attention, *pattern.shape[::2]),
+        )
+        self._observe(attention, visibility, reference.rows_of_scores(call, of_tokens), contexts, unknown=OF_SCORES)
 
     def _next(self, way: Way) -> Attention:
         """The attention call that comes now."""
@@ -267,9 +315,9 @@ class _Watch:
             known = self.seen_masks[known_by] = (request.mask, read)
         return known[1]
 
-    def _visibility_of_scores(self, attention: Attention, made: Finished) -> Visibility:
-        batch, _, queries, keys = made.scores.shape
-        visible = _visible(made.scores)
+    def _visibility_of_scores(self, attention: Attention, scores: Tensor) -> Visibility:
+        batch, _, queries, keys = scores.shape
+        visible = _visible(scores)
         of_keys = self._keys(attention, visible, batch, keys, visible.device)
         return see(visible, causal=False, queries=self._queries(attention, of_keys, batch, queries), keys=of_keys)
 
@@ -296,11 +344,23 @@ class _Watch:
         known = self._tokens(attention.queries).axis or self.own_axes.get((batch, queries))
         return known or whole_axis(batch, queries, keys.start.device)
 
-    def _observe(self, attention: Attention, visibility: Visibility, rows: Rows, output: Tensor) -> None:
+    def _observe(
+        self,
+        attention: Attention,
+        visibility: Visibility,
+        rows: Rows,
+        output: Tensor,
+        *,
+        unknown: Sequence[str] = (),
+    ) -> None:
         observed = HeadObservation(rows, visibility, self._tokens(attention.keys).classes)
-        self.observer.heads(attention, _by_sequence(self.engine.summed(observed), self.batch.sequences, attention))
+        sums = self.engine.summed(observed)
+        sums.values[[PLACE[name] for name in unknown]] = torch.nan
+        self.observer.heads(attention, _by_sequence(sums, self.batch.sequences, attention))
         if self.stream is not None:
-            self.stream.contexts(attention, visibility.queries, output)
+            axis = visibility.queries
+            axis = axis if output.shape[-2] == axis.tokens else replace(axis, tokens=output.shape[-2])
+            self.stream.contexts(attention, axis, output)
 
 
 _UNKNOWN = Tokens(None)

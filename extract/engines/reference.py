@@ -139,8 +139,10 @@ def norms(call: AttentionCall | ScoredCall, output: Tensor, measured: Tensor) ->
     of = {"context_norm": contexts.norm(dim=-1).where(measured, 0)}
     if call.write is not None:
         write = call.write.to(exact)
-        values = call.value.to(exact).repeat_interleave(contexts.shape[1] // call.value.shape[1], dim=1)
         of["update_norm"] = (contexts @ write).norm(dim=-1).where(measured, 0)
+        if call.value is None:
+            return of
+        values = call.value.to(exact).repeat_interleave(contexts.shape[1] // call.value.shape[1], dim=1)
         of["value_norm"] = (values @ write).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
     return of
 

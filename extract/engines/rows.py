@@ -53,7 +53,7 @@ class ScoredCall:
     """An attention call whose scores the model made itself, masked, biased and scaled, and put through its own softmax."""
 
     scores: Float[Tensor, "batch head query key"]
-    value: Float[Tensor, "batch key_head key value_width"]
+    value: Float[Tensor, "batch key_head key value_width"] | None  # None where a key's is not the same for all queries
     visibility: Visibility
     sinks: Float[Tensor, "batch head query"] | None = None
     write: Float[Tensor, "head value_width value_width"] | None = None

@@ -65,6 +65,8 @@ QUANTITIES = (
 PLACE = {name: place for place, name in enumerate(QUANTITIES)}
 # what the windows of one sequence do not add up to: it is about all of its keys at once
 OF_WHOLE_SEQUENCES = ("first", "written_first", "received_entropy", "received_max", "received_max_key")
+# what is not known where only the pattern is
+OF_SCORES = ("score_max", "score", "score_squared")
 
 
 @dataclass(frozen=True)

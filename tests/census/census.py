@@ -25,12 +25,14 @@ from extract.errors import CaptureError, Refusal
 from extract.inputs import apart
 from extract.measurement import layout_of, measure
 from tests import oracles
+from tests.census.blocks import in_places
 from tests.census.pool import each
 from tests.census.tiny import GAIN, Built, NotBuilt, architectures, build, forward, reason_of, takes
 
 EXACT, FALLBACK, UNCOMPARED = "exact", "exact by eager fallback", "measured, gives no patterns to compare with"
 REFUSED, WITHOUT, NOT_BUILT, WRONG = "refused", "no attention", "not built", "WRONG"
 OUTCOMES = (EXACT, FALLBACK, UNCOMPARED, REFUSED, WITHOUT, NOT_BUILT, WRONG)
+FALLBACKS = {"softmax", "replay"}
 ABSOLUTE, RELATIVE = 1e-5, 1e-4
 SMALL_GAIN = 0.2
 # they return the pattern before its sink takes a share, and multiply what comes of it by the rest
@@ -62,7 +64,7 @@ class Entry:
 
     @property
     def fast(self) -> bool:
-        return bool(self.ways) and "softmax" not in self.ways
+        return bool(self.ways) and not {*self.ways} & FALLBACKS
 
 
 def entry(model_type: str) -> Entry:
@@ -130,7 +132,7 @@ def _compared(making: Making) -> Entry:
         return Entry(model_type, kind, WRONG, "; ".join(missed[:2]), **facts)
     if not compared:
         return Entry(model_type, kind, UNCOMPARED, **facts)
-    return Entry(model_type, kind, FALLBACK if "softmax" in layout.ways else EXACT, compared=compared, **facts)
+    return Entry(model_type, kind, FALLBACK if layout.ways & FALLBACKS else EXACT, compared=compared, **facts)
 
 
 def checked(own: list[Own], attentions: Sequence[Any], rows: list[dict[str, Any]]) -> tuple[list[str], int]:
@@ -190,6 +192,8 @@ def _own(making: Making, built: Built) -> Own:
     own = [p for n, p in enumerate(own) if not any(p is q or torch.equal(p, q) for q in own[:n])]
     if making.model_type in BEFORE_SINKS:
         own = [p * share[..., None] for p, share in zip(own, recorder.shares, strict=True)]
+    config, tokens = built.model.config, max((x.shape[1] for x in built.inputs.values() if x.dim() > 1), default=0)
+    own = [in_places(p, config, tokens, recorder.sampled) for p in own]
     return Own(built.inputs, [_whole(p, recorder.made) for p in own], recorder.made)
 
 
@@ -216,12 +220,19 @@ class _Softmaxes(TorchFunctionMode):
         super().__init__()
         self.made: list[Tensor] = []
         self.shares: list[Tensor] = []  # sigmoids
+        self.sampled: list[tuple[Tensor, Tensor]] = []  # those made after some of the rows were chosen, and which
+        self._chosen: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name == "softmax" and result.dim() >= 3:
             self.made.append(result.detach().double().nan_to_num(0.0))
+            if self._chosen is not None:
+                self.sampled.append((self.made[-1], self._chosen))
+            self._chosen = None
+        if name == "topk":
+            self._chosen = result[1]
         if name == "sigmoid" and result.dim() == 3:
             self.shares.append(result.detach().double())
         return result

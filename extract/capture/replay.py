@@ -1,0 +1,329 @@
+"""Attention whose pattern the model never makes as a matrix of queries and keys: over blocks, by hashing, for a sample.
+
+Contexts are linear in the values, whatever their weights came from. So the module is run again on what it has read, with
+one-hot vectors for values: then its contexts are the weights, each at the place of its key, for as many keys at a time as
+a head is wide. What it draws at random is drawn again alike. This costs a run of the module for each of these, and holds
+one layer's pattern of a batch: it is the last of the ways in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import gcd
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from extract.capture.layout import Replayed
+from extract.capture.probe import Call, Trace, drawn_alike, hides_the_future
+from extract.capture.seam import first_tensor, is_stream, read_tensor, weight_by_input
+from extract.engines.visibility import whole_axis
+from extract.errors import CaptureError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from extract.engines.visibility import Axis
+
+    Change = Callable[[Tensor], Tensor]
+
+
+# linear modules in one that attends; what has more is layers
+_MOST_LINEAR = 16
+
+
+class Run:
+    """A module's call, which can be made again with other outputs of the modules in it."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before the module runs: it may write into what it reads, and what it draws at random has to be known."""
+        self.module = module
+        self._args = tuple(map(_copied, args))
+        self._kwargs = {name: _copied(value) for name, value in kwargs.items()}
+        self._devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
+        self._drawn = torch.get_rng_state()
+        self._drawn_there = [torch.cuda.get_rng_state(device) for device in self._devices]
+
+    def again(self, changes: Mapping[str, Change], reading: Sequence[str] = ()) -> list[Tensor | None]:
+        """What these modules in it read (the largest, of several), and last what it gives, with outputs of others changed."""
+        read: dict[nn.Module, Tensor] = {}
+
+        def reads(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensor = read_tensor(args, kwargs)
+            if tensor is not None and (module not in read or tensor.numel() > read[module].numel()):
+                read[module] = tensor.clone()
+
+        modules = [self.module.get_submodule(name) for name in reading]
+        with _unheard_by_hooks(self.module), ExitStack() as stack, torch.random.fork_rng(self._devices):
+            for module in modules:
+                stack.callback(module.register_forward_pre_hook(reads, with_kwargs=True).remove)
+            for name, change in changes.items():
+                stack.callback(self.module.get_submodule(name).register_forward_hook(_changing(change)).remove)
+            torch.set_rng_state(self._drawn)
+            for device, state in zip(self._devices, self._drawn_there, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            given = self.module.forward(
+                *map(_copied, self._args), **{name: _copied(value) for name, value in self._kwargs.items()}
+            )
+        return [*(read.get(module) for module in modules), first_tensor(given)]
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _changing(change: Change) -> Callable[..., Tensor]:
+    return lambda _module, _args, output: change(output)
+
+
+@contextmanager
+def _unheard_by_hooks(module: nn.Module) -> Iterator[None]:
+    """Let nobody hear what a module and those in it do."""
+    held = [(m, m._forward_hooks, m._forward_pre_hooks) for m in module.modules()]
+    try:
+        for m, hooks, pre_hooks in held:
+            m._forward_hooks, m._forward_pre_hooks = type(hooks)(), type(pre_hooks)()
+        yield
+    finally:
+        for m, hooks, pre_hooks in held:
+            m._forward_hooks, m._forward_pre_hooks = hooks, pre_hooks
+
+
+class Shown(NamedTuple):
+    """What running a module again has shown of its attention. `states` are the tokens with what the model pads by itself.
+
+    `value` is None where a key's value is not the same for all queries.
+    """
+
+    pattern: Float[Tensor, "batch head query key"]
+    contexts: Float[Tensor, "batch head state head_width"]
+    value: Float[Tensor, "batch head key head_width"] | None
+
+
+def shown(run: Run, how: Replayed, *, heads: int, axis: Axis | None, name: str) -> Shown:
+    """A call over the tokens of an axis, what the model itself pads at the end left out; None: over all that it has.
+
+    Raises CaptureError where the weights of a real token are not those of a pattern over tokens.
+    """
+    tokens = None if axis is None else axis.tokens
+    values: list[Tensor] = []
+
+    def note(value: Tensor) -> Tensor:
+        values.append(value.clone())
+        return value
+
+    def of_heads(states: Tensor) -> Float[Tensor, "batch head state head_width"]:
+        return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    contexts = of_heads(_contexts(run, how, note))
+    states, width = contexts.shape[-2:]
+    blocks = [range(first, min(first + width, states)) for first in range(0, states, width)]
+    weights = [of_heads(_contexts(run, how, _one_hot(how, states, keys, width)))[..., : len(keys)] for keys in blocks]
+    pattern = torch.cat(weights, -1)[:, :, :tokens, :tokens]
+    _refuse_what_is_no_pattern(pattern if axis is None else pattern.transpose(1, 2)[axis.real], name)
+    value = values[0].transpose(0, 1) if how.token_first else values[0]
+    value = of_heads(value)[:, :, :tokens] if len(values) == 1 and value.shape[1] == states else None
+    if value is not None and not _near(pattern @ value, contexts[:, :, :tokens]):
+        raise CaptureError(
+            f"run again on what it has read, a module must do what it did; the weights and values that {name} shows then "
+            "do not make its contexts"
+        )
+    return Shown(pattern, contexts, value)
+
+
+def _contexts(run: Run, how: Replayed, change: Change) -> Float[Tensor, "batch token width"]:
+    """Heads side by side, as they are read by the output projection or given by the module."""
+    contexts = run.again(dict.fromkeys(how.values, change), [] if how.reader is None else [how.reader])[0]
+    assert contexts is not None, "it was there when the module was examined"
+    return contexts
+
+
+def _one_hot(how: Replayed, states: int, keys: range, width: int) -> Change:
+    """Values of which the n-th entry of every head is 1 at the n-th key; of what is no token, zero."""
+
+    def change(value: Tensor) -> Tensor:
+        other = torch.zeros_like(value)
+        by_token = other.transpose(0, 1) if how.token_first else other
+        if by_token.dim() == 3 and by_token.shape[1] == states:
+            for place, key in enumerate(keys):
+                by_token[:, key, place::width] = 1
+        return other
+
+    return change
+
+
+def _refuse_what_is_no_pattern(pattern: Tensor, name: str) -> None:
+    near = max(1e-4, 8 * torch.finfo(pattern.dtype).eps)
+    rows = pattern.sum(-1, dtype=torch.float32)
+    empty = rows.abs() <= near  # it sees nothing
+    if bool((pattern < -near).any()) or not bool((((rows - 1).abs() <= near) | empty).all()):
+        raise CaptureError(
+            f"a pattern is weights of tokens that sum to one; {name} looks at something besides the tokens, or weighs them "
+            f"otherwise: its rows sum to {float(rows.min()):.4g} to {float(rows.max()):.4g}"
+        )
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    a, b = a.float(), b.float()
+    near = max(1e-3, 8 * torch.finfo(a.dtype).eps)
+    return bool((a - b).norm() <= near * torch.maximum(a.norm(), b.norm()))
+
+
+def find(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> tuple[list[Call], CaptureError | None]:
+    """Attention calls that no other way saw, and why one that was found is refused, if one is."""
+    ids = inputs.get("input_ids")
+    axis = whole_axis(*ids.shape, ids.device) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
+    search = _Search(trace, axis)
+    attending = {name for call in trace.calls for name in call.inside}
+    with ExitStack() as stack, torch.inference_mode(), drawn_alike():
+        for name, module in model.named_modules():
+            if name and name not in attending and 2 <= len(_linear(module)) <= _MOST_LINEAR:
+                stack.callback(module.register_forward_pre_hook(search.begins, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(search.ends(name)).remove)
+        model(**inputs)
+    return sorted(search.calls, key=lambda call: call.time), search.refusal
+
+
+def _linear(module: nn.Module) -> list[str]:
+    return [name for name, m in module.named_modules() if name and weight_by_input(m) is not None]
+
+
+@dataclass
+class _Search:
+    """Modules run again as they end, the inner ones first: the innermost that attends is what attends."""
+
+    trace: Trace
+    axis: Axis | None
+    calls: list[Call] = field(default_factory=list)
+    refusal: CaptureError | None = None
+    runs: list[Run] = field(default_factory=list)
+    found: dict[str, tuple[Replayed, int]] = field(default_factory=dict)
+    without: set[type] = field(default_factory=set)  # classes of modules that do not attend
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.runs.append(Run(module, args, kwargs))
+
+    def ends(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, _args: Any, output: Any) -> None:
+            run = self.runs.pop()
+            number = self.counts[name] = self.counts.get(name, -1) + 1
+            states = first_tensor(output)
+            outer = any(other.startswith(f"{name}.") for other in self.found)
+            if outer or type(module) in self.without or not is_stream(states) or len(states) != self.trace.batch:
+                return
+            if name not in self.found:
+                how = _how(run, self.trace.batch)
+                if how is None:
+                    self.without.add(type(module))
+                    return
+                self.found[name] = how
+            try:
+                self._add(name, number, run)
+            except CaptureError as refused:
+                self.refusal = self.refusal or refused
+
+        return hook
+
+    def _add(self, name: str, number: int, run: Run) -> None:
+        """The call as a probe has it; it stands where the module began, so that what reads its contexts comes after."""
+        how, heads = self.found[name]
+        pattern, _, _ = shown(run, how, heads=heads, axis=self.axis, name=name)
+        ends = [event.time for event in self.trace.events if event.module == name]
+        began, ended = ends[number - 1] if number else 0, ends[number]
+        within = (e.time for e in self.trace.events if e.module.startswith(f"{name}.") and began < e.time <= ended)
+        around = [n for n in dict.fromkeys(self.trace.ran) if n in ("", name) or name.startswith(f"{n}.")]
+        call = Call(
+            time=min(within),
+            way="replay",
+            inside=tuple(sorted(around, key=len)),
+            batch=len(pattern),
+            heads=heads,
+            queries=pattern.shape[-2],
+            keys=pattern.shape[-1],
+            contexts=_contexts(run, how, lambda value: value).float(),
+            pattern=pattern.double(),
+            causal=hides_the_future(pattern > 0),
+            crosses=False,
+            projection=None if how.reader is None else getattr(run.module.get_submodule(how.reader), "weight", None),
+            replayed=how,
+        )
+        self.calls.append(call)
+
+
+def _how(run: Run, batch: int) -> tuple[Replayed, int] | None:
+    """Which of the linear modules in a module make its values, which reads the contexts, and its heads; None: no attention.
+
+    The first thing that values change is the contexts: linearly, and at other tokens than the value's own.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str) -> Change:
+        def change(output: Tensor) -> Tensor:
+            outputs.setdefault(name, output.clone())
+            return output
+
+        return change
+
+    run.again({name: note(name) for name in _linear(run.module)})
+    linear = list(outputs)  # as they ran
+    places = {name: _place_of_contexts(run, outputs[name], name, linear) for name in linear}
+    values = tuple(name for name in linear if places[name] is not None and name not in places.values())
+    readers = {places[name] for name in values}
+    if len(readers) != 1:
+        return None
+    how = Replayed(values, readers.pop() or None, token_first=False)
+    contexts = _contexts(run, how, lambda value: value)
+    sizes = {tuple(outputs[name].shape) for name in values}
+    batch_first = tuple(contexts.shape)
+    token_first = (batch_first[1], batch_first[0], batch_first[2])
+    if contexts.dim() != 3 or len(contexts) != batch or sizes not in ({batch_first}, {token_first}):
+        return None
+    how = how._replace(token_first=sizes == {token_first} and token_first != batch_first)
+    heads = _heads(run, how, batch_first, outputs[values[0]])
+    return None if heads is None else (how, heads)
+
+
+def _place_of_contexts(run: Run, output: Tensor, name: str, linear: Sequence[str]) -> str | None:
+    """The module that reads the contexts of these values, "" where they are what is given; None: these are no values."""
+    later = linear[linear.index(name) + 1 :]
+    generator = torch.Generator(output.device).manual_seed(1)
+    one, other = (
+        torch.rand(output.shape, dtype=torch.float32, device=output.device, generator=generator).to(output.dtype)
+        for _ in range(2)
+    )
+    nothing = torch.zeros_like(one)
+    none, of_one, of_other, of_both = (
+        run.again({name: _replaced_by(values)}, later) for values in (nothing, one, other, one + other)
+    )
+    for place, base, a, b, both in zip((*later, ""), none, of_one, of_other, of_both, strict=True):
+        if base is None or a is None or b is None or both is None or torch.equal(a, base):
+            continue
+        linearly = _near(both.float() - base.float(), a.float() + b.float() - 2 * base.float())
+        return place if linearly and base.dim() == 3 else None
+    return None
+
+
+def _replaced_by(values: Tensor) -> Change:
+    """What is no value of tokens is made none."""
+    return lambda output: values.clone() if output.shape == values.shape else torch.zeros_like(output)
+
+
+def _heads(run: Run, how: Replayed, shape: tuple[int, ...], output: Tensor) -> int | None:
+    """How many heads: with values that are the same in all entries, contexts are the same in those of a head.
+
+    None where weights do not depend on what is read, or no token tells another anything: that is no attention.
+    """
+    batch, tokens, width = shape
+
+    by_token = torch.arange(1.0, tokens + 1)[None, :, None].expand(shape)
+    values = (by_token.transpose(0, 1) if how.token_first else by_token).contiguous().to(output)
+    contexts = _contexts(run, how, _replaced_by(values)).float()
+    if batch > 1 and _near(contexts[:1].expand_as(contexts), contexts):
+        return None
+    differs = ((contexts[..., 1:] - contexts[..., :-1]).abs().amax((0, 1)) > 1e-4 * contexts.abs().amax()).nonzero()
+    return width // gcd(width, *(1 + int(n) for n in differs))
