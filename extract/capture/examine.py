@@ -45,7 +45,7 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> L
         trace = _through_interface(model, inputs, trace) or trace
     trace, parts = _without_parts(model, trace)
     trace, others = _without_others(trace, inputs)
-    trace, without_pattern = _whole(model, inputs, trace, missing=parts)
+    trace, without_pattern = _whole(model, inputs, trace, parts)
     batch_last = _batch_last(model, inputs, trace)
     modules = dict(model.named_modules())
     found = [_projection(trace, call, modules) for call in trace.calls]
@@ -96,17 +96,18 @@ def _through_interface(model: nn.Module, inputs: Mapping[str, Any], own: Trace) 
     if not configurations(model):
         return None
     try:
-        through = trace_of(model, inputs, batch=own.batch, interface=True)
+        through = trace_of(model, inputs, batch=own.batch, interface=True, events=False)
+        if not any(call.way == "interface" for call in through.calls) or not _gives_alike(own, through, None):
+            return None
         padded = _padded(inputs)
-        pairs = [(own, through, None)]
         if padded is not None:
-            a, b = (trace_of(model, padded, batch=own.batch, interface=way) for way in (False, True))
-            pairs.append((a, b, padded["attention_mask"]))
+            a, b = (trace_of(model, padded, batch=own.batch, interface=way, events=False) for way in (False, True))
+            if not _gives_alike(a, b, padded["attention_mask"]):
+                return None
+        return trace_of(model, inputs, batch=own.batch, interface=True)
     except Exception:
         # the model's own code, called as its authors may not have meant it: then it is watched as it is
         return None
-    alike = all(_gives_alike(a, b, mask) for a, b, mask in pairs)
-    return through if alike and any(call.way == "interface" for call in through.calls) else None
 
 
 def _padded(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -152,7 +153,8 @@ def _batch_last(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> se
         name: x.roll(1, 0) if isinstance(x, torch.Tensor) and x.dim() and len(x) == trace.batch else x
         for name, x in inputs.items()
     }
-    calls = trace_of(model, turned, batch=trace.batch, interface=any(c.way == "interface" for c in trace.calls)).calls
+    through = any(call.way == "interface" for call in trace.calls)
+    calls = trace_of(model, turned, batch=trace.batch, interface=through, events=False).calls
     last = set()
     for number in numbers:
         a, b = trace.calls[number].contexts, calls[number].contexts
@@ -168,13 +170,13 @@ def _batch_last(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> se
 
 
 def _whole(
-    model: nn.Module, inputs: Mapping[str, Any], trace: Trace, *, missing: bool
+    model: nn.Module, inputs: Mapping[str, Any], trace: Trace, parts: list[Call]
 ) -> tuple[Trace, tuple[str, ...]]:
     """The trace with every attention layer of the model, and the layers that have no pattern to show.
 
-    What has shown less than it has is run again, module by module; what then still shows less is refused.
+    What has shown less than it has, or a part of what it does, is run again, module by module.
     """
-    if not missing:
+    if not parts:
         try:
             return trace, _assert_whole(model, inputs, trace)
         except CaptureError:
@@ -182,7 +184,14 @@ def _whole(
     found, refused = find_by_replay(model, inputs, trace)
     if refused is not None:
         raise refused
-    trace = replace(trace, calls=sorted((*trace.calls, *found), key=lambda call: call.time))
+    modules = {owner_of(model, call) for call in found}
+    whole = [
+        call
+        for call in parts
+        if not modules & {*call.inside}
+        and type(model.get_submodule(owner_of(model, call))).__name__ not in _OF_SEVERAL_PARTS
+    ]
+    trace = replace(trace, calls=sorted((*trace.calls, *found, *whole), key=lambda call: call.time))
     return trace, _assert_whole(model, inputs, trace)
 
 
@@ -209,14 +218,25 @@ def _assert_whole(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> 
     return silent
 
 
-def _without_parts(model: nn.Module, trace: Trace) -> tuple[Trace, bool]:
-    """Leave out calls that are a part of their module's attention, and say whether there were any."""
-    calls = [
-        call
-        for call in trace.calls
-        if not any(type(model.get_submodule(name)).__name__ in _OF_SEVERAL_PARTS for name in call.inside)
-    ]
-    return replace(trace, calls=calls), len(calls) < len(trace.calls)
+def _without_parts(model: nn.Module, trace: Trace) -> tuple[Trace, list[Call]]:
+    """Leave out the calls that may be a part of what their module does: of some queries, or over blocks of keys."""
+    parts = [call for call in trace.calls if _is_part(model, trace, call)]
+    return replace(trace, calls=[call for call in trace.calls if call not in parts]), parts
+
+
+def _is_part(model: nn.Module, trace: Trace, call: Call) -> bool:
+    owner = owner_of(model, call)
+    if type(model.get_submodule(owner)).__name__ in _OF_SEVERAL_PARTS:
+        return True
+    end = next((e for e in trace.events if e.module == owner and e.time > call.time), None)
+    if end is None or not is_stream(end.wrote) or len(end.wrote) != trace.batch:
+        return False
+    began = max((e.time for e in trace.events if e.module == owner and e.time < call.time), default=0)
+    rows = sum(
+        other.batch * other.queries for other in trace.calls if began < other.time < end.time and owner in other.inside
+    )
+    in_blocks = call.queries != call.keys and call.batch > trace.batch
+    return rows < end.wrote.shape[:2].numel() or (in_blocks and rows == end.wrote.shape[:2].numel())
 
 
 # what mixes tokens without attention
@@ -284,24 +304,26 @@ def _assert_own_patterns(model: nn.Module, inputs: Mapping[str, Any], trace: Tra
         return False
     try:
         with attending_by(model, "eager"):
-            eager = trace_of(model, {**inputs, "output_attentions": True}, batch=trace.batch)
+            eager = trace_of(model, {**inputs, "output_attentions": True}, batch=trace.batch, events=False)
     except Exception:  # not every model takes the argument, or has an eager form
         return False
-    eager, _ = _without_others(eager, inputs)
+    eager, _ = _without_others(_without_parts(model, eager)[0], inputs)
     heads = {call.heads for call in trace.calls}
     own = [p for p in patterns_in(eager.returned) if is_distribution(p) and is_over_keys(p, heads)]
     missed = [p for p in own if not any(_is_pattern(p, call, trace.rounding) for call in trace.calls)]
-    # a model that attends over blocks or a sample gives its patterns in them; that these are what makes its contexts has
-    # been seen in running it again
-    replayed = sum(call.way == "replay" for call in trace.calls)
-    missed = [] if len(missed) <= replayed else missed
+    replayed = any(call.way == "replay" for call in trace.calls)
+    if replayed:
+        # a model that attends over blocks or for a sample gives such patterns in a layout of its own; that what was seen
+        # makes its contexts is known from running it again
+        usual = {(call.queries, call.keys) for call in trace.calls if call.way != "replay"}
+        missed = [p for p in missed if tuple(p.shape[-2:]) in usual]
     if missed or len(eager.calls) > len(trace.calls):
         raise CaptureError(
             f"every attention layer must show its pattern; {type(model).__name__} gives {len(own)} patterns of its own "
             f"and makes {len(eager.calls)} attention calls when it attends by eager code; {len(trace.calls)} were seen, and "
             f"{len(missed)} of its patterns were not among them"
         )
-    return bool(own)
+    return bool(own) and not replayed
 
 
 def patterns_in(returned: Any) -> list[torch.Tensor]:

@@ -77,13 +77,18 @@ class Trace:
         return self.clock
 
 
-def trace_of(model: nn.Module, inputs: Mapping[str, Any], *, batch: int, interface: bool = False) -> Trace:
-    """Run the model on inputs of so many sequences, its calls through the attention interface answered by ours if asked."""
+def trace_of(
+    model: nn.Module, inputs: Mapping[str, Any], *, batch: int, interface: bool = False, events: bool = True
+) -> Trace:
+    """Run the model on inputs of so many sequences, its calls through the attention interface answered by ours if asked.
+
+    Without `events` what modules read and wrote is not kept.
+    """
     trace = Trace(batch=batch)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None:
         trace.rounding = torch.finfo(parameter.dtype).eps
-    probe = _Probe(trace, _head_counts(model))
+    probe = _Probe(trace, _head_counts(model), keep=events)
     with ExitStack() as stack:
         stack.enter_context(probe.hooked(model))
         stack.enter_context(replaced_sdpa(probe.attend))
@@ -115,8 +120,9 @@ def _head_counts(model: nn.Module) -> frozenset[int]:
 
 
 class _Probe:
-    def __init__(self, trace: Trace, head_counts: frozenset[int]) -> None:
+    def __init__(self, trace: Trace, head_counts: frozenset[int], *, keep: bool) -> None:
         self._trace = trace
+        self._keep = keep
         self._head_counts = head_counts
         self._running: list[tuple[str, bool]] = []  # names, and whether they were given what others hold
 
@@ -145,7 +151,9 @@ class _Probe:
                 pass  # one that ended by an exception which the model caught
             number = counts[name] = counts.get(name, -1) + 1
             read, wrote = read_tensor(args, kwargs), first_tensor(output)
-            self._trace.events.append(Event(self._trace.tick(), name, number, _kept(read), _kept(wrote), read, wrote))
+            time = self._trace.tick()
+            if self._keep:
+                self._trace.events.append(Event(time, name, number, _kept(read), _kept(wrote), read, wrote))
 
         return hook
 

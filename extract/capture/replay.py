@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,7 +74,10 @@ class Run:
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+    """What a module may write into: tensors, and a cache of keys and values."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return deepcopy(value) if hasattr(value, "get_seq_length") else value
 
 
 def _changing(change: Change) -> Callable[..., Tensor]:
@@ -109,7 +113,6 @@ def shown(run: Run, how: Replayed, *, heads: int, axis: Axis | None, name: str) 
 
     Raises CaptureError where the weights of a real token are not those of a pattern over tokens.
     """
-    tokens = None if axis is None else axis.tokens
     values: list[Tensor] = []
 
     def note(value: Tensor) -> Tensor:
@@ -121,10 +124,13 @@ def shown(run: Run, how: Replayed, *, heads: int, axis: Axis | None, name: str) 
 
     contexts = of_heads(_contexts(run, how, note))
     states, width = contexts.shape[-2:]
-    blocks = [range(first, min(first + width, states)) for first in range(0, states, width)]
-    weights = [of_heads(_contexts(run, how, _one_hot(how, states, keys, width)))[..., : len(keys)] for keys in blocks]
-    pattern = torch.cat(weights, -1)[:, :, :tokens, :tokens]
-    _refuse_what_is_no_pattern(pattern if axis is None else pattern.transpose(1, 2)[axis.real], name)
+    tokens = states if axis is None else axis.tokens
+    pattern = contexts.new_empty(*contexts.shape[:2], tokens, tokens)
+    for first in range(0, tokens, width):
+        keys = range(first, min(first + width, tokens))
+        weights = of_heads(_contexts(run, how, _one_hot(how, states, keys, width)))
+        pattern[..., first : keys.stop] = weights[:, :, :tokens, : len(keys)]
+    _refuse_what_is_no_pattern(pattern, axis, name)
     value = values[0].transpose(0, 1) if how.token_first else values[0]
     value = of_heads(value)[:, :, :tokens] if len(values) == 1 and value.shape[1] == states else None
     if value is not None and not _near(pattern @ value, contexts[:, :, :tokens]):
@@ -156,11 +162,13 @@ def _one_hot(how: Replayed, states: int, keys: range, width: int) -> Change:
     return change
 
 
-def _refuse_what_is_no_pattern(pattern: Tensor, name: str) -> None:
+def _refuse_what_is_no_pattern(pattern: Tensor, axis: Axis | None, name: str) -> None:
     near = max(1e-4, 8 * torch.finfo(pattern.dtype).eps)
-    rows = pattern.sum(-1, dtype=torch.float32)
+    rows, least = pattern.sum(-1, dtype=torch.float32), pattern.amin(-1)
+    if axis is not None:
+        rows, least = (of_rows.transpose(1, 2)[axis.real] for of_rows in (rows, least))
     empty = rows.abs() <= near  # it sees nothing
-    if bool((pattern < -near).any()) or not bool((((rows - 1).abs() <= near) | empty).all()):
+    if bool((least < -near).any()) or not bool((((rows - 1).abs() <= near) | empty).all()):
         raise CaptureError(
             f"a pattern is weights of tokens that sum to one; {name} looks at something besides the tokens, or weighs them "
             f"otherwise: its rows sum to {float(rows.min()):.4g} to {float(rows.max()):.4g}"
@@ -175,9 +183,8 @@ def _near(a: Tensor, b: Tensor) -> bool:
 
 def find(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> tuple[list[Call], CaptureError | None]:
     """Attention calls that no other way saw, and why one that was found is refused, if one is."""
-    ids = inputs.get("input_ids")
-    axis = whole_axis(*ids.shape, ids.device) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
-    search = _Search(trace, axis)
+    ids = [x for name, x in inputs.items() if name.endswith("input_ids") and x.dim() == 2]
+    search = _Search(trace, {value.shape[1]: whole_axis(len(value), value.shape[1], value.device) for value in ids})
     attending = {name for call in trace.calls for name in call.inside}
     with ExitStack() as stack, torch.inference_mode(), drawn_alike():
         for name, module in model.named_modules():
@@ -197,12 +204,12 @@ class _Search:
     """Modules run again as they end, the inner ones first: the innermost that attends is what attends."""
 
     trace: Trace
-    axis: Axis | None
+    axes: Mapping[int, Axis]  # of the inputs' tokens, by their number
     calls: list[Call] = field(default_factory=list)
     refusal: CaptureError | None = None
     runs: list[Run] = field(default_factory=list)
-    found: dict[str, tuple[Replayed, int]] = field(default_factory=dict)
-    without: set[type] = field(default_factory=set)  # classes of modules that do not attend
+    found: set[str] = field(default_factory=set)
+    known: dict[tuple[type, int, int], tuple[Replayed, int] | None] = field(default_factory=dict)  # by class and size
     counts: dict[str, int] = field(default_factory=dict)
 
     def begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -214,25 +221,33 @@ class _Search:
             number = self.counts[name] = self.counts.get(name, -1) + 1
             states = first_tensor(output)
             outer = any(other.startswith(f"{name}.") for other in self.found)
-            if outer or type(module) in self.without or not is_stream(states) or len(states) != self.trace.batch:
+            if outer or not is_stream(states) or len(states) != self.trace.batch:
                 return
-            if name not in self.found:
-                how = _how(run, self.trace.batch)
-                if how is None:
-                    self.without.add(type(module))
-                    return
-                self.found[name] = how
+            kind = (type(module), sum(parameter.numel() for parameter in module.parameters()), states.shape[1])
+            if kind not in self.known:
+                try:
+                    self.known[kind] = _how(run, self.trace.batch)
+                except Exception:  # the model's own code, given values that its authors did not think of
+                    self.known[kind] = None
+            how = self.known[kind]
+            if how is None:
+                return
+            self.found.add(name)
             try:
-                self._add(name, number, run)
+                self._add(name, number, run, *how, states.shape[1])
             except CaptureError as refused:
                 self.refusal = self.refusal or refused
 
         return hook
 
-    def _add(self, name: str, number: int, run: Run) -> None:
+    def _axis(self, states: int) -> Axis | None:
+        """Of the tokens that so many states are of, or are but for what the model pads by itself."""
+        fewer = [tokens for tokens in self.axes if tokens <= states]
+        return self.axes[max(fewer)] if fewer else None
+
+    def _add(self, name: str, number: int, run: Run, how: Replayed, heads: int, states: int) -> None:
         """The call as a probe has it; it stands where the module began, so that what reads its contexts comes after."""
-        how, heads = self.found[name]
-        pattern, _, _ = shown(run, how, heads=heads, axis=self.axis, name=name)
+        pattern, contexts, _ = shown(run, how, heads=heads, axis=self._axis(states), name=name)
         ends = [event.time for event in self.trace.events if event.module == name]
         began, ended = ends[number - 1] if number else 0, ends[number]
         within = (e.time for e in self.trace.events if e.module.startswith(f"{name}.") and began < e.time <= ended)
@@ -245,7 +260,7 @@ class _Search:
             heads=heads,
             queries=pattern.shape[-2],
             keys=pattern.shape[-1],
-            contexts=_contexts(run, how, lambda value: value).float(),
+            contexts=contexts.transpose(1, 2).flatten(2).float(),
             pattern=pattern.double(),
             causal=hides_the_future(pattern > 0),
             crosses=False,
@@ -258,7 +273,7 @@ class _Search:
 def _how(run: Run, batch: int) -> tuple[Replayed, int] | None:
     """Which of the linear modules in a module make its values, which reads the contexts, and its heads; None: no attention.
 
-    The first thing that values change is the contexts: linearly, and at other tokens than the value's own.
+    The first thing that values change is the contexts: linearly, and without values there are none.
     """
     outputs: dict[str, Tensor] = {}
 
@@ -277,7 +292,9 @@ def _how(run: Run, batch: int) -> tuple[Replayed, int] | None:
     if len(readers) != 1:
         return None
     how = Replayed(values, readers.pop() or None, token_first=False)
-    contexts = _contexts(run, how, lambda value: value)
+    contexts, none = (_contexts(run, how, change) for change in (lambda value: value, torch.zeros_like))
+    if none.abs().max() > 1e-4 * contexts.abs().max():
+        return None
     sizes = {tuple(outputs[name].shape) for name in values}
     batch_first = tuple(contexts.shape)
     token_first = (batch_first[1], batch_first[0], batch_first[2])

@@ -55,19 +55,29 @@ def moment(time: int) -> int:
 
 def states_of(trace: Trace, modules: Mapping[str, nn.Module], width: int) -> list[State]:
     """Every state of this width in the order in which they were first seen."""
-    known: dict[tuple[int, bytes], State] = {}
+    states: list[State] = []
+    known: dict[tuple[int, bytes], list[State]] = {}
     norms = {(norm.module, norm.call): norm for norm in _norms(trace.events, modules, width)}
     for when, tap, tensor in sorted(_seen(trace), key=lambda seen: seen[0]):
         if tensor is None or tensor.shape[-1] != width:
             continue
         norm = norms.get((tap.module, tap.call))
-        state = _known(known, tensor, when, made=tap.side == "output" and _is_leaf(modules[tap.module]))
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        alike = known.setdefault((len(flat), _sample(flat).tobytes()), [])
+        state = next((other for other in alike if torch.equal(other.tensor, flat)), None)
+        if state is None:
+            made = tap.side == "output" and _is_leaf(modules[tap.module])
+            state = State(when, flat, _sample(flat), tuple(tensor.shape), made)
+            alike.append(state)
+            states.append(state)
+        elif len(state.shape) < tensor.dim():
+            state.shape = tuple(tensor.shape)
         state.taps.append((when, tap))
         if norm is not None and tap.side == "input":
             state.readers.append((when, norm))
         elif norm is not None and state.maker is None:
             state.maker = norm
-    return list(known.values())
+    return states
 
 
 def _seen(trace: Trace) -> Iterator[tuple[int, Tap, Tensor | None]]:
@@ -84,19 +94,6 @@ def _seen(trace: Trace) -> Iterator[tuple[int, Tap, Tensor | None]]:
         read = moment(began.pop(event.module)) - 1
         yield read, Tap(event.module, event.call, "input"), event.read
         yield moment(event.time) + 1, Tap(event.module, event.call, "output"), event.wrote
-
-
-def _known(known: dict[tuple[int, bytes], State], tensor: Tensor, when: int, *, made: bool) -> State:
-    """The state that this tensor is: the same numbers in the same order, however they are folded."""
-    flat = tensor.reshape(-1, tensor.shape[-1])
-    sample = _sample(flat)
-    key = (len(flat), sample.tobytes())
-    state = known.get(key)
-    if state is None or not torch.equal(state.tensor, flat):
-        state = known[key] = State(when, flat, sample, tuple(tensor.shape), made)
-    elif len(state.shape) < tensor.dim():
-        state.shape = tuple(tensor.shape)
-    return state
 
 
 def _sample(flat: Float[Tensor, "row width"]) -> np.ndarray:

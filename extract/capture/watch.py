@@ -255,7 +255,7 @@ class _Watch:
             run, attention.replayed, heads=attention.heads, axis=axis, name=attention.module
         )
         self._assert_as_examined(attention, *pattern.shape[1:])
-        scores = pattern.log()
+        scores = pattern.log_()
         visibility = self._visibility_of_scores(attention, scores)
         of_tokens = contexts[:, :, : pattern.shape[-2]]
         call = ScoredCall(
@@ -374,8 +374,12 @@ def _unpacked(query: Tensor, attention: Attention) -> Tensor:
 
 
 def _visible(scores: Tensor) -> Bool[Tensor, "batch head query key"]:
-    hidden = scores <= torch.finfo(scores.dtype).min / 2
-    return ~(hidden | (scores < scores.amax(-1, keepdim=True) - _HIDDEN))
+    least = (
+        (scores.amax(-1, keepdim=True) - _HIDDEN).nan_to_num(-torch.inf).clamp_min(torch.finfo(scores.dtype).min / 2)
+    )
+    visible = ~(scores < least)  # what is not a number hides nothing
+    # heads most often share what they see, and it is read once then
+    return visible[:, :1] if bool((visible == visible[:, :1]).all()) else visible
 
 
 def _by_sequence(sums: HeadSums, sequences: int, attention: Attention) -> HeadSums:

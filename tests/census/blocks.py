@@ -22,7 +22,7 @@ def in_places(pattern: Tensor, config: Any, tokens: int, sampled: Sequence[tuple
         return _from_windows(pattern)
     if getattr(config, "local_radius", None) is not None and pattern.dim() == 5:
         return _from_blocks(pattern, tokens)
-    for softmax, queries in sampled:
+    for softmax, queries in sampled if hasattr(config, "sampling_factor") else ():
         if softmax.numel() == pattern.numel() and torch.equal(softmax.reshape(pattern.shape), pattern):
             return _from_sample(pattern, queries.view(pattern.shape[:3]))
     return pattern

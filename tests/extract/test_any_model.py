@@ -1,6 +1,7 @@
 """Models of the user's own: attention written in every way that people write it is measured exactly, or refused by name."""
 
 import math
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -276,6 +277,8 @@ def assert_exact(stack: Any, x: torch.Tensor, mask: torch.Tensor | None = None) 
         tables = measure(stack, x, mask)
     output, heads = computed(stack, x, mask)
     np.testing.assert_allclose(exact(kept.output), output, atol=1e-5)
+    attentions = layout_of(stack, {"x": x} | ({} if mask is None else {"mask": mask})).attentions
+    heads = [replace(h, s=None) if a.way == "replay" else h for h, a in zip(heads, attentions, strict=True)]
     assert_heads(tables, {"encoder": heads})
 
 
@@ -325,9 +328,18 @@ def test_layers_without_attention_among_others_are_no_reason_to_refuse():
     assert_exact(stack_of(ByTorch, Mlp, Matmul, Mlp), states())
 
 
-def test_a_layer_that_hides_on_purpose_is_refused_by_name():
+def test_a_layer_that_hides_on_purpose_shows_its_pattern_when_run_again():
     torch.manual_seed(0)
     stack = drawn(Stack(SometimesHidden(), SometimesHidden(), SometimesHidden(hides=True), SometimesHidden()))
+    assert_exact(stack, states())
+    ways = [attention.way for attention in layout_of(stack, {"x": states()}).attentions]
+    assert [way == "replay" for way in ways] == [False, False, True, False]
+
+
+def test_a_layer_that_hides_and_whose_contexts_are_not_linear_in_its_values_is_refused_by_name():
+    torch.manual_seed(0)
+    stack = drawn(Stack(SometimesHidden(), SometimesHidden(), SometimesHidden(hides=True), SometimesHidden()))
+    stack.layers[2].attend = lambda q, k, v, mask: exp_and_sum(q, k, v.tanh(), mask)
     with pytest.raises(CaptureError, match=r"layers\.2 of Stack ran without showing one.*SometimesHidden"):
         measure(stack, states())
 
@@ -378,6 +390,7 @@ def hide(model, name: str) -> None:
     module.forward = hidden
 
 
+SCORES = ("score_max", "score_mean", "score_std")
 HIDDEN = {
     "bert": (lambda: tiny("bert"), "encoder.layer.1.attention.self"),
     "gpt2": (lambda: tiny("gpt2"), "h.2.attn"),
@@ -388,16 +401,27 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_a_transformers_model_that_hides_a_layer_is_refused_by_name_when_it_is_examined(hidden):
+def test_a_transformers_model_that_hides_a_layer_shows_it_when_run_again_or_is_refused_by_name(hidden):
     build, name = HIDDEN[hidden]
     model, ids = build(), torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(3))
     inputs: dict[str, Any] = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :6]} if "t5" in hidden else {})
     with torch.inference_mode():
         plain = model(**inputs)[0]
+        shown = measure(build(), **inputs)["heads"].to_pylist()
         hide(model, name)
         torch.testing.assert_close(model(**inputs)[0], plain)
-    with pytest.raises(CaptureError, match=f"{name.replace('.', r'[.]')} of .* ran without showing one"):
-        measure(model, **inputs)
+    if hidden in ("gpt2", "t5 cross"):  # values in one projection with the rest, or of other tokens than the contexts
+        with pytest.raises(CaptureError, match=f"{name.replace('.', r'[.]')} of .* ran without showing one"):
+            measure(model, **inputs)
+        return
+    again = measure(model, **inputs)["heads"].to_pylist()
+    replayed = [(a.stack, a.layer) for a in layout_of(model, inputs).attentions if a.way == "replay"]
+    assert len(replayed) == 1 and len(again) == len(shown)
+    for row, known in zip(again, shown, strict=True):
+        place = (row["stack"], row["layer"], row["head"], row["sequence_id"])
+        assert place == (known["stack"], known["layer"], known["head"], known["sequence_id"])
+        columns = {n: value for n, value in known.items() if n != "stack"}
+        assert_columns(row, columns | (dict.fromkeys(SCORES) if place[:2] in replayed else {}), str(place))
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)

@@ -36,7 +36,7 @@ WITHIN_ONE_SEQUENCE = (
 class Heads:
     """One attention layer: scores with what the mask adds, who sees whom, pattern, values, and W_O of each head."""
 
-    s: Floats  # [batch, head, query, key]
+    s: Floats | None  # [batch, head, query, key]; None: the scores are not measured
     visible: Floats
     p: Floats
     v: Floats  # [batch, head, key, head_width]
@@ -160,7 +160,7 @@ def decode(decoder, x: Floats, memory: Floats, mask=None, padding=None, memory_p
 # --- comparison ----------------------------------------------------------------------------------------------------
 
 
-def crossing_columns(p: Floats, s: Floats, visible: Floats, *, v: Floats, w_o: Floats) -> oracles.Columns:
+def crossing_columns(p: Floats, s: Floats | None, visible: Floats, *, v: Floats, w_o: Floats) -> oracles.Columns:
     """Every column of a head whose keys are another sequence's."""
     rows, masked, nonfinite = oracles.row_kinds(p, s, visible)
     return {
@@ -182,8 +182,8 @@ def expected_columns(
     heads: Heads, sequence: int, head: int, queries: Floats, keys: Floats, *, crosses: bool
 ) -> oracles.Columns:
     """Of one head on the real tokens of one sequence."""
-    of_pairs = (getattr(heads, name)[sequence, head][queries][:, keys] for name in ("p", "s", "visible"))
-    p, s, visible = of_pairs
+    p, visible = (getattr(heads, name)[sequence, head][queries][:, keys] for name in ("p", "visible"))
+    s = None if heads.s is None else heads.s[sequence, head][queries][:, keys]
     v, w_o = heads.v[sequence, head][keys], heads.w_o[head]
     columns = (crossing_columns if crosses else oracles.head_columns)(p, s, visible, v=v, w_o=w_o)
     named = {name: value for name, value in columns.items() if name.removeprefix("mass_") not in oracles.TOKEN_CLASSES}
