@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from extract.batching import batches, padded_positions
+from extract.capture.probe import drawn_alike
 from extract.capture.watch import Batch, Tokens
 from extract.engines.visibility import Axis
 from extract.errors import Refusal, first_line
@@ -115,14 +116,15 @@ def _observe(instrument: Instrument, rows: list[_Row], collector: Collector) -> 
     given = [row.given for row in rows]
     images = instrument.images
     inputs, batch = _batch(instrument, given) if images is None else _image_batch(instrument, images, given)
-    observe(
-        instrument.encoder.model,
-        instrument.layout,
-        inputs,
-        batch=batch,
-        engine=instrument.engine,
-        collector=collector,
-    )
+    with drawn_alike():  # nothing random goes into a dataset
+        observe(
+            instrument.encoder.model,
+            instrument.layout,
+            inputs,
+            batch=batch,
+            engine=instrument.engine,
+            collector=collector,
+        )
 
 
 def _too_long(row: _Row, instrument: Instrument, error: Exception) -> Refusal:

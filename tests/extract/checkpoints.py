@@ -33,6 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gemma2": {**_LLAMA, "head_dim": 8, "sliding_window": 8},
     "mixtral": {**_LLAMA, "num_local_experts": 3},
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+    "longformer": {**_BERT, "attention_window": 8, "max_position_embeddings": 130, "pad_token_id": 0},
     "bart": {"d_model": 32}
     | {f"{part}_layers": n for part, n in _BART.items()}
     | {f"{part}_attention_heads": 4 for part in _BART}

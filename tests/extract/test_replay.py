@@ -12,6 +12,7 @@ from torch import nn
 from extract import measure
 from extract.errors import CaptureError
 from extract.measurement import layout_of
+from extract.pipeline import RunOptions, finish, measure_shards, prepare
 from tests import oracles
 from tests.extract.test_heads import assert_columns
 from tests.extract.test_torch_modules import exact, linear
@@ -61,6 +62,15 @@ class Shuffled(Layer):
         q, k, v = (x[:, :, order].unflatten(2, (-1, BLOCK)) for x in (q, k, v))
         inside = ((q @ k.transpose(-1, -2)).exp() / (q @ k.transpose(-1, -2)).exp().sum(-1, keepdim=True)) @ v
         return inside.flatten(2, 3)[:, :, order.argsort()]
+
+
+class Dropping(Layer):
+    """A query sees itself and the keys that chance leaves it."""
+
+    def contexts(self, q, k, v):
+        left = (torch.rand(q.shape[2], q.shape[2]) < 0.5) | torch.eye(q.shape[2], dtype=torch.bool)
+        weights = (q @ k.transpose(-1, -2)).exp() * left
+        return weights / weights.sum(-1, keepdim=True) @ v
 
 
 class Sampled(Layer):
@@ -186,6 +196,50 @@ def test_the_users_hooks_hear_each_call_once():
 def test_rows_that_do_not_sum_to_one_are_refused_by_name():
     with pytest.raises(CaptureError, match=r"weights of tokens that sum to one; layers\.0 .* rows sum to 0\.5 to 0\.5"):
         measure(encoder_of(WithMemory), states())
+
+
+RANDOM = """
+import torch
+from torch import nn
+
+from tests.extract.checkpoints import VOCABULARY, tokenizer_of
+from tests.extract.test_replay import WIDTH, Dropping, Encoder
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body = nn.Embedding(VOCABULARY, WIDTH), Encoder(Dropping)
+
+    def forward(self, input_ids, attention_mask):
+        return self.body(self.embed(input_ids))
+
+
+def build():
+    return Own(), tokenizer_of()
+"""
+
+
+def test_a_run_of_what_draws_at_random_gives_the_same_bytes_whatever_was_drawn_before(tmp_path):
+    (tmp_path / "random.py").write_text(RANDOM)
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 12)
+    runs = []
+    for number in range(2):
+        out = tmp_path / f"out{number}"
+        job = prepare(
+            RunOptions(
+                model=f"{tmp_path / 'random.py'}:build",
+                corpus=str(tmp_path / "text.txt"),
+                out=out,
+                max_length=12,
+            )
+        )
+        torch.manual_seed(number)
+        measure_shards(job, job.remaining)
+        finish(job)
+        runs.append({p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*.parquet"))})
+    assert len(runs[0]) > 3
+    assert runs[0] == runs[1]
 
 
 # --- Longformer, whose chosen tokens look with projections of their own, at all tokens ---------------------------------

@@ -25,6 +25,7 @@ FAMILIES = {
     "gemma2": ("Gemma2ForCausalLM", "decoder"),
     "mixtral": ("MixtralForCausalLM", "decoder"),
     "t5": ("T5EncoderModel", "encoder"),
+    "longformer": ("LongformerForMaskedLM", "encoder"),
     "bart": ("BartForConditionalGeneration", "encoder"),
 }
 
