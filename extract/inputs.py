@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attentio
 # how many tokens of each a probe has: other numbers, since equal ones could be taken for each other
 PROBED = {"input_ids": PROBE_TOKENS, "decoder_input_ids": PROBE_DECODER_TOKENS}
 # inputs that are about tokens of text alone; a model that takes others is examined on the user's own
-_TEXT = {*MASK_OF, *MASK_OF.values(), "token_type_ids", "position_ids", "use_cache", "output_attentions"}
+TEXT_INPUTS = {*MASK_OF, *MASK_OF.values(), "token_type_ids", "position_ids", "use_cache", "output_attentions"}
 
 
 def named_inputs(model: nn.Module, arguments: tuple[Any, ...], inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,22 +76,87 @@ def sequences_in(model: nn.Module, inputs: Mapping[str, Any]) -> int:
 
 
 def apart(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Inputs that hold the patches of several images one after the other, image by image; other inputs as they are.
+    """Inputs that hold the images of several sequences one after the other, sequence by sequence; others as they are.
 
-    Such a tower looks at each image by itself, so nothing is changed by giving them to it one at a time.
+    A model looks at every sequence by itself, so nothing is changed by giving them to it one at a time. Where a tower is
+    given images alone, each is a sequence.
     """
     grid = _grid(model, inputs)
-    if grid is None or len(grid) == 1:
+    if grid is not None:
+        images = [1] * len(grid)
+        return _split(inputs, images, {len(grid): images, int(grid.prod(-1).sum()): grid.prod(-1).tolist()})
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or len(ids) == 1:
         return [dict(inputs)]
-    patches = grid.prod(-1).tolist()
-    parts: list[dict[str, Any]] = [{} for _ in patches]
+    others = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.dim() > 1 and len(x) != len(ids)]
+    return one_by_one(model, inputs) if others else [dict(inputs)]
+
+
+def one_by_one(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each sequence of a batch by itself, with its own images.
+
+    Raises Refusal where it cannot be told which images are whose.
+    """
+    sequences = sequences_in(model, inputs)
+    tensors = {n: x for n, x in inputs.items() if isinstance(x, torch.Tensor) and x.dim()}
+    sizes: dict[int, list[int]] = {sequences: [1] * sequences}
+    for name, grid in tensors.items():  # frames, rows and columns of patches of each image or video
+        if not grid.is_floating_point() and grid.dim() == 2 and grid.shape[1] == 3 and "grid" in name:
+            patches = grid.prod(-1).tolist()
+            images = _images_of_each(model, inputs, name, patches)
+            sizes[len(grid)] = images
+            sizes[sum(patches)] = [sum(of_one) for of_one in _dealt(patches, images)]
+    for name, x in tensors.items():
+        if len(x) not in sizes:
+            sizes[len(x)] = _images_of_each(model, inputs, name, [1] * len(x))
+    return _split(inputs, sizes[sequences], sizes)
+
+
+def _split(
+    inputs: Mapping[str, Any], each: Sequence[int], sizes: Mapping[int, Sequence[int]]
+) -> list[dict[str, Any]]:
+    """Every tensor cut along its first dimension, by sizes that follow from its length; the rest is for all."""
+    parts: list[dict[str, Any]] = [{} for _ in each]
     for name, value in inputs.items():
-        rows = len(value) if isinstance(value, torch.Tensor) and value.dim() else 0
-        sizes = patches if rows == sum(patches) else [1] * len(patches) if rows == len(patches) else None
-        of_images = [value] * len(patches) if sizes is None else value.split(sizes)
-        for part, of_image in zip(parts, of_images, strict=True):
-            part[name] = of_image
+        cut = sizes.get(len(value)) if isinstance(value, torch.Tensor) and value.dim() else None
+        of_parts = [value] * len(parts) if cut is None else value.split(list(cut))
+        for part, of_part in zip(parts, of_parts, strict=True):
+            part[name] = of_part
     return parts
+
+
+def _images_of_each(model: nn.Module, inputs: Mapping[str, Any], name: str, weights: Sequence[int]) -> list[int]:
+    """How many of these images each sequence has: as many as have the tokens that it holds places for."""
+    ids = inputs.get("input_ids")
+    sequences = sequences_in(model, inputs)
+    place = _place_holder(model, "video" if "video" in name else "image")
+    if isinstance(ids, torch.Tensor) and place is not None:
+        places = (ids == place).flatten(1).sum(-1).tolist()
+        ends, images = [0, *accumulate(weights)], []
+        for asked in accumulate(places):
+            end = asked * sum(weights) / max(1, sum(places))
+            if end not in ends:
+                break
+            images.append(ends.index(end) - sum(images))
+        if len(images) == sequences and sum(images) == len(weights):
+            return images
+    if len(weights) == sequences:
+        return [1] * sequences
+    raise Refusal(
+        f"it must be known which images belong to which sequence; {name} has {len(weights)} for {sequences} sequences, and "
+        "their places in input_ids do not tell; give the inputs of one sequence at a time"
+    )
+
+
+def _place_holder(model: nn.Module, kind: str) -> int | None:
+    config = getattr(model, "config", None)
+    named = (getattr(config, f"{kind}_token_{end}", None) for end in ("id", "index"))
+    return next((token for token in named if isinstance(token, int)), None)
+
+
+def _dealt(items: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    ends = [0, *accumulate(counts)]
+    return [list(items[first:last]) for first, last in pairwise(ends)]
 
 
 def _grid(model: nn.Module, inputs: Mapping[str, Any]) -> Int[Tensor, "image 3"] | None:
@@ -153,7 +219,7 @@ def probe_inputs(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[di
     names = {"input_ids"} if inputs is None else set(inputs)
     vocabulary = _vocabulary(model)
     several = inputs is not None and "input_ids" in inputs and inputs["input_ids"].dim() > 2
-    if "input_ids" in names and names <= _TEXT and vocabulary is not None and not several:
+    if "input_ids" in names and names <= TEXT_INPUTS and vocabulary is not None and not several:
         probe = {name: _ids(model, vocabulary, tokens) for name, tokens in PROBED.items() if name in names}
         return probe, PROBE_SEQUENCES
     if inputs is None:

@@ -21,7 +21,16 @@ from extract.capture.seam import same_values
 from extract.capture.watch import Batch, watching
 from extract.engines import Engine, choose
 from extract.errors import Refusal
-from extract.inputs import apart, batch_of, main_input, named_inputs, probe_inputs
+from extract.inputs import (
+    TEXT_INPUTS,
+    apart,
+    batch_of,
+    main_input,
+    named_inputs,
+    one_by_one,
+    probe_inputs,
+    sequences_in,
+)
 from extract.schema import CLASS_MASSES, HEADS, PROFILES, RESIDUAL, Table
 from extract.statistics.attention import HeadQuantities
 from extract.statistics.profiles import PROFILE_COLUMNS
@@ -35,7 +44,7 @@ if TYPE_CHECKING:
 
     from extract.engines.patches import Grid
 
-_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, dict[frozenset[str], Layout]] = weakref.WeakKeyDictionary()
+_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, dict[frozenset[Any], Layout]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -107,10 +116,11 @@ def layout_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layo
     names = frozenset({"input_ids"} if inputs is None else inputs) - {"attention_mask"}
     if inputs is not None and not hasattr(model, "config"):
         names = _kinds(inputs)
-    if names not in known:
+    key = names if inputs is None or names <= TEXT_INPUTS else names | {min(2, sequences_in(model, inputs))}
+    if key not in known:
         probe, sequences = probe_inputs(model, inputs)
-        known[names] = find_layout(model, probe, batch=sequences)
-    return known[names]
+        known[key] = find_layout(model, probe, batch=sequences)
+    return known[key]
 
 
 def _kinds(inputs: Mapping[str, Any]) -> frozenset[Any]:
@@ -156,10 +166,9 @@ def measure(
     device = main_input(model, given).device
     chosen = choose(engine, device=device.type)
     classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=device)
-    parts = apart(model, given)
-    batches = [
-        batch_of(model, part, classes) for part in parts
-    ]  # what cannot be measured is refused before the model runs
+    parts = parts_of(model, given)
+    # what cannot be measured is refused before the model runs
+    batches = [batch_of(model, part, classes) for part in parts]
     layout = layout_of(model, parts[0])
     batches = [_as_found(batch, model, layout, part) for batch, part in zip(batches, parts, strict=True)]
     collector = Collector(sum(batch.sequences for batch in batches))
@@ -168,6 +177,13 @@ def measure(
             collector.at([number])
         observe(model, layout, part, batch=batch, engine=chosen, collector=collector, residual=residual)
     return _tables(collector.measured, layout, with_classes=classes is not None, residual=residual)
+
+
+def parts_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The inputs as they are given to the model: at once, or one sequence at a time where a tower packs them together."""
+    parts = apart(model, inputs)
+    together = len(parts) == 1 and sequences_in(model, inputs) > 1
+    return one_by_one(model, inputs) if together and layout_of(model, inputs).mixed else parts
 
 
 def _as_found(batch: Batch, model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> Batch:

@@ -22,8 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from extract.capture.examine import is_distribution, is_over_keys, patterns_in
 from extract.errors import CaptureError, Refusal
-from extract.inputs import apart
-from extract.measurement import layout_of, measure
+from extract.measurement import layout_of, measure, parts_of
 from tests import oracles
 from tests.census.blocks import in_places
 from tests.census.pool import each
@@ -156,7 +155,7 @@ def measured(built: Built) -> tuple[dict[str, Any], Any]:
         inputs["use_cache"] = False
     torch.manual_seed(2)
     tables = measure(built.model, **cast(Any, inputs))
-    return tables, layout_of(built.model, inputs)
+    return tables, layout_of(built.model, parts_of(built.model, inputs)[0])
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,17 @@ def own_patterns(making: Making) -> list[Own]:
     built = making.built("eager")
     if isinstance(built, NotBuilt):
         return []
-    return [_own(making, replace(built, inputs=part)) for part in apart(built.model, built.inputs)]
+    return [_own(making, replace(built, inputs=part)) for part in _parts(making)]
+
+
+def _parts(making: Making) -> list[dict[str, Tensor]]:
+    """The inputs as they are measured: all at once, or one sequence or image at a time."""
+    built = making.built()
+    assert not isinstance(built, NotBuilt), "it was built before"
+    try:
+        return parts_of(built.model, built.inputs)
+    except (CaptureError, Refusal):
+        return [dict(built.inputs)]
 
 
 def _own(making: Making, built: Built) -> Own:
