@@ -112,9 +112,7 @@ def one_by_one(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, An
     return _split(inputs, sizes[sequences], sizes)
 
 
-def _split(
-    inputs: Mapping[str, Any], each: Sequence[int], sizes: Mapping[int, Sequence[int]]
-) -> list[dict[str, Any]]:
+def _split(inputs: Mapping[str, Any], each: Sequence[int], sizes: Mapping[int, Sequence[int]]) -> list[dict[str, Any]]:
     """Every tensor cut along its first dimension, by sizes that follow from its length; the rest is for all."""
     parts: list[dict[str, Any]] = [{} for _ in each]
     for name, value in inputs.items():

@@ -9,9 +9,10 @@ by the model's own eager patterns where it gives them, by its configuration wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from extract.capture.interface import attending_by, configurations
 from extract.capture.layout import Attention, Layout
-from extract.capture.probe import PROBE_TOKENS, Call, Trace, same, trace_of
+from extract.capture.probe import LARGEST_PATTERN, PROBE_TOKENS, Call, Trace, same, trace_of
 from extract.capture.replay import find as find_by_replay
 from extract.capture.seam import first_tensor, is_stream, read_tensor, weight_by_input
 from extract.capture.sites import find_sites, one_refusal
@@ -43,6 +44,7 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> L
     trace = trace_of(model, inputs, batch=batch)
     if any(call.way == "softmax" for call in trace.calls) or not trace.calls:
         trace = _through_interface(model, inputs, trace) or trace
+    trace = _joined(model, trace)
     trace, parts = _without_parts(model, trace)
     trace, others = _without_others(trace, inputs)
     trace, without_pattern = _whole(model, inputs, trace, parts)
@@ -63,6 +65,7 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> L
             batch_last=number in batch_last,
             order=call.order,
             replayed=call.replayed,
+            in_pieces=place.queries is None and _may_be_in_pieces(model, trace, call),
         )
         for number, (call, place, p) in enumerate(zip(trace.calls, stacks_of(model, trace, inputs), found, strict=True))
     )
@@ -219,6 +222,47 @@ def _assert_whole(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> 
     return silent
 
 
+def _joined(model: nn.Module, trace: Trace) -> Trace:
+    """Calls that a module makes one after the other for windows or images of what it has read, as one call."""
+    calls: list[Call] = []
+    for _, group in groupby(trace.calls, key=lambda call: _invocation(model, call)):
+        pieces = list(group)
+        first, total = pieces[0], sum(call.queries for call in pieces)
+        alike = {(call.way, call.batch, call.heads, call.keys - call.queries) for call in pieces}
+        if len(pieces) == 1 or alike != {(first.way, 1, first.heads, 0)} or total != _rows_read(model, first):
+            calls += pieces
+            continue
+        contexts = torch.cat([call.contexts for call in pieces], 1)
+        calls.append(replace(first, queries=total, keys=total, contexts=contexts, pattern=_block_diagonal(pieces)))
+    return replace(trace, calls=calls)
+
+
+def _block_diagonal(pieces: Sequence[Call]) -> torch.Tensor | None:
+    patterns = [call.pattern for call in pieces if call.pattern is not None]
+    if len(patterns) < len(pieces) or sum(p.shape[-1] for p in patterns) ** 2 * len(patterns[0][0]) > LARGEST_PATTERN:
+        return None
+    by_head = zip(*(pattern[0] for pattern in patterns), strict=True)
+    return torch.stack([torch.block_diag(*of_head) for of_head in by_head])[None]
+
+
+def _invocation(model: nn.Module, call: Call) -> tuple[str, int]:
+    """The module that makes a call, and when it began to run; each call that no module makes is by itself."""
+    owner = owner_of(model, call)
+    return (owner, call.began[call.inside.index(owner)]) if owner and call.began else ("", call.time)
+
+
+def _rows_read(model: nn.Module, call: Call) -> int:
+    owner = owner_of(model, call)
+    return call.read[call.inside.index(owner)] if owner and call.read else 0
+
+
+def _may_be_in_pieces(model: nn.Module, trace: Trace, call: Call) -> bool:
+    """Whether other inputs may make several calls of it: it is its module's only one, over all that the module read."""
+    whole = call.batch == 1 and call.queries == call.keys == _rows_read(model, call) and not call.crosses
+    ran = _invocation(model, call)
+    return whole and sum(_invocation(model, other) == ran for other in trace.calls) == 1
+
+
 def _without_parts(model: nn.Module, trace: Trace) -> tuple[Trace, list[Call]]:
     """Leave out the calls that may be a part of what their module does: of some queries, or over blocks of keys."""
     parts = [call for call in trace.calls if _is_part(model, trace, call)]
@@ -308,7 +352,7 @@ def _assert_own_patterns(model: nn.Module, inputs: Mapping[str, Any], trace: Tra
             eager = trace_of(model, {**inputs, "output_attentions": True}, batch=trace.batch, events=False)
     except Exception:  # not every model takes the argument, or has an eager form
         return False
-    eager, _ = _without_others(_without_parts(model, eager)[0], inputs)
+    eager, _ = _without_others(_without_parts(model, _joined(model, eager))[0], inputs)
     heads = {call.heads for call in trace.calls}
     own = [p for p in patterns_in(eager.returned) if is_distribution(p) and is_over_keys(p, heads)]
     missed = [p for p in own if not any(_is_pattern(p, call, trace.rounding) for call in trace.calls)]

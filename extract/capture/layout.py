@@ -115,6 +115,7 @@ class Attention:
     batch_last: bool = False  # windows of sequences: the first of each sequence, then the second of each, …
     order: str = ""  # of a softmax that goes into an einsum: the letters of batch and head
     replayed: Replayed | None = None
+    in_pieces: bool = False  # its module may call once for every window or image of a sequence
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # what a probe has, where the choice is ours: no two numbers alike, so that dimensions tell themselves apart
 PROBE_SEQUENCES, PROBE_TOKENS, PROBE_DECODER_TOKENS = 3, 13, 11
-_LARGEST_PATTERN = 1 << 20  # entries
+LARGEST_PATTERN = 1 << 20  # entries
 # relative to the larger tensor's norm; a wrong candidate differs by its whole size
 _SAME = 1e-3
 
@@ -42,7 +42,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Call:
-    """An attention call in the probe. `inside` are the modules that were running, outermost first."""
+    """An attention call in the probe. `inside` are the modules that were running, outermost first.
+
+    `began` and `read` say of each when it began, and how many rows it read.
+    """
 
     time: int
     way: Way
@@ -58,6 +61,8 @@ class Call:
     projection: Tensor | None = None
     order: str = ""
     replayed: Replayed | None = None
+    began: tuple[int, ...] = ()
+    read: tuple[int, ...] = ()
 
 
 @dataclass
@@ -119,12 +124,21 @@ def _head_counts(model: nn.Module) -> frozenset[int]:
     return frozenset(found)
 
 
+class _Running(NamedTuple):
+    """A module that runs: whether it was given what others hold, when it began, and how many rows it read."""
+
+    name: str
+    elsewhere: bool
+    began: int
+    rows: int
+
+
 class _Probe:
     def __init__(self, trace: Trace, head_counts: frozenset[int], *, keep: bool) -> None:
         self._trace = trace
         self._keep = keep
         self._head_counts = head_counts
-        self._running: list[tuple[str, bool]] = []  # names, and whether they were given what others hold
+        self._running: list[_Running] = []
 
     @contextmanager
     def hooked(self, model: nn.Module) -> Iterator[None]:
@@ -138,16 +152,18 @@ class _Probe:
             yield
 
     def _begins(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, kwargs: Any) -> None:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
             elsewhere = any(kwargs.get(n) is not None for n in ("encoder_hidden_states", "key_value_states"))
-            self._running.append((name, elsewhere))
+            read = read_tensor(args, kwargs)
+            rows = 0 if read is None or not read.dim() else read.numel() // max(1, read.shape[-1])
+            self._running.append(_Running(name, elsewhere, self._trace.tick(), rows))
             self._trace.ran.append(name)
 
         return hook
 
     def _ends(self, name: str, counts: dict[str, int]) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            while self._running and self._running.pop()[0] != name:
+            while self._running and self._running.pop().name != name:
                 pass  # one that ended by an exception which the model caught
             number = counts[name] = counts.get(name, -1) + 1
             read, wrote = read_tensor(args, kwargs), first_tensor(output)
@@ -161,7 +177,7 @@ class _Probe:
         with unheard():
             output = request.plain()
             pattern = None
-            if output.shape[:2].numel() * request.query.shape[-2] * request.key.shape[-2] <= _LARGEST_PATTERN:
+            if output.shape[:2].numel() * request.query.shape[-2] * request.key.shape[-2] <= LARGEST_PATTERN:
                 pattern = _pattern(request)
         shape = (*output.shape[:3], request.key.shape[-2])
         causal = request.causal or hides_the_future(request.mask)
@@ -176,7 +192,7 @@ class _Probe:
         # what was changed between softmax and product is another pattern than the softmax's
         if not torch.equal(softmax.reshape(-1), product.pattern.reshape(-1)):
             return
-        pattern = made.pattern.detach().double() if made.pattern.numel() <= _LARGEST_PATTERN else None
+        pattern = made.pattern.detach().double() if made.pattern.numel() <= LARGEST_PATTERN else None
         causal = hides_the_future(made.pattern > 0)
         self._add("softmax", made.pattern.shape, made.contexts, pattern, causal, None, None, made.order)
 
@@ -193,8 +209,8 @@ class _Probe:
     ) -> None:
         batch, heads, queries, keys = shape
         if crosses is None:
-            crosses = queries != keys or (bool(self._running) and self._running[-1][1])
-        inside = tuple(name for name, _ in self._running)
+            crosses = queries != keys or (bool(self._running) and self._running[-1].elsewhere)
+        inside, _, began, read = zip(*self._running, strict=True) if self._running else ((), (), (), ())
         contexts = contexts.transpose(1, 2).flatten(2).float()
         call = Call(
             self._trace.tick(),
@@ -210,6 +226,8 @@ class _Probe:
             crosses,
             projection,
             order,
+            began=began,
+            read=read,
         )
         self._trace.calls.append(call)
 

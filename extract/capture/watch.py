@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch import nn
 from extract.capture.interface import replaced_interface
 from extract.capture.layout import Attention, Layout, Site, Way
 from extract.capture.replay import Run, shown
-from extract.capture.seam import Request, replaced_sdpa, unheard, weight_by_input
+from extract.capture.seam import Request, read_tensor, replaced_sdpa, unheard, weight_by_input
 from extract.capture.softmax import Finished, Product, Softmaxes, in_usual_order
 from extract.capture.stream import CompiledStream, Stream
 from extract.engines import reference
@@ -98,6 +98,7 @@ def watching(
         if "softmax" in layout.ways:
             stack.enter_context(Softmaxes(watch.finished))
         stack.enter_context(watch.replays(model))
+        stack.enter_context(watch.pieces_of(model))
         yield
         if watch.calls != len(layout.attentions):
             raise CaptureError(
@@ -143,6 +144,15 @@ def _write_factor(weight: Float[Tensor, "head head_width model_width"]) -> Float
     return factor.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
 
 
+class _Piece(NamedTuple):
+    """A call for a window or an image of a sequence."""
+
+    attention: Attention
+    sums: HeadSums
+    axis: Axis
+    contexts: Float[Tensor, "batch head token head_width"]
+
+
 @dataclass
 class _Watch:
     """The state of one watched forward pass."""
@@ -156,6 +166,7 @@ class _Watch:
     calls: int = 0  # of attention layers
     made: int = 0  # of all kinds
     running: Run | None = None  # a module that is run again when it ends
+    pieces: list[_Piece] | None = None  # of a module that runs and may call several times
     own_axes: dict[tuple[int, int], Axis] = field(default_factory=dict)  # of self-attention, by batch and tokens
     seen_masks: dict[tuple[Any, ...], tuple[Any, Visibility]] = field(default_factory=dict)
 
@@ -268,8 +279,44 @@ class _Watch:
         )
         self._observe(attention, visibility, reference.rows_of_scores(call, of_tokens), contexts, unknown=OF_SCORES)
 
+    @contextmanager
+    def pieces_of(self, model: nn.Module) -> Iterator[None]:
+        """Put together what a module shows in several calls, one for each window or image of a sequence."""
+        with ExitStack() as stack:
+            for name in dict.fromkeys(a.module for a in self.layout.attentions if a.in_pieces):
+                module = model.get_submodule(name)
+                stack.callback(module.register_forward_pre_hook(self._begins_pieces).remove)
+                stack.callback(module.register_forward_hook(self._ends_pieces, with_kwargs=True).remove)
+            yield
+
+    def _begins_pieces(self, _module: nn.Module, _args: Any) -> None:
+        self.pieces = []
+
+    def _ends_pieces(self, _module: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
+        pieces, self.pieces = self.pieces or [], None
+        if not pieces:
+            return
+        attention, read = pieces[0].attention, read_tensor(args, kwargs)
+        contexts = torch.cat([piece.contexts for piece in pieces], 2)
+        if read is None or contexts.shape[-2] * len(contexts) != read.numel() // read.shape[-1]:
+            raise CaptureError(
+                f"the calls of a module are over all that it reads; those of {attention.module} are over "
+                f"{contexts.shape[-2]} tokens; the model changed its way since it was examined"
+            )
+        sums = HeadSums(
+            torch.cat([piece.sums.values for piece in pieces], 1), sum(piece.sums.profiles for piece in pieces)
+        )
+        self.observer.heads(attention, _by_sequence(sums, self.batch.sequences, attention))
+        if self.stream is not None:
+            axis = (
+                pieces[0].axis if len(pieces) == 1 else whole_axis(len(contexts), contexts.shape[-2], contexts.device)
+            )
+            self.stream.contexts(attention, axis, contexts)
+
     def _next(self, way: Way) -> Attention:
         """The attention call that comes now."""
+        if self.pieces:  # one more of what has begun
+            return self.pieces[0].attention
         attentions = self.layout.attentions
         if self.calls >= len(attentions):
             raise CaptureError(f"expected {len(attentions)} attention calls, the model makes more")
@@ -356,6 +403,9 @@ class _Watch:
         observed = HeadObservation(rows, visibility, self._tokens(attention.keys).classes)
         sums = self.engine.summed(observed)
         sums.values[[PLACE[name] for name in unknown]] = torch.nan
+        if self.pieces is not None:
+            self.pieces.append(_Piece(attention, sums, visibility.queries, output))
+            return
         self.observer.heads(attention, _by_sequence(sums, self.batch.sequences, attention))
         if self.stream is not None:
             axis = visibility.queries

@@ -143,6 +143,7 @@ def checked(own: list[Own], attentions: Sequence[Any], rows: list[dict[str, Any]
         not_measured, left = unmatched(returned, attentions, of_part, part.inputs)
         # what the model computed by softmax and did not return answers for the rest
         _, left = unmatched(part.softmaxes, left, of_part, part.inputs)
+        left = [a for a in left if not (a.in_pieces and is_in_pieces(part.softmaxes, a, of_part))]
         missed += not_measured
         compared.append(len(attentions) - len(left))
     return missed, min(compared, default=0)
@@ -311,6 +312,34 @@ def difference(
     return None
 
 
+def is_in_pieces(softmaxes: list[Tensor], attention: Any, rows: list[dict[str, Any]]) -> bool:
+    """Whether a layer is what some softmaxes in a row, each of a window or an image of the sequence, come to together."""
+    of_heads = {r["head"]: r for r in rows if (r["stack"], r["layer"]) == (attention.stack, attention.layer)}
+    tokens = of_heads[0]["query_rows"]
+    for first in range(len(softmaxes)):
+        pieces: list[Tensor] = []
+        for softmax in softmaxes[first:]:
+            one = heads_second(softmax, attention.heads, 1)
+            if one.dim() != 4 or one.shape[:2] != (1, attention.heads) or one.shape[2] != one.shape[3]:
+                break
+            pieces.append(one[0])
+            if sum(piece.shape[-1] for piece in pieces) >= tokens:
+                break
+        if len(pieces) < 2 or sum(piece.shape[-1] for piece in pieces) != tokens:
+            continue
+        visible = [(piece.amax(0) > 0).numpy() for piece in pieces]
+        expected = [
+            expected_columns([piece[head].numpy() for piece in pieces], visible, crosses=False) for head in of_heads
+        ]
+        if all(
+            agree(row[name], value)
+            for row, columns in zip(of_heads.values(), expected, strict=True)
+            for name, value in columns.items()
+        ):
+            return True
+    return False
+
+
 def heads_second(pattern: Tensor, heads: int, sequences: int) -> Tensor:
     """A pattern as [batch and windows, head, query, key], from the several ways in which models give theirs."""
     if pattern.dim() == 3 and len(pattern) % (sequences * heads) == 0:
@@ -354,7 +383,8 @@ def expected_columns(parts: list[np.ndarray], visibles: list[np.ndarray], *, cro
             of_parts.append({n: v for n, v in columns.items() if n not in apart})
     if len(of_parts) == 1:
         return of_parts[0]
-    return {name: float(np.mean([part[name] for part in of_parts])) for name in of_parts[0]}
+    sizes = [len(part) for part in parts]
+    return {name: float(np.average([of[name] for of in of_parts], weights=sizes)) for name in of_parts[0]}
 
 
 def _normalized(p: np.ndarray) -> np.ndarray:

@@ -298,9 +298,9 @@ def one_image_each(config: Any) -> dict[str, Tensor]:
 
 
 def masked_tiles(config: Any) -> dict[str, Tensor]:
-    """batch tile channel height width, the second image of one tile only."""
+    """batch tile channel height width, the first image of one tile only."""
     height, width = vision.resolution(config)
-    mask = torch.tensor([[True, True], [True, False]])
+    mask = torch.tensor([[True, False], [True, True]])
     return {"pixel_values": torch.randn(BATCH, 2, 3, height, width), "pixel_attention_mask": mask}
 
 
