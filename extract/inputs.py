@@ -93,7 +93,7 @@ def apart(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def one_by_one(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each sequence of a batch by itself, with its own images.
+    """Each sequence of a batch by itself, with its own images and without the padding of its text.
 
     Raises Refusal where it cannot be told which images are whose.
     """
@@ -109,7 +109,28 @@ def one_by_one(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, An
     for name, x in tensors.items():
         if len(x) not in sizes:
             sizes[len(x)] = _images_of_each(model, inputs, name, [1] * len(x))
-    return _split(inputs, sizes[sequences], sizes)
+    return [_without_padding(part) for part in _split(inputs, sizes[sequences], sizes)]
+
+
+def is_padded(inputs: Mapping[str, Any]) -> bool:
+    mask = inputs.get("attention_mask")
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all())
+
+
+def _without_padding(part: dict[str, Any]) -> dict[str, Any]:
+    """What there is for every token of a single sequence, of the real ones alone; those with holes stay as they are."""
+    if not is_padded(part):
+        return part
+    axis = axis_of(part["attention_mask"] != 0)
+    if axis is None or not int(axis.length):
+        return part
+    real = slice(int(axis.start), int(axis.start + axis.length))
+
+    def of_tokens(name: str, value: Any) -> bool:
+        whole = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == (1, axis.tokens)
+        return whole and not name.startswith(("pixel", "input_features", "input_values"))
+
+    return {name: value[:, real] if of_tokens(name, value) else value for name, value in part.items()}
 
 
 def _split(inputs: Mapping[str, Any], each: Sequence[int], sizes: Mapping[int, Sequence[int]]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from extract.capture.grid import sight_of
 from extract.capture.layout import Attention, Layout, Site
 from extract.capture.probe import hides_the_future
 from extract.capture.seam import same_values
+from extract.capture.stacks import OF_TEXT
 from extract.capture.watch import Batch, watching
 from extract.engines import Engine, choose
 from extract.errors import Refusal
@@ -25,6 +26,7 @@ from extract.inputs import (
     TEXT_INPUTS,
     apart,
     batch_of,
+    is_padded,
     main_input,
     named_inputs,
     one_by_one,
@@ -180,10 +182,16 @@ def measure(
 
 
 def parts_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The inputs as they are given to the model: at once, or one sequence at a time where a tower packs them together."""
+    """The inputs as they are given to the model: at once, or one sequence at a time.
+
+    That is where a tower packs sequences together, and where padding of the text would stand between other tokens.
+    """
     parts = apart(model, inputs)
-    together = len(parts) == 1 and sequences_in(model, inputs) > 1
-    return one_by_one(model, inputs) if together and layout_of(model, inputs).mixed else parts
+    if len(parts) > 1 or sequences_in(model, inputs) == 1:
+        return parts
+    layout = layout_of(model, inputs)
+    among_others = any(a.queries is None and not a.crosses and a.stack in OF_TEXT for a in layout.attentions)
+    return one_by_one(model, inputs) if layout.mixed or (among_others and is_padded(inputs)) else parts
 
 
 def _as_found(batch: Batch, model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> Batch:

@@ -20,7 +20,7 @@ from torch import nn
 
 from extract.capture.interface import attending_by, configurations
 from extract.capture.layout import Attention, Layout
-from extract.capture.probe import LARGEST_PATTERN, PROBE_TOKENS, Call, Trace, same, trace_of
+from extract.capture.probe import LARGEST_PATTERN, PROBE_TOKENS, Call, Trace, drawn_alike, same, trace_of
 from extract.capture.replay import find as find_by_replay
 from extract.capture.seam import first_tensor, is_stream, read_tensor, weight_by_input
 from extract.capture.sites import find_sites, one_refusal
@@ -180,14 +180,15 @@ def _whole(
 
     What has shown less than it has, or a part of what it does, is run again, module by module.
     """
+    said = ""
     if not parts:
         try:
             return trace, _assert_whole(model, inputs, trace)
-        except CaptureError:
-            pass
+        except CaptureError as less:
+            said = f"{less}; "
     found, refused = find_by_replay(model, inputs, trace)
     if refused is not None:
-        raise refused
+        raise CaptureError(f"{said}{refused}") from refused
     modules = {owner_of(model, call) for call in found}
     whole = [
         call
@@ -310,7 +311,7 @@ def _refuse_hidden_attention(model: nn.Module, inputs: Mapping[str, Any], silent
 
         return mixes
 
-    with ExitStack() as stack, torch.inference_mode():
+    with ExitStack() as stack, torch.inference_mode(), drawn_alike():
         for name in silent:
             module = model.get_submodule(name)
             if not any(isinstance(m, _MIXERS) for m in module.modules()):
@@ -397,7 +398,9 @@ def is_over_keys(pattern: torch.Tensor, heads: set[int]) -> bool:
     """Whether its rows are a head's: deformable attention gives [batch, query, head, point], or levels before points."""
     if pattern.dim() > 4 and torch.allclose(pattern.sum((-1, -2)), pattern.new_ones(()), atol=1e-4):
         return False
-    return pattern.dim() == 3 or bool(heads & {*pattern.shape[1:-2]})
+    if pattern.dim() == 3:  # batch and heads in one
+        return any(len(pattern) % count == 0 for count in heads)
+    return bool(heads & {*pattern.shape[1:-2]})
 
 
 def _is_pattern(own: torch.Tensor, call: Call, rounding: float) -> bool:

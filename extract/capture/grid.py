@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from extract.capture.probe import drawn_alike
 from extract.capture.seam import is_stream
 from extract.engines.patches import Grid
 
@@ -121,7 +122,7 @@ class _Seen:
 def _seen(model: nn.Module, attention: str, inputs: Mapping[str, Any]) -> _Seen | None:
     """Run the model up to an attention module; None where it does not come to it with these inputs."""
     seen = _Seen(tuple(inputs[PIXELS].shape))
-    with _hooked(model, attention, seen), torch.inference_mode():
+    with _hooked(model, attention, seen), torch.inference_mode(), drawn_alike():
         try:
             model(**inputs)
         except _Reached:

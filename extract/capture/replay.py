@@ -333,13 +333,18 @@ def _replaced_by(values: Tensor) -> Change:
 def _heads(run: Run, how: Replayed, shape: tuple[int, ...], output: Tensor) -> int | None:
     """How many heads: with values that are the same in all entries, contexts are the same in those of a head.
 
-    None where weights do not depend on what is read, or no token tells another anything: that is no attention.
+    None where weights do not depend on what is read, or no token reads another's value: that is no attention.
     """
     batch, tokens, width = shape
 
     by_token = torch.arange(1.0, tokens + 1)[None, :, None].expand(shape)
     values = (by_token.transpose(0, 1) if how.token_first else by_token).contiguous().to(output)
     contexts = _contexts(run, how, _replaced_by(values)).float()
+    others = values.clone()
+    (others[0] if how.token_first else others[:, 0]).zero_()
+    told = (_contexts(run, how, _replaced_by(others)).float() - contexts)[:, 1:]
+    if tokens > 1 and not bool(told.any()):
+        return None
     if batch > 1 and _near(contexts[:1].expand_as(contexts), contexts):
         return None
     differs = ((contexts[..., 1:] - contexts[..., :-1]).abs().amax((0, 1)) > 1e-4 * contexts.abs().amax()).nonzero()

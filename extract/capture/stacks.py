@@ -15,6 +15,9 @@ from extract.capture.probe import Call, Trace
 _TOWERS = {"image": "vision", "video": "vision", "audio": "audio", "text": "text"}
 _INPUTS = {"input_ids": "text", "pixel_values": "vision", "input_features": "audio", "input_values": "audio"}
 
+# stacks that may hold the tokens of a text
+OF_TEXT = ("encoder", "decoder", "text")
+
 
 class Place(NamedTuple):
     stack: str

@@ -304,7 +304,8 @@ class _Watch:
                 f"{contexts.shape[-2]} tokens; the model changed its way since it was examined"
             )
         sums = HeadSums(
-            torch.cat([piece.sums.values for piece in pieces], 1), sum(piece.sums.profiles for piece in pieces)
+            torch.cat([piece.sums.values for piece in pieces], 1),
+            torch.stack([piece.sums.profiles for piece in pieces]).sum(0),
         )
         self.observer.heads(attention, _by_sequence(sums, self.batch.sequences, attention))
         if self.stream is not None:

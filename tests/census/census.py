@@ -173,7 +173,9 @@ def own_patterns(making: Making) -> list[Own]:
     built = making.built("eager")
     if isinstance(built, NotBuilt):
         return []
-    return [_own(making, replace(built, inputs=part)) for part in _parts(making)]
+    parts = _parts(making)
+    torch.manual_seed(2)  # as when it is measured: what is drawn for one part follows on what was for the one before
+    return [_own(making, replace(built, inputs=part)) for part in parts]
 
 
 def _parts(making: Making) -> list[dict[str, Tensor]]:
@@ -188,10 +190,10 @@ def _parts(making: Making) -> list[dict[str, Tensor]]:
 
 def _own(making: Making, built: Built) -> Own:
     returned: list[Tensor] = []
-    recorder = _Softmaxes()
+    recorder, drawn = _Softmaxes(), torch.get_rng_state()
     for options in ({"output_attentions": True}, {}):  # the option fails in some models
         recorder = _Softmaxes()
-        torch.manual_seed(2)
+        torch.set_rng_state(drawn)
         try:
             with recorder:
                 returned = patterns_in(forward(built, **options))
