@@ -80,7 +80,6 @@ def forward(built: Built, **options: Any) -> Any:
     """The model's output for its inputs, without a cache where it can do without."""
     if "use_cache" in takes(type(built.model)):
         options = {"use_cache": False, **options}
-    torch.manual_seed(2)  # a few choose patches or noise at random even in eval mode
     with torch.no_grad():
         return built.model(**built.inputs, **options)
 
