@@ -88,8 +88,8 @@ def apart(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor) or len(ids) == 1:
         return [dict(inputs)]
-    others = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.dim() > 1 and len(x) != len(ids)]
-    return one_by_one(model, inputs) if others else [dict(inputs)]
+    media = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.dim() > 1 and x.is_floating_point()]
+    return one_by_one(model, inputs) if any(len(x) != len(ids) for x in media) else [dict(inputs)]
 
 
 def one_by_one(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:

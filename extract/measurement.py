@@ -168,8 +168,8 @@ def measure(
     device = main_input(model, given).device
     chosen = choose(engine, device=device.type)
     classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=device)
+    batch_of(model, given, classes)  # what cannot be measured is refused before the model runs
     parts = parts_of(model, given)
-    # what cannot be measured is refused before the model runs
     batches = [batch_of(model, part, classes) for part in parts]
     layout = layout_of(model, parts[0])
     batches = [_as_found(batch, model, layout, part) for batch, part in zip(batches, parts, strict=True)]

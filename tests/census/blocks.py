@@ -22,6 +22,10 @@ def in_places(pattern: Tensor, config: Any, tokens: int, sampled: Sequence[tuple
         return _from_windows(pattern)
     if getattr(config, "local_radius", None) is not None and pattern.dim() == 5:
         return _from_blocks(pattern, tokens)
+    for prefix in ("", "conf_"):
+        size, past = (getattr(config, f"{prefix}attention_{n}", None) for n in ("chunk_size", "context_left"))
+        if isinstance(size, int) and isinstance(past, int) and pattern.dim() == 5 and pattern.shape[3] == size:
+            return _from_chunks(pattern, past - 1)
     for softmax, queries in sampled if hasattr(config, "sampling_factor") else ():
         if softmax.numel() == pattern.numel() and torch.equal(softmax.reshape(pattern.shape), pattern):
             return _from_sample(pattern, queries.view(pattern.shape[:3]))
@@ -50,6 +54,20 @@ def _from_blocks(pattern: Tensor, tokens: int) -> Tensor:
                 i, j = block * size + query, (block - 1) * size + key
                 if i < tokens and 0 <= j < tokens:
                     whole[:, :, i, j] = pattern[:, block, :, query, key]
+    return whole
+
+
+def _from_chunks(pattern: Tensor, past: int) -> Tensor:
+    """Gemma's audio: [batch, head, chunk, query in the chunk, key from so many before it on]."""
+    batch, heads, chunks, size, width = pattern.shape
+    tokens = chunks * size
+    whole = pattern.new_zeros(batch, heads, tokens, tokens)
+    for chunk in range(chunks):
+        for query in range(size):
+            for key in range(width):
+                i, j = chunk * size + query, chunk * size + key - past
+                if 0 <= j < tokens:
+                    whole[:, :, i, j] = pattern[:, :, chunk, query, key]
     return whole
 
 

@@ -205,8 +205,8 @@ def _own(making: Making, built: Built) -> Own:
     if making.model_type in BEFORE_SINKS:
         own = [p * share[..., None] for p, share in zip(own, recorder.shares, strict=True)]
     config, tokens = built.model.config, max((x.shape[1] for x in built.inputs.values() if x.dim() > 1), default=0)
-    own = [in_places(p, config, tokens, recorder.sampled) for p in own]
-    return Own(built.inputs, [_whole(p, recorder.made) for p in own], recorder.made)
+    own, made = ([in_places(p, config, tokens, recorder.sampled) for p in of] for of in (own, recorder.made))
+    return Own(built.inputs, [_whole(p, made) for p in own], made)
 
 
 def _is_average(pattern: Tensor) -> bool:
