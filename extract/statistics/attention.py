@@ -288,13 +288,13 @@ def received_max_key(o: HeadQuantities) -> Values:
     return o["received_max_key"]
 
 
-@column(formula="max of s over visible keys of measured rows", nullable=True)
+@column(formula="max of s over visible keys of measured rows; null where only the pattern is seen", nullable=True)
 def score_max(o: HeadQuantities) -> Values:
     """The largest attention logit: growing logits show here before anything breaks."""
     return o["score_max"]
 
 
-@column(formula="mean of s over all visible (query, key) pairs", nullable=True)
+@column(formula="mean of s over all visible (query, key) pairs; null where score_max is", nullable=True)
 def score_mean(o: HeadQuantities) -> Values:
     """The mean attention logit."""
     return o.ratio(o["score"], o["pairs"])

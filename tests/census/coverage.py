@@ -17,13 +17,14 @@ configuration: measured by `attlas`, and every column that follows from a patter
 patterns that the model's own eager attention gives. `make census` writes this file.
 
 * *exact*: every pattern that the model gives is measured, and every such column agrees to 1e-5 or 1e-4 of its value.
-* *exact by eager fallback*: the same, of a model that computes softmax by hand in some layer; it is watched as it does so.
+* *exact by eager fallback*: the same, of a model that computes softmax by hand in some layer, where it is watched, or attends over blocks,
+  by hashing or for a sample, where the module is run again.
 * *measured, gives no patterns to compare with*: it attends by torch's or transformers' function, but has no eager form.
 * *refused*: by name, before anything is measured.
 * *no attention*: nothing in it makes a pattern over keys.
 * *not built*: not from its configuration alone, or not with the packages here.
 
-`ways` says how its calls are seen: `sdpa` and `interface` run on the fast engine, `softmax` on the reference engine. `layers`
+`ways` says how its calls are seen: `sdpa` and `interface` run on the fast engine, `softmax` and `replay` on the reference engine. `layers`
 are the attention layers measured, by stack; `compared` those for which the model has a pattern of its own. `residual` says
 whether the stream is measured as well.
 """
