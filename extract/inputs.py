@@ -89,7 +89,8 @@ def apart(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(ids, torch.Tensor) or len(ids) == 1:
         return [dict(inputs)]
     media = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.dim() > 1 and x.is_floating_point()]
-    return one_by_one(model, inputs) if any(len(x) != len(ids) for x in media) else [dict(inputs)]
+    packed = any(len(x) not in (1, len(ids)) for x in media)  # a single row may be a strip of all images
+    return one_by_one(model, inputs) if packed else [dict(inputs)]
 
 
 def one_by_one(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:

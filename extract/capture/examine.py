@@ -44,9 +44,8 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> L
     trace = trace_of(model, inputs, batch=batch)
     if any(call.way == "softmax" for call in trace.calls) or not trace.calls:
         trace = _through_interface(model, inputs, trace) or trace
-    trace = _joined(model, trace)
-    trace, parts = _without_parts(model, trace)
     trace, others = _without_others(trace, inputs)
+    trace, parts = _without_parts(model, _joined(model, trace))
     trace, without_pattern = _whole(model, inputs, trace, parts)
     batch_last = _batch_last(model, inputs, trace)
     modules = dict(model.named_modules())
@@ -139,8 +138,11 @@ def _gives_alike(a: Trace, b: Trace, mask: torch.Tensor | None) -> bool:
 def _without_others(trace: Trace, inputs: Mapping[str, Any]) -> tuple[Trace, frozenset[int]]:
     """Leave out calls whose heads are as many as the probe's tokens: they look over layers or the like, at one position."""
     ids = inputs.get("input_ids")
-    tokens = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.shape[1:] == (PROBE_TOKENS,) else None
-    others = frozenset(n for n, call in enumerate(trace.calls) if call.heads == tokens != call.keys)
+    tokens = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
+    probed = tokens == PROBE_TOKENS  # a number that no model's heads have
+    others = frozenset(
+        n for n, call in enumerate(trace.calls) if call.heads == tokens != call.keys and (probed or call.queries == 1)
+    )
     calls = [call for n, call in enumerate(trace.calls) if n not in others]
     return replace(trace, calls=calls), others
 
@@ -353,7 +355,7 @@ def _assert_own_patterns(model: nn.Module, inputs: Mapping[str, Any], trace: Tra
             eager = trace_of(model, {**inputs, "output_attentions": True}, batch=trace.batch, events=False)
     except Exception:  # not every model takes the argument, or has an eager form
         return False
-    eager, _ = _without_others(_without_parts(model, _joined(model, eager))[0], inputs)
+    eager, _ = _without_parts(model, _joined(model, _without_others(eager, inputs)[0]))
     heads = {call.heads for call in trace.calls}
     own = [p for p in patterns_in(eager.returned) if is_distribution(p) and is_over_keys(p, heads)]
     missed = [p for p in own if not any(_is_pattern(p, call, trace.rounding) for call in trace.calls)]

@@ -28,7 +28,7 @@ def in_places(pattern: Tensor, config: Any, tokens: int, sampled: Sequence[tuple
             return _from_chunks(pattern, past - 1)
     for softmax, queries in sampled if hasattr(config, "sampling_factor") else ():
         if softmax.numel() == pattern.numel() and torch.equal(softmax.reshape(pattern.shape), pattern):
-            return _from_sample(pattern, queries.view(pattern.shape[:3]))
+            return _from_sample(pattern, queries.view(pattern.shape[:-1]))
     return pattern
 
 
@@ -73,6 +73,6 @@ def _from_chunks(pattern: Tensor, past: int) -> Tensor:
 
 def _from_sample(pattern: Tensor, queries: Tensor) -> Tensor:
     """Informer: the queries that were drawn look as the softmax says, all others at every key alike."""
-    batch, heads, _, keys = pattern.shape
-    whole = pattern.new_full((batch, heads, keys, keys), 1 / keys)
-    return whole.scatter(2, queries[..., None].expand(-1, -1, -1, keys), pattern)
+    keys = pattern.shape[-1]
+    whole = pattern.new_full((*pattern.shape[:-2], keys, keys), 1 / keys)
+    return whole.scatter(-2, queries[..., None].expand_as(pattern), pattern)
