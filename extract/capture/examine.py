@@ -160,7 +160,16 @@ def _batch_last(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> se
         for name, x in inputs.items()
     }
     through = any(call.way == "interface" for call in trace.calls)
-    calls = trace_of(model, turned, batch=trace.batch, interface=through, events=False).calls
+    again = trace_of(model, turned, batch=trace.batch, interface=through, events=False)
+    again = _joined(model, _without_others(again, inputs)[0])
+    replayed = {owner_of(model, call) for call in trace.calls if call.way == "replay"}
+    calls = dict(
+        zip(
+            (n for n, call in enumerate(trace.calls) if call.way != "replay"),
+            (call for call in again.calls if not replayed & {*call.inside}),
+            strict=True,
+        )
+    )
     last = set()
     for number in numbers:
         a, b = trace.calls[number].contexts, calls[number].contexts
