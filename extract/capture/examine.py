@@ -162,17 +162,17 @@ def _batch_last(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> se
     through = any(call.way == "interface" for call in trace.calls)
     again = trace_of(model, turned, batch=trace.batch, interface=through, events=False)
     again = _joined(model, _without_others(again, inputs)[0])
-    replayed = {owner_of(model, call) for call in trace.calls if call.way == "replay"}
-    calls = dict(
-        zip(
-            (n for n, call in enumerate(trace.calls) if call.way != "replay"),
-            (call for call in again.calls if not replayed & {*call.inside}),
-            strict=True,
-        )
-    )
+    of_modules = _by_module(model, trace.calls), _by_module(model, again.calls)
     last = set()
     for number in numbers:
-        a, b = trace.calls[number].contexts, calls[number].contexts
+        owner = owner_of(model, trace.calls[number])
+        before, after = (calls.get(owner, []) for calls in of_modules)
+        if len(before) != len(after):
+            raise CaptureError(
+                f"a model does the same every time; {owner} of {type(model).__name__} attended {len(before)} times, then "
+                f"{len(after)}"
+            )
+        a, b = next((x.contexts, y.contexts) for x, y in zip(before, after, strict=True) if x is trace.calls[number])
         if same(a.unflatten(0, (trace.batch, -1)).roll(1, 0), b):
             continue
         if not same(a.unflatten(0, (-1, trace.batch)).roll(1, 1), b):
@@ -182,6 +182,13 @@ def _batch_last(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> se
             )
         last.add(number)
     return last
+
+
+def _by_module(model: nn.Module, calls: Sequence[Call]) -> dict[str, list[Call]]:
+    found: dict[str, list[Call]] = {}
+    for call in calls:
+        found.setdefault(owner_of(model, call), []).append(call)
+    return found
 
 
 def _whole(
