@@ -33,6 +33,7 @@ from extract.inputs import (
     probe_inputs,
     sequences_in,
 )
+from extract.packed import Part, unpacked
 from extract.schema import CLASS_MASSES, HEADS, PROFILES, RESIDUAL, Table
 from extract.statistics.attention import HeadQuantities
 from extract.statistics.profiles import PROFILE_COLUMNS
@@ -170,28 +171,51 @@ def measure(
     classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=device)
     batch_of(model, given, classes)  # what cannot be measured is refused before the model runs
     parts = parts_of(model, given)
-    batches = [batch_of(model, part, classes) for part in parts]
-    layout = layout_of(model, parts[0])
-    batches = [_as_found(batch, model, layout, part) for batch, part in zip(batches, parts, strict=True)]
-    collector = Collector(sum(batch.sequences for batch in batches))
-    for number, (part, batch) in enumerate(zip(parts, batches, strict=True)):
-        if len(parts) > 1:
-            collector.at([number])
-        observe(model, layout, part, batch=batch, engine=chosen, collector=collector, residual=residual)
+    batches = [batch_of(model, part.inputs, classes) for part in parts]
+    layout = layout_of(model, parts[0].inputs)
+    _refuse_added_mask(model, layout, given)
+    collector = Collector(sum(len(part.places) for part in parts))
+    for part, batch in zip(parts, batches, strict=True):
+        collector.at(part.places)
+        found = _as_found(batch, model, layout, part.inputs)
+        observe(model, layout, part.inputs, batch=found, engine=chosen, collector=collector, residual=residual)
     return _tables(collector.measured, layout, with_classes=classes is not None, residual=residual)
 
 
-def parts_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The inputs as they are given to the model: at once, or one sequence at a time.
+def parts_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Part]:
+    """The inputs as they are given to the model: at once, or apart.
 
-    That is where a tower packs sequences together, and where padding of the text would stand between other tokens.
+    That is where texts are packed in a row, where a tower packs sequences together, and where padding of the text would
+    stand between other tokens.
     """
+    texts = unpacked(model, inputs)
+    if texts is not None:
+        return texts
     parts = apart(model, inputs)
-    if len(parts) > 1 or sequences_in(model, inputs) == 1:
-        return parts
-    layout = layout_of(model, inputs)
+    if len(parts) == 1 and sequences_in(model, inputs) > 1:
+        layout = layout_of(model, inputs)
+        if not layout.packed and not _is_one_by_one(layout, inputs):
+            return [Part([*range(sequences_in(model, inputs))], parts[0])]
+        parts = parts if layout.packed else one_by_one(model, inputs)
+    return [Part([number], part) for number, part in enumerate(parts)]
+
+
+def _refuse_added_mask(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> None:
+    """Eager code of transformers adds a mask to the scores, whatever its type, where the interface would hide by it."""
+    mask = inputs.get("attention_mask")
+    eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
+    if not (eager and "interface" in layout.ways and isinstance(mask, torch.Tensor) and mask.dim() == 4):
+        return
+    if not mask.is_floating_point():
+        raise Refusal(
+            f"a 4-d attention_mask is added to the scores by {type(model).__name__}, which attends by eager code; this one "
+            f"of {mask.dtype} would hide nothing; give 0 where a query sees a key and torch.finfo(dtype).min elsewhere"
+        )
+
+
+def _is_one_by_one(layout: Layout, inputs: Mapping[str, Any]) -> bool:
     among_others = any(a.queries is None and not a.crosses and a.stack in OF_TEXT for a in layout.attentions)
-    return one_by_one(model, inputs) if layout.mixed or (among_others and is_padded(inputs)) else parts
+    return layout.mixed or (among_others and is_padded(inputs))
 
 
 def _as_found(batch: Batch, model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> Batch:

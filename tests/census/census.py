@@ -156,7 +156,7 @@ def measured(built: Built) -> tuple[dict[str, Any], Any]:
         inputs["use_cache"] = False
     torch.manual_seed(2)
     tables = measure(built.model, **cast(Any, inputs))
-    return tables, layout_of(built.model, parts_of(built.model, inputs)[0])
+    return tables, layout_of(built.model, parts_of(built.model, inputs)[0].inputs)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _parts(making: Making) -> list[dict[str, Tensor]]:
     built = making.built()
     assert not isinstance(built, NotBuilt), "it was built before"
     try:
-        return parts_of(built.model, built.inputs)
+        return [part.inputs for part in parts_of(built.model, built.inputs)]
     except (CaptureError, Refusal):
         return [dict(built.inputs)]
 
