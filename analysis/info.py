@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SAID_ABOVE = ("model", "corpus", "engine", "device", "dtype", "schema_version")
@@ -42,29 +42,58 @@ def size(octets: int) -> str:
 
 def _model(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, tokenizer = manifest.get("model", {}), manifest.get("tokenizer", {})
-    labels = ("name", "revision", "architecture", "stack", "layers", "heads", "width", "parameters", "weights_digest")
-    rows = [(label.replace("_", " "), number(model[label])) for label in labels if model.get(label) is not None]
+    named = _named(model, ("name", "revision", "architecture"))
+    rows = [*named, *_stacks(model), *_named(model, ("width", "parameters", "weights_digest", "residual"))]
+    refusals = (model.get("layout") or {}).get("residual_refusals") or {}
+    rows += [(f"residual of {stack}", str(why)) for stack, why in refusals.items()]
     if tokenizer.get("name"):
         rows.append(("tokenizer", str(tokenizer["name"])))
-    return rows
+    return rows + _images(manifest.get("images") or {})
+
+
+def _named(facts: Mapping[str, Any], labels: Sequence[str]) -> list[tuple[str, str]]:
+    return [(label.replace("_", " "), number(facts[label])) for label in labels if facts.get(label) is not None]
+
+
+def _stacks(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each stack's layers and heads, and in which way its attention was seen; then the layers without a pattern."""
+    layout = model.get("layout") or {}
+    rows = []
+    for facts in model.get("stacks") or []:
+        layers = [layer for layer in layout.get("attention", []) if layer["stack"] == facts["stack"]]
+        heads = {layer["heads"] for layer in layers}
+        of_layers = f"{facts['layers']} layer{'s' * (facts['layers'] != 1)} × {'–'.join(map(str, sorted(heads)))} heads"
+        ways = sorted({layer["way"] for layer in layers})
+        rows.append((f"stack {facts['stack']}", f"{of_layers}, seen by {' and '.join(ways)}"))
+    silent = layout.get("without_pattern") or []
+    return rows + ([("layers without a pattern", number(silent))] if silent else [])
+
+
+def _images(images: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = _named(images, ("preprocessor",))
+    if images.get("pixels"):
+        rows.append(("image", f"{' × '.join(map(str, images['pixels']))} pixels, {images['tokens']} tokens"))
+    return rows + [
+        (f"patches of {stack}", f"{grid['rows']} × {grid['columns']}")
+        for stack, grid in (images.get("grids") or {}).items()
+    ]
 
 
 def _corpus(corpus: Mapping[str, Any]) -> list[tuple[str, str]]:
-    labels = ("name", "documents", "sequences", "tokens", "content_tokens", "digest")
-    rows = [(label.replace("_", " "), number(corpus[label])) for label in labels if corpus.get(label) is not None]
+    rows = _named(corpus, ("name", "documents", "sequences", "tokens", "content_tokens", "digest"))
     dropped = corpus.get("dropped") or {}
     rows += [(f"dropped: {reason}", number(count)) for reason, count in sorted(dropped.items())]
     return rows
 
 
 def _measurement(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [
-        (label, number(manifest[label])) for label in ("engine", "device", "dtype") if manifest.get(label) is not None
-    ]
+    rows = _named(manifest, ("engine", "device", "dtype"))
     waste = manifest.get("padding_waste")
     if isinstance(waste, (int, float)):
         rows.append(("padded positions", f"{waste:.1%}"))
     run = {name: value for name, value in (manifest.get("run") or {}).items() if name not in _SAID_ABOVE}
+    if run.get("corpus_files"):
+        run["corpus_files"] = len(run["corpus_files"])
     return rows + [(f"run: {name.replace('_', ' ')}", number(value)) for name, value in sorted(run.items())]
 
 

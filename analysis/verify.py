@@ -177,9 +177,7 @@ def _sequence_checks(dataset: Dataset, table: Table) -> list[Check]:
 
 def _symbolic_bounds(dataset: Dataset, table: Table) -> list[Check]:
     """Bounds in terms of the sequence's length n and the stream's width d; only where n counts keys and queries."""
-    if not _one_sequence(dataset):
-        return []
-    n = pl.col("n")
+    n = pl.when(_is_of_tokens(dataset)).then(pl.col("n"))
     sink = pl.col("mass_sink").is_not_null().cast(pl.Float64) if table.name == "heads" else pl.lit(0.0)
     width = dataset.manifest.get("model", {}).get("width")
     d = pl.lit(float(width)) if isinstance(width, int) else pl.lit(None, dtype=pl.Float64)
@@ -202,9 +200,10 @@ def _symbolic_bounds(dataset: Dataset, table: Table) -> list[Check]:
     return checks
 
 
-def _one_sequence(dataset: Dataset) -> bool:
-    """Whether queries and keys are the tokens of the sequence: a single stack of self-attention over text."""
-    return dataset.manifest.get("model", {}).get("stack") in ("encoder", "decoder")
+def _is_of_tokens(dataset: Dataset) -> pl.Expr:
+    """Whether queries and keys are the tokens of the sequence; windows, pooled states and latents are others."""
+    stacks = dataset.manifest.get("model", {}).get("stacks") or []
+    return pl.col("stack").is_in([stack["stack"] for stack in stacks if stack.get("of_tokens")])
 
 
 def _mass_checks(dataset: Dataset) -> list[Check]:
@@ -216,10 +215,9 @@ def _mass_checks(dataset: Dataset) -> list[Check]:
         Check("class masses", measured & ((classes - 1).abs() > MASS_TOLERANCE), "the seven classes do not sum to 1"),
         Check("masses", measured & ((sides - 1).abs() > MASS_TOLERANCE), "self, backward and forward do not sum to 1"),
     ]
-    if _one_sequence(dataset):
-        rows = pl.sum_horizontal(pl.col("query_rows", "masked_rows", "nonfinite_rows").cast(pl.Float64))
-        checks.append(Check("rows", rows != pl.col("n"), "measured, masked and non-finite rows are not the tokens"))
-    return checks
+    rows = pl.sum_horizontal(pl.col("query_rows", "masked_rows", "nonfinite_rows").cast(pl.Float64))
+    others = _is_of_tokens(dataset) & (rows != pl.col("n"))
+    return [*checks, Check("rows", others, "measured, masked and non-finite rows are not the tokens")]
 
 
 def _rectangle(dataset: Dataset, table: Table, part: Part, frame: pl.LazyFrame, own: pl.LazyFrame) -> Iterator[Finding]:
@@ -234,11 +232,11 @@ def _rectangle(dataset: Dataset, table: Table, part: Part, frame: pl.LazyFrame, 
         yield Finding(part.path, "row count", f"{planned} sequences in the shard, {with_rows} have rows")
     if rows != with_rows * distinct:
         yield Finding(part.path, "row count", f"{with_rows} sequences × {distinct} places, but {rows} rows")
-    model = dataset.manifest.get("model", {})
-    layers, heads = model.get("layers"), model.get("heads")
-    if table.name == "heads" and isinstance(layers, int) and isinstance(heads, int) and distinct != layers * heads:
+    layers = dataset.manifest.get("model", {}).get("layout", {}).get("attention", [])
+    heads = sum(layer["heads"] for layer in layers)
+    if table.name == "heads" and layers and distinct != heads:
         yield Finding(
-            part.path, "row count", f"{layers} layers × {heads} heads in the model, {distinct} heads in the part"
+            part.path, "row count", f"{heads} heads in {len(layers)} layers of the model, {distinct} heads in the part"
         )
 
 

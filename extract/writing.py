@@ -95,7 +95,8 @@ def _reader_facts(job: Job) -> dict[str, Any]:
 def _model_facts(job: Job) -> dict[str, Any]:
     """`stack`, `layers` and `heads` are there where one number says it: one stack, whose layers have as many heads each."""
     layout = job.layout
-    stacks = [_stack_facts(stack, layout.of(stack)) for stack in layout.stacks]
+    grids = {} if job.fed.images is None else job.fed.images.grids
+    stacks = [_stack_facts(stack, layout.of(stack), is_grid=stack in grids) for stack in layout.stacks]
     single = stacks[0] if len(stacks) == 1 else dict.fromkeys(("stack", "layers", "heads"))
     return single | {
         "name": job.encoder.name,
@@ -111,9 +112,15 @@ def _model_facts(job: Job) -> dict[str, Any]:
     }
 
 
-def _stack_facts(stack: str, attentions: Sequence[Attention]) -> dict[str, Any]:
+def _stack_facts(stack: str, attentions: Sequence[Attention], *, is_grid: bool) -> dict[str, Any]:
+    """`of_tokens`: the queries and the keys of every layer are the tokens that `sequences` counts."""
     heads = {a.heads for a in attentions}
-    return {"stack": stack, "layers": len(attentions), "heads": heads.pop() if len(heads) == 1 else None}
+    return {
+        "stack": stack,
+        "layers": len(attentions),
+        "heads": heads.pop() if len(heads) == 1 else None,
+        "of_tokens": is_grid or all(None not in (a.queries, a.keys) for a in attentions),
+    }
 
 
 def _table_facts(name: str, records: list[ShardRecord]) -> dict[str, Any]:

@@ -44,34 +44,55 @@ class Content:
         return self.heads["stack"].unique(maintain_order=True).to_list()
 
     @property
+    def distance(self) -> str:
+        """The column that says how far a head looks: over the image where patches have rows and columns."""
+        return "distance_patches" if is_known(self.heads, "distance_patches") else "distance_tokens"
+
+    @property
     def documents(self) -> int:
         """Documents that gave a measured sequence."""
         highest = self.heads["documents"].max()
         return highest if isinstance(highest, int) else 0
 
 
+def is_known(heads: pl.DataFrame, column: str) -> bool:
+    return column in heads.columns and heads[column].is_not_null().any()
+
+
+def _in_order(frame: pl.DataFrame, manifest: Mapping[str, Any]) -> pl.DataFrame:
+    """Rows by stack as the model runs them, else as they are; stacks that the manifest leaves out come last."""
+    stacks = [stack["stack"] for stack in manifest.get("model", {}).get("stacks") or []]
+    place = pl.col("stack").replace_strict(stacks, range(len(stacks)), default=len(stacks), return_dtype=pl.Int64)
+    return frame.sort(place, maintain_order=True)
+
+
 def gather(dataset: Dataset) -> Content:
     """Run the analyses of the report."""
-    means = head_means(dataset)
+
+    def in_order(frame: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
+        return _in_order(frame.lazy().collect(), dataset.manifest)
+
+    means = in_order(head_means(dataset))
     several = means["stack"].n_unique() > 1
     heads = (
-        means.join(head_kinds(dataset), on=HEAD, how="left")
-        .sort(HEAD)
+        in_order(means.join(head_kinds(dataset), on=HEAD, how="left").sort(HEAD))
         .with_row_index("id")
         .with_columns(label(several_stacks=several))
     )
-    residual = residual_through_depth(dataset)
+    residual = in_order(residual_through_depth(dataset))
     evidence = collect_evidence(dataset, heads=means, residual=residual)
     found = find_defects(evidence)
     lengths = dataset.scan("sequences").select(low=pl.col("tokens").min(), high=pl.col("tokens").max()).collect()
     return Content(
         manifest=dataset.manifest,
         heads=heads,
-        overall=clustered_mean(weighted_heads(dataset), CLASSES, ("stack",)).collect(),
-        layers=entropy_by_layer(dataset).collect(),
-        lengths=entropy_by_length(dataset).collect(),
-        positions=entropy_by_position(dataset, by=LAYER).collect(),
-        offsets=offset_profile(dataset).collect().join(heads.select(*HEAD, "id", "label", "kind"), on=HEAD),
+        overall=in_order(clustered_mean(weighted_heads(dataset), CLASSES, ("stack",))),
+        layers=in_order(entropy_by_layer(dataset)),
+        lengths=in_order(entropy_by_length(dataset)),
+        positions=in_order(entropy_by_position(dataset, by=LAYER)),
+        offsets=in_order(offset_profile(dataset)).join(
+            heads.select(*HEAD, "id", "label", "kind"), on=HEAD, maintain_order="left"
+        ),
         residual=residual,
         defects=found,
         rules=rules_table(evidence, found),

@@ -67,17 +67,18 @@ def _entropy(content: Content) -> Iterator[Highlight]:
 
 def _distance(content: Content) -> Iterator[Highlight]:
     for topic, largest in (("nearest head", False), ("farthest head", True)):
-        head = _extreme(content, "distance_tokens", largest=largest)
+        head = _extreme(content, content.distance, largest=largest)
         if head is None:
             return
-        value, range_ = _of(head, "distance_tokens")
+        value, range_ = _of(head, content.distance)
+        unit = "patches of the image" if content.distance == "distance_patches" else "tokens"
         against = ""
-        if head["distance_vs_uniform"] is not None:
+        if head["distance_vs_uniform"] is not None and unit == "tokens":
             against = f", {shown(head['distance_vs_uniform'])} times what an even head would"
         yield Highlight(
             topic,
             head["label"],
-            f"It looks {value} tokens away on average ({range_}){against}.",
+            f"It looks {value} {unit} away on average ({range_}){against}.",
             head["id"],
         )
 
@@ -89,7 +90,7 @@ def _destinations(content: Content) -> Iterator[Highlight]:
             continue
         first, second = sorted(known, key=lambda name: known[name], reverse=True)[:2]
         value, range_ = _of(row, first, share=True)
-        where = f" of {row['stack']}" if len(content.stacks) > 1 else ""
+        where = f", {row['stack']}" if len(content.stacks) > 1 else ""
         yield Highlight(
             f"where attention goes{where}",
             value,
@@ -105,7 +106,7 @@ def _depth(content: Content) -> Iterator[Highlight]:
             continue
         ordered = layers.sort("entropy_normalized")
         low, high = ordered.row(0, named=True), ordered.row(-1, named=True)
-        where = f" of {stack}" if len(content.stacks) > 1 else ""
+        where = f", {stack}" if len(content.stacks) > 1 else ""
         value, range_ = _of(low, "entropy_normalized", share=True)
         yield Highlight(
             f"sharpest layer{where}",
@@ -121,8 +122,9 @@ def _residual(content: Content) -> Iterator[Highlight]:
         return
     row = known.sort("update_ratio").row(-1, named=True)
     value, range_ = _of(row, "update_ratio")
+    where = f", {row['stack']}" if known["stack"].n_unique() > 1 else ""
     yield Highlight(
-        "largest update",
+        f"largest update{where}",
         f"L{row['layer']} {row['site'].replace('_', ' ')}",
         f"It writes {value} times the norm of the stream it is added to ({range_}).",
     )

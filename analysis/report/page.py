@@ -13,7 +13,7 @@ from markupsafe import Markup
 from analysis.info import describe
 from analysis.kinds import kinds_table
 from analysis.report import findings
-from analysis.report.content import Content
+from analysis.report.content import Content, is_known
 from analysis.report.figures import RAMP, Cell, atlas, heat_map
 from analysis.report.numbers import count, estimate, half_width, interval, percent, shown
 from analysis.report.panels import RESIDUAL_PANELS, distance_panels, entropy_panels, residual_panels, some_layers
@@ -46,6 +46,7 @@ MAPS = (
         1.0,
     ),
     Map("attended_keys", "Attended keys", "how many evenly attended keys would have that entropy", "keys"),
+    Map("distance_patches", "Distance over the image", "how far the head looks, in patches", "patches"),
     Map("distance_tokens", "Distance", "how far the head looks, either way", "tokens"),
     Map("distance_vs_uniform", "Distance against an even head", "below 1 the head stays near", "times"),
     Map("mass_self", "Itself", "weight on the token itself", "share"),
@@ -66,6 +67,7 @@ MAPS = (
 TABLE_COLUMNS = (
     "entropy_normalized",
     "attended_keys",
+    "distance_patches",
     "distance_tokens",
     "distance_vs_uniform",
     "mass_self",
@@ -107,7 +109,7 @@ def _context(content: Content) -> dict[str, Any]:
         "kind_sentence": findings.kind_sentence(content),
         "kind_counts": findings.kind_counts(content),
         "kinds": kinds_table().rows(named=True),
-        "atlases": [(stack, _atlas(content, stack)) for stack in content.stacks],
+        "atlases": [(stack, _atlas(content, stack), _no_shape(content, stack)) for stack in content.stacks],
         "maps": list(_maps(content)),
         "steps": range(RAMP),
         "distance": list(distance_panels(content)),
@@ -149,7 +151,7 @@ def _facts(content: Content) -> str:
 def _maps(content: Content) -> list[dict[str, Any]]:
     shown_maps = []
     for item in MAPS:
-        if item.column not in content.heads.columns or not content.heads[item.column].is_not_null().any():
+        if not is_known(content.heads, item.column):
             continue
         top = content.heads[item.column].max()
         high = item.highest or (float(top) if isinstance(top, (int, float)) and top > 0 else 1.0)
@@ -197,9 +199,16 @@ def _atlas(content: Content, stack: str) -> Markup:
     return atlas(cells, title=f"Every head of {stack} as the shape of its attention over signed distance")
 
 
+def _no_shape(content: Content, stack: str) -> str:
+    """Why the plates of a stack show no shape; empty where they do."""
+    if (content.offsets["stack"] == stack).any():
+        return ""
+    return "Queries and keys are of different sequences: there is no distance between them, and no shape over it."
+
+
 def _table(content: Content) -> dict[str, Any]:
     units = {c.name: c.unit for c in TABLES["heads"].facts}
-    columns = [c for c in TABLE_COLUMNS if c in content.heads.columns and content.heads[c].is_not_null().any()]
+    columns = [c for c in TABLE_COLUMNS if is_known(content.heads, c)]
     rows = [
         {
             "id": row["id"],
@@ -245,7 +254,7 @@ def _place(row: dict[str, Any], *, several: bool) -> tuple[str, str, str]:
 
 def _formulas(content: Content) -> list[tuple[str, str, str, str, str]]:
     used = {m.column for m in MAPS} | set(TABLE_COLUMNS)
-    heads = [("heads", c) for c in TABLES["heads"].facts if c.name in used and c.name in content.heads.columns]
+    heads = [("heads", c) for c in TABLES["heads"].facts if c.name in used and is_known(content.heads, c.name)]
     panels = {column for column, _, _ in RESIDUAL_PANELS}
     residual = [("residual", c) for c in TABLES["residual"].facts if c.name in panels]
     return [(f"{table}.{c.name}", c.formula, c.unit, c.meaning, c.reference) for table, c in heads + residual]

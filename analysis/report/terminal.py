@@ -15,7 +15,7 @@ from analysis.report.content import Content
 from analysis.report.numbers import estimate, half_width, percent
 
 _RANKED = 3
-_COLUMNS = ("entropy_normalized", "distance_tokens", "mass_previous", "mass_first", "mass_separator")
+_MASSES = ("mass_previous", "mass_first", "mass_separator")
 
 
 def tables(content: Content) -> RenderableType:
@@ -50,7 +50,7 @@ def _extremes(content: Content) -> Table:
         ("head", "left"),
         ("kind", "left"),
         ("entropy of max", "right"),
-        ("distance", "right"),
+        (f"{content.distance.removeprefix('distance_')} away", "right"),
         ("previous", "right"),
         ("first", "right"),
         ("separator", "right"),
@@ -58,12 +58,12 @@ def _extremes(content: Content) -> Table:
     for name, column, largest in (
         ("sharpest", "entropy_normalized", False),
         ("broadest", "entropy_normalized", True),
-        ("nearest", "distance_tokens", False),
-        ("farthest", "distance_tokens", True),
+        ("nearest", content.distance, False),
+        ("farthest", content.distance, True),
     ):
         ranked = content.heads.filter(pl.col(column).is_not_null()).sort(column, descending=largest).head(_RANKED)
         for i, row in enumerate(ranked.iter_rows(named=True)):
-            values = [_with_half(row, c) for c in _COLUMNS]
+            values = [_with_half(row, c) for c in ("entropy_normalized", content.distance, *_MASSES)]
             table.add_row(name if i == 0 else "", Text(row["label"]), row["kind"], *values)
     return table
 

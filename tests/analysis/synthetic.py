@@ -252,7 +252,10 @@ def _manifest(
             "stack": "encoder",
             "parameters": 0,
             "residual": "measured",
-            "layout": "post-norm",
+            "stacks": [{"stack": "encoder", "layers": layers, "heads": heads, "of_tokens": True}],
+            "layout": {
+                "attention": [{"stack": "encoder", "layer": n, "heads": heads, "way": "sdpa"} for n in range(layers)]
+            },
         },
         "tokenizer": {"name": model_name, "digest": hashlib.sha256(b"words").hexdigest()},
         "corpus": {

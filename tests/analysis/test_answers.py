@@ -200,9 +200,39 @@ def test_a_rule_whose_columns_were_not_measured_says_so(folder: Path) -> None:
 
 def test_the_manifest_reads_as_sections(folder: Path) -> None:
     sections = dict(describe(Dataset.open(folder).manifest))
-    assert ("layers", "2") in sections["Model"]
+    assert ("stack encoder", "2 layers × 4 heads, seen by sdpa") in sections["Model"]
     assert ("dropped: empty", "1") in sections["Corpus"]
     assert [name for name, _ in sections["Tables"]] == ["documents", "heads", "profiles", "residual", "sequences"]
+
+
+def test_the_stacks_and_images_of_a_model_are_described() -> None:
+    layers = [{"stack": "vision", "heads": heads, "way": way} for heads, way in ((2, "sdpa"), (4, "softmax"))]
+    layers.append({"stack": "cross", "heads": 8, "way": "sdpa"})
+    layout = {"attention": layers, "without_pattern": ["conv.0"], "residual_refusals": {"cross": "no norm"}}
+    stacks = [{"stack": "vision", "layers": 2, "heads": None}, {"stack": "cross", "layers": 1, "heads": 8}]
+    images = {
+        "pixels": [3, 8, 8],
+        "tokens": 17,
+        "preprocessor": "P",
+        "grids": {"vision": {"rows": 4, "columns": 4, "first_patch": 1}},
+    }
+    manifest = {
+        "model": {"name": "m", "layout": layout, "stacks": stacks},
+        "images": images,
+        "run": {"corpus_files": [["a.png", 3], ["b.png", 4]]},
+    }
+    sections = dict(describe(manifest))
+    assert sections["Model"] == [
+        ("name", "m"),
+        ("stack vision", "2 layers × 2–4 heads, seen by sdpa and softmax"),
+        ("stack cross", "1 layer × 8 heads, seen by sdpa"),
+        ("layers without a pattern", "conv.0"),
+        ("residual of cross", "no norm"),
+        ("preprocessor", "P"),
+        ("image", "3 × 8 × 8 pixels, 17 tokens"),
+        ("patches of vision", "4 × 4"),
+    ]
+    assert ("run: corpus files", "2") in sections["Measurement"]
 
 
 def test_numbers_and_sizes_are_written_for_people() -> None:

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -158,9 +159,46 @@ def test_two_stacks_have_an_atlas_each(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2)
     _rename_some_rows(root, "decoder")
     page = Page(write_report(root).read_text("utf-8"))
-    names = [a["aria-label"] for t, a in page.tags if t == "svg" and "Every head of" in (a.get("aria-label") or "")]
-    assert len(names) == 2
+    assert _atlases(page) == ["encoder", "decoder"]  # as the manifest has them, others last
     assert "decoder L0H1" in "".join(page.text)
+    assert "no distance between them" not in "".join(page.text)
+
+
+def test_a_stack_without_distances_says_so_at_its_atlas(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2)
+    _rename_some_rows(root, "cross")
+    for path in (root / "profiles").glob("*.parquet"):
+        rows = pq.read_table(path)
+        pairs = zip(rows["stack"].to_pylist(), rows["profile"].to_pylist(), strict=True)
+        pq.write_table(rows.filter([pair != ("cross", "offset") for pair in pairs]), path)
+    page = Page(write_report(root).read_text("utf-8"))
+    assert _atlases(page) == ["encoder", "cross"]
+    assert "".join(page.text).count("there is no distance between them") == 1
+
+
+def test_heads_that_look_over_an_image_are_ranked_by_patches(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2)
+    for path in sorted((root / "heads").glob("*.parquet")):
+        rows = pq.read_table(path)
+        at = rows.schema.get_field_index("distance_patches")
+        patches = pa.array([9.0 - head for head in rows["head"].to_pylist()], pa.float32())  # other than in tokens
+        pq.write_table(rows.set_column(at, rows.schema.field(at), patches), path)
+    text = "".join(Page(write_report(root).read_text("utf-8")).text)
+    assert "It looks 8.00 patches of the image away on average" in text
+    assert "Distance over the image" in text and "heads.distance_patches" in text
+    console = Console(width=140, file=io.StringIO())
+    console.print(summary(root))
+    said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "patches" in said
+    nearest = next(line for line in said.splitlines() if "nearest" in line)
+    assert "L0H1" in nearest and "8.00" in nearest
+
+
+def _atlases(page: Page) -> list[str]:
+    names = [
+        a["aria-label"] or "" for t, a in page.tags if t == "svg" and "Every head of" in (a.get("aria-label") or "")
+    ]
+    return [name.split("Every head of ")[1].split()[0] for name in names]
 
 
 def test_a_folder_is_no_place_for_a_report(folder: Path, tmp_path: Path) -> None:

@@ -158,6 +158,19 @@ def test_a_wrong_value_in_one_row(dataset: Path, column: str, value: float, chec
     assert (HEADS, check) in checks(verify(dataset))
 
 
+def test_rows_of_several_stacks_are_counted_where_they_are_of_tokens(dataset: Path) -> None:
+    rewrite(dataset, HEADS, with_column("query_rows", first_row(1)))
+    path = dataset / "manifest.json"
+    for of_tokens, found in ((True, True), (False, False)):
+        manifest = read_json(path)
+        assert manifest is not None
+        model = manifest["model"]
+        model["stacks"] = [{**model["stacks"][0], "of_tokens": of_tokens}, {"stack": "cross", "layers": 0, "heads": 0}]
+        model |= {"stack": None, "layers": None, "heads": None}
+        write_json(path, manifest)
+        assert any(name == "rows" for _, name in checks(verify(dataset))) == found
+
+
 def test_a_lost_row(dataset: Path) -> None:
     rewrite(dataset, HEADS, lambda table: table.slice(1))
     assert (HEADS, "row count") in checks(verify(dataset))
