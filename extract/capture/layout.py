@@ -94,6 +94,11 @@ class Replayed(NamedTuple):
     reader: str | None
     token_first: bool  # values are [token, batch, width]
 
+    @property
+    def reading(self) -> tuple[str, ...]:
+        """The modules of which must be known what they read."""
+        return () if self.reader is None else (self.reader,)
+
 
 @dataclass(frozen=True)
 class Attention:

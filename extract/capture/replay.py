@@ -8,7 +8,7 @@ one layer's pattern of a batch: it is the last of the ways in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from extract.engines.visibility import whole_axis
 from extract.errors import CaptureError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
     from extract.engines.visibility import Axis
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # linear modules in one that attends; what has more is layers
 _MOST_LINEAR = 16
+# blocks of keys up to which it is not worth a run to know who sees which
+_FEW = 4
 
 
 class Run:
@@ -48,6 +50,25 @@ class Run:
         self._devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
         self._drawn = torch.get_rng_state()
         self._drawn_there = [torch.cuda.get_rng_state(device) for device in self._devices]
+        self.known: dict[str, list[Tensor]] = {}
+
+    def know(self, reading: Sequence[str]) -> list[Tensor | None]:
+        """Run once, so that the linear modules in it need not run again: up to the contexts, nothing that they read changes.
+
+        Gives what `again` gives; what each of them gave is `known` then.
+        """
+        known: dict[str, list[Tensor]] = {}
+
+        def keep(name: str) -> Change:
+            def change(output: Tensor) -> Tensor:
+                known.setdefault(name, []).append(output.clone())
+                return output
+
+            return change
+
+        given = self.again({name: keep(name) for name in linear_in(self.module)}, reading)
+        self.known = known
+        return given
 
     def again(self, changes: Mapping[str, Change], reading: Sequence[str] = ()) -> list[Tensor | None]:
         """What these modules in it read (the largest, of several), and last what it gives, with outputs of others changed."""
@@ -62,6 +83,8 @@ class Run:
         with _unheard_by_hooks(self.module), ExitStack() as stack, torch.random.fork_rng(self._devices):
             for module in modules:
                 stack.callback(module.register_forward_pre_hook(reads, with_kwargs=True).remove)
+            for name, outputs in self.known.items():
+                stack.enter_context(_answering(self.module.get_submodule(name), outputs))
             for name, change in changes.items():
                 stack.callback(self.module.get_submodule(name).register_forward_hook(_changing(change)).remove)
             torch.set_rng_state(self._drawn)
@@ -78,6 +101,19 @@ def _copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
     return deepcopy(value) if hasattr(value, "get_seq_length") else value
+
+
+@contextmanager
+def _answering(module: nn.Module, outputs: Sequence[Tensor]) -> Iterator[None]:
+    """Let a module give these without being run; whoever gets them may write into them."""
+    given, before = iter(outputs), module.__dict__.get("forward")
+    module.forward = lambda *_, **__: next(given).clone()
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _changing(change: Change) -> Callable[..., Tensor]:
@@ -113,24 +149,20 @@ def shown(run: Run, how: Replayed, *, heads: int, axis: Axis | None, name: str) 
 
     Raises CaptureError where the weights of a real token are not those of a pattern over tokens.
     """
-    values: list[Tensor] = []
-
-    def note(value: Tensor) -> Tensor:
-        values.append(value.clone())
-        return value
 
     def of_heads(states: Tensor) -> Float[Tensor, "batch head state head_width"]:
         return states.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    contexts = of_heads(_contexts(run, how, note))
+    contexts = of_heads(_read(run.know(how.reading)))
     states, width = contexts.shape[-2:]
     tokens = states if axis is None else axis.tokens
-    pattern = contexts.new_empty(*contexts.shape[:2], tokens, tokens)
-    for first in range(0, tokens, width):
-        keys = range(first, min(first + width, tokens))
-        weights = of_heads(_contexts(run, how, _one_hot(how, states, keys, width)))
-        pattern[..., first : keys.stop] = weights[:, :, :tokens, : len(keys)]
+
+    def weights(channels: Iterable[tuple[range, int]]) -> Float[Tensor, "batch head query head_width"]:
+        return of_heads(_contexts(run, how, _one_hot(how, (states, width), channels)))[:, :, :tokens]
+
+    pattern = _pattern(weights, tokens, width)
     _refuse_what_is_no_pattern(pattern, axis, name)
+    values = [value for name in how.values for value in run.known[name]]
     value = values[0].transpose(0, 1) if how.token_first else values[0]
     value = of_heads(value)[:, :, :tokens] if len(values) == 1 and value.shape[1] == states else None
     if value is not None and not _near(pattern @ value, contexts[:, :, :tokens]):
@@ -143,20 +175,72 @@ def shown(run: Run, how: Replayed, *, heads: int, axis: Axis | None, name: str) 
 
 def _contexts(run: Run, how: Replayed, change: Change) -> Float[Tensor, "batch token width"]:
     """Heads side by side, as they are read by the output projection or given by the module."""
-    contexts = run.again(dict.fromkeys(how.values, change), [] if how.reader is None else [how.reader])[0]
+    return _read(run.again(dict.fromkeys(how.values, change), how.reading))
+
+
+def _read(found: Sequence[Tensor | None]) -> Tensor:
+    contexts = found[0]
     assert contexts is not None, "it was there when the module was examined"
     return contexts
 
 
-def _one_hot(how: Replayed, states: int, keys: range, width: int) -> Change:
-    """Values of which the n-th entry of every head is 1 at the n-th key; of what is no token, zero."""
+def _pattern(
+    weights: Callable[[Iterable[tuple[range, int]]], Float[Tensor, "batch head query head_width"]],
+    tokens: int,
+    width: int,
+) -> Float[Tensor, "batch head query key"]:
+    """Blocks of as many keys as a head is wide, those at once of which no query sees two.
+
+    So a window takes as many runs as it has blocks, however long the sequence is.
+    """
+    blocks = [range(first, min(first + width, tokens)) for first in range(0, tokens, width)]
+    groups, seen = [[n] for n in range(len(blocks))], None
+    if len(blocks) > _FEW:
+        sums = [
+            weights((keys, n) for n, keys in enumerate(blocks[first : first + width]))
+            for first in range(0, len(blocks), width)
+        ]
+        seen = torch.cat(sums, -1)[..., : len(blocks)] != 0
+        groups = _apart(seen)
+    pattern = None
+    for group in groups:
+        found = weights((range(key, key + 1), place) for n in group for place, key in enumerate(blocks[n]))
+        pattern = found.new_empty(*found.shape[:-1], tokens) if pattern is None else pattern
+        for n in group:
+            of_block = found[..., : len(blocks[n])]
+            pattern[..., blocks[n].start : blocks[n].stop] = (
+                of_block if seen is None else of_block.where(seen[..., n, None], 0)
+            )
+    assert pattern is not None, "there are tokens"
+    return pattern
+
+
+def _apart(seen: Bool[Tensor, "batch head query block"]) -> list[list[int]]:
+    """The blocks in as few groups as come of taking each into the first where no query that sees it sees another."""
+    rows = seen.flatten(0, -2).float()
+    together = (rows.T @ rows > 0).tolist()
+    groups: list[list[int]] = []
+    for block, others in enumerate(together):
+        group = next((group for group in groups if not any(others[other] for other in group)), None)
+        if group is None:
+            groups.append([block])
+        else:
+            group.append(block)
+    return groups
+
+
+def _one_hot(how: Replayed, shape: tuple[int, int], channels: Iterable[tuple[range, int]]) -> Change:
+    """Values that are 1 in one entry of every head: the entry that these keys have; of what is no key, zero."""
+    states, width = shape
+    of_head = torch.zeros(states, width)
+    for keys, place in channels:
+        of_head[keys.start : keys.stop, place] = 1
 
     def change(value: Tensor) -> Tensor:
         other = torch.zeros_like(value)
         by_token = other.transpose(0, 1) if how.token_first else other
         if by_token.dim() == 3 and by_token.shape[1] == states:
-            for place, key in enumerate(keys):
-                by_token[:, key, place::width] = 1
+            by_token.copy_(of_head.repeat(1, by_token.shape[-1] // width))
         return other
 
     return change
@@ -188,14 +272,14 @@ def find(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> tuple[lis
     attending = {name for call in trace.calls for name in call.inside}
     with ExitStack() as stack, torch.inference_mode(), drawn_alike():
         for name, module in model.named_modules():
-            if name and name not in attending and 2 <= len(_linear(module)) <= _MOST_LINEAR:
+            if name and name not in attending and 2 <= len(linear_in(module)) <= _MOST_LINEAR:
                 stack.callback(module.register_forward_pre_hook(search.begins, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(search.ends(name)).remove)
         model(**inputs)
     return sorted(search.calls, key=lambda call: call.time), search.refusal
 
 
-def _linear(module: nn.Module) -> list[str]:
+def linear_in(module: nn.Module) -> list[str]:
     return [name for name, m in module.named_modules() if name and weight_by_input(m) is not None]
 
 
@@ -284,7 +368,7 @@ def _how(run: Run, batch: int) -> tuple[Replayed, int] | None:
 
         return change
 
-    run.again({name: note(name) for name in _linear(run.module)})
+    run.again({name: note(name) for name in linear_in(run.module)})
     linear = list(outputs)  # as they ran
     places = {name: _place_of_contexts(run, outputs[name], name, linear) for name in linear}
     values = tuple(name for name in linear if places[name] is not None and name not in places.values())
