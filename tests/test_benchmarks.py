@@ -25,6 +25,8 @@ NAMES = (
     *(f"forward/minilm-{kind}" for kind in ("128", "512", "padded")),
     *(f"forward/bert-base-{tokens}" for tokens in (128, 512, 2048)),
     "forward/gpt2-1024",
+    "by-hand/mpnet-512",
+    "replay/longformer-2048",
     "run/minilm-128",
     "usual/minilm-512",
     "usual-by-one/minilm-512",

@@ -226,7 +226,7 @@ class _Watch:
         attention = self._next("softmax")
         number = self.calls - 1
         self._assert_as_examined(attention, *made.scores.shape[1:])
-        visibility = self._visibility_of_scores(attention, made.scores)
+        visibility = self._visibility_of_pairs(attention, _visible(made.scores))
         call = ScoredCall(
             scores=made.scores,
             value=made.value,
@@ -266,18 +266,17 @@ class _Watch:
             run, attention.replayed, heads=attention.heads, axis=axis, name=attention.module
         )
         self._assert_as_examined(attention, *pattern.shape[1:])
-        scores = pattern.log_()
-        visibility = self._visibility_of_scores(attention, scores)
+        visibility = self._visibility_of_pairs(attention, pattern > 0)
         of_tokens = contexts[:, :, : pattern.shape[-2]]
         call = ScoredCall(
-            scores=scores,
+            scores=pattern,
             value=value,
             visibility=visibility,
             write=self.factors.get(number),
             token_ids=self._tokens(attention.queries).ids,
             grid=self._grid(attention, *pattern.shape[::2]),
         )
-        self._observe(attention, visibility, reference.rows_of_scores(call, of_tokens), contexts, unknown=OF_SCORES)
+        self._observe(attention, visibility, reference.rows_of_weights(call, of_tokens), contexts, unknown=OF_SCORES)
 
     @contextmanager
     def pieces_of(self, model: nn.Module) -> Iterator[None]:
@@ -363,9 +362,10 @@ class _Watch:
             known = self.seen_masks[known_by] = (request.mask, read)
         return known[1]
 
-    def _visibility_of_scores(self, attention: Attention, scores: Tensor) -> Visibility:
-        batch, _, queries, keys = scores.shape
-        visible = _visible(scores)
+    def _visibility_of_pairs(self, attention: Attention, visible: Bool[Tensor, "batch head query key"]) -> Visibility:
+        batch, _, queries, keys = visible.shape
+        # heads most often share what they see, and it is read once then
+        visible = visible[:, :1] if bool((visible == visible[:, :1]).all()) else visible
         of_keys = self._keys(attention, visible, batch, keys, visible.device)
         return see(visible, causal=False, queries=self._queries(attention, of_keys, batch, queries), keys=of_keys)
 
@@ -428,9 +428,7 @@ def _visible(scores: Tensor) -> Bool[Tensor, "batch head query key"]:
     least = (
         (scores.amax(-1, keepdim=True) - _HIDDEN).nan_to_num(-torch.inf).clamp_min(torch.finfo(scores.dtype).min / 2)
     )
-    visible = ~(scores < least)  # what is not a number hides nothing
-    # heads most often share what they see, and it is read once then
-    return visible[:, :1] if bool((visible == visible[:, :1]).all()) else visible
+    return ~(scores < least)  # what is not a number hides nothing
 
 
 def _by_sequence(sums: HeadSums, sequences: int, attention: Attention) -> HeadSums:

@@ -9,7 +9,7 @@ import torch
 
 from extract.engines.patches import PatchSums
 from extract.engines.rows import ROW_QUANTITIES, AttentionCall, Rows, ScoredCall
-from extract.engines.visibility import rows_per_block, skewed_sum
+from extract.engines.visibility import diagonal_sums, rows_per_block
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -33,13 +33,19 @@ def rows(call: AttentionCall, output: Tensor) -> Rows:
     heads = call.query.shape[1]
     key = call.key.to(exact).repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-1, -2)
     sinks = None if call.sinks is None else call.sinks[None, :, None]
-    return _rows(call, lambda first, last: _scores(call, key, first, last), sinks, output)
+    return _rows(call, lambda rows, keys: _scores(call, key, rows, keys), sinks, output)
 
 
 def rows_of_scores(call: ScoredCall, output: Tensor) -> Rows:
     """The same where the model has made the scores."""
     exact = _exact(call.scores)
-    return _rows(call, lambda first, last: call.scores[:, :, first:last].to(exact), call.sinks, output)
+    return _rows(call, lambda rows, keys: call.scores[:, :, rows, keys].to(exact), call.sinks, output)
+
+
+def rows_of_weights(call: ScoredCall, output: Tensor) -> Rows:
+    """The same where no more than the weights is known, given in place of scores: their logarithms serve as those."""
+    exact = _exact(call.scores)
+    return _rows(call, lambda rows, keys: call.scores[:, :, rows, keys].to(exact).log(), call.sinks, output)
 
 
 def output_of(call: AttentionCall) -> Float[Tensor, "batch head query value_width"]:
@@ -50,7 +56,7 @@ def output_of(call: AttentionCall) -> Float[Tensor, "batch head query value_widt
     key, value = next(of_heads).transpose(-1, -2), next(of_heads)
     size = rows_per_block(len(call.query) * heads * key.shape[-1])
     blocks = [
-        _pattern(_scores(call, key, n, min(n + size, queries)), call.visibility.seen(n, n + size), call.sinks) @ value
+        _pattern(_scores(call, key, slice(n, n + size)), call.visibility.seen(n, n + size), call.sinks) @ value
         for n in range(0, queries, size)
     ]
     return torch.cat(blocks, -2).to(call.query.dtype)
@@ -71,7 +77,7 @@ def _exact(x: Tensor) -> torch.dtype:
 
 def _rows(
     call: AttentionCall | ScoredCall,
-    scores_of: Callable[[int, int], Float[Tensor, "batch head row key"]],
+    scores_of: Callable[[slice, slice], Float[Tensor, "batch head row key"]],
     sinks: Float[Tensor, "batch head query"] | None,
     output: Float[Tensor, "batch head query value_width"],
 ) -> Rows:
@@ -85,21 +91,25 @@ def _rows(
     measured, quantities = [], []
     for first in range(0, queries, size):
         last = min(first + size, queries)
-        scores = scores_of(first, last)
+        # of a window no more than what it reaches; distances over an image are counted on whole rows
+        near = call.visibility.reach(first, last) if patches is None else slice(0, keys)
+        scores = scores_of(slice(first, last), near)
         of_rows = None if sinks is None else sinks.to(scores.dtype).expand(-1, -1, queries)[..., first:last]
-        p, row_is_measured, row_quantities = _block(call.visibility, scores, of_rows, first, last)
+        p, row_is_measured, row_quantities = _block(call.visibility, scores, of_rows, first, last, near)
         measured.append(row_is_measured)
         quantities.append(row_quantities)
-        received += p.sum(-2)
+        received[..., near] += p.sum(-2)
         if call.visibility.crosses:
             continue
-        offsets += skewed_sum(p, first)
+        sums = diagonal_sums(p)
+        nearest = near.start - last + queries  # the distance from the last row to its first key, among all
+        offsets[..., nearest : nearest + sums.shape[-1]] += sums
         if patches is not None and call.grid is not None:
             patches.add(scores, call.visibility.seen(first, last), row_is_measured, call.grid, first)
         if call.token_ids is not None:
             chosen = _same_and_induction(call.token_ids, call.visibility.keys.real, first, last)
             for total, where in zip(looked_up, chosen, strict=True):
-                total += (p * where[:, None]).sum((-1, -2))
+                total += (p * where[:, None, :, near]).sum((-1, -2))
     named = dict(zip(_ROW_NAMES, torch.cat(quantities, -2).unbind(-1), strict=True))
     if sinks is None:
         del named["sink"]
@@ -127,7 +137,7 @@ def patch_sums(call: AttentionCall, measured: Bool[Tensor, "batch head query"]) 
     size = rows_per_block(len(call.query) * heads * key.shape[-1])
     for first in range(0, call.grid.tokens, size):
         last = min(first + size, call.grid.tokens)
-        scores, seen = _scores(call, key, first, last), call.visibility.seen(first, last)
+        scores, seen = _scores(call, key, slice(first, last)), call.visibility.seen(first, last)
         sums.add(scores, seen, measured[..., first:last], call.grid, first)
     return sums
 
@@ -148,10 +158,10 @@ def norms(call: AttentionCall | ScoredCall, output: Tensor, measured: Tensor) ->
 
 
 def _block(
-    visibility: Visibility, scores: Tensor, sinks: Tensor | None, first: int, last: int
+    visibility: Visibility, scores: Tensor, sinks: Tensor | None, first: int, last: int, near: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pattern of the rows first … last−1 (zero where not measured), which are measured, and their quantities."""
-    seen = visibility.seen(first, last)
+    """Of the rows first … last−1: their pattern over these keys (zero where not measured), which are measured, quantities."""
+    seen = visibility.seen(first, last)[..., near]
     measured = seen.any(-1) & (scores.isfinite() | ~seen).all(-1)
     usable = seen & measured[..., None]
     # a row without usable keys gets one score of zero, so that nothing below is undefined, and is cleared at the end
@@ -167,7 +177,7 @@ def _block(
     count = usable.sum(-1).clamp_min(1)
     mean = (scores.where(usable, 0)).sum(-1) / count
     variance = ((scores - mean[..., None]).where(usable, 0).square()).sum(-1) / count
-    d = _distances(visibility, first, last).to(p.dtype)
+    d = (visibility.keys.place[None, near] - visibility.queries.place[first:last, None]).to(p.dtype)
     offset = (p * d).sum(-1)
     # centred before squaring: Σ p d² − (Σ p d)² loses all digits far from the query; the sink's mass is not in Σ p
     spread = (p * (d - offset[..., None]).square()).sum(-1) + offset.square() * sink
@@ -186,17 +196,13 @@ def _block(
     return p, measured, torch.stack(quantities, -1) * measured[..., None]
 
 
-def _scores(call: AttentionCall, key: Tensor, first: int, last: int) -> Tensor:
-    scores = call.query[:, :, first:last].to(key.dtype) @ key * call.scale
+def _scores(call: AttentionCall, key: Tensor, rows: slice, keys: slice = slice(None)) -> Tensor:
+    scores = call.query[:, :, rows].to(key.dtype) @ key[..., keys] * call.scale
     if call.softcap is not None:
         scores = (scores / call.softcap).tanh() * call.softcap
     if call.visibility.bias is not None:
-        scores = scores + call.visibility.bias[..., first:last, :].to(scores.dtype)
+        scores = scores + call.visibility.bias[..., rows, keys].to(scores.dtype)
     return scores
-
-
-def _distances(visibility: Visibility, first: int, last: int) -> Tensor:
-    return visibility.keys.place[None, :] - visibility.queries.place[first:last, None]
 
 
 def _same_and_induction(ids: Tensor, real: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:

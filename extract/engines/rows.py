@@ -52,7 +52,7 @@ class AttentionCall:
 class ScoredCall:
     """An attention call whose scores the model made itself, masked, biased and scaled, and put through its own softmax."""
 
-    scores: Float[Tensor, "batch head query key"]
+    scores: Float[Tensor, "batch head query key"]  # or the weights alone, where no more is known
     value: Float[Tensor, "batch key_head key value_width"] | None  # None where a key's is not the same for all queries
     visibility: Visibility
     sinks: Float[Tensor, "batch head query"] | None = None

@@ -83,6 +83,18 @@ class Visibility:
         """Queries and keys are different tokens: there is no distance between them."""
         return self.queries is not self.keys
 
+    def reach(self, first: int, last: int) -> slice:
+        """The keys from the first to the last that any of the query rows first … last−1 sees; one where none sees any."""
+        low, high = (ends[first:last] for ends in self._reaches)
+        return slice(min(low), max(high)) if min(low) < max(high) else slice(0, 1)
+
+    @cached_property
+    def _reaches(self) -> tuple[list[int], list[int]]:
+        """Of each query row, over batch and heads: the first key that it sees, and past the last."""
+        sees = self.last > self.first
+        low, high = self.first.where(sees, self.keys.tokens).amin((0, 1)), self.last.where(sees, 0).amax((0, 1))
+        return low.tolist(), high.tolist()
+
     def seen(self, first: int, last: int) -> Bool[Tensor, "batch group query key"]:
         """Visible pairs of the query rows first … last−1."""
         low, high = self.first[..., first:last, None], self.last[..., first:last, None]
@@ -125,7 +137,8 @@ class Visibility:
     def _holed_pairs(self, measured: Bool[Tensor, "batch head query"]) -> Int[Tensor, "batch head distance"]:
         total: Tensor | int = 0
         for first, last in _blocks(len(self.keys.start) * measured.shape[1], self.queries.tokens, self.keys.tokens):
-            total = total + skewed_sum((self.seen(first, last) & measured[..., first:last, None]).int(), first)
+            sums = diagonal_sums((self.seen(first, last) & measured[..., first:last, None]).int())
+            total = total + pad(sums, (self.queries.tokens - last, first))
         assert isinstance(total, torch.Tensor), "a batch has tokens"
         return total
 
@@ -164,16 +177,14 @@ def rows_per_block(elements_per_row: int) -> int:
     return max(1, BLOCK_ELEMENTS // max(1, elements_per_row))
 
 
-def skewed_sum(block: Tensor, first: int) -> Tensor:
-    """Sum a block of rows along its diagonals: [..., row, key] → [..., distance], index d + keys − 1.
+def diagonal_sums(block: Tensor) -> Tensor:
+    """Sum a block of rows along its diagonals: [..., row, key] → [..., diagonal], from the last row's first key on.
 
-    Row r of the block is query first + r. Padding each row by one more than its neighbour turns diagonals to columns.
+    Padding each row by one more than its neighbour turns diagonals to columns.
     """
     rows, keys = block.shape[-2:]
     wide = pad(block.flip(-2), (0, rows)).flatten(-2)[..., : rows * (keys + rows - 1)]
-    sums = wide.unflatten(-1, (rows, keys + rows - 1)).sum(-2)  # column: d + first + rows − 1
-    ahead = keys - first - rows  # distances below the block's smallest
-    return pad(sums, (ahead, first))
+    return wide.unflatten(-1, (rows, keys + rows - 1)).sum(-2)
 
 
 def see(mask: Tensor | None, *, causal: bool, queries: Axis, keys: Axis | None = None) -> Visibility:

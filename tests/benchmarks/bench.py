@@ -22,7 +22,7 @@ def benchmarks() -> tuple[Benchmark, ...]:
     from tests.benchmarks.forward import measured_against_plain
     from tests.benchmarks.memory import growth_against_plain
     from tests.benchmarks.usual import minilm_usual
-    from tests.benchmarks.workloads import Workload, bert_base, gpt2, minilm, minilm_padded
+    from tests.benchmarks.workloads import Workload, bert_base, gpt2, longformer, minilm, minilm_padded, mpnet
 
     def forward(workload: Callable[[], Workload]) -> Callable[[int], Result]:
         return lambda repeats: measured_against_plain(workload(), repeats)
@@ -35,6 +35,8 @@ def benchmarks() -> tuple[Benchmark, ...]:
         Benchmark("forward/bert-base-512", forward(lambda: bert_base(4, 512)), 7),
         Benchmark("forward/bert-base-2048", forward(lambda: bert_base(1, 2048)), 7),
         Benchmark("forward/gpt2-1024", forward(lambda: gpt2(2, 1024)), 7),
+        Benchmark("by-hand/mpnet-512", forward(lambda: mpnet(2, 512)), 5),
+        Benchmark("replay/longformer-2048", forward(lambda: longformer(1, 2048)), 3),
         Benchmark("run/minilm-128", run.minilm_run, 4),
         Benchmark("usual/minilm-512", lambda repeats: minilm_usual(minilm(8, 512), repeats, at_once=8), 7),
         Benchmark("usual-by-one/minilm-512", lambda repeats: minilm_usual(minilm(8, 512), repeats, at_once=1), 7),

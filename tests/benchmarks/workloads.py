@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,12 +102,34 @@ def bert_base(sequences: int, tokens: int, *, layers: int = 12) -> Workload:
     """BERT-base's shape, random weights, random ids."""
     from transformers import BertConfig, BertModel
 
-    torch.manual_seed(0)
     config = BertConfig(max_position_embeddings=max(512, tokens), num_hidden_layers=layers)
-    config._attn_implementation = "sdpa"
-    model = BertModel(config).eval().requires_grad_(False)
+    return _of_random_weights(BertModel, config, "sdpa", sequences, tokens)
+
+
+def mpnet(sequences: int, tokens: int) -> Workload:
+    """MPNet-base's shape, whose softmax is computed by hand, random weights, random ids."""
+    from transformers import MPNetConfig, MPNetModel
+
+    config = MPNetConfig(max_position_embeddings=tokens + 2)
+    return _of_random_weights(MPNetModel, config, "eager", sequences, tokens)
+
+
+def longformer(sequences: int, tokens: int) -> Workload:
+    """Four layers of Longformer-base's shape, which attends within windows, random weights, random ids."""
+    from transformers import LongformerConfig, LongformerModel
+
+    config = LongformerConfig(
+        num_hidden_layers=4, attention_window=512, max_position_embeddings=tokens + 2, vocab_size=30_522
+    )
+    return _of_random_weights(LongformerModel, config, "eager", sequences, tokens)
+
+
+def _of_random_weights(kind: Any, config: Any, attention: str, sequences: int, tokens: int) -> Workload:
+    torch.manual_seed(0)
+    config._attn_implementation = attention
+    model = kind(config).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
-        if name.endswith(("query.weight", "key.weight")):
+        if name.endswith(("query.weight", "key.weight", "attn.q.weight", "attn.k.weight")):
             weight.mul_(_SHARPENED)
     return _random(model, sequences, tokens)
 

@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from torch import nn
 
 from extract import measure
+from extract.capture.replay import Run
 from extract.errors import CaptureError
 from extract.measurement import layout_of
 from extract.pipeline import RunOptions, finish, measure_shards, prepare
@@ -284,11 +286,12 @@ def by_hand(
     return softmax(np.where(visible, scores, -np.inf)[:, real][:, :, real]), visible[real][:, real]
 
 
+@pytest.mark.parametrize("lengths", [(11, 7), (43, 30)], ids=["few blocks", "many blocks"])
 @pytest.mark.parametrize("chosen", [(), (0, 5)], ids=["local", "with global tokens"])
-def test_longformer_equals_its_computation_by_hand_padded_by_the_user_and_by_itself(longformer, chosen):
-    lengths = (11, 7)
-    ids = torch.randint(2, 60, (2, 11), generator=torch.Generator().manual_seed(3))
-    mask = (torch.arange(11) < torch.tensor(lengths)[:, None]).long()
+def test_longformer_equals_its_computation_by_hand_padded_by_the_user_and_by_itself(longformer, chosen, lengths):
+    tokens = max(lengths)
+    ids = torch.randint(2, 60, (2, tokens), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
     special = torch.zeros_like(ids)
     special[:, list(chosen)] = 1
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask} | (
@@ -301,13 +304,29 @@ def test_longformer_equals_its_computation_by_hand_padded_by_the_user_and_by_its
     assert len(rows) == 2 * 2 * HEADS
     for (sequence, layer, head), row in rows.items():
         attention = longformer.encoder.layer[layer].attention.self
-        real = np.arange(11) < lengths[sequence]
-        p, visible = by_hand(attention, exact(hidden[layer][sequence])[:11], real, special[sequence].numpy() > 0, 4)
+        real = np.arange(tokens) < lengths[sequence]
+        p, visible = by_hand(attention, exact(hidden[layer][sequence])[:tokens], real, special[sequence].numpy() > 0, 4)
         columns = oracles.head_columns(p[head], visible=visible)
         known = {name: value for name, value in columns.items() if value is not None and name in row}
         assert_columns(row, known, f"layer {layer} head {head} sequence {sequence}")
         assert row["query_rows"] == lengths[sequence]
         assert (row["value_weighted_first"] is None) == bool(chosen)  # then a value depends on who asks
+
+
+def test_a_window_takes_as_many_runs_as_it_has_blocks_however_long_the_sequence_is(longformer):
+    measure(longformer, input_ids=torch.arange(2, 8)[None])  # examined
+    for tokens in (25, 33, 57):
+        with patch.object(Run, "again", autospec=True, side_effect=Run.again) as again:
+            measure(longformer, input_ids=torch.arange(tokens)[None] + 2)
+        blocks = math.ceil(tokens / (WIDTH // HEADS))
+        who_sees_which = math.ceil(blocks / (WIDTH // HEADS))
+        assert again.call_count == 2 * (1 + who_sees_which + 2)  # two blocks hold the five keys that a query sees
+
+
+def test_the_stream_of_a_model_that_pads_a_few_tokens_to_a_long_window_is_found(longformer):
+    config = transformers.LongformerConfig(**{**longformer.config.to_dict(), "attention_window": [512, 512]})
+    torch.manual_seed(0)
+    assert layout_of(transformers.LongformerModel(config).eval()).residual_refusal is None
 
 
 def test_the_stream_of_longformer_is_measured_without_its_own_padding(longformer):
