@@ -236,7 +236,7 @@ class _Watch:
             token_ids=self._tokens(attention.queries).ids,
             grid=self._grid(attention, *made.scores.shape[::2]),
         )
-        self._observe(attention, visibility, reference.rows_of_scores(call, made.contexts), made.contexts)
+        self._observe(attention, visibility, self.engine.rows_of_scores(call, made.contexts), made.contexts)
 
     @contextmanager
     def replays(self, model: nn.Module) -> Iterator[None]:

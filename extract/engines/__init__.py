@@ -12,7 +12,7 @@ from extract.errors import Refusal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from extract.engines.rows import AttentionCall, Rows
+    from extract.engines.rows import AttentionCall, Rows, ScoredCall
     from extract.statistics.sums import HeadObservation, HeadSums
 
 
@@ -25,6 +25,7 @@ class Engine:
 
     name: str
     attend: Callable[[AttentionCall, Callable[[], Tensor]], tuple[Tensor, Rows]]
+    rows_of_scores: Callable[[ScoredCall, Tensor], Rows]  # of a call that the model has made itself
     summed: Callable[[HeadObservation], HeadSums]
     compiled: bool = False  # the residual stream is read by compiled code as well
     is_ready: Callable[[], bool] = lambda: True
@@ -32,26 +33,35 @@ class Engine:
 
 
 def _reference() -> Engine:
-    from extract.engines.reference import attend
+    from extract.engines.reference import attend, rows_of_scores
     from extract.statistics.sums import summed
 
-    return Engine("reference", attend, summed)
+    return Engine("reference", attend, rows_of_scores, summed)
 
 
 def _cpu() -> Engine:
     from extract.engines import compiled
-    from extract.engines.cpu import attend
+    from extract.engines.cpu import attend, rows_of_scores
     from extract.statistics import residual_cpu  # noqa: F401 - its kernels are made ready with the others
     from extract.statistics.sums_cpu import summed
 
-    return Engine("cpu", attend, summed, compiled=True, is_ready=compiled.is_prepared, make_ready=compiled.prepare)
+    return Engine(
+        "cpu",
+        attend,
+        rows_of_scores,
+        summed,
+        compiled=True,
+        is_ready=compiled.is_prepared,
+        make_ready=compiled.prepare,
+    )
 
 
 def _triton() -> Engine:
+    from extract.engines.reference import rows_of_scores
     from extract.engines.triton import attend
     from extract.statistics.sums import summed
 
-    return Engine("triton", attend, summed)
+    return Engine("triton", attend, rows_of_scores, summed)
 
 
 _ENGINES: Mapping[str, Callable[[], Engine]] = {"reference": _reference, "cpu": _cpu, "triton": _triton}

@@ -1,6 +1,6 @@
 """The cpu engine: one compiled pass per (sequence, head) that makes the output and every primitive.
 
-It replaces the attention call. A few query rows at a time go against packed keys, become a pattern, are added up by key
+It replaces the attention call, or reads the scores that a model has made itself. A few query rows at a time go against packed keys, become a pattern, are added up by key
 and by distance, and go against packed values; nothing larger than these rows is held, and keys that no row of them sees
 are not touched. It takes every call whose numbers are float32 or narrower; a float64 model goes to the reference engine.
 """
@@ -15,7 +15,7 @@ import torch
 
 from extract.engines import buffers, cpu_kernel, reference
 from extract.engines.cpu_kernel import QUANTITIES
-from extract.engines.rows import AttentionCall, Rows
+from extract.engines.rows import AttentionCall, Rows, ScoredCall
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +29,35 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
     """Output and primitives of one attention call. Where a row is not measured, the output is the model's own."""
     if call.query.dtype == torch.float64:
         return reference.attend(call, plain)
+    asked = (call.query, call.key, call.value)
+    output, rows = _passed(call, *map(_narrow, asked), scores=_NO_BIAS, contexts=_NO_BIAS)
+    whole = int(rows.measured.sum()) == call.query.shape[1] * int(call.visibility.keys.length.sum())
+    return (output.to(call.query.dtype) if whole else plain()), rows
+
+
+def rows_of_scores(call: ScoredCall, output: Tensor) -> Rows:
+    """The primitives of a call that the model has made, whose output this is."""
+    if call.scores.dtype == torch.float64 or call.sinks is not None or call.value is None or call.visibility.crosses:
+        return reference.rows_of_scores(call, output)
+    batch, heads, tokens, _ = call.scores.shape
+    query, key = (np.zeros((batch, n, tokens, 0), np.float32) for n in (heads, call.value.shape[1]))
+    scores, contexts = _narrow(call.scores), _narrow(output)
+    return _passed(call, query, key, _narrow(call.value), scores=scores, contexts=contexts)[1]
+
+
+def _passed(
+    call: AttentionCall | ScoredCall,
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    *,
+    scores: np.ndarray,
+    contexts: np.ndarray,
+) -> tuple[Tensor, Rows]:
+    """One pass of the kernel over all rows: the contexts and the primitives."""
     seen = call.visibility
-    batch, heads, tokens, _ = call.query.shape
-    width = call.value.shape[-1]
+    batch, heads, tokens, _ = query.shape
+    width = value.shape[-1]
     pieces = min(_PIECES, max(1, tokens // _PIECE_ROWS))
     output = torch.from_numpy(buffers.empty((batch, tokens, heads, width), np.float32)).transpose(1, 2)
     quantities = buffers.empty((len(QUANTITIES), batch, heads, tokens), np.float32)
@@ -42,18 +68,21 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
     looked_up = np.empty((pieces, 2, batch, heads), np.float64)
     has_ids = call.token_ids is not None
     start, length = seen.keys.start.numpy(), seen.keys.length.numpy()
+    scale, softcap = (call.scale, call.softcap or 0) if isinstance(call, AttentionCall) else (1, 0)
     cpu_kernel.attend(
-        _narrow(call.query),
-        _narrow(call.key),
-        _narrow(call.value),
-        np.float32(call.scale),
-        np.float32(0 if call.softcap is None else call.softcap),
+        query,
+        key,
+        value,
+        scores,
+        contexts,
+        np.float32(scale),
+        np.float32(softcap),
         start,
         length,
-        _per_head(seen.first, call),
-        _per_head(seen.last, call),
-        _NO_PAIRS if seen.allowed is None else _per_head(seen.allowed, call),
-        _NO_BIAS if seen.bias is None else _per_head(seen.bias, call),
+        _per_head(seen.first, batch, heads),
+        _per_head(seen.last, batch, heads),
+        _NO_PAIRS if seen.allowed is None else _per_head(seen.allowed, batch, heads),
+        _NO_BIAS if seen.bias is None else _per_head(seen.bias, batch, heads),
         _NO_HEADS if call.sinks is None else call.sinks.float().numpy(),
         _NO_WRITE if call.write is None else call.write.numpy(),
         _NO_GROUPS if call.token_ids is None else _groups(call.token_ids.numpy(), start, length),
@@ -82,8 +111,7 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
         induction=induction if has_ids else None,
         patches=reference.patch_sums(call, torch.from_numpy(measured)),
     )
-    whole = np.count_nonzero(measured) == heads * int(length.sum())
-    return (output.to(call.query.dtype) if whole else plain()), rows
+    return output, rows
 
 
 _NO_PAIRS = np.zeros((0, 0, 0, 0), np.bool_)
@@ -112,9 +140,8 @@ def _narrow(x: Tensor) -> np.ndarray:
     return (x if x.stride(-1) == 1 else x.contiguous()).numpy()
 
 
-def _per_head(x: Tensor, call: AttentionCall) -> np.ndarray:
+def _per_head(x: Tensor, batch: int, heads: int) -> np.ndarray:
     """Spread over batch and heads without a copy; a bias as float32."""
-    batch, heads = call.query.shape[:2]
     x = x.float() if x.is_floating_point() else x
     return x.expand(batch, heads, *x.shape[2:]).numpy()
 

@@ -357,6 +357,15 @@ def _score(room: Any, keys: Any, from_tile: int, to_tile: int, softcap: Any, bia
 
 
 @njit(error_model="numpy", forceinline=True)
+def _take_scores(room: Any, scores: Any, low: int, high: int) -> None:
+    """Scores that the model has made, as powers of two."""
+    s = room.rows[:, ROWS:]
+    for r in range(scores.shape[0]):
+        place = scores.ctypes.data + r * scores.strides[0] + 4 * low
+        copy(place, s.ctypes.data + r * s.strides[0] + 4 * low, high - low, f32(LOG2_E))
+
+
+@njit(error_model="numpy", forceinline=True)
 def _raise(room: Any, from_tile: int, to_tile: int, tiles: int, i: int) -> None:
     """Scores to powers of two, relative to each row's largest, with their sums; zeros where a row does not see."""
     s = room.rows[:, ROWS:]
@@ -431,13 +440,27 @@ def _look_up_rows(room: Any, i: int, rows: int, groups: Any) -> tuple[Any, Any]:
 
 
 @njit(error_model="numpy", forceinline=True)
-def _gather(room: Any, values: Any, low: int, high: int, write: Any) -> None:
-    """Contexts of the rows, and the sizes of them and of what they write."""
+def _gather(room: Any, values: Any, low: int, high: int) -> None:
+    """Contexts of the rows."""
     _times_packed(room.rows[:, ROWS + low :], high - low, values, low, room.contexts)
-    wide = room.contexts.shape[1]
     for r in range(ROWS):
-        for k in range(wide):
+        for k in range(room.contexts.shape[1]):
             room.contexts[r, k] *= room.weights[r]
+
+
+@njit(error_model="numpy", forceinline=True)
+def _take_contexts(room: Any, contexts: Any) -> None:
+    """Those that the model has made, of the rows that are measured."""
+    _take_rows(contexts, 0, contexts.shape[0], f32(1), room.contexts)
+    for r in range(ROWS):
+        if room.weights[r] == 0:
+            room.contexts[r, :] = f32(0)
+
+
+@njit(error_model="numpy", forceinline=True)
+def _context_norms(room: Any, write: Any) -> None:
+    """The sizes of the contexts, and of what they write."""
+    wide = room.contexts.shape[1]
     squares_of_rows(room.contexts.ctypes.data, wide, wide, room.norms.ctypes.data)
     for r in range(ROWS):
         room.finished[_CONTEXT_NORM, r] = np.sqrt(room.norms[r])
@@ -493,6 +516,8 @@ def _own(kind: Any, dimensions: int) -> Any:
     array(f32, 4),
     array(f32, 4),
     array(f32, 4),
+    array(f32, 4),
+    array(f32, 4),
     f32,
     f32,
     array(int64, 1),
@@ -517,6 +542,8 @@ def attend(
     query: Any,
     key: Any,
     value: Any,
+    scores: Any,
+    contexts: Any,
     scale: Any,
     softcap: Any,
     start: Any,
@@ -537,11 +564,14 @@ def attend(
     value_norms: Any,
     looked_up: Any,
 ) -> None:
-    """All calls of a batch: one (sequence, head, piece of rows) after another, on all threads."""
+    """All calls of a batch: one (sequence, head, piece of rows) after another, on all threads.
+
+    `scores` and `contexts` are those that the model has made itself, or empty; then queries and keys have no width.
+    """
     batch, heads, tokens, _ = query.shape
     pieces = received.shape[0]
     per_key_head = heads // key.shape[1]
-    holed, biased = allowed.shape[0] > 0, bias.shape[0] > 0
+    holed, biased, made = allowed.shape[0] > 0, bias.shape[0] > 0, scores.shape[0] > 0
     # scores that change after the product are kept in natural units until then
     unit = scale if softcap > 0 or biased else scale * f32(LOG2_E)
     no_bias = np.zeros((0, 0), np.float32)
@@ -569,9 +599,12 @@ def attend(
                 measured[b, h, those] = False
                 quantities[:, b, h, those] = f32(0)
                 continue
-            _take_rows(query[b, h, those], 0, rows, unit, room.queries)
             from_tile, to_tile = low // TILE, (high + TILE - 1) // TILE
-            _score(room, keys, from_tile, to_tile, softcap, bias[b, h, those, real] if biased else no_bias)
+            if made:
+                _take_scores(room, scores[b, h, those, real], low, high)
+            else:
+                _take_rows(query[b, h, those], 0, rows, unit, room.queries)
+                _score(room, keys, from_tile, to_tile, softcap, bias[b, h, those, real] if biased else no_bias)
             if holed:
                 _raise_with_holes(room, from_tile, to_tile, keys.shape[0], i, allowed[b, h, those, real])
             else:
@@ -590,7 +623,11 @@ def attend(
                 by_key.ctypes.data,
                 by_distance.ctypes.data + 4 * (n - 1 + ROWS - i),
             )
-            _gather(room, values, low, high, packed_write)
+            if made:
+                _take_contexts(room, contexts[b, h, those])
+            else:
+                _gather(room, values, low, high)
+            _context_norms(room, packed_write)
             _hand_over(room, rows, output[b, h, those], quantities[:, b, h, those])
         _put_between_zeros(by_key[:n], first, received[piece, b, h])
         _put_between_zeros(by_distance[ROWS : ROWS + 2 * n - 1], tokens - n, offsets[piece, b, h])

@@ -29,23 +29,19 @@ def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Ro
 
 def rows(call: AttentionCall, output: Tensor) -> Rows:
     """The primitives of one attention call with this output, in float32 (float64 for a float64 model)."""
-    exact = _exact(call.query)
-    heads = call.query.shape[1]
-    key = call.key.to(exact).repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-1, -2)
     sinks = None if call.sinks is None else call.sinks[None, :, None]
-    return _rows(call, lambda rows, keys: _scores(call, key, rows, keys), sinks, output)
+    return _rows(call, _scores_of(call), sinks, output)
 
 
 def rows_of_scores(call: ScoredCall, output: Tensor) -> Rows:
     """The same where the model has made the scores."""
-    exact = _exact(call.scores)
-    return _rows(call, lambda rows, keys: call.scores[:, :, rows, keys].to(exact), call.sinks, output)
+    return _rows(call, _scores_of(call), call.sinks, output)
 
 
 def rows_of_weights(call: ScoredCall, output: Tensor) -> Rows:
     """The same where no more than the weights is known, given in place of scores: their logarithms serve as those."""
-    exact = _exact(call.scores)
-    return _rows(call, lambda rows, keys: call.scores[:, :, rows, keys].to(exact).log(), call.sinks, output)
+    weights_of = _scores_of(call)
+    return _rows(call, lambda rows, keys: weights_of(rows, keys).log(), call.sinks, output)
 
 
 def output_of(call: AttentionCall) -> Float[Tensor, "batch head query value_width"]:
@@ -127,19 +123,28 @@ def _rows(
     )
 
 
-def patch_sums(call: AttentionCall, measured: Bool[Tensor, "batch head query"]) -> PatchSums | None:
+def patch_sums(call: AttentionCall | ScoredCall, measured: Bool[Tensor, "batch head query"]) -> PatchSums | None:
     """How far the measured rows look, in patches, for engines that hold no scores: they are made once more, in blocks."""
     if call.grid is None:
         return None
-    exact, heads = _exact(call.query), call.query.shape[1]
-    key = call.key.to(exact).repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-1, -2)
-    sums = PatchSums.zero(call.query)
-    size = rows_per_block(len(call.query) * heads * key.shape[-1])
+    scores_of = _scores_of(call)
+    sums = PatchSums.zero(measured)
+    size = rows_per_block(len(measured) * measured.shape[1] * call.visibility.keys.tokens)
     for first in range(0, call.grid.tokens, size):
         last = min(first + size, call.grid.tokens)
-        scores, seen = _scores(call, key, slice(first, last)), call.visibility.seen(first, last)
+        scores, seen = scores_of(slice(first, last), slice(None)), call.visibility.seen(first, last)
         sums.add(scores, seen, measured[..., first:last], call.grid, first)
     return sums
+
+
+def _scores_of(call: AttentionCall | ScoredCall) -> Callable[[slice, slice], Float[Tensor, "batch head row key"]]:
+    """Scores of some rows and keys, in float32 (float64 for a float64 model)."""
+    if isinstance(call, ScoredCall):
+        exact = _exact(call.scores)
+        return lambda rows, keys: call.scores[:, :, rows, keys].to(exact)
+    heads = call.query.shape[1]
+    key = call.key.to(_exact(call.query)).repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-1, -2)
+    return lambda rows, keys: _scores(call, key, rows, keys)
 
 
 def norms(call: AttentionCall | ScoredCall, output: Tensor, measured: Tensor) -> dict[str, Tensor]:

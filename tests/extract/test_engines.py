@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extract.engines import choose
-from extract.engines.rows import AttentionCall, Rows
+from extract.engines.rows import AttentionCall, Rows, ScoredCall
 from extract.engines.visibility import Axis, see
 from extract.statistics.attention import QUANTITIES
 from extract.statistics.profiles import PROFILE_COLUMNS
@@ -144,6 +144,33 @@ def agrees_with_float64(engine: str, facts: dict) -> None:
 @settings(max_examples=400, deadline=None)
 def test_every_engine_agrees_with_float64(engine, facts):
     agrees_with_float64(engine, facts)
+
+
+def scored(call: AttentionCall) -> ScoredCall:
+    """The call as a model makes it by hand: grouped heads side by side, scores masked and with all that is added to them."""
+    heads, groups = call.query.shape[1], call.key.shape[1]
+    key, value = (t.double().repeat_interleave(heads // groups, 1) for t in (call.key, call.value))
+    scores = call.query.double() @ key.transpose(-1, -2) * call.scale
+    if call.softcap is not None:
+        scores = (scores / call.softcap).tanh() * call.softcap
+    if call.visibility.bias is not None:
+        scores = scores + call.visibility.bias
+    scores = scores.masked_fill(~call.visibility.seen(0, scores.shape[-1]), -torch.inf).float()
+    seen = dataclasses.replace(call.visibility, bias=None)
+    return ScoredCall(scores, value.float(), seen, write=call.write, token_ids=call.token_ids)
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+@given(facts=st.fixed_dictionaries(ALL_CALLS | {"sinks": st.just(False)}))
+@settings(max_examples=400, deadline=None)
+def test_a_call_that_the_model_has_made_agrees_with_float64_and_is_left_as_it_is(engine, facts):
+    call = call_of(**facts)
+    exact = choose("reference").attend(doubled(call), lambda: own_output(call))[1]
+    made, contexts = scored(call), own_output(call).float().nan_to_num(7.0)
+    before = made.scores.clone(), contexts.clone()
+    rows = choose(engine).rows_of_scores(made, contexts)
+    assert_rows_agree(rows, exact, absolute=2e-5 * max(1.0, facts["size"]), relative=1e-4)
+    assert torch.equal(made.scores, before[0]) and torch.equal(contexts, before[1])
 
 
 @pytest.mark.slow
