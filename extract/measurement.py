@@ -193,10 +193,9 @@ def parts_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Part]:
         return texts
     parts = apart(model, inputs)
     if len(parts) == 1 and sequences_in(model, inputs) > 1:
-        layout = layout_of(model, inputs)
-        if not layout.packed and not _is_one_by_one(layout, inputs):
+        if not _is_one_by_one(layout_of(model, inputs), inputs):
             return [Part([*range(sequences_in(model, inputs))], parts[0])]
-        parts = parts if layout.packed else one_by_one(model, inputs)
+        parts = one_by_one(model, inputs)
     return [Part([number], part) for number, part in enumerate(parts)]
 
 

@@ -24,9 +24,10 @@ patterns that the model's own eager attention gives. `make census` writes this f
 * *no attention*: nothing in it makes a pattern over keys.
 * *not built*: not from its configuration alone, or not with the packages here.
 
-`ways` says how its calls are seen: `sdpa` and `interface` are made by the fast engine, `softmax` by the model (the fast engine reads it on CPUs), `replay` by the reference engine. `layers`
-are the attention layers measured, by stack; `compared` those for which the model has a pattern of its own. `residual` says
-whether the stream is measured as well.
+`ways` says how its calls are seen: `sdpa` and `interface` calls are made by the fast engine, `softmax` ones by the
+model (on CPUs the fast engine reads its scores), `replay` ones by the reference engine. `layers` are the attention layers
+measured, by stack; `compared` those for which the model has a pattern of its own. `residual` says whether the stream is
+measured as well.
 """
 
 

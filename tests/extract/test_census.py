@@ -32,6 +32,10 @@ def test_every_pattern_of_the_model_is_measured(model_type):
     assert found.compared
 
 
+def test_the_stream_of_images_that_a_tower_packs_together_is_measured_image_by_image():
+    assert entry("pixtral").residual == "measured"
+
+
 def test_what_cannot_be_measured_is_refused_by_name():
     found = entry("pegasus_x")  # whose queries look at global tokens of the model's own as well
     assert found.outcome == REFUSED
