@@ -177,10 +177,11 @@ def _sequence_checks(dataset: Dataset, table: Table) -> list[Check]:
 
 def _symbolic_bounds(dataset: Dataset, table: Table) -> list[Check]:
     """Bounds in terms of the sequence's length n and the stream's width d; only where n counts keys and queries."""
-    n = pl.when(_is_of_tokens(dataset)).then(pl.col("n"))
+    known = _is_of_tokens(dataset)  # what merges tokens changes its width as well
+    n = pl.when(known).then(pl.col("n"))
     sink = pl.col("mass_sink").is_not_null().cast(pl.Float64) if table.name == "heads" else pl.lit(0.0)
     width = dataset.manifest.get("model", {}).get("width")
-    d = pl.lit(float(width)) if isinstance(width, int) else pl.lit(None, dtype=pl.Float64)
+    d = pl.when(known).then(float(width)) if isinstance(width, int) else pl.lit(None, dtype=pl.Float64)
     symbols = {
         "n": n,
         "n−1": n - 1,

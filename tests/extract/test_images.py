@@ -408,7 +408,7 @@ def test_a_run_is_whole_and_has_a_report(folder_of, images, tmp_path, kind):
     assert known == (kind != "swin")
     assert manifest["images"]["tokens"] == (64 if kind == "swin" else 17)
     if kind == "swin":
-        assert manifest["model"]["stacks"] == [{"stack": "vision", "layers": 4, "heads": None}]
+        assert manifest["model"]["stacks"] == [{"stack": "vision", "layers": 4, "heads": None, "of_tokens": False}]
         assert manifest["images"]["grids"] == {}
         assert table(out, "sequences")["special_tokens"].to_list() == [0] * 4
 

@@ -76,7 +76,7 @@ def test_an_encoder_decoder_model_is_measured_by_its_encoder(run, attlas):
     assert manifest["run"]["stacks"] == "encoder"
     facts = manifest["model"]
     assert (facts["architecture"], facts["measured"]) == ("T5Model", "T5Stack")
-    assert facts["stacks"] == [{"stack": "encoder", "layers": 2, "heads": 4}]
+    assert facts["stacks"] == [{"stack": "encoder", "layers": 2, "heads": 4, "of_tokens": True}]
     assert (facts["stack"], facts["layers"], facts["heads"]) == ("encoder", 2, 4)
     assert heads_of(dataset)["stack"].unique().to_list() == ["encoder"]
     assert attlas("verify", dataset)[0] == 0
