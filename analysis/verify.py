@@ -217,8 +217,8 @@ def _mass_checks(dataset: Dataset) -> list[Check]:
         Check("masses", measured & ((sides - 1).abs() > MASS_TOLERANCE), "self, backward and forward do not sum to 1"),
     ]
     rows = pl.sum_horizontal(pl.col("query_rows", "masked_rows", "nonfinite_rows").cast(pl.Float64))
-    others = _is_of_tokens(dataset) & (rows != pl.col("n"))
-    return [*checks, Check("rows", others, "measured, masked and non-finite rows are not the tokens")]
+    miscounted = _is_of_tokens(dataset) & (rows != pl.col("n"))
+    return [*checks, Check("rows", miscounted, "measured, masked and non-finite rows are not the tokens")]
 
 
 def _rectangle(dataset: Dataset, table: Table, part: Part, frame: pl.LazyFrame, own: pl.LazyFrame) -> Iterator[Finding]:

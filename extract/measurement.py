@@ -203,12 +203,11 @@ def _refuse_added_mask(model: nn.Module, layout: Layout, inputs: Mapping[str, An
     """Eager code of transformers adds a mask to the scores, whatever its type, where the interface would hide by it."""
     mask = inputs.get("attention_mask")
     eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
-    if not (eager and "interface" in layout.ways and isinstance(mask, torch.Tensor) and mask.dim() == 4):
-        return
-    if not mask.is_floating_point():
+    of_pairs = mask if isinstance(mask, torch.Tensor) and mask.dim() == 4 else None
+    if of_pairs is not None and eager and "interface" in layout.ways and not of_pairs.is_floating_point():
         raise Refusal(
             f"a 4-d attention_mask is added to the scores by {type(model).__name__}, which attends by eager code; this one "
-            f"of {mask.dtype} would hide nothing; give 0 where a query sees a key and torch.finfo(dtype).min elsewhere"
+            f"of {of_pairs.dtype} would hide nothing; give 0 where a query sees a key and torch.finfo(dtype).min elsewhere"
         )
 
 
@@ -219,8 +218,7 @@ def _is_one_by_one(layout: Layout, inputs: Mapping[str, Any]) -> bool:
 
 def _as_found(batch: Batch, model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> Batch:
     """The batch with what is known of it once the model is examined."""
-    batch = replace(batch, grids=grids_of(model, layout, inputs))
-    return replace(batch, sequences=1) if layout.packed else batch
+    return replace(batch, grids=grids_of(model, layout, inputs))
 
 
 def grids_of(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> dict[str, Grid]:

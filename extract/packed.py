@@ -75,11 +75,11 @@ def _sequences(inputs: Mapping[str, Any]) -> list[_Sequence] | None:
     elif _is_of_pairs(mask, ids.shape[1]):
         pairs = allows(mask).any(1)
         begins, real = begins | _blocks(pairs), real & pairs.any(1)
+    else:
+        return None
     rows = enumerate([*row.nonzero().flatten().tolist(), ids.shape[1]] for row in begins)
-    found = [_Sequence(row, *ends) for row, places in rows for ends in pairwise(places)]
-    found = [
-        sequence for sequence in found if bool(real[sequence.row, sequence.first])
-    ]  # else padding, which none sees
+    is_real = real.tolist()  # else it is padding, which none sees
+    found = [_Sequence(row, *ends) for row, places in rows for ends in pairwise(places) if is_real[row][ends[0]]]
     return found if len(found) > len(ids) else None
 
 

@@ -79,7 +79,6 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> L
         others=others,
         without_pattern=without_pattern,
         mixed=any(call.batch % batch for call in trace.calls),
-        packed=batch > 1 and all(call.batch == 1 for call in trace.calls),
         residual_refusals=refusals,
     )
 

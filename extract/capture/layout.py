@@ -134,7 +134,6 @@ class Layout:
     others: frozenset[int] = frozenset()  # calls, counted among all of a pass, that are no attention over positions
     without_pattern: tuple[str, ...] = ()  # layers that have none: recurrent, convolutional
     mixed: bool = False  # some calls are over rows that are neither the batch's sequences nor windows of them
-    packed: bool = False  # all sequences of a batch stand one after the other in a single row
     residual_refusals: Mapping[str, str] = field(default_factory=dict)  # stacks that `residual` leaves out, and why
 
     @property

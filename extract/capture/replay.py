@@ -57,18 +57,22 @@ class Run:
 
         Gives what `again` gives; what each of them gave is `known` then.
         """
-        known: dict[str, list[Tensor]] = {}
+        self.known, given = self.noted(reading)
+        return given
 
-        def keep(name: str) -> Change:
+    def noted(self, reading: Sequence[str] = ()) -> tuple[dict[str, list[Tensor]], list[Tensor | None]]:
+        """Run once: what each of the linear modules in it gives, in the order in which they run, and what `again` gives."""
+        found: dict[str, list[Tensor]] = {}
+
+        def note(name: str) -> Change:
             def change(output: Tensor) -> Tensor:
-                known.setdefault(name, []).append(output.clone())
+                found.setdefault(name, []).append(output.clone())
                 return output
 
             return change
 
-        given = self.again({name: keep(name) for name in linear_in(self.module)}, reading)
-        self.known = known
-        return given
+        given = self.again({name: note(name) for name in _linear(self.module)}, reading)
+        return found, given
 
     def again(self, changes: Mapping[str, Change], reading: Sequence[str] = ()) -> list[Tensor | None]:
         """What these modules in it read (the largest, of several), and last what it gives, with outputs of others changed."""
@@ -272,14 +276,14 @@ def find(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> tuple[lis
     attending = {name for call in trace.calls for name in call.inside}
     with ExitStack() as stack, torch.inference_mode(), drawn_alike():
         for name, module in model.named_modules():
-            if name and name not in attending and 2 <= len(linear_in(module)) <= _MOST_LINEAR:
+            if name and name not in attending and 2 <= len(_linear(module)) <= _MOST_LINEAR:
                 stack.callback(module.register_forward_pre_hook(search.begins, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(search.ends(name)).remove)
         model(**inputs)
     return sorted(search.calls, key=lambda call: call.time), search.refusal
 
 
-def linear_in(module: nn.Module) -> list[str]:
+def _linear(module: nn.Module) -> list[str]:
     return [name for name, m in module.named_modules() if name and weight_by_input(m) is not None]
 
 
@@ -359,17 +363,8 @@ def _how(run: Run, batch: int) -> tuple[Replayed, int] | None:
 
     The first thing that values change is the contexts: linearly, and without values there are none.
     """
-    outputs: dict[str, Tensor] = {}
-
-    def note(name: str) -> Change:
-        def change(output: Tensor) -> Tensor:
-            outputs.setdefault(name, output.clone())
-            return output
-
-        return change
-
-    run.again({name: note(name) for name in linear_in(run.module)})
-    linear = list(outputs)  # as they ran
+    outputs = {name: given[0] for name, given in run.noted()[0].items()}
+    linear = list(outputs)
     places = {name: _place_of_contexts(run, outputs[name], name, linear) for name in linear}
     values = tuple(name for name in linear if places[name] is not None and name not in places.values())
     readers = {places[name] for name in values}
@@ -429,9 +424,8 @@ def _heads(run: Run, how: Replayed, shape: tuple[int, ...], output: Tensor) -> i
     told = (_contexts(run, how, _replaced_by(others)).float() - contexts)[:, 1:]
     if tokens > 1 and not bool(told.any()):
         return None
-    alike = (
-        64 * torch.finfo(output.dtype).eps
-    )  # a few tokens among much padding, or a nearly even pattern, differ little
+    # to a few roundings: a few tokens among much padding, or a nearly even pattern, differ little
+    alike = 64 * torch.finfo(output.dtype).eps
     if batch > 1 and bool((contexts - contexts[:1]).norm() <= alike * contexts.norm()):
         return None
     differs = ((contexts[..., 1:] - contexts[..., :-1]).abs().amax((0, 1)) > 1e-4 * contexts.abs().amax()).nonzero()

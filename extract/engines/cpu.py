@@ -1,7 +1,7 @@
 """The cpu engine: one compiled pass per (sequence, head) that makes the output and every primitive.
 
-It replaces the attention call, or reads the scores that a model has made itself. A few query rows at a time go against packed keys, become a pattern, are added up by key
-and by distance, and go against packed values; nothing larger than these rows is held, and keys that no row of them sees
+It replaces the attention call, or reads the scores that a model has made itself. A few query rows at a time go against
+packed keys, become a pattern, are added up by key and by distance, and go against packed values; nothing larger than these rows is held, and keys that no row of them sees
 are not touched. It takes every call whose numbers are float32 or narrower; a float64 model goes to the reference engine.
 """
 
@@ -66,7 +66,6 @@ def _passed(
     offsets = buffers.empty((pieces, batch, heads, 2 * tokens - 1), np.float32)
     value_norms = np.empty((batch, heads, tokens), np.float32)
     looked_up = np.empty((pieces, 2, batch, heads), np.float64)
-    has_ids = call.token_ids is not None
     start, length = seen.keys.start.numpy(), seen.keys.length.numpy()
     scale, softcap = (call.scale, call.softcap or 0) if isinstance(call, AttentionCall) else (1, 0)
     cpu_kernel.attend(
@@ -86,7 +85,7 @@ def _passed(
         _NO_HEADS if call.sinks is None else call.sinks.float().numpy(),
         _NO_WRITE if call.write is None else call.write.numpy(),
         _NO_GROUPS if call.token_ids is None else _groups(call.token_ids.numpy(), start, length),
-        has_ids,
+        call.token_ids is not None,
         output.numpy(),
         quantities,
         measured,
@@ -95,13 +94,27 @@ def _passed(
         value_norms,
         looked_up,
     )
+    return output, _rows(call, quantities, measured, received, offsets, value_norms, looked_up)
+
+
+def _rows(
+    call: AttentionCall | ScoredCall,
+    quantities: np.ndarray,
+    measured: np.ndarray,
+    received: np.ndarray,
+    offsets: np.ndarray,
+    value_norms: np.ndarray,
+    looked_up: np.ndarray,
+) -> Rows:
+    """What the kernel has written, pieces of a head added up; what is not known of the call is left out."""
     named = dict(zip(QUANTITIES, torch.from_numpy(quantities).unbind(), strict=True))
     if call.sinks is None:
         del named["sink"]
     if call.write is None:
         del named["update_norm"]
+    has_ids = call.token_ids is not None
     same, induction = torch.from_numpy(looked_up.sum(0)).unbind()
-    rows = Rows(
+    return Rows(
         measured=torch.from_numpy(measured),
         **named,
         received=torch.from_numpy(_added(received)),
@@ -111,7 +124,6 @@ def _passed(
         induction=induction if has_ids else None,
         patches=reference.patch_sums(call, torch.from_numpy(measured)),
     )
-    return output, rows
 
 
 _NO_PAIRS = np.zeros((0, 0, 0, 0), np.bool_)

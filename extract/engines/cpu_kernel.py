@@ -567,6 +567,7 @@ def attend(
     """All calls of a batch: one (sequence, head, piece of rows) after another, on all threads.
 
     `scores` and `contexts` are those that the model has made itself, or empty; then queries and keys have no width.
+    Long by its signature: a kernel takes arrays one by one, and what is not given is an empty one.
     """
     batch, heads, tokens, _ = query.shape
     pieces = received.shape[0]

@@ -19,6 +19,7 @@ from tests.benchmarks.harness import Result
 LEGEND = """\
 ratio is ours ÷ theirs, each the quickest of its runs; median and range are those of the ratios of neighbouring runs
 forward/*  tokens/s of a measured forward pass, every column included, against the plain one (real tokens alone count)
+by-hand/*  the same of a model that computes softmax by itself, replay/* of one whose attention is run again
 run/*      tokens/s from tokenisation to Parquet and manifest, against plain passes over the same batches; the model's
            loading and Prefect's start are left out: they cost the same however large the corpus is
 usual/*    tokens/s from a batch to Parquet, against eager patterns, hooks and the same statistics in torch, in a process of its

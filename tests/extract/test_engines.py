@@ -78,16 +78,23 @@ def doubled(call: AttentionCall) -> AttentionCall:
     )
 
 
-def own_output(call: AttentionCall) -> torch.Tensor:
-    """Attention in float64 by its formula, over real tokens; zero at padding and where nothing is seen."""
-    repeats = call.query.shape[1] // call.key.shape[1]
-    key, value = (t.double().repeat_interleave(repeats, 1) for t in (call.key, call.value))
-    scores = call.query.double() @ key.transpose(-1, -2) * call.scale
+def of_all_heads(grouped: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    return grouped.double().repeat_interleave(call.query.shape[1] // grouped.shape[1], 1)
+
+
+def own_scores(call: AttentionCall) -> torch.Tensor:
+    """Scores in float64 by their formula, with all that is added to them; −∞ where nothing is seen."""
+    scores = call.query.double() @ of_all_heads(call.key, call).transpose(-1, -2) * call.scale
     if call.softcap is not None:
         scores = (scores / call.softcap).tanh() * call.softcap
     if call.visibility.bias is not None:
         scores = scores + call.visibility.bias
-    scores = scores.masked_fill(~call.visibility.seen(0, call.visibility.keys.tokens), -torch.inf)
+    return scores.masked_fill(~call.visibility.seen(0, call.visibility.keys.tokens), -torch.inf)
+
+
+def own_output(call: AttentionCall) -> torch.Tensor:
+    """Attention in float64 by its formula, over real tokens; zero at padding and where nothing is seen."""
+    scores, value = own_scores(call), of_all_heads(call.value, call)
     if call.sinks is not None:
         sinks = call.sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
         return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1] @ value
@@ -148,16 +155,9 @@ def test_every_engine_agrees_with_float64(engine, facts):
 
 def scored(call: AttentionCall) -> ScoredCall:
     """The call as a model makes it by hand: grouped heads side by side, scores masked and with all that is added to them."""
-    heads, groups = call.query.shape[1], call.key.shape[1]
-    key, value = (t.double().repeat_interleave(heads // groups, 1) for t in (call.key, call.value))
-    scores = call.query.double() @ key.transpose(-1, -2) * call.scale
-    if call.softcap is not None:
-        scores = (scores / call.softcap).tanh() * call.softcap
-    if call.visibility.bias is not None:
-        scores = scores + call.visibility.bias
-    scores = scores.masked_fill(~call.visibility.seen(0, scores.shape[-1]), -torch.inf).float()
+    scores, value = own_scores(call).float(), of_all_heads(call.value, call).float()
     seen = dataclasses.replace(call.visibility, bias=None)
-    return ScoredCall(scores, value.float(), seen, write=call.write, token_ids=call.token_ids)
+    return ScoredCall(scores, value, seen, write=call.write, token_ids=call.token_ids)
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
