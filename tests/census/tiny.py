@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
 import sys
 import warnings
 from collections import Counter
@@ -122,9 +123,14 @@ def takes(model: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(model.forward).parameters)
 
 
+# where a package happens to lie on this machine
+_FOLDER = re.compile(r"/\S*?/site-packages/")
+
+
 def reason_of(error: BaseException) -> str:
     """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    said = " ".join(_FOLDER.sub("", str(error)).split())
+    return f"{type(error).__name__}: {said[:200]}"
 
 
 def randomise(model: nn.Module, gain: float) -> None:
