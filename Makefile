@@ -1,22 +1,32 @@
-# make run    measure the built-in corpus with the built-in model
-# make test   the tests that are quick
-# make check  format, lint, types, tests
-# make bench  speed, memory and size, against doing without or doing it the usual way
-# make census every architecture of transformers, measured as a tiny model against its own eager patterns
+# make run      measure the built-in corpus with the built-in model
+# make test     the tests that are quick; PYTEST_OPTIONS='--cov' shows how much of the code they reach
+# make check    format, lint, types, tests
+# make slow     the tests that take minutes, or a browser
+# make lowest   a part of the quick tests on the lowest versions that pyproject.toml admits
+# make bench    speed, memory and size, against doing without or doing it the usual way
+# make census   every architecture of transformers, measured as a tiny model against its own eager patterns
+# make hooks    format, lint and types at every commit
 # Each installs what it needs into .venv first, at the versions of constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet -c constraints.txt
+LOWEST := .venv-lowest/bin
+PIP := -m pip --disable-pip-version-check
+INSTALL := $(BIN)/python $(PIP) install --quiet -c constraints.txt
+# a process for each core, each computing on one thread
+ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
+PYTEST := -m pytest -n logical --maxprocesses 8 --dist loadgroup $(PYTEST_OPTIONS)
 
-.PHONY: run test check bench census format lint types dictionary clean
+.PHONY: run test slow lowest check bench census format lint types hooks dictionary clean
 
 run: .venv/.run-installed
 	$(BIN)/attlas run flows/runs/demo.toml
 
 test: .venv/.test-installed
-	HF_HUB_OFFLINE=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 $(BIN)/python -m pytest
+	$(ENVIRONMENT) $(BIN)/python $(PYTEST)
+
+slow: .venv/.test-installed
+	$(ENVIRONMENT) $(BIN)/python $(PYTEST) -m 'slow or browser'
 
 check: format lint types test
 
@@ -28,14 +38,17 @@ bench: .venv/.test-installed
 census: .venv/.test-installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.census.census
 
-format: .venv/.test-installed
+format: .venv/.dev-installed
 	$(BIN)/ruff format --check .
 
-lint: .venv/.test-installed
+lint: .venv/.dev-installed
 	$(BIN)/ruff check .
 
-types: .venv/.test-installed
+types: .venv/.test-installed .venv/.dev-installed
 	$(BIN)/pyright
+
+hooks: .venv/.dev-installed
+	$(BIN)/pre-commit install --hook-type pre-commit --hook-type pre-push
 
 # torch in a step of its own: an extra that pulls it first may choose a build with gigabytes of CUDA
 .venv/.torch-installed: constraints.txt
@@ -51,9 +64,27 @@ types: .venv/.test-installed
 	$(INSTALL) -e '.[test]'
 	touch $@ .venv/.run-installed
 
+.venv/.dev-installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP) install --quiet -c constraints.txt ruff pyright pre-commit
+	touch $@
+
+.venv-lowest/.installed: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(LOWEST)/python $(PIP) install --quiet torch==2.13.0
+	$(PYTHON) tests/lowest.py > .venv-lowest/lowest.txt
+	$(LOWEST)/python $(PIP) install --quiet -c .venv-lowest/lowest.txt -e . pytest pytest-xdist hypothesis beartype pandas psutil
+	touch $@
+
+# older libraries warn of newer ones beneath them: warnings are no errors here
+lowest: .venv-lowest/.installed
+	$(ENVIRONMENT) $(LOWEST)/python $(PYTEST) -o filterwarnings= \
+		tests/flows tests/analysis tests/extract/test_heads.py tests/extract/test_residual.py \
+		tests/extract/test_pipeline.py tests/extract/test_corpus.py tests/extract/test_encoder.py -k 'not image'
+
 # the data dictionary, from the catalogue
 dictionary: .venv/.run-installed
 	$(BIN)/python -m extract.dictionary > data/README.md
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

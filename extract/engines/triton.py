@@ -460,7 +460,7 @@ def _along_rows(
         places, total = _with_places(places, e, fade, faded, rows, at, KEYS)
         softmax = (largest, total, surprise, squares)
         if ids is not None:
-            copies = _with_copies(copies, e, fade, ids, own, begins, rows, keys, tokens)
+            copies = _with_copies(copies, e, fade, ids, own, begins, rows, keys, tokens)  # pyright: ignore[reportPossiblyUnboundVariable]
         # what stands outside the span, as padding does, may hold anything: zero times that need not be zero
         inside = (keys >= low) & (keys < high)
         context = _with_values(context, e, fade, value, b, key_head, keys, inside, VALUE_WIDTH, PART)
