@@ -15,7 +15,7 @@ PIP := -m pip --disable-pip-version-check
 INSTALL := $(BIN)/python $(PIP) install --quiet -c constraints.txt
 # a process for each core, each computing on one thread
 ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
-PYTEST := -m pytest -n logical --maxprocesses 8 --dist loadgroup $(PYTEST_OPTIONS)
+PYTEST := -m pytest -n logical --maxprocesses 8 $(PYTEST_OPTIONS)
 
 .PHONY: run test slow lowest check bench census format lint types hooks dictionary clean
 

@@ -10,6 +10,7 @@ import polars as pl
 
 from analysis.dataset import Dataset
 from analysis.heads import HEAD, head_means
+from analysis.manifest import section
 from analysis.residual import residual_through_depth
 
 COLLAPSE_NATS = 0.1
@@ -73,7 +74,7 @@ def _nonfinite(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
     return rows.filter(pl.col("nonfinite_rows") > 0).select(
         *HEAD,
         value=pl.col("nonfinite_rows").cast(pl.Float64),
-        evidence=pl.format("{} rows with a non-finite score, left out of every mean", "nonfinite_rows"),
+        evidence=pl.format("rows with a non-finite score, left out of every mean: {}", "nonfinite_rows"),
     )
 
 
@@ -105,7 +106,7 @@ def _dead(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
 
 
 def _logits(rows: pl.DataFrame, evidence: Evidence) -> pl.DataFrame:
-    dtype = str(evidence.manifest.get("dtype", "float32")).removeprefix("torch.")
+    dtype = str(evidence.manifest.get("dtype") or "float32").removeprefix("torch.")
     limit = LARGEST_NUMBER.get(dtype, LARGEST_NUMBER["float32"])
     return rows.filter(pl.col("score_max") >= LOGIT_SHARE * limit).select(
         *HEAD,
@@ -120,11 +121,11 @@ def _logits(rows: pl.DataFrame, evidence: Evidence) -> pl.DataFrame:
 
 
 def _massive(rows: pl.DataFrame, evidence: Evidence) -> pl.DataFrame:
-    width = evidence.manifest.get("model", {}).get("width")
+    width = section(evidence.manifest, "model").get("width")
     if not isinstance(width, int):
         return rows.clear()
     means = evidence.residual.select("stack", "layer", "site", "stream_norm")
-    typical = pl.col("stream_norm") / width**0.5
+    typical = pl.col("stream_norm") / width**0.5 if width else pl.lit(None, dtype=pl.Float64)
     return (
         rows.join(means, on=["stack", "layer", "site"])
         .with_columns(typical=typical, times=pl.col("max_abs") / typical)
@@ -137,7 +138,7 @@ def _massive(rows: pl.DataFrame, evidence: Evidence) -> pl.DataFrame:
             evidence=pl.format(
                 "largest entry {}, {} times the typical entry of the stream there",
                 pl.col("max_abs").round(1),
-                pl.col("times").round(0).cast(pl.Int64),
+                pl.col("times").clip(upper_bound=1e18).round(0).cast(pl.Int64),
             ),
         )
     )

@@ -31,7 +31,7 @@ def entropy_by_length(dataset: Dataset) -> pl.LazyFrame:
     """
     stratum = pl.sum_horizontal([pl.col("tokens") > 2**k for k in range(_SHORTEST, _LONGEST)]).cast(pl.Int32)
     lengths = dataset.scan("sequences").select("sequence_id", stratum=stratum)
-    frame = weighted_heads(dataset).join(lengths, on="sequence_id", how="left")
+    frame = weighted_heads(dataset).join(lengths, on="sequence_id")
     upper = pl.lit(2).pow(pl.col("stratum") + _SHORTEST).cast(pl.Int64)
     return clustered_mean(frame, COLUMNS, ("stack", "layer", "stratum")).with_columns(
         tokens_low=pl.when(pl.col("stratum") == 0).then(1).otherwise(upper // 2 + 1), tokens_high=upper

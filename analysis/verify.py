@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import polars.selectors as cs
+import pyarrow as pa
 
 from analysis.dataset import Dataset
 from analysis.integrity import Finding as Finding
 from analysis.integrity import integrity, strays, totals
+from analysis.manifest import section
+from analysis.parts import first_line
+from analysis.report.numbers import plural
 from extract.schema import CLASS_MASSES, TABLES, Table
-from extract.store import MANIFEST, Part, parts_of
+from extract.store import MANIFEST, Part
 
 ALWAYS = ("documents", "sequences", "heads", "profiles")  # residual needs a model whose stream can be seen
 MASS_TOLERANCE = 1e-4
 BOUND_TOLERANCE = 1e-4  # of float32 means, relative beyond 1
 _ROW = "|row"
+# Polars panics, outside of Exception, where Rust code meets what it holds to be impossible
+READING_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError, MemoryError)
 _SHARD = re.compile(r"shard-(\d+)\.parquet$")
 
 
@@ -35,7 +40,11 @@ class Check:
 
 def verify(folder: Path | str) -> list[Finding]:
     """Everything that is wrong with a dataset; an empty list for a sound one. Refusal where there is no dataset."""
-    dataset = Dataset.open(folder)
+    return findings_in(Dataset.open(folder))
+
+
+def findings_in(dataset: Dataset) -> list[Finding]:
+    """Everything that is wrong with an open dataset."""
     findings = list(strays(dataset))
     lacking = [table for table in ALWAYS if table not in dataset.tables]
     if lacking:
@@ -44,9 +53,8 @@ def verify(folder: Path | str) -> list[Finding]:
         )
     sound: dict[str, list[Part]] = {table: [] for table in ALWAYS}
     for table in dataset.tables:
-        dataset.part_paths(table)  # refuses parts outside the dataset
         findings += totals(dataset, table)
-        for part in parts_of(dataset.manifest, table):
+        for part in dataset.parts(table):  # refuses parts outside the dataset
             wrong = list(integrity(dataset, table, part))
             findings += wrong
             if not wrong:
@@ -65,9 +73,10 @@ def _contents(dataset: Dataset, sound: Mapping[str, list[Part]]) -> Iterator[Fin
         if table not in TABLES:
             continue
         for part in parts:
-            yield from _part_findings(dataset, TABLES[table], part, sequences)
+            yield from _readable(part.path, _part_findings(dataset, TABLES[table], part, sequences))
     if sequences is not None:
-        yield from _links(dataset, _scan(dataset, sound["documents"]), sequences)
+        links = _links(dataset, _scan(dataset, sound["documents"]), sequences)
+        yield from _readable("documents, sequences", links)
     if all(_whole(dataset, sound, table) for table in ("heads", "profiles")):
         profiles = {Path(part.path).name: part for part in sound["profiles"]}
         for heads in sound["heads"]:
@@ -75,11 +84,19 @@ def _contents(dataset: Dataset, sound: Mapping[str, list[Part]]) -> Iterator[Fin
             if beside is None:
                 yield Finding(heads.path, "profile sums", "no profiles of the same shard")
             else:
-                yield from _profile_sums(dataset, heads, beside)
+                yield from _readable(beside.path, _profile_sums(dataset, heads, beside))
+
+
+def _readable(part: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """The findings; one more where the rows can't be read to the end, whatever the reader raises of them."""
+    try:
+        yield from findings
+    except READING_ERRORS as error:
+        yield Finding(part, "unreadable", first_line(error))
 
 
 def _whole(dataset: Dataset, sound: Mapping[str, list[Part]], table: str) -> bool:
-    parts = list(parts_of(dataset.manifest, table))
+    parts = dataset.parts(table) if table in dataset.tables else []
     return bool(parts) and len(sound.get(table, [])) == len(parts)
 
 
@@ -96,8 +113,9 @@ def _part_findings(dataset: Dataset, table: Table, part: Part, sequences: pl.Laz
     match = _SHARD.search(part.path)
     shard = int(match.group(1)) if match else -1
     own = sequences.filter(pl.col("shard") == shard)
+    present = frame.collect_schema().names()
     if "sequence_id" in table.schema().names and table.name != "sequences":
-        yield from _broken(part, _with_sequence(frame, own), _sequence_checks(dataset, table))
+        yield from _broken(part, _with_sequence(frame, own), _sequence_checks(dataset, table, present))
         yield from _rectangle(dataset, table, part, frame, own)
     elif "shard" in table.schema().names:
         yield from _broken(part, frame, [Check("shard", pl.col("shard") != shard, f"a shard other than {shard}")])
@@ -112,7 +130,7 @@ def _broken(part: Part, frame: pl.LazyFrame, checks: list[Check]) -> Iterator[Fi
         bad = counts[str(i)][0]
         if bad:
             rows = counts["rows"][0]
-            yield Finding(part.path, check.name, f"{check.message} in {bad} of {rows} rows")
+            yield Finding(part.path, check.name, f"{check.message} in {bad} of {plural(rows, 'row')}")
 
 
 def _value_checks(table: Table, frame: pl.LazyFrame) -> list[Check]:
@@ -121,6 +139,8 @@ def _value_checks(table: Table, frame: pl.LazyFrame) -> list[Check]:
     checks = []
     for column in (c for c in table.columns if c.name in present):
         name = column.name
+        if column in table.keys and column.bounds == (None, None) and column.dtype.startswith("int") and name != "bin":
+            checks.append(Check("bounds", pl.col(name) < 0, f"{name} is below 0"))
         if not column.nullable:
             checks.append(Check("null", pl.col(name).is_null(), f"{name} is null, which the contract rules out"))
         if column.dtype in ("float32", "float64"):
@@ -166,13 +186,14 @@ def _with_sequence(frame: pl.LazyFrame, own: pl.LazyFrame) -> pl.LazyFrame:
     return frame.join(facts, on="sequence_id", how="left")
 
 
-def _sequence_checks(dataset: Dataset, table: Table) -> list[Check]:
+def _sequence_checks(dataset: Dataset, table: Table, present: Collection[str]) -> list[Check]:
+    classes = [c for c in CLASS_MASSES if c in present]
     checks = [
         Check("links", pl.col("n").is_null(), "a sequence that is not one of the shard's"),
         Check("links", pl.col("of") != pl.col("document_id"), "another document than the sequence's own"),
         *_symbolic_bounds(dataset, table),
     ]
-    return checks + _mass_checks(dataset) if table.name == "heads" else checks
+    return checks + _mass_checks(dataset, classes) if table.name == "heads" else checks
 
 
 def _symbolic_bounds(dataset: Dataset, table: Table) -> list[Check]:
@@ -180,7 +201,7 @@ def _symbolic_bounds(dataset: Dataset, table: Table) -> list[Check]:
     known = _is_of_tokens(dataset)  # what merges tokens changes its width as well
     n = pl.when(known).then(pl.col("n"))
     sink = pl.col("mass_sink").is_not_null().cast(pl.Float64) if table.name == "heads" else pl.lit(0.0)
-    width = dataset.manifest.get("model", {}).get("width")
+    width = section(dataset.manifest, "model").get("width")
     d = pl.when(known).then(float(width)) if isinstance(width, int) else pl.lit(None, dtype=pl.Float64)
     symbols = {
         "n": n,
@@ -203,17 +224,17 @@ def _symbolic_bounds(dataset: Dataset, table: Table) -> list[Check]:
 
 def _is_of_tokens(dataset: Dataset) -> pl.Expr:
     """Whether queries and keys are the tokens of the sequence; windows, pooled states and latents are others."""
-    stacks = dataset.manifest.get("model", {}).get("stacks") or []
+    stacks = section(dataset.manifest, "model").get("stacks") or []
     return pl.col("stack").is_in([stack["stack"] for stack in stacks if stack.get("of_tokens")])
 
 
-def _mass_checks(dataset: Dataset) -> list[Check]:
+def _mass_checks(dataset: Dataset, columns: Sequence[str]) -> list[Check]:
     sink = pl.col("mass_sink").fill_null(0)
     measured = pl.col("query_rows") > 0
-    classes = pl.sum_horizontal([pl.col(c).cast(pl.Float64) for c in CLASS_MASSES], ignore_nulls=False) + sink
+    classes = pl.sum_horizontal([pl.col(c).cast(pl.Float64) for c in columns], ignore_nulls=False) + sink
     sides = pl.col("mass_self").cast(pl.Float64) + pl.col("mass_backward") + pl.col("mass_forward") + sink
     checks = [
-        Check("class masses", measured & ((classes - 1).abs() > MASS_TOLERANCE), "the seven classes do not sum to 1"),
+        Check("class masses", measured & ((classes - 1).abs() > MASS_TOLERANCE), "the token classes do not sum to 1"),
         Check("masses", measured & ((sides - 1).abs() > MASS_TOLERANCE), "self, backward and forward do not sum to 1"),
     ]
     rows = pl.sum_horizontal(pl.col("query_rows", "masked_rows", "nonfinite_rows").cast(pl.Float64))
@@ -230,15 +251,16 @@ def _rectangle(dataset: Dataset, table: Table, part: Part, frame: pl.LazyFrame, 
     rows, with_rows, distinct = found.row(0)
     planned = own.select(pl.len()).collect().item()
     if with_rows != planned:
-        yield Finding(part.path, "row count", f"{planned} sequences in the shard, {with_rows} have rows")
+        planned = plural(planned, "sequence")
+        yield Finding(part.path, "row count", f"{planned} in the shard, rows of {with_rows}")
     if rows != with_rows * distinct:
-        yield Finding(part.path, "row count", f"{with_rows} sequences × {distinct} places, but {rows} rows")
-    layers = dataset.manifest.get("model", {}).get("layout", {}).get("attention", [])
-    heads = sum(layer["heads"] for layer in layers)
-    if table.name == "heads" and layers and distinct != heads:
-        yield Finding(
-            part.path, "row count", f"{heads} heads in {len(layers)} layers of the model, {distinct} heads in the part"
-        )
+        places_of_each = f"{plural(with_rows, 'sequence')} × {plural(distinct, 'place')}"
+        yield Finding(part.path, "row count", f"{places_of_each}, but {plural(rows, 'row')}")
+    layers = section(dataset.manifest, "model", "layout").get("attention") or []
+    heads = [layer.get("heads") for layer in layers]
+    if table.name == "heads" and layers and None not in heads and distinct != sum(heads):
+        of_model = f"{plural(sum(heads), 'head')} in {plural(len(layers), 'layer')} of the model"
+        yield Finding(part.path, "row count", f"{of_model}, {plural(distinct, 'head')} in the part")
 
 
 # --- across tables -------------------------------------------------------------------------------------------------
@@ -266,7 +288,7 @@ def _links(dataset: Dataset, documents: pl.LazyFrame, sequences: pl.LazyFrame) -
     }
     for name, message in messages.items():
         if facts[name][0]:
-            yield Finding("documents, sequences", "links", f"{facts[name][0]} {message}")
+            yield Finding("documents, sequences", "links", f"{message}: {facts[name][0]}")
     yield from _numbering("documents", "document_id", documents)
     yield from _numbering("sequences", "sequence_id", sequences)
     yield from _corpus_counts(dataset, documents, sequences)
@@ -277,11 +299,13 @@ def _numbering(table: str, key: str, frame: pl.LazyFrame) -> Iterator[Finding]:
         bad=(pl.col(key) != pl.int_range(pl.len(), dtype=pl.Int64)).sum(), duplicates=pl.len() - pl.col(key).n_unique()
     ).collect()
     if facts["bad"][0] or facts["duplicates"][0]:
-        yield Finding(table, "keys", f"{key} does not count 0, 1, 2, … over the parts ({facts['bad'][0]} rows off)")
+        yield Finding(
+            table, "keys", f"{key} does not count 0, 1, 2, … over the parts ({plural(facts['bad'][0], 'row')} off)"
+        )
 
 
 def _corpus_counts(dataset: Dataset, documents: pl.LazyFrame, sequences: pl.LazyFrame) -> Iterator[Finding]:
-    corpus: Mapping[str, Any] = dataset.manifest.get("corpus", {})
+    corpus = section(dataset.manifest, "corpus")
     counts = {
         "documents": documents.select(pl.len()).collect().item(),
         "sequences": sequences.select(pl.len()).collect().item(),
@@ -289,8 +313,8 @@ def _corpus_counts(dataset: Dataset, documents: pl.LazyFrame, sequences: pl.Lazy
         "content_tokens": documents.select(pl.col("tokens").sum()).collect().item(),
     }
     for name, count in counts.items():
-        if name in corpus and corpus[name] != count:
-            yield Finding(MANIFEST, "corpus", f"{corpus[name]} {name} in the manifest, {count} in the tables")
+        if corpus.get(name) not in (None, count):
+            yield Finding(MANIFEST, "corpus", f"{name}: {corpus[name]} in the manifest, {count} in the tables")
 
 
 def _profile_sums(dataset: Dataset, heads: Part, profiles: Part) -> Iterator[Finding]:

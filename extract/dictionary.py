@@ -58,7 +58,10 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
     ]
     model, corpus = manifest["model"], manifest["corpus"]
     facts = [
-        ("model", f"{_plain(model['name'])} ({model['architecture']}, {_stacks(model['stacks'])})"),
+        (
+            "model",
+            f"{_plain(model.get('title') or model['name'])} ({model['architecture']}, {_stacks(model['stacks'])})",
+        ),
         (
             "corpus",
             f"{_plain(corpus['name'])}: {corpus['documents']:,} documents, {corpus['sequences']:,} sequences, {corpus['tokens']:,} tokens",

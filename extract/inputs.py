@@ -5,19 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
+from extract.capture.batch import Batch, Tokens
 from extract.capture.probe import PROBE_DECODER_TOKENS, PROBE_SEQUENCES, PROBE_TOKENS
-from extract.capture.watch import Batch, Tokens
 from extract.engines.visibility import axis_of, whole_axis
 from extract.errors import Refusal
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
+from extract.names import refuse_unknown_names
 
 # the input that says which tokens of another are real
 MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
@@ -27,11 +26,15 @@ PROBED = {"input_ids": PROBE_TOKENS, "decoder_input_ids": PROBE_DECODER_TOKENS}
 TEXT_INPUTS = {*MASK_OF, *MASK_OF.values(), "token_type_ids", "position_ids", "use_cache", "output_attentions"}
 
 
-def named_inputs(model: nn.Module, arguments: tuple[Any, ...], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """All inputs by the names of the model's forward; None is left out.
+def named_inputs(
+    model: nn.Module, arguments: tuple[Any, ...], inputs: Mapping[str, Any], *, options: Sequence[str] = ()
+) -> dict[str, Any]:
+    """All inputs by the names of the model's forward; None is left out. `options` are what `measure` takes besides.
 
     Raises Refusal where there is no tensor among them, or where forward does not take them.
     """
+    _refuse_what_is_no_tensor(arguments, inputs)
+    refuse_unknown_names(model, inputs, options)
     try:
         signature = inspect.signature(model.forward)
         signature.bind_partial(*arguments, **inputs)
@@ -42,12 +45,45 @@ def named_inputs(model: nn.Module, arguments: tuple[Any, ...], inputs: Mapping[s
     if not any(isinstance(value, torch.Tensor) for value in named.values()):
         raise Refusal(
             f"measure needs the tensors that the model reads, such as input_ids of shape [batch, token]; "
-            f"got {', '.join(named) or 'nothing'}"
+            f"got {', '.join(named) or 'nothing'}; pass them by name"
         )
     ids = named.get("input_ids")
     if "input_ids" in named and (not isinstance(ids, torch.Tensor) or ids.dim() < 2):
         raise Refusal(f"measure needs input_ids of shape [batch, token]; got {_described(ids)}; pass a 2-d tensor")
     return named
+
+
+def _refuse_what_is_no_tensor(arguments: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
+    """Refuse a batch that was not spread by **, text that was not tokenised, and lists or arrays that are no tensors."""
+    for value in arguments:
+        if isinstance(value, Mapping):
+            raise Refusal(
+                f"inputs are given by their names; got a {type(value).__name__} of {', '.join(map(str, value)) or 'nothing'}; "
+                "write measure(model, **batch)"
+            )
+    for name, value in [*((None, value) for value in arguments), *inputs.items()]:
+        told = f"{name} as " if name else ""
+        if isinstance(value, str) or (_is_array(value) and _holds(value, str)):
+            raise Refusal(
+                f"a model reads tensors; got {told}text; write measure(model, **tokenizer(texts, padding=True, "
+                'return_tensors="pt"))'
+            )
+        if _is_array(value) and _holds(value, bool | int | float):
+            raise Refusal(
+                f"a model reads tensors; got {told}a {type(value).__name__} of numbers; write torch.tensor(…), or call the "
+                'tokenizer with return_tensors="pt"'
+            )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, list | tuple | np.ndarray)
+
+
+def _holds(value: Any, kind: Any) -> bool:
+    """Whether the first thing in nested lists, or the entries of an array, are of this kind."""
+    if isinstance(value, np.ndarray):
+        return value.size > 0 and isinstance(value.flat[0].item(), kind)
+    return _holds(value[0], kind) if isinstance(value, list | tuple) and value else isinstance(value, kind)
 
 
 def _described(value: Any) -> str:

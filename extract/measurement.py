@@ -3,51 +3,44 @@
 from __future__ import annotations
 
 import inspect
-import weakref
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from extract.capture.examine import find_layout
+from extract.capture.batch import Batch
+from extract.capture.compiled import unwrapped
 from extract.capture.grid import sight_of
 from extract.capture.layout import Attention, Layout, Site
-from extract.capture.probe import hides_the_future
-from extract.capture.seam import same_values
+from extract.capture.modes import eval_mode, refuse_training
 from extract.capture.stacks import OF_TEXT
-from extract.capture.watch import Batch, watching
+from extract.capture.watch import watching
 from extract.engines import Engine, choose
-from extract.errors import Refusal
+from extract.engines.patches import Grid
+from extract.errors import CaptureError, Refusal, ResidualWarning
 from extract.inputs import (
-    TEXT_INPUTS,
     apart,
     batch_of,
     is_padded,
     main_input,
     named_inputs,
     one_by_one,
-    probe_inputs,
     sequences_in,
 )
+from extract.layouts import forget_layouts, layout_of
 from extract.packed import Part, unpacked
 from extract.schema import CLASS_MASSES, HEADS, PROFILES, RESIDUAL, Table
-from extract.statistics.attention import HeadQuantities
+from extract.statistics.attention import HeadQuantities, Values
 from extract.statistics.profiles import PROFILE_COLUMNS
 from extract.statistics.registry import Column
 from extract.statistics.sums import HeadSums
 from extract.tokens import token_classes
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from extract.engines.patches import Grid
-
-_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, dict[frozenset[Any], Layout]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -113,35 +106,6 @@ class Collector:
         return held[key]
 
 
-def layout_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layout:
-    """The model's layout for inputs of these names, found once: by a probe of a few tokens, or the first of `inputs`."""
-    known = _LAYOUTS.setdefault(model, {})
-    names = frozenset({"input_ids"} if inputs is None else inputs) - {"attention_mask"}
-    if inputs is not None and not hasattr(model, "config"):
-        names = _kinds(inputs)
-    key = names if inputs is None or names <= TEXT_INPUTS else names | {min(2, sequences_in(model, inputs))}
-    if key not in known:
-        probe, sequences = probe_inputs(model, inputs)
-        known[key] = find_layout(model, probe, batch=sequences)
-    return known[key]
-
-
-def _kinds(inputs: Mapping[str, Any]) -> frozenset[Any]:
-    """What may make a module of no known make another model: the inputs' dimensions, which are the same, what hides."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    return frozenset(
-        (
-            name,
-            value.dim(),
-            next(n for n, other in tensors.items() if same_values(other, value)),
-            hides_the_future(value),
-        )
-        if isinstance(value, torch.Tensor)
-        else (name, value if isinstance(value, bool | int | float | str) else None)
-        for name, value in inputs.items()
-    )
-
-
 def measure(
     model: nn.Module,
     *arguments: Any,
@@ -159,17 +123,34 @@ def measure(
     model's stream could not be read exactly. Raises Refusal for inputs that cannot be measured, CaptureError where a
     pattern does not show.
     """
-    training = next((name for name, module in model.named_modules() if module.training), None)
-    if training is not None:
-        raise Refusal(
-            f"a pattern is measured in eval mode; {training or 'the model'} is in training mode; call model.eval()"
-        )
-    given = named_inputs(model, arguments, inputs)
+    model = unwrapped(model)
+    given = named_inputs(model, arguments, inputs, options=_OPTIONS)
     model = measured_part(model, given)
     device = main_input(model, given).device
     chosen = choose(engine, device=device.type)
     classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=device)
     batch_of(model, given, classes)  # what cannot be measured is refused before the model runs
+    refuse_training(model, given)
+    with eval_mode(model):
+        try:
+            measured, layout = _measured(model, given, classes, engine=chosen, residual=residual)
+        except CaptureError:
+            if not forget_layouts(model):
+                raise
+            # it changed in a way that nothing told: once more from the beginning
+            measured, layout = _measured(model, given, classes, engine=chosen, residual=residual)
+    if residual:
+        _warn_of_absent(layout)
+    return _tables(measured, layout, with_classes=classes is not None, residual=residual)
+
+
+# what `measure` takes besides a model's inputs
+_OPTIONS = tuple(n for n, p in inspect.signature(measure).parameters.items() if p.kind is p.KEYWORD_ONLY)
+
+
+def _measured(
+    model: nn.Module, given: Mapping[str, Any], classes: Tensor | None, *, engine: Engine, residual: bool
+) -> tuple[Measurements, Layout]:
     parts = parts_of(model, given)
     batches = [batch_of(model, part.inputs, classes) for part in parts]
     layout = layout_of(model, parts[0].inputs)
@@ -178,8 +159,18 @@ def measure(
     for part, batch in zip(parts, batches, strict=True):
         collector.at(part.places)
         found = _as_found(batch, model, layout, part.inputs)
-        observe(model, layout, part.inputs, batch=found, engine=chosen, collector=collector, residual=residual)
-    return _tables(collector.measured, layout, with_classes=classes is not None, residual=residual)
+        observe(model, layout, part.inputs, batch=found, engine=engine, collector=collector, residual=residual)
+    return collector.measured, layout
+
+
+def _warn_of_absent(layout: Layout) -> None:
+    """Say which part of `residual` is left out, and why."""
+    if layout.residual_refusal is not None:
+        reasons = {"residual": layout.residual_refusal}
+    else:
+        reasons = {f"residual of the {stack}": reason for stack, reason in layout.residual_refusals.items()}
+    for what, reason in reasons.items():
+        warnings.warn(f"{what} is left out: {reason}", ResidualWarning, stacklevel=3)
 
 
 def parts_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Part]:
@@ -212,8 +203,15 @@ def _refuse_added_mask(model: nn.Module, layout: Layout, inputs: Mapping[str, An
 
 
 def _is_one_by_one(layout: Layout, inputs: Mapping[str, Any]) -> bool:
-    among_others = any(a.queries is None and not a.crosses and a.stack in OF_TEXT for a in layout.attentions)
-    return layout.mixed or (among_others and is_padded(inputs))
+    return layout.mixed or (has_others_among_text(layout) and is_padded(inputs))
+
+
+def has_others_among_text(layout: Layout) -> bool:
+    """Whether a stack of text attends to what is none of its tokens, such as images or patches of bytes.
+
+    Padding of the text stands between those, so that the model's own numbers depend on it.
+    """
+    return any(a.queries is None and not a.crosses and a.stack in OF_TEXT for a in layout.attentions)
 
 
 def _as_found(batch: Batch, model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> Batch:
@@ -285,7 +283,7 @@ def heads_table(measured: Measurements, sequence_ids: np.ndarray, document_ids: 
     return _table(HEADS, _with_ids(keys, sequence_ids, document_ids) | facts)
 
 
-def _computed(column: Column, quantities: HeadQuantities) -> np.ndarray:
+def _computed(column: Column[HeadQuantities, Values], quantities: HeadQuantities) -> Values:
     assert column.compute is not None, "every fact of a head is computed"
     return column.compute(quantities)
 

@@ -8,13 +8,11 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from extract.capture.layout import Layout
+from extract.capture.layout import Layout
 
 _LONG = 2048  # tokens; beyond, a state of the stream is tens of megabytes
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers for its settings

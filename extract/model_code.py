@@ -89,12 +89,15 @@ def try_out(name: str, model: nn.Module, largest_id: int) -> None:
     """Give the module one token, the tokenizer's largest id, so that what can't work is refused before a run."""
     import torch
 
+    from extract.capture.compiled import uncompiled
+
     ids = torch.tensor([[largest_id]])
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # as when it is measured
     with torch.inference_mode():
         try:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            with uncompiled():
+                model(input_ids=ids, attention_mask=torch.ones_like(ids))
         except IndexError as error:
             raise Refusal(
                 f"a tokenizer's ids are rows of the model's embedding table; the module of {name} has no row for "

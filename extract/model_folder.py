@@ -17,8 +17,9 @@ from typing import Any
 from extract.errors import Refusal
 from extract.model_code import check_model_code, is_model_code
 from extract.model_weights import Weights, check_weights, find_weights, read_json_object
+from extract.text_settings import MODULES, TextSettings, in_folder, read_text_settings
 
-_CONFIG, _MODULES, _ADAPTER = "config.json", "modules.json", "adapter_config.json"
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _READ_WITH_THE_MODEL = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,6 +40,7 @@ class ModelFolder:
     path: Path
     tokenizer: Path
     weights: Weights
+    settings: TextSettings
 
 
 def check_model_name(name: str, *, trust_remote_code: bool = False) -> None:
@@ -79,12 +81,13 @@ def find_model(given: Path, *, trust_remote_code: bool) -> ModelFolder:
     check_weights(weights)
     top = given.resolve().name if given.name in ("", "..") else given.name
     name = "/".join((top, *path.relative_to(given).parts))
-    return ModelFolder(name, path, tokenizer, weights)
+    root = in_folder(given if (given / MODULES).is_file() else path)
+    return ModelFolder(name, path, tokenizer, weights, read_text_settings(in_folder(path), root))
 
 
 def _place(given: Path) -> Path:
     """The folder whose config.json is the model's: the given one, or one within it."""
-    if (given / _MODULES).is_file():
+    if (given / MODULES).is_file():
         return _transformer_of(given)
     if (given / _CONFIG).is_file():
         return given
@@ -117,22 +120,27 @@ def _is_model(folder: Path) -> bool:
 def _transformer_of(given: Path) -> Path:
     """Where a sentence-transformers folder says that its transformer lies."""
     try:
-        modules = json.loads((given / _MODULES).read_text("utf-8"))
+        modules = json.loads((given / MODULES).read_text("utf-8"))
         places = [str(m["path"]) for m in modules if str(m["type"]).endswith("Transformer")]
         kinds = ", ".join(str(m["type"]).rpartition(".")[2] for m in modules)
     except (ValueError, OSError, TypeError, KeyError, RecursionError) as error:
         raise Refusal(
-            f"{_MODULES} must be a JSON list of modules, each with a type and a path; that of {given} is not ({error}); "
+            f"{MODULES} must be a JSON list of modules, each with a type and a path; that of {given} is not ({error}); "
             "copy or download it again"
         ) from error
     if len(places) != 1:
         raise Refusal(
-            f"one module of a sentence-transformers folder is its Transformer; {_MODULES} of {given} has "
+            f"one module of a sentence-transformers folder is its Transformer; {MODULES} of {given} has "
             f"{len(places)} among {kinds or 'none'}; give the folder of one transformer"
         )
     path = given / places[0]
+    if not path.resolve().is_relative_to(given.resolve()):
+        raise Refusal(f"a module lies inside its folder; {MODULES} of {given} names {places[0]!r}; mend that place")
     if not (path / _CONFIG).is_file():
-        raise Refusal(f"{_MODULES} of {given} names {path} as its transformer; there is no {_CONFIG}; copy it again")
+        adapter = (path / _ADAPTER).is_file()
+        held = f"an adapter ({_ADAPTER}) and no {_CONFIG}" if adapter else f"no {_CONFIG}"
+        remedy = "merge it into its model (merge_and_unload) and save that" if adapter else "copy it again"
+        raise Refusal(f"{MODULES} of {given} names {path} as its transformer; there is {held}; {remedy}")
     return path
 
 

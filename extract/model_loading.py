@@ -63,9 +63,12 @@ def _unloadable(source: Source, error: Exception, report: list[str]) -> Refusal:
     if source.local:
         from transformers import __version__
 
+        remedy = "mend that, or save the model again with save_pretrained"
+        if isinstance(error, ImportError):  # of weights that are packed in a way of their own
+            remedy = "install it, or save the model again without quantization"
         return Refusal(
             f"a model folder is one that transformers {__version__} loads; {source.name} is not "
-            f"({type(error).__name__}: {said}); mend that, or save the model again with save_pretrained"
+            f"({type(error).__name__}: {said}); {remedy}"
         )
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     hint = (
@@ -78,8 +81,9 @@ def _unloadable(source: Source, error: Exception, report: list[str]) -> Refusal:
 
 def _loaded(kind: Any, source: Source, dtype: Any) -> tuple[Any, dict[str, Any]]:
     """(model, what was found) with SDPA attention, or eager where the model has no other."""
-    for attention in ("sdpa", "eager"):
-        with _its_report() as report:
+    attention, given = "sdpa", {}
+    for _ in range(3):
+        with _its_report() as report, _without_bars():
             try:
                 return kind.from_pretrained(
                     source.path,
@@ -89,14 +93,32 @@ def _loaded(kind: Any, source: Source, dtype: Any) -> tuple[Any, dict[str, Any]]
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # so that they are known by name
                     **source.options,
+                    **given,
                 )
             except MemoryError:
                 raise
             except Exception as error:
+                if "`output_attentions`" in str(error) and not given:
+                    given = {"config": _without_patterns(source)}
+                    continue
                 if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
+                    attention = "eager"
                     continue
                 raise _unloadable(source, error, report) from error
     raise AssertionError("the loop returns or raises")
+
+
+def _without_patterns(source: Source) -> Any:
+    """The model's configuration, asking for no patterns: they are seen all the same, and SDPA attention gives none."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.path, **source.options)
+    waiting = [config]
+    while waiting:
+        one = waiting.pop()
+        one.output_attentions = False
+        waiting += [part for name in one.sub_configs if (part := getattr(one, name, None)) is not None]
+    return config
 
 
 def _own_class(model: Any) -> Any:
@@ -157,6 +179,25 @@ def _its_report() -> Iterator[list[str]]:
         yield kept
     finally:
         logger.removeFilter(keep)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers' bars for reading weights run through the caller's own display; those of downloads are wanted."""
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging as bars
+
+    shown, downloads_shown = bars.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    bars.disable_progress_bar()  # the hub's too
+    if downloads_shown:
+        hub.enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+        if not downloads_shown:
+            hub.disable_progress_bars()
 
 
 def in_short(error: BaseException) -> str:

@@ -10,18 +10,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
+from typing_extensions import TypeIs
 
 from extract.capture.probe import Call, trace_of
 from extract.engines.visibility import allows
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
-    from torch import Tensor
-    from typing_extensions import TypeIs
 
 # tokens of either sequence that the model is asked about
 _ASKED = 8

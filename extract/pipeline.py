@@ -23,13 +23,16 @@ from extract.engines import Engine, choose
 from extract.errors import Refusal
 from extract.fed import Fed, Stacks, fed_images, fed_texts
 from extract.images import processor_digest
+from extract.lock import Lock
 from extract.memory import keep_freed_memory, tokens_that_fit
-from extract.planning import Plan, make_image_plan, make_plan, read_plan, read_shard
+from extract.plan import Plan, read_shard
+from extract.resuming import begun, read_key
 from extract.schema import SCHEMA_VERSION
 from extract.store import ShardRecord, Store
 from extract.writing import manifest_of, planned_tables, write_shard
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
 
     from extract.capture.layout import Layout
@@ -58,6 +61,8 @@ class RunOptions:
     stacks: Stacks = "encoder"  # of an encoder–decoder model
     text_column: str = "text"
     unit: Literal["document", "paragraph", "line"] = "document"
+    delimiter: str | None = None  # default: a comma for CSV, a tab for TSV
+    encoding: str = "auto"  # what a byte order mark says, else UTF-8
     shard_sequences: int = 256
     batch_tokens: int | None = None  # default: the run's own where it was begun, else what fits into memory
     dtype: str = "auto"
@@ -80,6 +85,7 @@ class Job:
     run: Mapping[str, Any]
     fed: Fed
     plan: Plan | None = None  # None: the dataset is finished
+    lock: Lock | None = None  # on the folder, until the dataset is finished or the job is forgotten
 
     @property
     def layout(self) -> Layout:
@@ -113,10 +119,15 @@ class Job:
         return [s for s in range(self.plan.shards) if self.store.read_record(s) is None]
 
     def tokens_in(self, shard: int) -> int:
-        return sum(read_shard(self.store.work, shard)[0]["tokens"].to_pylist())
+        return sum(self.planned(shard)[0]["tokens"].to_pylist())
 
     def documents_in(self, shard: int) -> int:
-        return read_shard(self.store.work, shard)[1].num_rows
+        return self.planned(shard)[1].num_rows
+
+    def planned(self, shard: int) -> tuple[pa.Table, pa.Table]:
+        """(sequences, documents) of a shard, as they were planned. Raises Damaged."""
+        assert self.plan is not None, "a finished dataset has no plan"
+        return read_shard(self.store.work, shard, digest=self.plan.spools[shard])
 
     def _count(self, name: str) -> int:
         if self.plan is not None:
@@ -140,12 +151,16 @@ def check(options: RunOptions) -> Corpus:
         if value is not None and value < lowest:
             raise Refusal(f"{name} must be at least {lowest}; got {value}; give a larger number")
     check_model_name(options.model, trust_remote_code=options.trust_remote_code)
-    _read_key(options.digest_key)
-    Store(options.out).refuse_foreign()
+    read_key(options.digest_key)
+    store = Store(options.out)
+    store.refuse_foreign()
+    store.refuse_busy()
     corpus = open_corpus(
         options.corpus,
         text_column=options.text_column,
         unit=options.unit,
+        delimiter=options.delimiter,
+        encoding=options.encoding,
         limit=options.limit,
         strict=options.strict,
     )
@@ -193,46 +208,11 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
     store = Store(options.out)
     batch_tokens = options.batch_tokens or _batch_tokens(store, fed, encoder.device, max_length)
     run = _run(options, encoder, corpus, engine.name, max_length, batch_tokens)
-    was_there = options.out.exists()
-    store.claim(run)
-    job = Job(options, encoder, engine, store, run, fed)
-    if store.manifest is not None:
-        store.clear_work()
-        return job
-    try:
-        plan = read_plan(store.work) or _planned(job, corpus, max_length, lambda done, _: say("plan", done, None))
-    except Refusal:
-        store.clear_work()
-        if not was_there:
-            store.root.rmdir()
-        raise
-    say("plan", plan.documents, plan.documents)
-    return replace(job, plan=plan)
-
-
-def _planned(job: Job, corpus: Corpus, max_length: int, progress: Callable[[int, int], None]) -> Plan:
-    options, images = job.options, job.fed.images
-    for_any: dict[str, Any] = {
-        "folder": job.store.work,
-        "shard_sequences": options.shard_sequences,
-        "digest_key": _read_key(options.digest_key),
-        "strict": options.strict,
-        "progress": progress,
-    }
-    if images is not None:
-        return make_image_plan(corpus, images.eye, **for_any)
-    return make_plan(
-        corpus,
-        job.encoder.tokenizer,
-        max_length=max_length,
-        stride=options.stride,
-        keep_text=options.tokens == "text",
-        **for_any,
-    )
+    return begun(Job(options, encoder, engine, store, run, fed), corpus, max_length, say)
 
 
 def measure_shards(
-    job: Job, shards: Iterable[int], *, progress: Callable[[int], None] | None = None
+    job: Job, shards: Iterable[int], *, progress: Callable[[int, int], None] | None = None
 ) -> list[ShardRecord]:
     """Measure shards, each being written while the next one is in the model; gives their records in the same order.
 
@@ -242,23 +222,33 @@ def measure_shards(
         return list(threads.map(lambda shard: measure_shard(job, shard, progress=progress), shards))
 
 
-def measure_shard(job: Job, shard: int, *, progress: Callable[[int], None] | None = None) -> ShardRecord:
+def measure_shard(job: Job, shard: int, *, progress: Callable[[int, int], None] | None = None) -> ShardRecord:
     """Measure one shard and write its parts and its record; a shard that has one is left as it is.
 
-    `progress` is told the tokens of each batch as it is done.
+    `progress` is told the tokens of each batch as it is done, and the documents that are done with it.
     """
     done = job.store.read_record(shard)
     if done is not None:
         return done
     from extract.shard import Instrument, measured_tables
 
-    sequences, documents = read_shard(job.store.work, shard)
+    assert job.plan is not None, "a finished dataset has no shard to measure"
+    sequences, documents = job.planned(shard)
     fed, measured = job.fed, replace(job.encoder, model=job.fed.model)
     batch_tokens = job.run["batch_tokens"]
-    instrument = Instrument(measured, fed.layout, job.engine, batch_tokens, job.token_classes, fed.inputs, fed.images)
+    instrument = Instrument(
+        measured,
+        fed.layout,
+        job.engine,
+        batch_tokens,
+        job.token_classes,
+        inputs=fed.inputs,
+        images=fed.images,
+        special=fed.special,
+    )
     tables, facts = measured_tables(instrument, sequences, shard=shard, progress=progress)
     tables |= planned_tables(job, sequences, documents)
-    return write_shard(job.store, shard, tables, facts)
+    return write_shard(job.store, shard, tables, facts, spool=job.plan.spools[shard])
 
 
 def finish(job: Job) -> Path:
@@ -273,28 +263,17 @@ def finish(job: Job) -> Path:
         )
     manifest = manifest_of(job, job.plan, [r for r in records if r is not None])
     job.store.finish(manifest, dataset_card(manifest))
+    if job.lock is not None:
+        job.lock.release()
     return job.store.root
 
 
-def _read_key(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    if not path.is_file():
-        raise Refusal(
-            f"--digest-key names a file with a secret in it; there is none at {path}; make one of 32 random bytes"
-        )
-    key = path.read_bytes()
-    if len(key) < 16:
-        raise Refusal(f"a digest key has at least 16 bytes; {path} has {len(key)}; make one of 32 random bytes")
-    return key
-
-
 def _max_length(options: RunOptions, encoder: Encoder) -> int:
-    """The window's length: given, or the model's own up to 512 tokens."""
+    """The window's length: given, or the model's own."""
     limit = encoder.max_positions
     asked = options.max_length
     if asked is None:
-        return min(512, limit or 512)
+        return encoder.default_length
     if limit is not None and asked > limit:
         raise Refusal(
             f"max_length {asked} is beyond this model's {limit} positions; use --max-length {limit} or a model with more"

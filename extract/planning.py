@@ -9,7 +9,7 @@ import hashlib
 import hmac
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,14 +20,17 @@ import pyarrow as pa
 from extract.batching import windows
 from extract.corpus import Document, reason_kind, refuse_unreadable
 from extract.errors import Refusal
+from extract.files import write_atomically
 from extract.images import Eye, Unreadable
-from extract.store import read_json, write_atomically, write_json
+from extract.plan import Plan as Plan
+from extract.plan import Progress, clear_plan, spool_path, write_plan
+from extract.plan import read_plan as read_plan
+from extract.plan import read_shard as read_shard
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
     from transformers import PreTrainedTokenizerBase
 
-Progress = Callable[[int, int], None]
-_PLAN = "plan.json"
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20
 _PROBES = ("a", "The quick brown fox", "one 2, three!")
@@ -38,8 +41,8 @@ _OF_EVERY_SEQUENCE = {
     "shard": pa.int32(),
     "window": pa.int32(),
     "first_token": pa.int32(),
-    "tokens": pa.int32(),
-    "special_tokens": pa.int32(),
+    "tokens": pa.int64(),
+    "special_tokens": pa.int64(),
 }
 _SEQUENCES = pa.schema(_OF_EVERY_SEQUENCE | {"token_ids": pa.list_(pa.int32()), "special": pa.list_(pa.bool_())})
 _IMAGES = pa.schema(_OF_EVERY_SEQUENCE | {"image": pa.string(), "sha256": pa.string()})
@@ -51,32 +54,22 @@ _DOCUMENTS = pa.schema(
         "digest": pa.string(),
         "characters": pa.int64(),
         "tokens": pa.int64(),
-        "sequences": pa.int32(),
+        "sequences": pa.int64(),
         "dropped_reason": pa.string(),
     }
 )
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the pass found; `tokens` counts special tokens and overlaps, `content_tokens` the documents' own ids."""
-
-    shards: int
-    shard_sequences: int
-    sequences: int
-    documents: int
-    tokens: int
-    content_tokens: int
-    dropped: dict[str, int]
-    corpus_digest: str
-
-
-@dataclass(frozen=True)
 class SpecialTokens:
-    """The special tokens that the tokenizer puts before and after a sequence."""
+    """The special tokens that the tokenizer puts before and after a sequence, and the token types that it gives them.
 
-    before: np.ndarray
-    after: np.ndarray
+    `types` holds those before, that of the text between and those after; None where the tokenizer gives none.
+    """
+
+    before: Int[np.ndarray, " before"]
+    after: Int[np.ndarray, " after"]
+    types: tuple[Sequence[int], int, Sequence[int]] | None = None
 
     @property
     def count(self) -> int:
@@ -84,6 +77,12 @@ class SpecialTokens:
 
     def around(self, ids: np.ndarray) -> np.ndarray:
         return np.concatenate([self.before, ids, self.after])
+
+    def types_of(self, tokens: int) -> Int[np.ndarray, " token"]:
+        """The token types of a sequence of so many tokens, special ones included."""
+        assert self.types is not None, "asked only where there are types"
+        before, text, after = self.types
+        return np.array([*before, *[text] * (tokens - self.count), *after], np.int64)
 
 
 def make_plan(
@@ -105,7 +104,7 @@ def make_plan(
     """
     special = special_tokens(tokenizer)
     _check_sizes(special.count, max_length, stride, shard_sequences)
-    _clear(folder)
+    clear_plan(folder)
     spool = _Spool(folder, shard_sequences, digest_key, special, keep_text)
     for batch in _document_batches(corpus):
         for document, encoded in zip(batch, _encoded(tokenizer, batch, keep_text), strict=True):
@@ -115,7 +114,7 @@ def make_plan(
         if progress is not None:
             progress(spool.documents, spool.tokens)
     plan = spool.finish()
-    write_json(folder / _PLAN, asdict(plan))
+    write_plan(folder, plan)
     return plan
 
 
@@ -133,7 +132,7 @@ def make_image_plan(
 
     Every image is made into pixels once here, so that what can't be used is known before the model sees any.
     """
-    _clear(folder)
+    clear_plan(folder)
     spool = _Spool(folder, shard_sequences, digest_key)
     for document in corpus:
         data, reason = _usable(document, eye)
@@ -143,7 +142,7 @@ def make_image_plan(
         if progress is not None:
             progress(spool.documents, spool.tokens)
     plan = spool.finish()
-    write_json(folder / _PLAN, asdict(plan))
+    write_plan(folder, plan)
     return plan
 
 
@@ -160,30 +159,15 @@ def _usable(document: Document, eye: Eye) -> tuple[bytes | None, str | None]:
     return data, None
 
 
-def read_plan(folder: Path) -> Plan | None:
-    """The finished plan, or None where there is none yet."""
-    try:
-        held = read_json(folder / _PLAN)
-        return None if held is None else Plan(**held)
-    except (ValueError, TypeError) as error:
-        raise Refusal(
-            f"{_PLAN} must be a plan; the one in {folder} is not ({error}); delete it to plan again"
-        ) from error
-
-
-def read_shard(folder: Path, shard: int) -> tuple[pa.Table, pa.Table]:
-    """(sequences, documents) of a shard."""
-    with pa.OSFile(str(_spool_path(folder, shard))) as file:
-        return pa.ipc.open_stream(file).read_all(), pa.ipc.open_stream(file).read_all()
-
-
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     """What this tokenizer adds around a text, learnt from texts: it has no method that says so for ids."""
     places: set[int] | None = None
+    encoded: Any = {}
     whole: list[int] = []
     content: list[int] = []
     for probe in _PROBES:
-        whole = tokenizer(probe, verbose=False)["input_ids"]
+        encoded = tokenizer(probe, verbose=False)
+        whole = encoded["input_ids"]
         content = tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
         fits = {n for n in range(len(whole) - len(content) + 1) if whole[n : n + len(content)] == content}
         # a special token equal to a probe's own id can fit at two places, in one probe but not in all
@@ -194,7 +178,22 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
             "use a model with another tokenizer"
         )
     place = places.pop()
-    return SpecialTokens(np.array(whole[:place], np.int32), np.array(whole[place + len(content) :], np.int32))
+    end = place + len(content)
+    types = encoded.get("token_type_ids")
+    return SpecialTokens(
+        np.array(whole[:place], np.int32),
+        np.array(whole[end:], np.int32),
+        None if types is None else (types[:place], _type_of_text(tokenizer, types[place:end]), types[end:]),
+    )
+
+
+def _type_of_text(tokenizer: PreTrainedTokenizerBase, types: Sequence[Any]) -> int:
+    if len(set(map(str, types))) != 1 or not isinstance(types[0], int):
+        raise Refusal(
+            f"all tokens of a text have one token type; {type(tokenizer).__name__} gives several ({types}); "
+            "use a model with another tokenizer"
+        )
+    return types[0]
 
 
 def _check_sizes(special: int, max_length: int, stride: int, shard_sequences: int) -> None:
@@ -213,17 +212,6 @@ def _check_sizes(special: int, max_length: int, stride: int, shard_sequences: in
             f"shard_sequences must be at least 1 and a shard hold fewer than 2³¹ tokens; got {shard_sequences} sequences "
             f"of up to {max_length} tokens; use another shard_sequences"
         )
-
-
-def _clear(folder: Path) -> None:
-    """Remove a plan and what a pass that was killed has left; the plan first, so that it never stands alone."""
-    (folder / _PLAN).unlink(missing_ok=True)
-    for path in folder.glob("shard-*.arrow*"):
-        path.unlink()
-
-
-def _spool_path(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.arrow"
 
 
 @dataclass(frozen=True)
@@ -340,6 +328,7 @@ class _Spool:
         self.shard = _Shard(0)
         self.sequences = self.documents = self.tokens = self.content_tokens = 0
         self.dropped: Counter[str] = Counter()
+        self.spools: list[str] = []
         self.digest = _hash(b"", key)
 
     def add(self, document: Document, encoded: _Encoded | None, *, size: int, stride: int) -> None:
@@ -437,7 +426,9 @@ class _Spool:
         for table in (self._sequence_table(), self.shard.document_table()):
             with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
                 writer.write_table(table)
-        write_atomically(_spool_path(self.folder, self.shard.number), cast(bytes, sink.getvalue()))
+        content = cast(bytes, sink.getvalue())
+        write_atomically(spool_path(self.folder, self.shard.number), content)
+        self.spools.append(hashlib.sha256(content).hexdigest())
         self.shard = _Shard(self.shard.number + 1)
 
     def finish(self) -> Plan:
@@ -448,7 +439,7 @@ class _Spool:
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
             raise Refusal(
                 f"a corpus has at least one document with tokens; all {self.documents} were dropped: {counts}; "
-                "check the file or the text column"
+                "check the file, its encoding or the text column"
             )
         self._write_shard()
         return Plan(
@@ -460,6 +451,7 @@ class _Spool:
             content_tokens=self.content_tokens,
             dropped=dict(sorted(self.dropped.items())),
             corpus_digest=self.digest.hexdigest(),
+            spools=tuple(self.spools),
         )
 
 

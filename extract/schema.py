@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -36,23 +37,26 @@ HEAD = Column(name="head", dtype="int16", formula="number of the head within its
 class Table:
     """One table of the contract: a folder of Parquet parts on disk.
 
-    `keys` identify a row; parts are sorted by `order`; `optional` columns are there only on request.
+    `keys` identify a row; parts are sorted by `order`; `optional` columns are there only on request. Datasets written by
+    an earlier attlas lack the columns that were `added` since, and hold counts as int32.
     """
 
     name: str
     row: str
-    keys: tuple[Column, ...]
-    facts: tuple[Column, ...]
+    keys: tuple[Column[Any, Any], ...]
+    facts: tuple[Column[Any, Any], ...]
     order: tuple[str, ...]
     optional: frozenset[str] = frozenset()
+    added: frozenset[str] = frozenset()
 
     @property
-    def columns(self) -> tuple[Column, ...]:
+    def columns(self) -> tuple[Column[Any, Any], ...]:
         return self.keys + self.facts
 
-    def schema(self, *, optional: frozenset[str] = frozenset()) -> pa.Schema:
+    def schema(self, *, optional: frozenset[str] = frozenset(), without: frozenset[str] = frozenset()) -> pa.Schema:
         """The Arrow schema, each field with its formula, unit and bounds as metadata."""
-        present = [c for c in self.columns if c.name not in self.optional or c.name in optional]
+        left_out = (self.optional - optional) | without
+        present = [c for c in self.columns if c.name not in left_out]
         return pa.schema([_field(c) for c in present])
 
 
@@ -90,7 +94,7 @@ DOCUMENTS = Table(
         ),
         Column(
             name="sequences",
-            dtype="int32",
+            dtype="int64",
             formula="windows cut from the document; 1 for an image",
             bounds=(0, None),
         ),
@@ -114,11 +118,11 @@ SEQUENCES = Table(
             bounds=(0, None),
         ),
         Column(
-            name="tokens", dtype="int32", unit="tokens", formula="length, special tokens included", bounds=(1, None)
+            name="tokens", dtype="int64", unit="tokens", formula="length, special tokens included", bounds=(1, None)
         ),
         Column(
             name="special_tokens",
-            dtype="int32",
+            dtype="int64",
             unit="tokens",
             formula="special tokens in it; of an image those that are no patches (class, registers), 0 if its grid is not known",
             bounds=(0, None),
@@ -138,6 +142,7 @@ HEADS = Table(
     keys=(SEQUENCE_ID, DOCUMENT_ID, STACK, LAYER, HEAD),
     facts=columns_of(attention),
     order=("stack", "layer", "head", "sequence_id"),
+    added=frozenset({"mass_whitespace"}),
 )
 
 RESIDUAL = Table(

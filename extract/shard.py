@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Int
 
 from extract.batching import batches, padded_positions
+from extract.capture.batch import Batch, Tokens
+from extract.capture.layout import Layout
 from extract.capture.probe import drawn_alike
-from extract.capture.watch import Batch, Tokens
+from extract.encoder import Encoder
+from extract.engines import Engine
 from extract.engines.visibility import Axis
 from extract.errors import Refusal, first_line
-from extract.fed import TEXT, Images, takes
+from extract.fed import TEXT, TYPES, Images, takes
 from extract.inputs import MASK_OF
-from extract.measurement import Collector, Measurements, heads_table, observe, profiles_table, residual_table
+from extract.measurement import (
+    Collector,
+    Measurements,
+    has_others_among_text,
+    heads_table,
+    observe,
+    profiles_table,
+    residual_table,
+)
 from extract.memory import is_out_of_memory, let_go
+from extract.planning import SpecialTokens
 
-if TYPE_CHECKING:
-    from extract.capture.layout import Layout
-    from extract.encoder import Encoder
-    from extract.engines import Engine
-
-
+Progress = Callable[[int, int], None]
 # one batch keeps a machine busy, and may be as large as its memory allows
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -43,6 +51,7 @@ class Instrument:
     classes: np.ndarray | None  # of every id of the vocabulary; None: neither classes nor ids are looked at
     inputs: tuple[str, ...] = TEXT  # of the model, that a sequence is given to
     images: Images | None = None  # what sequences are, if not ids
+    special: SpecialTokens | None = None  # what token types follow from, where the model is given them
 
 
 class _Row(NamedTuple):
@@ -53,18 +62,20 @@ class _Row(NamedTuple):
 
 
 def measured_tables(
-    instrument: Instrument, sequences: pa.Table, *, shard: int, progress: Callable[[int], None] | None = None
+    instrument: Instrument, sequences: pa.Table, *, shard: int, progress: Progress | None = None
 ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
     """The measured tables of a shard, and its padded and total positions for the manifest.
 
     Threads that measure shards take turns at the model; what comes before and after it, they do side by side.
+    After each batch `progress` is told its tokens, and how many documents have had their last sequence in it.
     """
     rows = _rows(instrument, sequences)
     lengths = [row.tokens for row in rows]
-    planned = batches(lengths, token_budget=instrument.batch_tokens)
-    with _ONE_AT_A_TIME:
-        measured = _measured(instrument, rows, planned, progress or (lambda tokens: None))
+    planned = _planned(instrument, lengths)
     sequence_ids, document_ids = (sequences[n].to_numpy() for n in ("sequence_id", "document_id"))
+    done = _told(progress, lengths, document_ids.tolist()) if progress else (lambda chosen: None)
+    with _ONE_AT_A_TIME:
+        measured = _measured(instrument, rows, planned, done)
     tables = {
         "heads": heads_table(measured, sequence_ids, document_ids),
         "profiles": profiles_table(measured, shard=shard),
@@ -74,6 +85,30 @@ def measured_tables(
     # of the batches as planned: a day on which memory was short leaves the same manifest
     positions = padded_positions(lengths, planned)
     return tables, {"positions": positions, "padded": positions - sum(lengths)}
+
+
+def _planned(instrument: Instrument, lengths: Sequence[int]) -> list[list[int]]:
+    """Batches of like length; of the same length, or of one sequence, where the model's numbers depend on the others."""
+    layout = instrument.layout
+    if layout.mixed:
+        return [[n] for n in range(len(lengths))]
+    if not has_others_among_text(layout):
+        return batches(lengths, token_budget=instrument.batch_tokens)
+    places = (np.flatnonzero(np.asarray(lengths) == length).tolist() for length in sorted(set(lengths)))
+    alike = ((of, batches([lengths[n] for n in of], token_budget=instrument.batch_tokens)) for of in places)
+    return [[of[n] for n in batch] for of, planned in alike for batch in planned]
+
+
+def _told(progress: Progress, lengths: Sequence[int], documents: Sequence[int]) -> Callable[[Sequence[int]], None]:
+    """What tells `progress` of a batch, given the sequences that were in it."""
+    left = Counter(documents)
+
+    def done(chosen: Sequence[int]) -> None:
+        seen = [documents[n] for n in chosen]
+        left.subtract(seen)
+        progress(sum(lengths[n] for n in chosen), sum(left[document] == 0 for document in set(seen)))
+
+    return done
 
 
 def _rows(instrument: Instrument, sequences: pa.Table) -> list[_Row]:
@@ -88,7 +123,7 @@ def _rows(instrument: Instrument, sequences: pa.Table) -> list[_Row]:
 
 
 def _measured(
-    instrument: Instrument, sequences: Sequence[_Row], planned: Sequence[list[int]], progress: Callable[[int], None]
+    instrument: Instrument, sequences: Sequence[_Row], planned: Sequence[list[int]], done: Callable[[list[int]], None]
 ) -> Measurements:
     """The sums of all sequences. A batch that does not fit into memory is done again in halves."""
     collector = Collector(len(sequences))
@@ -108,7 +143,7 @@ def _measured(
             middle = len(chosen) // 2
             waiting.extendleft((chosen[middle:], chosen[:middle]))
         else:
-            progress(sum(row.tokens for row in rows))
+            done(chosen)
     return collector.measured
 
 
@@ -159,7 +194,7 @@ def _batch(instrument: Instrument, rows: list[np.ndarray]) -> tuple[dict[str, An
     else:
         classes = _on(encoder.device, instrument.classes[ids].astype(np.int64))
         known = {"ids": given, "classes": classes}
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, Any] = {} if instrument.special is None else _types(instrument, instrument.special, rows, tokens)
     texts = {}
     for name in instrument.inputs:
         inputs |= {name: given, MASK_OF[name]: mask}
@@ -168,6 +203,16 @@ def _batch(instrument: Instrument, rows: list[np.ndarray]) -> tuple[dict[str, An
     # a decoder keeps no cache for tokens that never come
     cached = getattr(getattr(encoder.model, "config", None), "use_cache", False) and takes(encoder.model, "use_cache")
     return inputs | ({"use_cache": False} if cached else {}), Batch(len(rows), texts)
+
+
+def _types(
+    instrument: Instrument, special: SpecialTokens, rows: list[np.ndarray], tokens: int
+) -> dict[str, Int[torch.Tensor, "batch token"]]:
+    """The token types that the tokenizer gives these sequences."""
+    types = np.zeros((len(rows), tokens), np.int64)
+    for place, row in enumerate(rows):
+        types[place, : len(row)] = special.types_of(len(row))
+    return {TYPES: _on(instrument.encoder.device, types)}
 
 
 def _on(device: torch.device, values: np.ndarray) -> torch.Tensor:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from extract.schema import DOCUMENTS, SCHEMA_VERSION, SEQUENCES, TABLES, Table
 from extract.store import Part, ShardRecord, Store
+from extract.tokens import class_sizes
 
 if TYPE_CHECKING:
     from extract.capture.layout import Attention
@@ -37,10 +38,12 @@ def planned_tables(job: Job, sequences: pa.Table, documents: pa.Table) -> dict[s
     }
 
 
-def write_shard(store: Store, shard: int, tables: Mapping[str, pa.Table], facts: Mapping[str, Any]) -> ShardRecord:
-    """Write the parts of a shard and then its record: with that, it is done."""
+def write_shard(
+    store: Store, shard: int, tables: Mapping[str, pa.Table], facts: Mapping[str, Any], *, spool: str
+) -> ShardRecord:
+    """Write the parts of a shard and then its record: with that, it is done. `spool`: SHA-256 of what was measured."""
     parts = {name: store.write_part(name, shard, table) for name, table in sorted(tables.items())}
-    record = ShardRecord(shard, parts, facts)
+    record = ShardRecord(shard, parts, facts, spool)
     store.write_record(record)
     return record
 
@@ -78,7 +81,7 @@ def _reader_facts(job: Job) -> dict[str, Any]:
     """What made the model's inputs out of documents: a tokenizer, or a preprocessor and what becomes of an image."""
     images = job.fed.images
     if images is None:
-        return {"tokenizer": {"name": type(job.encoder.tokenizer).__name__, "digest": job.run["tokenizer_digest"]}}
+        return {"tokenizer": _tokenizer_facts(job)}
     eye = images.eye
     facts = {
         "preprocessor": type(eye.processor).__name__,
@@ -92,6 +95,19 @@ def _reader_facts(job: Job) -> dict[str, Any]:
     return {"images": facts}
 
 
+def _tokenizer_facts(job: Job) -> dict[str, Any]:
+    """`classes`: how many tokens of each class the vocabulary has; `notes`: what its folder says and was not done."""
+    tokenizer, classes = job.encoder.tokenizer, job.token_classes
+    return {
+        "name": type(tokenizer).__name__,
+        "digest": job.run["tokenizer_digest"],
+        "inputs": job.fed.named_inputs,
+        "lower_case": job.encoder.settings.lower_case,
+        "classes": None if classes is None else class_sizes(tokenizer, classes),
+        "notes": list(job.encoder.settings.notes),
+    }
+
+
 def _model_facts(job: Job) -> dict[str, Any]:
     """`stack`, `layers` and `heads` are there where one number says it: one stack, whose layers have as many heads each."""
     layout = job.layout
@@ -100,6 +116,7 @@ def _model_facts(job: Job) -> dict[str, Any]:
     single = stacks[0] if len(stacks) == 1 else dict.fromkeys(("stack", "layers", "heads"))
     return single | {
         "name": job.encoder.name,
+        "title": job.encoder.title or job.encoder.name,
         "revision": job.encoder.revision,
         "weights_digest": job.run["weights_digest"],
         "architecture": type(job.encoder.model).__name__,

@@ -6,26 +6,40 @@ from pathlib import Path
 from extract.errors import Refusal
 from extract.store import Store
 from flows.config import Run
+from flows.overlaps import place_of, refuse_overlaps
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def refuse_bad_paths(run: Run) -> None:
+def refuse_bad_paths(run: Run, *, run_file: Path | None = None) -> None:
     """Raise the first refusal that the run's paths give reason for."""
+    refuse_address(run.out)
+    # first, since an output folder in the wrong place is also one that holds something else, or spoils the corpus
+    refuse_overlaps(run, run_file=run_file)
     refuse_bad_corpus(run)
     refuse_missing_model(run.model, trust_remote_code=run.trust_remote_code)
-    # first, since a key in the output folder also makes it a folder that holds something else
     if run.digest_key is not None:
-        refuse_exposed_key(run.digest_key, run.out)
-    refuse_taken_folder(run.out)
+        refuse_missing_key(run.digest_key)
+    Store(run.out).refuse_foreign()
 
 
 def refuse_bad_corpus(run: Run) -> None:
     """Open local files as the run will, and close them; a hub is asked only by the run itself."""
     from extract.corpus import open_corpus
 
-    if not run.corpus.startswith("hub:"):
-        open_corpus(run.corpus, text_column=run.text_column, unit=run.unit, limit=run.limit, strict=run.strict)
+    if run.corpus.startswith("hub:"):
+        return
+    corpus = open_corpus(
+        run.corpus_to_open,
+        text_column=run.text_column,
+        unit=run.unit,
+        delimiter=run.delimiter,
+        encoding=run.encoding,
+        limit=run.limit,
+        strict=run.strict,
+    )
+    if run.digest_key is not None:
+        refuse_key_among(run.digest_key, run.corpus, [name for name, _ in corpus.files])
 
 
 def refuse_missing_model(model: str, *, trust_remote_code: bool = False) -> None:
@@ -44,14 +58,19 @@ def refuse_missing_model(model: str, *, trust_remote_code: bool = False) -> None
         raise Refusal(f"a model is a folder, a hub name or demo; there is no folder {model}; check the path")
 
 
-def refuse_taken_folder(out: Path) -> None:
+def refuse_address(out: Path) -> None:
     if "://" in str(out) or re.match(r"\w{2,}:/", str(out)):
         raise Refusal(f"the output is a local folder; {out} is an address; give a path and copy the dataset afterwards")
-    Store(out).refuse_foreign()
 
 
-def refuse_exposed_key(key: Path, out: Path) -> None:
+def refuse_key_among(key: Path, corpus: str, names: list[str]) -> None:
+    """Refuse a digest key that is one of the corpus's documents."""
+    place, _ = place_of(corpus)
+    folder = place if place is None or place.is_dir() else place.parent
+    if folder is not None and key.resolve() in {(folder / name).resolve() for name in names if name.endswith(key.name)}:
+        raise Refusal(f"the digest key must stay out of the corpus; {key} is one of its files; move it elsewhere")
+
+
+def refuse_missing_key(key: Path) -> None:
     if not key.is_file():
         raise Refusal(f"a digest key is a file; there is none at {key}; make one: head -c 32 /dev/urandom > {key}")
-    if key.resolve().is_relative_to(out.resolve()):
-        raise Refusal(f"the digest key must stay out of the dataset; {key} lies inside {out}; move it elsewhere")

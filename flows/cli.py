@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,6 +14,7 @@ import typer
 
 from extract.errors import Refusal
 from flows.config import Run, choices, read_run
+from flows.streams import end_with_reader, flush_output, make_streams_safe, outlive_reader, reported_if_unwritten
 
 if TYPE_CHECKING:
     from analysis.query import Format
@@ -37,7 +39,13 @@ def main() -> None:
     """Run a command; refusals exit 2, failures 1, each with one line that says what to do."""
     # two thread pools (BLAS and the cpu engine) would spin against each other; read when torch loads its own
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    sys.exit(exit_code(sys.argv[1:]))
+    make_streams_safe()
+    end_with_reader()
+    code = exit_code(sys.argv[1:])
+    unwritten = flush_output()
+    if unwritten is not None and code == 0:
+        code = _said(unwritten, code=FAILED)
+    sys.exit(code)
 
 
 def exit_code(arguments: list[str]) -> int:
@@ -54,13 +62,16 @@ def exit_code(arguments: list[str]) -> int:
 
 
 def _said(error: Exception, *, code: int) -> int:
+    from analysis.printable import printable
+
     if _debug.on:
-        traceback.print_exception(error)
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        typer.echo("\n".join(map(printable, lines)), err=True)
     elif code == BAD_USAGE:
-        typer.echo(f"attlas: {error}", err=True)
+        typer.echo(f"attlas: {printable(error)}", err=True)
     else:
         kind = type(error).__name__
-        typer.echo(f"attlas: failed: {kind}: {error}\nfor the traceback: attlas --debug …", err=True)
+        typer.echo(f"attlas: failed: {kind}: {printable(error)}\nfor the traceback: attlas --debug …", err=True)
     return code
 
 
@@ -93,23 +104,37 @@ RunFile = Annotated[Path | None, typer.Argument(metavar="RUN.toml", help="A run 
 def run(run_file: RunFile = None, **given: Any) -> None:
     """Measure a corpus with a model: a Parquet dataset and its report. An interrupted run goes on where it stopped."""
     from flows.checks import refuse_bad_paths
-    from flows.server import only_news_of_errors, quiet_defaults
+    from flows.environment import quiet_defaults
 
+    outlive_reader()
     chosen = read_run(run_file, given)
-    refuse_bad_paths(chosen)
+    refuse_bad_paths(chosen, run_file=run_file)
     if not _debug.on:
         quiet_defaults()
-    if chosen.model == "demo" or Path(chosen.model).is_dir():
-        # loading from disk is quick, and its bar would run through ours; a download's bar is wanted
+    _prepare_for_prefect()
+    if chosen.model == "demo" or Path(chosen.model).is_dir() or ".py:" in chosen.model:
+        # loading from disk is quick, and its bars would run through ours; a download's bar is wanted
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from flows.measure import measure_here
     from flows.progress import display_for_terminal
+    from flows.server import only_news_of_errors
 
     if not _debug.on:
         only_news_of_errors()
     page = measure_here(chosen, show=display_for_terminal())
-    _show_summary(chosen.out)
-    typer.echo(f"dataset  {chosen.out}\nreport   {page}")
+    with reported_if_unwritten():
+        _show_summary(chosen.out)
+        _show_places(dataset=chosen.out, report=page)
+
+
+def _prepare_for_prefect() -> None:
+    """Import Prefect, in an environment that suits it."""
+    from flows.environment import prepare_environment, refuse_bad_settings
+
+    note = prepare_environment()
+    if note is not None:
+        typer.echo(note, err=True)
+    refuse_bad_settings()
 
 
 def _with_options_of_a_run(command: Any) -> Any:
@@ -159,7 +184,7 @@ def report(
 
     page = write_report(dataset, output)
     _show_summary(dataset)
-    typer.echo(f"report   {page}")
+    _show_places(report=page)
 
 
 @app.command()
@@ -177,19 +202,12 @@ def query(
     written_as = _known_format(form, to_terminal=output is None and sys.stdout.isatty())
     if timeout <= 0:
         raise Refusal(f"--timeout must be more than 0 seconds; got {timeout:g}; give a longer one")
+    from analysis.output import answer_file
     from analysis.query import query as rows_of
     from analysis.query import write_result
 
-    rows = rows_of(dataset, sql, timeout_s=timeout)
-    if output is None:
-        write_result(rows, written_as, sys.stdout)
-        return
-    try:
-        file = output.open("wb") if written_as == "parquet" else output.open("w", encoding="utf-8", newline="")
-    except OSError as error:
-        raise Refusal(f"--output is a file that can be written; {output}: {error.strerror}; check the path") from None
-    with file:
-        write_result(rows, written_as, file)
+    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+        write_result(rows_of(dataset, sql, timeout_s=timeout), written_as, stream)
 
 
 def _known_format(form: str, *, to_terminal: bool) -> "Format":
@@ -205,29 +223,32 @@ def _known_format(form: str, *, to_terminal: bool) -> "Format":
 @app.command()
 def info(dataset: Dataset) -> None:
     """Show what a dataset holds and where it comes from."""
+    from analysis.dataset import Dataset as Opened
     from analysis.info import describe
-    from extract.store import open_dataset
+    from analysis.printable import printable
 
-    _, manifest = open_dataset(dataset)
-    for title, facts in describe(manifest):
+    for title, facts in describe(Opened.open(dataset).manifest):
         typer.echo(title)
-        width = max((len(str(label)) for label, _ in facts), default=0)
-        for label, value in facts:
+        shown = [(printable(label), printable(value)) for label, value in facts]
+        width = max((len(label) for label, _ in shown), default=0)
+        for label, value in shown:
             typer.echo(f"  {label:<{width}}  {value}")
 
 
 @app.command()
 def verify(dataset: Dataset) -> None:
     """Check checksums, schema, invariants and row counts; name every part that is wrong (exit code 3)."""
+    from analysis.printable import printable
+    from analysis.report.numbers import plural
     from analysis.verify import verify as findings_in
 
     findings = findings_in(dataset)
     for finding in findings:
-        typer.echo(str(finding))
+        typer.echo(printable(finding))
     if findings:
-        typer.echo(f"{len(findings)} findings in {dataset}", err=True)
+        typer.echo(f"{plural(len(findings), 'finding')} in {printable(dataset)}", err=True)
         raise typer.Exit(FINDING)
-    typer.echo(f"{dataset} is whole: every part as the manifest says, every invariant kept")
+    typer.echo(f"{printable(dataset)} is whole: every part as the manifest says, every invariant kept")
 
 
 @app.command()
@@ -289,7 +310,9 @@ def serve(
     timezone: Annotated[str | None, typer.Option(metavar="ZONE", help="The zone of --cron. [default: UTC]")] = None,
 ) -> None:
     """Put a run on Prefect's schedule and do its runs, until stopped."""
+    outlive_reader()
     read_run(run_file, {})
+    _prepare_for_prefect()
     from flows.deploy import schedule_of
     from flows.deploy import serve as serve_until_stopped
 
@@ -300,14 +323,17 @@ def serve(
 
 
 def _show_summary(dataset: Path) -> None:
-    from rich.console import Console
-
+    from analysis.columns import console_for
     from analysis.report import summary
 
-    console = Console()
-    shown = summary(dataset)
-    for part in shown if isinstance(shown, list | tuple) else [shown]:
-        console.print(part)
+    console_for(sys.stdout).print(summary(dataset), crop=False)
+
+
+def _show_places(**places: Path) -> None:
+    from analysis.printable import printable
+
+    for what, path in places.items():
+        typer.echo(f"{what:<7}  {printable(path)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The run: every option of a measurement, once. The run file and the command line are both made from it."""
 
 import difflib
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from extract.errors import Refusal
 
@@ -22,12 +23,30 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 Switch = Annotated[bool, Field(strict=True)]
 
 
+def _readable(name: Any) -> Any:
+    """A name that is valid text, as all that Prefect keeps must be; the command line may give others."""
+    if not isinstance(name, str) or name.isascii():
+        return name
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        from extract.corpus.names import readable_name
+
+        return readable_name(name)
+    return name
+
+
+def _unescaped_tab(delimiter: Any) -> Any:
+    return "\t" if delimiter == r"\t" else delimiter  # a shell leaves it as it is typed
+
+
 class Run(BaseModel, frozen=True, extra="forbid"):
     """One measurement: a corpus, a model, a folder, and how. A field's description is its help text."""
 
     model: Annotated[str, Field(min_length=1, description="a folder, a hub name, file.py:function, or demo")]
     corpus: Annotated[
         str,
+        BeforeValidator(_readable),
         Field(
             min_length=1,
             description="a text, JSONL, CSV or Parquet file or an image, a folder or glob of them, hub:NAME, or demo",
@@ -35,7 +54,8 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     ]
     out: Annotated[Path, Field(description="the dataset's folder: new, empty, or holding this same run")]
     max_length: Annotated[
-        Count | None, Field(description="tokens in a sequence, special ones included; the model's own if unset")
+        Count | None,
+        Field(description="tokens in a sequence, special ones included; if unset the model's own, at most 512"),
     ] = None
     stride: Annotated[
         int, Field(strict=True, ge=0, description="tokens by which the windows of a document overlap")
@@ -51,12 +71,24 @@ class Run(BaseModel, frozen=True, extra="forbid"):
             description="of an encoder–decoder model: its encoder alone, or all of it, the decoder fed the same tokens"
         ),
     ] = "encoder"
-    text_column: Annotated[str, Field(min_length=1, description="the column or key that holds a document's text")] = (
-        "text"
-    )
+    text_column: Annotated[
+        str,
+        Field(
+            min_length=1, description="the column or key that holds a document's text; meta.text for one inside another"
+        ),
+    ] = "text"
     unit: Annotated[
         Literal["document", "paragraph", "line"], Field(description="what of a text file is one document")
     ] = "document"
+    delimiter: Annotated[
+        str | None,
+        BeforeValidator(_unescaped_tab),
+        Field(description="what separates the fields of CSV and TSV; a comma and a tab if unset"),
+    ] = None
+    encoding: Annotated[
+        str,
+        Field(description="of text, JSONL and CSV, such as utf-16 or cp1252; auto: a byte order mark's, else UTF-8"),
+    ] = "auto"
     shard_sequences: Annotated[Count, Field(description="sequences in a shard, the unit of work and of resumption")] = (
         256
     )
@@ -85,7 +117,30 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         """The same run, as extraction takes it."""
         from extract.pipeline import RunOptions
 
-        return RunOptions(**self.model_dump())
+        return RunOptions(**{**self.model_dump(), "corpus": self.corpus_to_open})
+
+    @property
+    def corpus_to_open(self) -> str:
+        """The corpus as the file system knows it: `corpus` is readable even where a file's name is no valid text."""
+        if os.path.lexists(self.corpus):
+            return self.corpus
+        from extract.corpus.names import real_name
+
+        return real_name(self.corpus)
+
+    @field_validator("out", "digest_key")
+    @classmethod
+    def _without_detours(cls, path: Path | None) -> Path | None:
+        return path if path is None else without_detours(path)
+
+
+def without_detours(path: Path) -> Path:
+    """The same place without `..`, unless a symbolic link makes `a/..` something else than nothing."""
+    plain = Path(os.path.normpath(path))
+    try:
+        return plain if plain.resolve() == path.resolve() else path
+    except (OSError, RuntimeError):  # a loop of links, say: refused where it is opened
+        return path
 
 
 def read_run(file: Path | None, given: Mapping[str, Any]) -> Run:

@@ -11,6 +11,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from extract.errors import Refusal
+from flows.api import refuse_silent_api
 from flows.checks import refuse_bad_paths
 from flows.config import Run, read_run
 
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 def scheduled(run_file: Path) -> Path:
     """One scheduled run: the run file as it is now, into a folder named after the scheduled time."""
     # Prefect pickles a flow with all that it names; the display that `flows.measure` holds cannot be pickled
-    from flows.measure import measure, prepared
+    from flows.measure import forget, measure
 
     run = run_at(run_file, flow_run.scheduled_start_time)
-    refuse_bad_paths(run)
+    refuse_bad_paths(run, run_file=run_file)
     try:
         return measure(run)
     finally:
-        prepared.cache_clear()
+        forget(run)
 
 
 def run_at(run_file: Path, moment: datetime) -> Run:
@@ -62,7 +63,7 @@ def serve(run_file: Path, schedule: "Schedule") -> None:
 
     refuse_no_server()
     run_file = run_file.resolve()
-    refuse_bad_paths(run_at(run_file, datetime.now(UTC)))
+    refuse_bad_paths(run_at(run_file, datetime.now(UTC)), run_file=run_file)
     scheduled.serve(
         name=run_file.stem,
         schedule=schedule,
@@ -102,3 +103,4 @@ def refuse_no_server() -> None:
             "a schedule needs a Prefect server that keeps running; PREFECT_API_URL is not set; "
             "start one with `prefect server start` and export PREFECT_API_URL=http://127.0.0.1:4200/api"
         )
+    refuse_silent_api()

@@ -2,9 +2,9 @@
 
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +15,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from extract.errors import CaptureError, Refusal
+from extract.errors import CaptureError, Damaged, Refusal
 from flows.analyze import report
 from flows.config import Run
+from flows.environment import remove_temporary_folder
 from flows.progress import Display, Work, display
 from flows.server import prefect_through, starting_server
+from flows.streams import say
 
 if TYPE_CHECKING:
     from extract.pipeline import Job
@@ -55,9 +57,9 @@ def measure_shards(run: Run, job: "Job") -> None:
 
 
 def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
-    """What the input or the model is to blame for fails again; a full disk or a lost worker may not."""
+    """What the input, the model or a damaged spool is to blame for fails again; a full disk or a lost worker may not."""
     error = state.result(raise_on_failure=False)
-    return not isinstance(error, Refusal | CaptureError)
+    return not isinstance(error, Refusal | CaptureError | Damaged)
 
 
 @task(
@@ -73,9 +75,10 @@ def measured(run: Run, shard: int) -> int:
     from extract.pipeline import measure_shard
 
     job = prepared(run)
-    with tokens_shown() as show_tokens:
-        measure_shard(job, shard, progress=show_tokens)
-    advance(Work(shards=1, documents=work_in(job, shard).documents))
+    with work_shown() as shown:
+        measure_shard(job, shard, progress=lambda tokens, documents: shown(Work(0, documents, tokens)))
+    # what no batch has told: documents without a sequence, or all of them where another process measured the shard
+    advance(work_in(job, shard) - shown.done)
     return shard
 
 
@@ -101,20 +104,25 @@ def work_in(job: "Job", shard: int) -> Work:
 
 
 @contextmanager
-def tokens_shown() -> Iterator[Callable[[int], None]]:
-    """Show the tokens of each batch; take them back where the shard fails, since its next attempt counts them anew."""
-    shown = 0
-
-    def show(tokens: int) -> None:
-        nonlocal shown
-        shown += tokens
-        advance(Work(tokens=tokens))
-
+def work_shown() -> Iterator["WorkShown"]:
+    """Show the work of each batch; take it back where the shard fails, since its next attempt counts it anew."""
+    shown = WorkShown()
     try:
-        yield show
+        yield shown
     except BaseException:
-        advance(Work(tokens=-shown))
+        advance(Work() - shown.done)
         raise
+
+
+class WorkShown:
+    """Shows work, and remembers how much."""
+
+    def __init__(self) -> None:
+        self.done = Work()
+
+    def __call__(self, work: Work) -> None:
+        self.done += work
+        advance(work)
 
 
 def advance(work: Work) -> None:
@@ -125,11 +133,14 @@ def advance(work: Work) -> None:
 
 def measure_here(run: Run, *, show: Display) -> Path:
     """Run the flow in this process; the model loads and the plan is made while Prefect's server starts."""
-    with showing(show), starting_server() as server, resumable(run, show):
+    with showing(show), resumable(run, show), starting_server() as server:
         if server:
             show.stage("server", 0, None)
         try:
-            if prepared(run).complete:
+            job = prepared(run)
+            for note in job.encoder.settings.notes:
+                show.note(note)
+            if job.complete:
                 show.note(f"{run.out} holds this run already, complete; only its report is written again")
                 return report.fn(run.out)
             with prefect_through(server):
@@ -137,16 +148,28 @@ def measure_here(run: Run, *, show: Display) -> Path:
                     show.stage("server", 1, 1)
                 return measure(run)
         finally:
-            prepared.cache_clear()
+            forget(run)
+
+
+def forget(run: Run) -> None:
+    """Let go of a run's model, and of the lock on its folder if this thread took it."""
+    from extract.store import Store
+
+    prepared.cache_clear()
+    Store(run.out).unlock()
 
 
 @contextmanager
 def showing(show: Display) -> Iterator[None]:
+    """Let this display show the run, and what libraries warn of meanwhile."""
     token = display.set(show)
+    before = warnings.showwarning
     try:
         with show:
+            warnings.showwarning = lambda message, *_where: show.note(f"warning: {message}")
             yield
     finally:
+        warnings.showwarning = before
         display.reset(token)
 
 
@@ -156,8 +179,8 @@ def resumable(run: Run, show: Display) -> Iterator[None]:
 
     def stop(_signal: int, _frame: Any) -> None:
         show.close()
-        sys.stderr.write(f"\nstopped; what is measured is kept in {run.out}; the same command goes on from there\n")
-        sys.stderr.flush()
+        say(f"\nstopped; what is measured is kept in {run.out}; the same command goes on from there")
+        remove_temporary_folder()
         # the temporary server ends by itself when this process does
         os._exit(130)
 

@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from analysis.printable import printable
+from flows.streams import say
+
 STAGES = {
     "server": "starting Prefect's temporary server",
     "model": "loading the model",
     "engine": "compiling the engine, once per machine (about half a minute)",
     "plan": "cutting documents into sequences",
+    "check": "checking what an earlier run left",
     "finish": "writing the manifest",
     "report": "writing the report",
 }
@@ -30,6 +34,9 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.shards + other.shards, self.documents + other.documents, self.tokens + other.tokens)
+
+    def __sub__(self, other: "Work") -> "Work":
+        return Work(self.shards - other.shards, self.documents - other.documents, self.tokens - other.tokens)
 
 
 @dataclass
@@ -65,6 +72,11 @@ class Pace:
             "" if left is None else f"{duration(left)} left",
         ]
         return ", ".join(part for part in parts if part)
+
+
+def counted(number: int, noun: str) -> str:
+    """1 shard, 2,000 shards."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def duration(seconds: float) -> str:
@@ -114,13 +126,14 @@ class Lines(Silence):
     def stage(self, name: str, done: int, total: int | None) -> None:
         finished = total is not None and done >= total
         if name != self._stage or (self._due() and not finished):
-            counted = f": {done:,}" + (f" of {total:,}" if total else "") if done else ""
-            self._say(STAGES.get(name, name) + counted)
+            reached = f": {done:,}" + (f" of {total:,}" if total else "") if done else ""
+            self._say(STAGES.get(name, name) + reached)
         self._stage = name
 
     def measuring(self, *, total: Work, before: Work) -> None:
         self._pace = Pace(total, before)
-        self._say(f"measuring: {total.documents:,} documents, {total.tokens:,} tokens in {total.shards:,} shards")
+        amounts = ", ".join([counted(total.documents, "document"), counted(total.tokens, "token")])
+        self._say(f"measuring: {amounts} in {counted(total.shards, 'shard')}")
 
     def advance(self, work: Work) -> None:
         if self._pace is None:
@@ -130,15 +143,14 @@ class Lines(Silence):
             self._say(f"measuring: {self._pace.text}")
 
     def note(self, text: str) -> None:
-        self._say(text)
+        self._say(printable(text))
 
     def _due(self) -> bool:
         return time.monotonic() - self._last >= _LINE_EVERY_S
 
     def _say(self, text: str) -> None:
         self._last = time.monotonic()
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+        say(text)
 
 
 class Bars(Silence):
@@ -166,8 +178,8 @@ class Bars(Silence):
     def stage(self, name: str, done: int, total: int | None) -> None:
         if name not in self._rows:
             self._rows[name] = self._bars.add_task(STAGES.get(name, name), total=total, facts="")
-        counted = f"{done:,}" if done > 1 else ""
-        self._bars.update(self._rows[name], completed=done, total=total, facts=counted)
+        facts = f"{done:,}" if done > 1 else ""
+        self._bars.update(self._rows[name], completed=done, total=total, facts=facts)
 
     def measuring(self, *, total: Work, before: Work) -> None:
         self._pace = Pace(total, before)
@@ -179,7 +191,7 @@ class Bars(Silence):
             self._bars.update(self._rows["measure"], completed=self._pace.done.tokens, facts=self._pace.text)
 
     def note(self, text: str) -> None:
-        self._bars.console.print(text, markup=False, highlight=False)
+        self._bars.console.print(printable(text), markup=False, highlight=False)
 
     def close(self) -> None:
         for row in self._bars.tasks:

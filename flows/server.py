@@ -6,40 +6,50 @@ outlives a killed run. This one starts while the model loads, and ends when the 
 
 import logging
 import os
+import secrets
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from http.client import HTTPException
+from typing import IO, Any
+
+from flows.api import is_on_this_machine, refuse_silent_api
+from flows.environment import without_proxies
+from flows.server_process import DATABASE
 
 # Prefect's own 20 s are too few for a first start on a busy machine
 _PATIENCE_S = 180.0
 
 
 class TemporaryServer:
-    """A server of this machine only, for the duration of one run."""
+    """A server of this machine only, for the duration of one run, with a database and a password of its own."""
 
     def __init__(self) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
+        # made by the process, so that none is left where this one is stopped before it has started that
+        self._folder = f"{tempfile.gettempdir()}/attlas-server-{secrets.token_hex(8)}"
+        self.password = secrets.token_hex(16)
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         with listener:
             # bound here and handed over, so that no other process can take the port in between
             listener.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.server", str(listener.fileno())],
+                # -P: packages of the current folder are none of the server's
+                [sys.executable, "-P", "-m", "flows.server_process", str(listener.fileno()), self._folder],
                 pass_fds=[listener.fileno()],
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=self._log,
                 start_new_session=True,  # Ctrl-C is for the run, which then ends the server
-                env={**os.environ, "PREFECT_SERVER_UI_ENABLED": "false"},
+                env=_environment_of_server(self.password),
             )
 
     def wait(self, *, seconds: float) -> None:
@@ -65,12 +75,14 @@ class TemporaryServer:
         if self._process.stdin:
             self._process.stdin.close()
         self._log.close()
+        shutil.rmtree(self._folder, ignore_errors=True)  # where the process was killed before it could
 
     def _answers(self) -> bool:
+        directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+            with directly.open(f"{self.url}/health", timeout=5) as answer:
                 return answer.status == 200
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
+        except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException):
             return False
 
     def _last_words(self) -> str:
@@ -78,11 +90,22 @@ class TemporaryServer:
         return self._log.read().decode(errors="replace")[-2000:].strip()
 
 
-def quiet_defaults() -> None:
-    """Prefect's defaults for a run at a terminal: no analytics, no log lines but errors. A user's own settings win."""
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
+def _environment_of_server(password: str) -> dict[str, str]:
+    """The run's environment, but for what is said of other servers: their database, their password, their proxies."""
+    of_databases = ("PREFECT_API_DATABASE_", "PREFECT_SERVER_DATABASE_")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(of_databases) and not name.lower().endswith("_proxy")
+    }
+    return kept | {
+        "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{DATABASE}",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{DATABASE}",
+        "PREFECT_SERVER_API_AUTH_STRING": f"attlas:{password}",
+        # a flow without blocks needs none registered
+        "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+        "PREFECT_SERVER_UI_ENABLED": "false",
+    }
 
 
 @contextmanager
@@ -91,6 +114,8 @@ def starting_server() -> Iterator[TemporaryServer | None]:
     from prefect.settings import get_current_settings
 
     if get_current_settings().api.url:
+        with _directly_on_this_machine():
+            refuse_silent_api()
         yield None
         return
     server = TemporaryServer()
@@ -104,16 +129,25 @@ def starting_server() -> Iterator[TemporaryServer | None]:
 def prefect_through(server: TemporaryServer | None) -> Iterator[None]:
     """Wait for the server, then let Prefect speak to it."""
     if server is None:
-        yield
+        with _directly_on_this_machine():
+            yield
         return
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     server.wait(seconds=_startup_patience())
-    with temporary_settings({PREFECT_API_URL: server.url}):
+    spoken_to: dict[Any, str] = {PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: f"attlas:{server.password}"}
+    with without_proxies(), temporary_settings(spoken_to):
         try:
             yield
         finally:
             _deliver_what_waits()
+
+
+def _directly_on_this_machine() -> AbstractContextManager[None]:
+    """No proxy at all where the user's server is on this machine; theirs where it is elsewhere."""
+    from prefect.settings import get_current_settings
+
+    return without_proxies() if is_on_this_machine(get_current_settings().api.url) else nullcontext()
 
 
 def _deliver_what_waits() -> None:
@@ -146,21 +180,3 @@ def _startup_patience() -> float:
     ephemeral = get_current_settings().server.ephemeral
     chosen = "startup_timeout_seconds" in ephemeral.model_fields_set
     return float(ephemeral.startup_timeout_seconds) if chosen else _PATIENCE_S
-
-
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(0)
-
-
-def _serve(listener: socket.socket) -> None:
-    import uvicorn
-    from prefect.server.api.server import create_app
-
-    app = create_app(ephemeral=True, final=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on")).run(sockets=[listener])
-
-
-if __name__ == "__main__":
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _serve(socket.socket(fileno=int(sys.argv[1])))

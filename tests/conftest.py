@@ -3,18 +3,30 @@
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", TQDM_DISABLE="1")
+# kernels are interpreted; Triton asks when it is first imported, which torch.compile may do
+os.environ["TRITON_INTERPRET"] = "1"
 
+import random
 import subprocess
 import sys
+from collections import defaultdict
+from functools import cache
+from typing import Any
 
 import pytest
+from hypothesis import is_hypothesis_test, settings
 
-# fixtures that start a server of Prefect: tests that ask for one share a worker, so that it starts once
-SERVERS = {"test_server": "test server", "real_server": "real server"}
+from tests.properties import QUICK, THOROUGH
+from tests.shapes import check_shapes
+
+# fixtures that start a server of Prefect: the files that name one share a worker, so that it starts once
+SERVERS = ("test_server", "real_server")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the engine before the workers start, since each would compile it for itself."""
+    """Check shapes, choose how many cases properties get, compile the engine before workers start that would each do so."""
+    check_shapes()
+    settings.load_profile(THOROUGH if _is_slow_tier(config) else QUICK)
     if getattr(config.option, "numprocesses", None):
         subprocess.run(
             [sys.executable, "-c", "from extract.engines import choose; choose('cpu').make_ready()"],
@@ -23,13 +35,39 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
+def _is_slow_tier(config: pytest.Config) -> bool:
+    asked = config.getoption("markexpr") or ""
+    return "slow" in asked.replace("not slow", "")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests that need the same server into the same group."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Properties belong to both tiers; of a test with `sample(n)`, so many cases are quick and the others slow."""
+    cases = defaultdict(list)
     for item in items:
-        for fixture, group in SERVERS.items():
-            if fixture in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(group))
+        if _is_slow_tier(config) and is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker(pytest.mark.slow)
+        for marker in item.iter_markers("sample"):
+            cases[item.nodeid.partition("[")[0], marker.args[0]].append(item)
+    for (_, quick), of_test in cases.items():
+        for item in random.Random(0).sample(of_test, max(0, len(of_test) - quick)):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers take tests one by one, but for the files that need the same server (pytest-xdist 3.8 loses its own groups)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def server_of(file: str) -> str | None:
+        text = (config.rootpath / file).read_text()
+        return next((fixture for fixture in SERVERS if fixture in text), None)
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return server_of(nodeid.partition("::")[0]) or nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

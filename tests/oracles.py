@@ -16,7 +16,7 @@ Bools = NDArray[np.bool_]
 Columns = dict[str, float | None]
 Profile = dict[int, tuple[float, int]]
 
-TOKEN_CLASSES = ("bos", "separator", "special", "punctuation", "number", "word_start", "subword")
+TOKEN_CLASSES = ("bos", "separator", "special", "whitespace", "punctuation", "number", "word_start", "subword")
 HISTOGRAM_BINS = 64
 # Keys that hold 50 % to within one part in a million hold half: a tie must not turn on the last bit of a float32.
 MASS_SLACK = 1e-6

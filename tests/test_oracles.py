@@ -128,8 +128,8 @@ def test_offset_spread_is_the_deviation_of_the_offset_under_the_pattern():
 
 @pytest.mark.parametrize("with_sink", [False, True])
 def test_class_masses_and_the_sink_sum_to_one(with_sink):
-    p, _, _ = random_scores(14, seed=6)
-    sink = np.linspace(0.1, 0.6, 14) if with_sink else None
+    p, _, _ = random_scores(16, seed=6)
+    sink = np.linspace(0.1, 0.6, 16) if with_sink else None
     if sink is not None:
         p = p * (1 - sink)[:, None]
     columns = oracles.head_columns(p, classes=2 * list(oracles.TOKEN_CLASSES), sink=sink)

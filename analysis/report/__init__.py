@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 def write_report(folder: Path | str, out: Path | str | None = None) -> Path:
     """Write the report of a finished dataset as one self-contained HTML page; by default FOLDER/report.html."""
+    from analysis.damage import damage_refused
     from analysis.dataset import Dataset
     from analysis.report.content import gather
     from analysis.report.page import render
@@ -20,14 +21,19 @@ def write_report(folder: Path | str, out: Path | str | None = None) -> Path:
     path = Path(out) if out is not None else dataset.root / "report.html"
     if path.is_dir():
         raise Refusal(f"a report is a file; {path} is a folder; give the name of a file in it")
-    write_atomically(path, render(gather(dataset)).encode())
+    with damage_refused(dataset):
+        page = render(gather(dataset))
+    write_atomically(path, page.encode())
     return path
 
 
 def summary(folder: Path | str) -> RenderableType:
     """What the report finds, as tables for a terminal."""
+    from analysis.damage import damage_refused
     from analysis.dataset import Dataset
     from analysis.report.content import gather
     from analysis.report.terminal import tables
 
-    return tables(gather(Dataset.open(folder)))
+    dataset = Dataset.open(folder)
+    with damage_refused(dataset):
+        return tables(gather(dataset))

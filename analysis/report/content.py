@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
+from analysis.damage import notes_on_rows
 from analysis.dataset import Dataset
 from analysis.defects import collect_evidence, find_defects, rules_table
 from analysis.distance import offset_profile
@@ -15,9 +16,10 @@ from analysis.entropy import entropy_by_layer, entropy_by_length, entropy_by_pos
 from analysis.heads import HEAD, head_means, label
 from analysis.inference import clustered_mean
 from analysis.kinds import head_kinds
+from analysis.manifest import section
 from analysis.residual import residual_through_depth
 from analysis.weighting import weighted_heads
-from extract.schema import CLASS_MASSES
+from extract.schema import CLASS_MASSES, TABLES
 
 LAYER = ("stack", "layer")
 CLASSES = (*CLASS_MASSES, "mass_self")
@@ -38,6 +40,7 @@ class Content:
     defects: pl.DataFrame
     rules: pl.DataFrame
     sequence_tokens: tuple[int, int]
+    damage: Sequence[str] = ()
 
     @property
     def stacks(self) -> list[str]:
@@ -61,23 +64,34 @@ def is_known(heads: pl.DataFrame, column: str) -> bool:
 
 def _in_order(frame: pl.DataFrame, manifest: Mapping[str, Any]) -> pl.DataFrame:
     """Rows by stack as the model runs them, else as they are; stacks that the manifest leaves out come last."""
-    stacks = [stack["stack"] for stack in manifest.get("model", {}).get("stacks") or []]
+    stacks = list(dict.fromkeys(stack["stack"] for stack in section(manifest, "model").get("stacks") or []))
     place = pl.col("stack").replace_strict(stacks, range(len(stacks)), default=len(stacks), return_dtype=pl.Int64)
     return frame.sort(place, maintain_order=True)
 
 
+def _classes_of_no_token(means: pl.DataFrame) -> list[pl.Expr]:
+    """Null for the mass of every class that no sequence has a token of: no head could look at one."""
+    known = [name for name in CLASS_MASSES if name in means.columns]
+    nowhere = [name for name in known if (means[name].fill_null(0) == 0).all()]
+    return [pl.lit(None, pl.Float64).alias(name + end) for name in nowhere for end in ("", "_low", "_high", "_se")]
+
+
 def gather(dataset: Dataset) -> Content:
-    """Run the analyses of the report."""
+    """Run the analyses of the report; raises Refusal for a dataset whose parts or keys are damaged."""
+    damage = notes_on_rows(dataset, tuple(TABLES))
 
     def in_order(frame: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
         return _in_order(frame.lazy().collect(), dataset.manifest)
 
     means = in_order(head_means(dataset))
+    if not means.height:
+        raise dataset.refusal("heads has no rows, which a report is about")
+    nowhere = _classes_of_no_token(means)
     several = means["stack"].n_unique() > 1
     heads = (
         in_order(means.join(head_kinds(dataset), on=HEAD, how="left").sort(HEAD))
         .with_row_index("id")
-        .with_columns(label(several_stacks=several))
+        .with_columns(label(several_stacks=several), *nowhere)
     )
     residual = in_order(residual_through_depth(dataset))
     evidence = collect_evidence(dataset, heads=means, residual=residual)
@@ -86,15 +100,16 @@ def gather(dataset: Dataset) -> Content:
     return Content(
         manifest=dataset.manifest,
         heads=heads,
-        overall=in_order(clustered_mean(weighted_heads(dataset), CLASSES, ("stack",))),
+        overall=in_order(clustered_mean(weighted_heads(dataset), CLASSES, ("stack",))).with_columns(*nowhere),
         layers=in_order(entropy_by_layer(dataset)),
         lengths=in_order(entropy_by_length(dataset)),
         positions=in_order(entropy_by_position(dataset, by=LAYER)),
         offsets=in_order(offset_profile(dataset)).join(
-            heads.select(*HEAD, "id", "label", "kind"), on=HEAD, maintain_order="left"
+            heads.select(*HEAD, "id", "label", "kind"), on=HEAD, how="inner", maintain_order="left"
         ),
         residual=residual,
         defects=found,
         rules=rules_table(evidence, found),
         sequence_tokens=(lengths["low"][0] or 0, lengths["high"][0] or 0),
+        damage=damage,
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from analysis.printable import printable
+
 RAMP = 20  # steps of the sequential scale
 Point = tuple[float, float]
 
@@ -56,7 +58,7 @@ def heat_map(cells: Sequence[Cell], *, title: str, low: float, high: float) -> M
         x, y = left + cell.head * size, cell.layer * size
         marks.append(
             f'<rect class="cell {style}" data-h="{cell.id}" x="{x:.1f}" y="{y:.1f}" width="{size - gap:.1f}" '
-            f'height="{size - gap:.1f}" rx="2"><title>{escape(cell.title)}</title></rect>'
+            f'height="{size - gap:.1f}" rx="2"><title>{_text(cell.title)}</title></rect>'
         )
     return _svg(width, height, title, marks)
 
@@ -75,7 +77,7 @@ def atlas(cells: Sequence[Cell], *, title: str) -> Markup:
         shape = _sparkline(cell.profile, reach, x, y, w, h) if across > 24 else ""
         full = "" if across > 24 else " solid"
         marks.append(
-            f'<g class="plate k-{cell.kind}{full}" data-h="{cell.id}"><title>{escape(cell.title)}</title>'
+            f'<g class="plate k-{cell.kind}{full}" data-h="{cell.id}"><title>{_text(cell.title)}</title>'
             f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="3"/>{shape}</g>'
         )
     return _svg(left + heads * across, layers * down + 18, title, marks)
@@ -172,14 +174,15 @@ def _chart_axes(
     right = frame.width - frame.right
     lines = "".join(
         f'<path class="grid" d="M{frame.left} {frame.y(t):.1f}H{right}"/>'
-        f'<text class="tick end" x="{frame.left - 5}" y="{frame.y(t) + 3:.1f}">{escape(text)}</text>'
+        f'<text class="tick end" x="{frame.left - 5}" y="{frame.y(t) + 3:.1f}">{_text(text)}</text>'
         for t, text in y_ticks
     )
     labels = "".join(
-        f'<text class="tick mid" x="{frame.x(x):.1f}" y="{ground + 12:.1f}">{escape(text)}</text>'
-        for x, text in x_ticks
+        f'<text class="tick mid" x="{frame.x(x):.1f}" y="{ground + 12:.1f}">{_text(text)}</text>' for x, text in x_ticks
     )
-    name = f'<text class="tick axis mid" x="{(frame.left + right) / 2:.1f}" y="{frame.height - 2}">{escape(x_label)}</text>'
+    name = (
+        f'<text class="tick axis mid" x="{(frame.left + right) / 2:.1f}" y="{frame.height - 2}">{_text(x_label)}</text>'
+    )
     return lines + labels + name
 
 
@@ -208,11 +211,11 @@ def _line(curve: Curve, frame: Frame, *, markers: bool) -> str:
     dots = ""
     if markers:
         dots = "".join(
-            f'<circle class="dot" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.6"><title>{escape(text)}</title></circle>'
+            f'<circle class="dot" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.6"><title>{_text(text)}</title></circle>'
             for (x, y), text in zip(curve.points, curve.titles, strict=False)
         )
     return (
-        f'<g class="curve {curve.style}"{head}><title>{escape(curve.label)}</title>'
+        f'<g class="curve {curve.style}"{head}><title>{_text(curve.label)}</title>'
         f'{hit}<path class="line" d="M{path}"/>{dots}</g>'
     )
 
@@ -228,10 +231,14 @@ def nice_ticks(low: float, high: float, *, wanted: int = 4) -> list[float]:
     return [round(i * size, 12) for i in range(first, last + 1)]
 
 
+def _text(text: str) -> Markup:
+    return escape(printable(text))
+
+
 def _svg(width: float, height: float, title: str, marks: Sequence[str]) -> Markup:
     body = "".join(marks)
     # safe: every text in the marks is escaped where it is written
     return Markup(
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px" role="img" '
-        f'aria-label="{escape(title)}">{body}</svg>'
+        f'aria-label="{_text(title)}">{body}</svg>'
     )

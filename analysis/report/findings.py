@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from analysis.kinds import KINDS
+from analysis.manifest import section
 from analysis.report.content import Content
 from analysis.report.numbers import count, estimate, interval, percent, plural, shown
 
@@ -16,6 +17,7 @@ _CLASS_NAMES = {
     "mass_bos": "the sequence's opening token",
     "mass_separator": "separator tokens",
     "mass_special": "other special tokens",
+    "mass_whitespace": "white space",
     "mass_punctuation": "punctuation and symbols",
     "mass_number": "numbers",
     "mass_word_start": "words and their first pieces",
@@ -170,16 +172,18 @@ def notes(content: Content) -> list[str]:
     if content.documents < 2:
         told.append("Fewer than 2 documents were measured: estimates stand without intervals.")
     elif content.documents < 10:
-        told.append(f"Only {content.documents} documents were measured: intervals are wide, and rough.")
+        told.append(f"Only {plural(content.documents, 'document')} were measured: intervals are wide, and rough.")
     if high > 1.5 * low:
         told.append(
-            f"Sequences hold {count(low)} to {count(high)} tokens. A short sequence bounds entropy in nats and distance in "
+            f"Sequences hold {count(low)} to {plural(high, 'token')}. A short sequence bounds entropy in nats and distance in "
             "tokens; the normalised columns and the strata by length compare like with like."
         )
-    dropped = content.manifest.get("corpus", {}).get("dropped") or {}
+    dropped = section(content.manifest, "corpus").get("dropped") or {}
     if dropped:
         reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items()))
         told.append(f"Documents left out: {reasons}.")
-    if content.manifest.get("model", {}).get("residual") not in (None, "measured"):
-        told.append(f"The residual stream was not measured: {content.manifest['model']['residual']}.")
-    return told
+    told += [f"{note}." for note in section(content.manifest, "tokenizer").get("notes") or []]
+    residual = section(content.manifest, "model").get("residual")
+    if residual not in (None, "measured"):
+        told.append(f"The residual stream was not measured: {residual}.")
+    return [*told, *content.damage]

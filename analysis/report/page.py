@@ -12,6 +12,9 @@ from markupsafe import Markup
 
 from analysis.info import describe
 from analysis.kinds import kinds_table
+from analysis.manifest import section
+from analysis.naming import corpus_title, model_title
+from analysis.printable import printable
 from analysis.report import findings
 from analysis.report.content import Content, is_known
 from analysis.report.figures import RAMP, Cell, atlas, heat_map
@@ -54,6 +57,7 @@ MAPS = (
     Map("mass_next", "Next token", "weight on the token after", "share"),
     Map("mass_first", "First token", "weight on the sequence's first token", "share"),
     Map("mass_separator", "Separators", "weight on tokens that end or part sequences", "share"),
+    Map("mass_whitespace", "White space", "weight on line ends, tabs and runs of spaces", "share"),
     Map("mass_punctuation", "Punctuation", "weight on punctuation and symbols", "share"),
     Map("mass_word_start", "Words", "weight on words, or on their first pieces", "share"),
     Map("mass_subword", "Word pieces", "weight on the later pieces of words", "share"),
@@ -90,18 +94,28 @@ def render(content: Content) -> str:
         autoescape=True,
         loader=FileSystemLoader(_HERE),
         undefined=StrictUndefined,
+        finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(shown=shown, percent=percent, count=count)
+    environment.filters.update(shown=shown, percent=percent, count=count, name=_isolated)
     return environment.get_template("page.html").render(_context(content))
 
 
+def _visible(value: object) -> object:
+    """Text of the data with its control characters shown; our own markup and numbers as they are."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _isolated(text: object) -> Markup:
+    """A name from the data: what it holds can't be markup, and its direction ends where it ends."""
+    return Markup("<bdi>{}</bdi>").format(printable(text))
+
+
 def _context(content: Content) -> dict[str, Any]:
-    model, corpus = content.manifest.get("model", {}), content.manifest.get("corpus", {})
     return {
-        "model": model.get("name", "model"),
-        "corpus": corpus.get("name", "corpus"),
+        "model": model_title(content.manifest),
+        "corpus": corpus_title(content.manifest),
         "tiles": _tiles(content),
         "facts": _facts(content),
         "notes": findings.notes(content),
@@ -130,20 +144,21 @@ def _context(content: Content) -> dict[str, Any]:
 
 
 def _tiles(content: Content) -> list[tuple[str, str]]:
-    corpus = content.manifest.get("corpus", {})
+    corpus = section(content.manifest, "corpus")
     layers = content.heads.select(pl.struct("stack", "layer").n_unique()).item() if content.heads.height else 0
-    return [
-        (count(layers), "layers"),
-        (count(content.heads.height), "heads"),
-        (count(content.documents), "documents"),
-        (count(corpus.get("sequences", 0)), "sequences"),
-        (count(corpus.get("tokens", 0)), "tokens"),
-    ]
+    numbers = {
+        "layer": layers,
+        "head": content.heads.height,
+        "document": content.documents,
+        "sequence": corpus.get("sequences") or 0,
+        "token": corpus.get("tokens") or 0,
+    }
+    return [(count(number), noun if number == 1 else f"{noun}s") for noun, number in numbers.items()]
 
 
 def _facts(content: Content) -> str:
     manifest = content.manifest
-    parts = [manifest.get("model", {}).get("architecture"), manifest.get("dtype"), manifest.get("device")]
+    parts = [section(manifest, "model").get("architecture"), manifest.get("dtype"), manifest.get("device")]
     engine = manifest.get("engine")
     return " · ".join([str(p) for p in parts if p] + ([f"engine {engine}"] if engine else []))
 

@@ -5,56 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 import polars as pl
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from analysis.columns import Column, Fitted, Lines
+from analysis.manifest import section
+from analysis.naming import corpus_title, model_title
+from analysis.printable import printable
 from analysis.report import findings
 from analysis.report.content import Content
-from analysis.report.numbers import estimate, half_width, percent
+from analysis.report.numbers import estimate, half_width, percent, plural
 
 _RANKED = 3
 _MASSES = ("mass_previous", "mass_first", "mass_separator")
 
 
 def tables(content: Content) -> RenderableType:
-    """Heads that stand out, head kinds and defects."""
-    parts: list[RenderableType] = [_title(content), _extremes(content), _kinds(content), _defects(content)]
-    parts += [Text(f"Note: {note}", style="dim") for note in findings.notes(content)]
+    """Heads that stand out, head kinds and defects; as wide as the terminal, but no number is cut."""
+    parts: list[RenderableType] = [_title(content)]
+    for table in (_extremes(content), _kinds(content), _defects(content)):
+        parts += ["", table]
+    notes = findings.notes(content)
+    parts += ["", *(Lines(Text(f"Note: {printable(note)}", style="dim")) for note in notes)] if notes else []
     return Group(*parts)
 
 
-def _title(content: Content) -> Text:
-    corpus = content.manifest.get("corpus", {})
-    title = Text(str(content.manifest.get("model", {}).get("name", "model")), style="bold")
-    title.append(f" on {corpus.get('name', 'corpus')}: ", style="not bold")
-    title.append(
-        f"{content.heads.height} heads, {content.documents} documents, {corpus.get('tokens', 0):,} tokens", "not bold"
-    )
-    return title
+def _title(content: Content) -> Lines:
+    tokens = section(content.manifest, "corpus").get("tokens") or 0
+    counts = (plural(content.heads.height, "head"), plural(content.documents, "document"), plural(tokens, "token"))
+    title = Text(model_title(content.manifest), style="bold")
+    return Lines(title.append(f" on {corpus_title(content.manifest)}: {', '.join(counts)}", "not bold"))
 
 
-def _table(title: str, *columns: tuple[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for name, justify in columns:
-        table.add_column(name, justify=justify)
-    return table
-
-
-def _extremes(content: Content) -> Table:
+def _extremes(content: Content) -> Fitted:
     """The sharpest, broadest, nearest and farthest heads, with half-widths of their 95 % intervals."""
-    table = _table(
-        "Heads that stand out (± half of the 95 % interval)",
-        ("", "left"),
-        ("head", "left"),
-        ("kind", "left"),
-        ("entropy of max", "right"),
-        (f"{content.distance.removeprefix('distance_')} away", "right"),
-        ("previous", "right"),
-        ("first", "right"),
-        ("separator", "right"),
-    )
+    rows = []
     for name, column, largest in (
         ("sharpest", "entropy_normalized", False),
         ("broadest", "entropy_normalized", True),
@@ -62,10 +47,29 @@ def _extremes(content: Content) -> Table:
         ("farthest", content.distance, True),
     ):
         ranked = content.heads.filter(pl.col(column).is_not_null()).sort(column, descending=largest).head(_RANKED)
-        for i, row in enumerate(ranked.iter_rows(named=True)):
-            values = [_with_half(row, c) for c in ("entropy_normalized", content.distance, *_MASSES)]
-            table.add_row(name if i == 0 else "", Text(row["label"]), row["kind"], *values)
-    return table
+        rows += [(name if i == 0 else "", row) for i, row in enumerate(ranked.iter_rows(named=True))]
+    headings = {
+        "entropy_normalized": "entropy of max",
+        content.distance: f"{content.distance.removeprefix('distance_')} away",
+    } | {mass: mass.removeprefix("mass_") for mass in _MASSES}
+    return Fitted(
+        (
+            Column("", [name for name, _ in rows]),
+            Column("head", [printable(row["label"]) for _, row in rows]),
+            Column("kind", [row["kind"] for _, row in rows]),
+            *(
+                Column(
+                    heading,
+                    [_with_half(row, column) for _, row in rows],
+                    right=True,
+                    breaks="at spaces",
+                    may_go=column in _MASSES,
+                )
+                for column, heading in headings.items()
+            ),
+        ),
+        title="Heads that stand out (± half of the 95 % interval)",
+    )
 
 
 def _with_half(row: dict[str, Any], column: str) -> str:
@@ -73,20 +77,34 @@ def _with_half(row: dict[str, Any], column: str) -> str:
     return f"{estimate(row[column], low, high)} {half_width(low, high)}".strip()
 
 
-def _kinds(content: Content) -> Table:
-    table = _table("Head kinds", ("kind", "left"), ("heads", "right"), ("firm", "right"), ("", "left"))
-    for kind, number, meaning in findings.kind_counts(content):
-        own = content.heads.filter(pl.col("kind") == kind)["agreement"].drop_nulls()
-        firm = str(int((own >= findings.FIRM).sum())) if len(own) else "–"
-        table.add_row(kind, str(number), firm, meaning)
-    table.caption = f"firm: at least {percent(findings.FIRM)} of bootstrap replicates over documents agree"
-    table.caption_justify = "left"
-    return table
+def _kinds(content: Content) -> Fitted:
+    counts = findings.kind_counts(content)
+    return Fitted(
+        (
+            Column("kind", [kind for kind, _, _ in counts]),
+            Column("heads", [str(number) for _, number, _ in counts], right=True),
+            Column("firm", [_firm(content, kind) for kind, _, _ in counts], right=True),
+            Column("", [meaning for _, _, meaning in counts], breaks="at spaces"),
+        ),
+        title="Head kinds",
+        caption=f"firm: at least {percent(findings.FIRM)} of bootstrap replicates over documents agree",
+    )
 
 
-def _defects(content: Content) -> Table:
-    table = _table("Defects looked for", ("defect", "left"), ("found", "right"), ("rule", "left"))
-    for row in content.rules.iter_rows(named=True):
-        found = "not measured" if row["found"] is None else str(row["found"])
-        table.add_row(row["defect"], Text(found, style="bold red" if row["found"] else "dim"), Text(row["rule"]))
-    return table
+def _firm(content: Content, kind: str) -> str:
+    own = content.heads.filter(pl.col("kind") == kind)["agreement"].drop_nulls()
+    return str(int((own >= findings.FIRM).sum())) if len(own) else "–"
+
+
+def _defects(content: Content) -> Fitted:
+    rules = content.rules.rows(named=True)
+    found = ["not measured" if row["found"] is None else str(row["found"]) for row in rules]
+    styles = ["bold red" if row["found"] else "dim" for row in rules]
+    return Fitted(
+        (
+            Column("defect", [row["defect"] for row in rules]),
+            Column("found", [Text(text, style=s) for text, s in zip(found, styles, strict=True)], right=True),
+            Column("rule", [row["rule"] for row in rules], breaks="at spaces"),
+        ),
+        title="Defects looked for",
+    )

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
+from extract.capture.batch import Batch
 from extract.capture.layout import Layout
-from extract.engines.visibility import whole_axis
+from extract.engines.visibility import Axis, whole_axis
 from extract.errors import CaptureError
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
-    from torch import Tensor
-
-    from extract.capture.watch import Batch
-    from extract.engines.visibility import Axis
-    from extract.statistics.residual_cpu import Segments
+from extract.statistics.residual_cpu import Segments
 
 
 class Rows:

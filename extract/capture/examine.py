@@ -13,16 +13,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from extract.capture.interface import attending_by, configurations
 from extract.capture.layout import Attention, Layout
+from extract.capture.precision import types_to_examine, widened, widened_inputs
 from extract.capture.probe import LARGEST_PATTERN, PROBE_TOKENS, Call, Trace, drawn_alike, same, trace_of
+from extract.capture.projection import NoProjection, Projection, find_projection
 from extract.capture.replay import find as find_by_replay
-from extract.capture.seam import first_tensor, is_stream, read_tensor, weight_by_input
+from extract.capture.seam import first_tensor, is_stream, read_tensor
 from extract.capture.sites import find_sites, one_refusal
 from extract.capture.stacks import stacks_of
 from extract.errors import CaptureError
@@ -37,10 +39,30 @@ _OF_SEVERAL_PARTS = ("InformerProbSparseAttention", "LEDEncoderSelfAttention", "
 def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> Layout:
     """Run the model on small inputs and find its attention calls, projections, norms and residual sites.
 
+    Beside the largest entries of a stream a model's own type may round all of an update away. So one of half precision is
+    examined with its weights in float32, and any whose stream was not found whole once more in float64. Where it does not
+    run so, or shows no more, it is examined as it is.
+
     `batch` is the number of sequences in the inputs. Raises CaptureError where fewer patterns arrive than the model has
     attention layers.
     """
     _refuse_known(model)
+    found: list[Layout] = []
+    for dtype in types_to_examine(model):
+        try:
+            with widened(model, dtype):
+                layout = _layout_of(model, widened_inputs(inputs, dtype), batch=batch)
+        except Exception:  # kernels that take no other type, or no memory for the weights twice
+            if dtype is None and not found:
+                raise
+            continue
+        if layout.residual_refusal is None and not layout.residual_refusals:
+            return layout
+        found.append(layout)
+    return max(found, key=lambda layout: len(layout.sites))
+
+
+def _layout_of(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> Layout:
     trace = trace_of(model, inputs, batch=batch)
     if any(call.way == "softmax" for call in trace.calls) or not trace.calls:
         trace = _through_interface(model, inputs, trace) or trace
@@ -65,11 +87,15 @@ def find_layout(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> L
             order=call.order,
             replayed=call.replayed,
             in_pieces=place.queries is None and _may_be_in_pieces(model, trace, call),
+            shape=p.shape if p else None,
+            no_projection=none,
         )
-        for number, (call, place, p) in enumerate(zip(trace.calls, stacks_of(model, trace, inputs), found, strict=True))
+        for number, (call, place, (p, none)) in enumerate(
+            zip(trace.calls, stacks_of(model, trace, inputs), found, strict=True)
+        )
     )
     sites, refusals = find_sites(trace, attentions, modules)
-    width = next((p.width for p in found if p is not None), None)
+    width = next((p.shape[1] for p, _ in found if p is not None), None)
     refusal = one_refusal(sites, refusals)
     return Layout(
         attentions,
@@ -462,22 +488,9 @@ def _layers_without_pattern(model: nn.Module, trace: Trace) -> tuple[str, ...]:
     return tuple(silent)
 
 
-class _Projection(NamedTuple):
-    module: str
-    width: int  # of the stream it writes into
-
-
-def _projection(trace: Trace, call: Call, modules: Mapping[str, nn.Module]) -> _Projection | None:
-    """The linear module that reads exactly this call's contexts; None where something stands between."""
-    if call.projection is not None:
-        named = (n for n, m in modules.items() if getattr(m, "weight", None) is call.projection)
-        return next((_Projection(name, call.projection.shape[0]) for name in named), None)
-    for event in trace.events:
-        if event.time < call.time or not same(event.read, call.contexts):
-            continue
-        weight = weight_by_input(modules[event.module])
-        if weight is None or event.wrote is None:
-            continue
-        if weight.shape == (call.contexts.shape[-1], event.wrote.shape[-1]):
-            return _Projection(event.module, weight.shape[-1])
-    return None
+def _projection(trace: Trace, call: Call, modules: Mapping[str, nn.Module]) -> tuple[Projection | None, str | None]:
+    """The output projection of a call, or why it has none."""
+    try:
+        return find_projection(trace, call, modules), None
+    except NoProjection as none:
+        return None, str(none)

@@ -10,20 +10,17 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from extract.capture.compiled import uncompiled
+from extract.capture.layout import Layout
 from extract.capture.probe import drawn_alike
 from extract.capture.seam import is_stream
 from extract.engines.patches import Grid
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from extract.capture.layout import Layout
 
 PIXELS = "pixel_values"
 # a token counts as changed from this share of the largest change on; others differ by rounding alone
@@ -122,7 +119,7 @@ class _Seen:
 def _seen(model: nn.Module, attention: str, inputs: Mapping[str, Any]) -> _Seen | None:
     """Run the model up to an attention module; None where it does not come to it with these inputs."""
     seen = _Seen(tuple(inputs[PIXELS].shape))
-    with _hooked(model, attention, seen), torch.inference_mode(), drawn_alike():
+    with _hooked(model, attention, seen), torch.inference_mode(), drawn_alike(), uncompiled():
         try:
             model(**inputs)
         except _Reached:

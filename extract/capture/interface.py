@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from extract.capture.seam import Attend, Request, refuse_dropout
 from extract.engines import reference
 from extract.engines.rows import AttentionCall
 from extract.engines.visibility import see, whole_axis
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _NAME = "attlas"
 
@@ -89,13 +86,17 @@ def _attention_function(attend: Attend) -> Any:
         causal = bool(causal) and attention_mask is None and query.shape[-2] > 1
         mask = attention_mask if position_bias is None else _biased(position_bias, attention_mask)
 
-        def plain() -> Tensor:
-            queries, keys = (whole_axis(len(query), t.shape[-2], query.device) for t in (query, key))
+        def of_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+            queries, keys = (whole_axis(len(rows), t.shape[-2], rows.device) for t in (rows, key))
             same = queries.tokens == keys.tokens
             seen = see(mask, causal=causal, queries=queries, keys=queries if same else keys)
-            return reference.output_of(AttentionCall(query, key, value, seen, scale, softcap, s_aux))
+            return reference.output_of(AttentionCall(rows, key, value, seen, scale, softcap, s_aux))
 
-        output = attend(Request("interface", query, key, value, mask, causal, scale, plain, softcap, s_aux))
+        def plain() -> Tensor:
+            return of_rows(query, mask)
+
+        part = None if causal else of_rows
+        output = attend(Request("interface", query, key, value, mask, causal, scale, plain, part, softcap, s_aux))
         return output.transpose(1, 2).contiguous(), None
 
     return attention

@@ -104,7 +104,7 @@ class Replayed(NamedTuple):
 class Attention:
     """One attention call of a forward pass: its layer, its heads and, where found, its output projection.
 
-    `queries` and `keys` name the model's input whose tokens they are, None where they are something else: patches,
+    `shape` is that of the projection, contexts × stream, and `no_projection` why there is none. `queries` and `keys` name the model's input whose tokens they are, None where they are something else: patches,
     frames, latents. `module` is the innermost that was running.
     """
 
@@ -121,6 +121,8 @@ class Attention:
     order: str = ""  # of a softmax that goes into an einsum: the letters of batch and head
     replayed: Replayed | None = None
     in_pieces: bool = False  # its module may call once for every window or image of a sequence
+    shape: tuple[int, int] | None = None
+    no_projection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ class Layout:
                     "way": a.way,
                     "module": a.module,
                     "projection": a.projection,
+                    **({} if a.no_projection is None else {"no_projection": a.no_projection}),
                 }
                 for a in self.attentions
             ],

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from torch import nn
-
 from extract.capture.layout import Attention
 from extract.capture.probe import Call, Trace
-from extract.capture.seam import weight_by_input
 from extract.capture.states import moment
 
 
@@ -53,12 +50,10 @@ def _alike(one: Call, other: Call) -> bool:
     return (one.batch, one.queries) == (other.batch, other.queries)
 
 
-def width_of(trace: Trace, member: Member, modules: Mapping[str, nn.Module]) -> int | None:
+def width_of(trace: Trace, member: Member) -> int | None:
     """The width of the stream that a call writes into: its projection's, or that of what the module around it wrote."""
-    if member.attention.projection is not None:
-        weight = weight_by_input(modules[member.attention.projection])
-        if weight is not None:
-            return weight.shape[1]
+    if member.attention.shape is not None:
+        return member.attention.shape[1]
     for module in reversed(member.call.inside):
         wrote = next((e.wrote for e in trace.events if e.module == module and e.time > member.call.time), None)
         if wrote is not None:

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
 
 from extract.capture.interface import configurations, replaced_interface
 from extract.capture.layout import Replayed, Way
 from extract.capture.seam import Request, first_tensor, read_tensor, replaced_sdpa, unheard
 from extract.capture.softmax import Product, Softmaxes, in_usual_order
 from extract.engines.visibility import allows
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 # what a probe has, where the choice is ours: no two numbers alike, so that dimensions tell themselves apart
 PROBE_SEQUENCES, PROBE_TOKENS, PROBE_DECODER_TOKENS = 3, 13, 11
@@ -34,10 +31,10 @@ class Event:
     time: int
     module: str
     call: int
-    read: Tensor | None
-    wrote: Tensor | None
-    later_read: Tensor | None = None
-    later_wrote: Tensor | None = None
+    read: Float[Tensor, "*rows width"] | None  # None where it is no float tensor of two dimensions or more
+    wrote: Float[Tensor, "*written_rows written_width"] | None
+    later_read: Shaped[Tensor, ...] | None = None
+    later_wrote: Shaped[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Call:
     queries: int
     keys: int
     contexts: Float[Tensor, "batch query head_width"]  # heads side by side
-    pattern: Float[Tensor, "batch head query key"] | None  # None where it is too large to be kept
+    pattern: Float[Tensor, "batch head row key"] | None  # None where it is too large to be kept
     causal: bool
     crosses: bool
     projection: Tensor | None = None
@@ -258,7 +255,7 @@ def _pattern(request: Request) -> Float[Tensor, "batch head query key"]:
     return scores.softmax(-1)
 
 
-def _kept(tensor: Tensor | None) -> Tensor | None:
+def _kept(tensor: Tensor | None) -> Float[Tensor, "*rows width"] | None:
     """A copy, since later modules may write into it; in float32, for sums that half precision would round."""
     if tensor is None or not tensor.is_floating_point() or tensor.dim() < 2:
         return None

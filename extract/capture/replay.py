@@ -13,24 +13,19 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from math import gcd
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from extract.capture.layout import Replayed
 from extract.capture.probe import Call, Trace, drawn_alike, hides_the_future
-from extract.capture.seam import first_tensor, is_stream, read_tensor, weight_by_input
-from extract.engines.visibility import whole_axis
+from extract.capture.seam import first_tensor, has_matrix, is_stream, read_tensor
+from extract.engines.visibility import Axis, whole_axis
 from extract.errors import CaptureError
 
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
-
-    from extract.engines.visibility import Axis
-
-    Change = Callable[[Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]
 
 
 # linear modules in one that attends; what has more is layers
@@ -284,7 +279,7 @@ def find(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> tuple[lis
 
 
 def _linear(module: nn.Module) -> list[str]:
-    return [name for name, m in module.named_modules() if name and weight_by_input(m) is not None]
+    return [name for name, m in module.named_modules() if name and has_matrix(m)]
 
 
 @dataclass

@@ -12,27 +12,24 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from extract.capture.layout import Way
 from extract.errors import CaptureError
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from extract.capture.layout import Way
 
 
 @dataclass(frozen=True)
 class Request:
     """An attention call that is about to be made: whoever receives it gives the output [batch, head, query, width].
 
-    `mask` is as for scaled_dot_product_attention. `plain` makes the call as the model would. `projection` is the weight
+    `mask` is as for scaled_dot_product_attention. `plain` makes the call as the model would, `call` a part of it: of such
+    queries and the rows of the mask that are theirs; None where queries see by their places. `projection` is the weight
     that reads the contexts, and `crosses` whether the keys come from elsewhere, where the call itself says so.
     """
 
@@ -44,6 +41,7 @@ class Request:
     causal: bool
     scale: float
     plain: Callable[[], Tensor]
+    call: Callable[[Tensor, Tensor | None], Tensor] | None = None
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
     projection: Tensor | None = None
@@ -112,6 +110,10 @@ def _receiving(original: Callable[..., Tensor], attend: Attend, inside: _MultiHe
                     query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
                 )
 
+        def of_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+            with unheard():
+                return original(rows, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+
         if query.dim() == 3:  # without heads: one
             queries, keys, values = (t[:, None] for t in (query, key, value))
             mask = attn_mask if attn_mask is None or attn_mask.dim() < 3 else attn_mask[:, None]
@@ -131,6 +133,7 @@ def _receiving(original: Callable[..., Tensor], attend: Attend, inside: _MultiHe
                 is_causal,
                 scaling,
                 plain,
+                None if is_causal else of_rows,
                 projection=inside.projection,
                 crosses=inside.crosses,
             )
@@ -210,12 +213,7 @@ def is_stream(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3
 
 
-def weight_by_input(module: nn.Module) -> Float[Tensor, "input output"] | None:
-    """The matrix by which a linear module multiplies what it reads; None where it has no weight of two dimensions.
-
-    `nn.Linear` stores it transposed, GPT-2's Conv1D as it is.
-    """
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module keeps a weight of two dimensions, as linear ones do; what it does with it is not known by that."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-        return None
-    return weight.detach().T if isinstance(module, nn.Linear) else weight.detach()
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2

@@ -77,7 +77,7 @@ def _sites_of_stack(
     known: dict[int, Streams],
 ) -> tuple[list[tuple[int, Site]], str | None]:
     """A stack whose width changes on its way, as between stages, has a stream of each width."""
-    widths = [width_of(trace, member, modules) for member in members]
+    widths = [width_of(trace, member) for member in members]
     found: list[tuple[int, Site]] = []
     for width, part in groupby(zip(widths, members, strict=True), key=lambda pair: pair[0]):
         if width is None:

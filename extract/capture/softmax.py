@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from extract.capture.seam import unheard
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 _SOFTMAX = {"softmax"}
 _PRODUCTS = {"matmul", "bmm", "einsum", "__matmul__", "__rmatmul__"}
@@ -29,12 +27,12 @@ _PATIENCE = 64
 class Product:
     """A softmax, and the product of what came of it with values; as the model has them."""
 
-    scores: Tensor  # what the softmax read
+    scores: Float[Tensor, "*scores"]  # what the softmax read
     over: int  # the dimension it normalised
-    softmax: Tensor
-    pattern: Tensor  # the product's factor
-    value: Tensor
-    contexts: Tensor
+    softmax: Float[Tensor, "*scores"]
+    pattern: Float[Tensor, "*rows key"]  # the product's factor
+    value: Float[Tensor, "*keys value_width"]
+    contexts: Float[Tensor, "*contexts"]
     equation: str | None  # of an einsum
 
 

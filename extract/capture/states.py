@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from extract.capture.layout import Norm, Tap
 from extract.capture.places import around_of
 from extract.capture.probe import Event, Trace
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 # rows and columns of a state that stand for the whole of it when sums are sought; what they find is checked on the whole
 SAMPLED_ROWS, SAMPLED_COLUMNS = 32, 16
@@ -57,7 +54,7 @@ def states_of(trace: Trace, modules: Mapping[str, nn.Module], width: int) -> lis
     """Every state of this width in the order in which they were first seen."""
     states: list[State] = []
     known: dict[tuple[int, bytes], list[State]] = {}
-    norms = {(norm.module, norm.call): norm for norm in _norms(trace.events, modules, width)}
+    norms = {(norm.module, norm.call): norm for norm in norms_in(trace.events, modules, width)}
     for when, tap, tensor in sorted(_seen(trace), key=lambda seen: seen[0]):
         if tensor is None or tensor.shape[-1] != width:
             continue
@@ -109,7 +106,7 @@ def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 
 
-def _norms(events: Iterable[Event], modules: Mapping[str, nn.Module], width: int) -> Iterator[Norm]:
+def norms_in(events: Iterable[Event], modules: Mapping[str, nn.Module], width: int) -> Iterator[Norm]:
     """Every call of a module without children that normalises vectors of this width, checked by doing it."""
     for event in events:
         module = modules[event.module]

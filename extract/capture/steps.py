@@ -9,19 +9,16 @@ scale).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from extract.capture.layout import Norm
 from extract.capture.places import likeness
 from extract.capture.states import State
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 # how far back a state's origin is sought, in states of its kind; two updates at once stand closer
 _BACK, _BACK_FOR_TWO = 64, 24

@@ -10,28 +10,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from extract.capture.axes import Axes, Rows
+from extract.capture.batch import Batch
 from extract.capture.layout import Attention, Layout, Site, Tap, Update
 from extract.capture.seam import first_tensor, read_tensor
 from extract.engines import buffers
+from extract.engines.visibility import Axis
 from extract.errors import CaptureError
 from extract.statistics.residual import NormObservation, ResidualObservation, column_values
+from extract.statistics.residual_cpu import Passed
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from extract.capture.watch import Batch
-    from extract.engines.visibility import Axis
-    from extract.statistics.residual_cpu import Passed
-
-    Observe = Callable[[Site, Float[Tensor, "column batch"]], None]
+Observe = Callable[[Site, Float[Tensor, "column batch"]], None]
 
 
 class Stream:

@@ -6,34 +6,31 @@ What a call shows is summed up at once: nothing of the size of a pattern is held
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
+from extract.capture.batch import Batch, Tokens
+from extract.capture.compiled import uncompiled
 from extract.capture.interface import replaced_interface
 from extract.capture.layout import Attention, Layout, Site, Way
 from extract.capture.replay import Run, shown
-from extract.capture.seam import Request, read_tensor, replaced_sdpa, unheard, weight_by_input
+from extract.capture.seam import Request, read_tensor, replaced_sdpa, unheard
 from extract.capture.softmax import Finished, Product, Softmaxes, in_usual_order
 from extract.capture.stream import CompiledStream, Stream
-from extract.engines import reference
+from extract.capture.writes import write_factors
+from extract.engines import Engine, reference
+from extract.engines.patches import Grid
 from extract.engines.rows import AttentionCall, Rows, ScoredCall
 from extract.engines.visibility import Axis, Visibility, axis_of, keys_seen, see, whole_axis
 from extract.errors import CaptureError
 from extract.statistics.attention import OF_SCORES, OF_WHOLE_SEQUENCES, PLACE
 from extract.statistics.sums import HeadObservation, HeadSums
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
-
-    from extract.engines import Engine
-    from extract.engines.patches import Grid
 
 # one name is replaced for the whole process, so one forward pass is watched at a time
 _WATCHING = threading.Lock()
@@ -41,27 +38,7 @@ _WATCHING = threading.Lock()
 _HIDDEN = 5000
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """What is known of the tokens of an input. Without an axis, padding is what no query sees."""
-
-    axis: Axis | None
-    ids: Int[Tensor, "batch token"] | None = None
-    classes: Int[Tensor, "batch token"] | None = None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What is known of a batch besides the model's inputs: the tokens of those that have some, by the input's name.
-
-    `grids` say where the patches of its images stand among the tokens of a stack.
-    """
-
-    sequences: int
-    texts: Mapping[str, Tokens] = field(default_factory=dict)
-    grids: Mapping[str, Grid] = field(default_factory=dict)
-
-
+@runtime_checkable
 class Observer(Protocol):
     """Takes observations as they are made."""
 
@@ -84,12 +61,14 @@ def watching(
 
     Raises CaptureError when the pass shows other attention calls or residual sites than the layout has.
     """
+    with uncompiled():
+        factors = write_factors(model, layout)
     stream = None
     if residual and layout.residual_refusal is None:
         kind = CompiledStream if engine.compiled else Stream
         stream = kind(layout, batch, observer.residual)
-    watch = _Watch(layout, batch, engine, observer, _write_factors(model, layout), stream)
-    with _WATCHING, ExitStack() as stack:
+    watch = _Watch(layout, batch, engine, observer, factors, stream)
+    with _WATCHING, ExitStack() as stack, uncompiled():
         if stream is not None:
             stack.enter_context(stream.watched(model))
         stack.enter_context(replaced_sdpa(watch.attend))
@@ -111,37 +90,39 @@ def watching(
             )
 
 
-_FACTORS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], dict[int, Tensor]]] = weakref.WeakKeyDictionary()
+class _Plain:
+    """What the model itself gives of an attention call.
 
-
-def _write_factors(model: nn.Module, layout: Layout) -> dict[int, Tensor]:
-    """Per attention call R [head, head_width, head_width] with ‖c R‖ = ‖c W_O^h‖: a small matrix instead of the projection.
-
-    Computed anew when a weight has changed since the last time.
+    An engine makes an output where tokens are real. What the model has at padding may be read all the same, by what looks
+    at a whole tensor: a quantiser by its largest entry, cross-attention over what no mask tells of, or a user's hook.
     """
-    weights = {
-        number: (attention.heads, weight)
-        for number, attention in enumerate(layout.attentions)
-        if attention.projection is not None
-        and (weight := weight_by_input(model.get_submodule(attention.projection))) is not None
-    }
-    # torch counts the writes into a tensor, except one made in inference mode, which can't be trained either
-    state = tuple((w.data_ptr(), w.dtype, None if w.is_inference() else w._version) for _, w in weights.values())
-    known = _FACTORS.get(model)
-    if known is None or known[0] != state:
-        factors = {
-            number: _write_factor(weight.unflatten(0, (heads, -1))) for number, (heads, weight) in weights.items()
-        }
-        known = _FACTORS[model] = (state, factors)
-    return known[1]
 
+    def __init__(self, request: Request, query: Float[Tensor, "batch head query width"]) -> None:
+        self.made = False
+        self._request = request
+        self._query = query
 
-def _write_factor(weight: Float[Tensor, "head head_width model_width"]) -> Float[Tensor, "head head_width head_width"]:
-    """Lower triangular R with R Rᵀ = W Wᵀ, from W itself in float64: its Gram matrix would lose half the digits."""
-    factor = torch.linalg.qr(weight.double().transpose(-1, -2), mode="r").R.transpose(-1, -2)
-    if factor.shape[-1] < factor.shape[-2]:  # heads wider than the stream
-        factor = torch.nn.functional.pad(factor, (0, factor.shape[-2] - factor.shape[-1]))
-    return factor.to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
+    def whole(self) -> Float[Tensor, "batch head query value_width"]:
+        self.made = True
+        return self._request.plain().reshape(*self._query.shape[:-1], -1)
+
+    def at_padding(
+        self, output: Float[Tensor, "batch head query value_width"], queries: Axis
+    ) -> Float[Tensor, "batch head query value_width"]:
+        """The output with the model's own where queries are padding."""
+        rows = queries.padding
+        if rows is None:
+            return output
+        request = self._request
+        if request.call is None or request.query.shape != self._query.shape:
+            own = self.whole()[:, :, rows]
+        else:
+            mask = request.mask
+            mask = mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
+            own = request.call(request.query[:, :, rows], mask)
+        real = queries.real[:, None, rows, None]
+        output[:, :, rows] = output[:, :, rows].where(real, own.to(output.dtype))
+        return output
 
 
 class _Piece(NamedTuple):
@@ -170,11 +151,6 @@ class _Watch:
     own_axes: dict[tuple[int, int], Axis] = field(default_factory=dict)  # of self-attention, by batch and tokens
     seen_masks: dict[tuple[Any, ...], tuple[Any, Visibility]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        # an engine's output is the model's own where tokens are real; where cross-attention goes over what no mask tells
-        # of, it may go over padding too, and every place must be the model's own
-        self.padding_is_read = any(a.crosses and a.keys is None for a in self.layout.attentions)
-
     def attend(self, request: Request) -> Tensor:
         """Make an attention call that comes through torch or the interface, and observe it."""
         if self.running is not None:  # a part of what is run again
@@ -202,10 +178,11 @@ class _Watch:
             grid=self._grid(attention, *query.shape[::2]),
         )
         attend = reference.attend if call.visibility.crosses else self.engine.attend
-        output, rows = attend(call, lambda: request.plain().reshape(*query.shape[:-1], -1))
+        plain = _Plain(request, query)
+        output, rows = attend(call, plain.whole)
         self._observe(attention, call.visibility, rows, output)
-        if self.padding_is_read and not bool(call.visibility.queries.real.all()):
-            output = request.plain()
+        if not plain.made:
+            output = plain.at_padding(output, call.visibility.queries)
         return output.reshape(*packed[:-1], output.shape[-1])
 
     def finished(self, product: Product) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,12 @@ import torch
 from numba import njit, types
 from numba.core import config as numba_config
 
+from extract.engines import kernel_cache
+
 config: Any = numba_config  # its attributes are made at run time
 # sums may be reordered and contracted, but infinities and NaN keep their meaning: they mark rows to leave out
 FAST = {"reassoc", "contract", "arcp", "nsz"}
-_KERNELS: list[Callable[[], Any]] = []
+_KERNELS: dict[str, Callable[[], Any]] = {}
 
 
 def array(kind: Any, dimensions: int) -> Any:
@@ -32,14 +31,16 @@ def kernel(*arguments: Any, fast: bool = False) -> Callable[[Callable[..., None]
     """Compile a function of arguments of these types, with `prange` over torch's threads, when it is first called."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        options = {"parallel": True, "nogil": True, "cache": True, "error_model": "numpy"}
+        name = f"{function.__module__}.{function.__qualname__}"
+        options = {"parallel": True, "nogil": True, "error_model": "numpy", "fastmath": FAST if fast else False}
 
         @cache
         def made() -> Callable[..., None]:
-            with _own_cache():
-                return njit(types.void(*arguments), fastmath=FAST if fast else False, **options)(function)
+            return kernel_cache.compiled(
+                name, lambda keeps: njit(types.void(*arguments), cache=keeps, **options)(function)
+            )
 
-        _KERNELS.append(made)
+        _KERNELS[name] = made
 
         @wraps(function)
         def run(*values: Any) -> None:
@@ -53,34 +54,13 @@ def kernel(*arguments: Any, fast: bool = False) -> Callable[[Callable[..., None]
 
 def prepare() -> None:
     """Compile every kernel of the modules that are imported, or load it as an earlier process compiled it."""
-    for made in _KERNELS:
+    for made in _KERNELS.values():
         made()
 
 
 def is_prepared() -> bool:
     """Whether all of them were compiled on this machine before, from these very sources."""
-    return len(list(_cache_folder().rglob("*.nbi"))) >= len(_KERNELS)
-
-
-@contextmanager
-def _own_cache() -> Iterator[None]:
-    """Keep what is compiled by the digest of all that it is compiled from: numba alone looks at one file's time."""
-    before = config.CACHE_DIR
-    config.CACHE_DIR = str(_cache_folder())
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = before
-
-
-@cache
-def _cache_folder() -> Path:
-    extract = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for source in sorted([*extract.glob("engines/*.py"), *extract.glob("statistics/*.py")]):
-        digest.update(source.read_bytes())
-    home = os.environ.get("NUMBA_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(home) / "attlas" / digest.hexdigest()[:16]
+    return all(map(kernel_cache.is_kept, _KERNELS))
 
 
 def _share_threads() -> None:

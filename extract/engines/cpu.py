@@ -8,17 +8,15 @@ are not touched. It takes every call whose numbers are float32 or narrower; a fl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from extract.engines import buffers, cpu_kernel, reference
 from extract.engines.cpu_kernel import QUANTITIES
 from extract.engines.rows import AttentionCall, Rows, ScoredCall
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # a sequence is cut into at most so many pieces of rows, none shorter than this: the cut follows from the shape alone, so
 # that sums come out the same on any number of threads

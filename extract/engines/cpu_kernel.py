@@ -5,9 +5,10 @@ Scores are powers of two throughout (scaled by log₂ e), as exponentials are ch
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from numba import boolean, float64, int32, int64, njit, prange, types
 from numba import float32 as f32
 
@@ -57,11 +58,16 @@ QUANTITIES = (*ROW_QUANTITIES, "context_norm", "update_norm", "sink")
 ) = range(len(QUANTITIES))
 # where a row's offset is so many times its spread, the spread is summed again about the offset: about the query it would
 # lose its digits
-_NARROW = 16
+_NARROW = 4
 
 
 @kernel(array(int64, 2), array(int64, 1), array(int64, 1), array(int32, 3))
-def group_by_token(ids: Any, start: Any, length: Any, groups: Any) -> None:
+def group_by_token(
+    ids: Int64[np.ndarray, "batch token"],
+    start: Int64[np.ndarray, " batch"],
+    length: Int64[np.ndarray, " batch"],
+    groups: Int32[np.ndarray, "3 batch token"],
+) -> None:
     """Positions sorted by token, and for each position where its token's group begins and ends: [3, batch, token]."""
     for b in prange(ids.shape[0]):
         n = length[b]
@@ -83,7 +89,7 @@ def _padded(n: int, multiple: int) -> int:
 
 
 @njit(error_model="numpy")
-def _packed_keys(key: Any, n: int) -> Any:
+def _packed_keys(key: Float32[np.ndarray, "key width"], n: int) -> Float32[np.ndarray, "tile width TILE"]:
     """[token, width] as [tile, width, TILE]: for each tile of tokens, their entries side by side; zeros behind the last."""
     width = key.shape[1]
     tiles = _padded(n, TILE) // TILE
@@ -105,7 +111,7 @@ def _packed_keys(key: Any, n: int) -> Any:
 
 
 @njit(error_model="numpy")
-def _packed(x: Any, n: int) -> Any:
+def _packed(x: Float32[np.ndarray, "row width"], n: int) -> Float32[np.ndarray, "tile row TILE"]:
     """[row, width] as [tile, row, TILE]: tiles of columns; zeros behind the last."""
     width = x.shape[1]
     tiles = _padded(width, TILE) // TILE
@@ -126,7 +132,13 @@ def _packed(x: Any, n: int) -> Any:
 
 
 @njit(error_model="numpy", forceinline=True)
-def _take_rows(x: Any, first: int, last: int, scale: Any, out: Any) -> None:
+def _take_rows(
+    x: Float32[np.ndarray, "row width"],
+    first: int,
+    last: int,
+    scale: np.float32,
+    out: Float32[np.ndarray, "ROWS padded_width"],
+) -> None:
     """Rows first … last−1, scaled; zeros behind them."""
     for r in range(ROWS):
         if first + r < last:
@@ -136,7 +148,13 @@ def _take_rows(x: Any, first: int, last: int, scale: Any, out: Any) -> None:
 
 
 @njit(error_model="numpy", inline="always")
-def _times_packed(rows: Any, depth: int, packed: Any, first: int, out: Any) -> None:
+def _times_packed(
+    rows: Float32[np.ndarray, "ROWS place"],
+    depth: int,
+    packed: Float32[np.ndarray, "tile row TILE"],
+    first: int,
+    out: Float32[np.ndarray, "ROWS padded_width"],
+) -> None:
     """ROWS rows [·, depth] times packed columns [tile, row, TILE] from a row on, into out [·, tile × TILE]."""
     for t in range(packed.shape[0]):
         tile(
@@ -150,7 +168,12 @@ def _times_packed(rows: Any, depth: int, packed: Any, first: int, out: Any) -> N
 
 
 @njit(error_model="numpy", forceinline=True)
-def _write_norms(rows: Any, write: Any, room: Any, norms: Any) -> None:
+def _write_norms(
+    rows: Float32[np.ndarray, "ROWS padded_width"],
+    write: Float32[np.ndarray, "tile value_width TILE"],
+    room: Float32[np.ndarray, "ROWS padded_width"],
+    norms: Float32[np.ndarray, " LANES"],
+) -> None:
     """‖row · R‖ of ROWS rows; R is lower triangular, so the rows of it above a tile's diagonal are passed over."""
     width = write.shape[1]
     for t in range(write.shape[0]):
@@ -167,13 +190,20 @@ def _write_norms(rows: Any, write: Any, room: Any, norms: Any) -> None:
 
 
 @njit(error_model="numpy", inline="always")
-def _is_finite(x: Any) -> bool:
+def _is_finite(x: np.float32) -> bool:
     """By its bits: a comparison of floats may be folded away under the flags above."""
     return (np.float32(x).view(np.int32) & np.int32(0x7F800000)) != np.int32(0x7F800000)
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _change_scores(s: Any, low: int, high: int, softcap: Any, bias: Any, r: int) -> None:
+def _change_scores(
+    s: Float32[np.ndarray, " place"],
+    low: int,
+    high: int,
+    softcap: np.float32,
+    bias: Float32[np.ndarray, "query key"],
+    r: int,
+) -> None:
     """Soft-cap and bias of a row, both in natural units; the scores become powers of two."""
     if softcap > 0:
         for j in range(low, high):
@@ -186,7 +216,15 @@ def _change_scores(s: Any, low: int, high: int, softcap: Any, bias: Any, r: int)
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _row_with_holes(s: Any, low: int, high: int, allowed: Any, i: int, sums: Any, r: int) -> tuple[Any, int]:
+def _row_with_holes(
+    s: Float32[np.ndarray, " place"],
+    low: int,
+    high: int,
+    allowed: Bool[np.ndarray, " key"],
+    i: int,
+    sums: Float32[np.ndarray, "SUMS LANES"],
+    r: int,
+) -> tuple[np.float32, int]:
     """What `softmax_row` does, for a row that does not see all keys between its ends; gives largest and count."""
     count, largest = 0, f32(-np.inf)
     for j in range(low, high):
@@ -215,7 +253,13 @@ def _row_with_holes(s: Any, low: int, high: int, allowed: Any, i: int, sums: Any
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _add_sink(sums: Any, largest: Any, sink: Any, shrunk: Any, of_sink: Any) -> None:
+def _add_sink(
+    sums: Float32[np.ndarray, "SUMS LANES"],
+    largest: Float32[np.ndarray, " LANES"],
+    sink: np.float32,
+    shrunk: Float32[np.ndarray, " ROWS"],
+    of_sink: Float32[np.ndarray, " ROWS"],
+) -> None:
     """Take a learned sink in: relative to the larger of it and a row's largest score, so that neither overflows."""
     for r in range(ROWS):
         top = max(largest[r], sink)
@@ -228,7 +272,15 @@ def _add_sink(sums: Any, largest: Any, sink: Any, shrunk: Any, of_sink: Any) -> 
 
 
 @njit(fastmath=FAST, error_model="numpy", forceinline=True)
-def _finish_rows(sums: Any, largest: Any, counts: Any, shrunk: Any, of_sink: Any, weights: Any, out: Any) -> None:
+def _finish_rows(
+    sums: Float32[np.ndarray, "SUMS LANES"],
+    largest: Float32[np.ndarray, " LANES"],
+    counts: Int32[np.ndarray, " ROWS"],
+    shrunk: Float32[np.ndarray, " ROWS"],
+    of_sink: Float32[np.ndarray, " ROWS"],
+    weights: Float32[np.ndarray, " ROWS"],
+    out: Float32[np.ndarray, "quantity ROWS"],
+) -> None:
     """Quantities of ROWS rows from their sums, and the weights that turn their powers into their patterns."""
     for r in range(ROWS):
         total = sums[TOTAL, r]
@@ -251,7 +303,15 @@ def _finish_rows(sums: Any, largest: Any, counts: Any, shrunk: Any, of_sink: Any
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _spread_about_offset(e: Any, low: int, high: int, i: int, weight: Any, offset: Any, of_sink: Any) -> Any:
+def _spread_about_offset(
+    e: Float32[np.ndarray, " place"],
+    low: int,
+    high: int,
+    i: int,
+    weight: np.float32,
+    offset: np.float32,
+    of_sink: np.float32,
+) -> np.float32:
     """√(Σ p d² − (Σ p d)²), summed about the mean offset; the sink's mass is not in Σ p."""
     centre = np.int32(np.rint(offset))
     ahead, squared = f32(0), f32(0)
@@ -265,8 +325,11 @@ def _spread_about_offset(e: Any, low: int, high: int, i: int, weight: Any, offse
 
 
 @njit(error_model="numpy")
-def _look_up(e: Any, low: int, high: int, i: int, groups: Any) -> tuple[Any, Any]:
+def _look_up(
+    e: Float32[np.ndarray, " place"], low: int, high: int, i: int, groups: Int32[np.ndarray, "3 token"]
+) -> tuple[np.float32, np.float32]:
     """Powers of row i on other keys with its token, and on keys up to i that follow one of them."""
+    j: int  # said for a checker: where a place may be anything, NumPy's stubs have an array at it
     same, induction = f32(0), f32(0)
     for member in range(groups[1, i], groups[2, i]):
         j = groups[0, member]
@@ -280,25 +343,25 @@ def _look_up(e: Any, low: int, high: int, i: int, groups: Any) -> tuple[Any, Any
 class _Room(NamedTuple):
     """What ROWS rows of a head need while they are worked on."""
 
-    rows: Any  # [ROWS, stride]: scores, then powers of two; see `_room` for the margins
-    queries: Any  # [ROWS, width]
-    contexts: Any  # [ROWS, tiles × TILE]
-    written: Any  # the same, times R
-    lanes: Any  # [SUMS, ROWS, LANES]
-    sums: Any  # [SUMS, LANES]
-    largest: Any  # the following [LANES] or [ROWS]
-    norms: Any
-    weights: Any  # which turn powers into the pattern
-    low: Any
-    high: Any
-    counts: Any  # visible keys
-    shrunk: Any
-    of_sink: Any
-    finished: Any  # [quantity, ROWS]
+    rows: Float32[np.ndarray, "ROWS place"]  # scores, then powers of two; see `_room` for the margins
+    queries: Float32[np.ndarray, "ROWS width"]
+    contexts: Float32[np.ndarray, "ROWS padded_width"]  # whole tiles
+    written: Float32[np.ndarray, "ROWS padded_width"]  # the same, times R
+    lanes: Float32[np.ndarray, "SUMS ROWS LANES"]
+    sums: Float32[np.ndarray, "SUMS LANES"]
+    largest: Float32[np.ndarray, " LANES"]
+    norms: Float32[np.ndarray, " LANES"]
+    weights: Float32[np.ndarray, " ROWS"]  # which turn powers into the pattern
+    low: Int64[np.ndarray, " ROWS"]
+    high: Int64[np.ndarray, " ROWS"]
+    counts: Int32[np.ndarray, " ROWS"]  # visible keys
+    shrunk: Float32[np.ndarray, " ROWS"]
+    of_sink: Float32[np.ndarray, " ROWS"]
+    finished: Float32[np.ndarray, "quantity ROWS"]
 
 
 @njit(error_model="numpy")
-def _room(key_tiles: int, width: int, value_tiles: int) -> Any:
+def _room(key_tiles: int, width: int, value_tiles: int) -> _Room:
     """Room for rows of so many tiles of keys, of zeros.
 
     A row has a margin on the left for the rows that begin before it, and one on the right for the last vector.
@@ -323,7 +386,14 @@ def _room(key_tiles: int, width: int, value_tiles: int) -> Any:
 
 
 @njit(error_model="numpy", forceinline=True)
-def _reach(room: Any, first_key: Any, last_key: Any, first: int, rows: int, n: int) -> tuple[int, int]:
+def _reach(
+    room: _Room,
+    first_key: Int64[np.ndarray, " query"],
+    last_key: Int64[np.ndarray, " query"],
+    first: int,
+    rows: int,
+    n: int,
+) -> tuple[int, int]:
     """Where each row's keys begin and end, and all of theirs; a row that sees nothing has both at 0."""
     low, high = n, 0
     for r in range(ROWS):
@@ -339,7 +409,14 @@ def _reach(room: Any, first_key: Any, last_key: Any, first: int, rows: int, n: i
 
 
 @njit(error_model="numpy", forceinline=True)
-def _score(room: Any, keys: Any, from_tile: int, to_tile: int, softcap: Any, bias: Any) -> None:
+def _score(
+    room: _Room,
+    keys: Float32[np.ndarray, "tile width TILE"],
+    from_tile: int,
+    to_tile: int,
+    softcap: np.float32,
+    bias: Float32[np.ndarray, "query key"],
+) -> None:
     """Scores of the rows against the keys of some tiles, as powers of two."""
     s, width = room.rows[:, ROWS:], keys.shape[1]
     for t in range(from_tile, to_tile):
@@ -357,7 +434,7 @@ def _score(room: Any, keys: Any, from_tile: int, to_tile: int, softcap: Any, bia
 
 
 @njit(error_model="numpy", forceinline=True)
-def _take_scores(room: Any, scores: Any, low: int, high: int) -> None:
+def _take_scores(room: _Room, scores: Float32[np.ndarray, "query key"], low: int, high: int) -> None:
     """Scores that the model has made, as powers of two."""
     s = room.rows[:, ROWS:]
     for r in range(scores.shape[0]):
@@ -366,7 +443,7 @@ def _take_scores(room: Any, scores: Any, low: int, high: int) -> None:
 
 
 @njit(error_model="numpy", forceinline=True)
-def _raise(room: Any, from_tile: int, to_tile: int, tiles: int, i: int) -> None:
+def _raise(room: _Room, from_tile: int, to_tile: int, tiles: int, i: int) -> None:
     """Scores to powers of two, relative to each row's largest, with their sums; zeros where a row does not see."""
     s = room.rows[:, ROWS:]
     at, stride, lanes = s.ctypes.data, s.strides[0], room.lanes.ctypes.data
@@ -381,7 +458,9 @@ def _raise(room: Any, from_tile: int, to_tile: int, tiles: int, i: int) -> None:
 
 
 @njit(error_model="numpy")
-def _raise_with_holes(room: Any, from_tile: int, to_tile: int, tiles: int, i: int, allowed: Any) -> None:
+def _raise_with_holes(
+    room: _Room, from_tile: int, to_tile: int, tiles: int, i: int, allowed: Bool[np.ndarray, "query key"]
+) -> None:
     for r in range(allowed.shape[0]):
         room.largest[r], room.counts[r] = _row_with_holes(
             room.rows[r, ROWS:], room.low[r], room.high[r], allowed[r], i + r, room.sums, r
@@ -390,7 +469,7 @@ def _raise_with_holes(room: Any, from_tile: int, to_tile: int, tiles: int, i: in
 
 
 @njit(error_model="numpy", forceinline=True)
-def _clear_unseen(room: Any, from_tile: int, to_tile: int, tiles: int) -> None:
+def _clear_unseen(room: _Room, from_tile: int, to_tile: int, tiles: int) -> None:
     """Zeros around what each row sees, as far as these tiles and the margins that `spread` reads go."""
     # behind the last tile of all nothing is ever written
     behind = ROWS + to_tile * TILE + (LANES + ROWS if to_tile < tiles else 0)
@@ -402,7 +481,7 @@ def _clear_unseen(room: Any, from_tile: int, to_tile: int, tiles: int) -> None:
 
 
 @njit(error_model="numpy", forceinline=True)
-def _settle(room: Any, sink: Any, i: int, rows: int, measured: Any) -> None:
+def _settle(room: _Room, sink: np.float32, i: int, rows: int, measured: Bool[np.ndarray, " query"]) -> None:
     """Quantities and weights of the rows; those that see nothing, or a score that is not finite, are cleared."""
     if sink > -np.inf:
         _add_sink(room.sums, room.largest, sink, room.shrunk, room.of_sink)
@@ -428,7 +507,7 @@ def _settle(room: Any, sink: Any, i: int, rows: int, measured: Any) -> None:
 
 
 @njit(error_model="numpy", forceinline=True)
-def _look_up_rows(room: Any, i: int, rows: int, groups: Any) -> tuple[Any, Any]:
+def _look_up_rows(room: _Room, i: int, rows: int, groups: Int32[np.ndarray, "3 token"]) -> tuple[float, float]:
     """Mass of the rows on other keys with their tokens, and on keys up to them that follow one of these."""
     same, induction = 0.0, 0.0
     for r in range(rows):
@@ -440,7 +519,7 @@ def _look_up_rows(room: Any, i: int, rows: int, groups: Any) -> tuple[Any, Any]:
 
 
 @njit(error_model="numpy", forceinline=True)
-def _gather(room: Any, values: Any, low: int, high: int) -> None:
+def _gather(room: _Room, values: Float32[np.ndarray, "tile key TILE"], low: int, high: int) -> None:
     """Contexts of the rows."""
     _times_packed(room.rows[:, ROWS + low :], high - low, values, low, room.contexts)
     for r in range(ROWS):
@@ -449,7 +528,7 @@ def _gather(room: Any, values: Any, low: int, high: int) -> None:
 
 
 @njit(error_model="numpy", forceinline=True)
-def _take_contexts(room: Any, contexts: Any) -> None:
+def _take_contexts(room: _Room, contexts: Float32[np.ndarray, "query value_width"]) -> None:
     """Those that the model has made, of the rows that are measured."""
     _take_rows(contexts, 0, contexts.shape[0], f32(1), room.contexts)
     for r in range(ROWS):
@@ -458,7 +537,7 @@ def _take_contexts(room: Any, contexts: Any) -> None:
 
 
 @njit(error_model="numpy", forceinline=True)
-def _context_norms(room: Any, write: Any) -> None:
+def _context_norms(room: _Room, write: Float32[np.ndarray, "tile value_width TILE"]) -> None:
     """The sizes of the contexts, and of what they write."""
     wide = room.contexts.shape[1]
     squares_of_rows(room.contexts.ctypes.data, wide, wide, room.norms.ctypes.data)
@@ -471,7 +550,12 @@ def _context_norms(room: Any, write: Any) -> None:
 
 
 @njit(error_model="numpy", forceinline=True)
-def _hand_over(room: Any, rows: int, output: Any, quantities: Any) -> None:
+def _hand_over(
+    room: _Room,
+    rows: int,
+    output: Float32[np.ndarray, "query value_width"],
+    quantities: Float32[np.ndarray, "quantity query"],
+) -> None:
     for r in range(rows):
         place = output.ctypes.data + r * output.strides[0]
         copy(room.contexts.ctypes.data + r * room.contexts.strides[0], place, output.shape[1], f32(1))
@@ -481,7 +565,12 @@ def _hand_over(room: Any, rows: int, output: Any, quantities: Any) -> None:
 
 
 @njit(error_model="numpy")
-def _value_norms(room: Any, values: Any, write: Any, norms: Any) -> None:
+def _value_norms(
+    room: _Room,
+    values: Float32[np.ndarray, "key value_width"],
+    write: Float32[np.ndarray, "tile value_width TILE"],
+    norms: Float32[np.ndarray, " key"],
+) -> None:
     """‖v_j R‖ of every key."""
     for j in range(0, values.shape[0], ROWS):
         _take_rows(values, j, values.shape[0], f32(1), room.contexts)
@@ -491,7 +580,14 @@ def _value_norms(room: Any, values: Any, write: Any, norms: Any) -> None:
 
 
 @njit(error_model="numpy")
-def _clear_padding(first: int, n: int, measured: Any, quantities: Any, output: Any, value_norms: Any) -> None:
+def _clear_padding(
+    first: int,
+    n: int,
+    measured: Bool[np.ndarray, " query"],
+    quantities: Float32[np.ndarray, "quantity query"],
+    output: Float32[np.ndarray, "query value_width"],
+    value_norms: Float32[np.ndarray, " key"],
+) -> None:
     for j in range(measured.shape[0]):
         if j < first or j >= first + n:
             measured[j] = False
@@ -501,13 +597,13 @@ def _clear_padding(first: int, n: int, measured: Any, quantities: Any, output: A
 
 
 @njit(error_model="numpy")
-def _put_between_zeros(values: Any, first: int, out: Any) -> None:
+def _put_between_zeros(values: Float32[np.ndarray, " value"], first: int, out: Float32[np.ndarray, " padded"]) -> None:
     out[:first] = f32(0)
     out[first : first + values.shape[0]] = values
     out[first + values.shape[0] :] = f32(0)
 
 
-def _own(kind: Any, dimensions: int) -> Any:
+def _own(kind: types.Type, dimensions: int) -> types.Array:
     """An array that the engine makes: its last dimension is side by side."""
     return types.Array(kind, dimensions, "C")
 
@@ -539,30 +635,30 @@ def _own(kind: Any, dimensions: int) -> Any:
     _own(float64, 4),
 )
 def attend(
-    query: Any,
-    key: Any,
-    value: Any,
-    scores: Any,
-    contexts: Any,
-    scale: Any,
-    softcap: Any,
-    start: Any,
-    length: Any,
-    first_key: Any,
-    last_key: Any,
-    allowed: Any,
-    bias: Any,
-    sinks: Any,
-    write: Any,
-    groups: Any,
+    query: Float32[np.ndarray, "batch head query width"],
+    key: Float32[np.ndarray, "batch key_head key width"],
+    value: Float32[np.ndarray, "batch key_head key value_width"],
+    scores: Float32[np.ndarray, "batch head query key"],
+    contexts: Float32[np.ndarray, "batch head query value_width"],
+    scale: np.float32,
+    softcap: np.float32,
+    start: Int64[np.ndarray, " batch"],
+    length: Int64[np.ndarray, " batch"],
+    first_key: Int64[np.ndarray, "batch head query"],
+    last_key: Int64[np.ndarray, "batch head query"],
+    allowed: Bool[np.ndarray, "batch head query key"],
+    bias: Float32[np.ndarray, "batch head query key"],
+    sinks: Float32[np.ndarray, " head"],
+    write: Float32[np.ndarray, "head value_width value_width"],
+    groups: Int32[np.ndarray, "3 batch token"],
     has_ids: bool,
-    output: Any,
-    quantities: Any,
-    measured: Any,
-    received: Any,
-    offsets: Any,
-    value_norms: Any,
-    looked_up: Any,
+    output: Float32[np.ndarray, "batch head query value_width"],
+    quantities: Float32[np.ndarray, "quantity batch head query"],
+    measured: Bool[np.ndarray, "batch head query"],
+    received: Float32[np.ndarray, "piece batch head key"],
+    offsets: Float32[np.ndarray, "piece batch head distance"],
+    value_norms: Float32[np.ndarray, "batch head key"],
+    looked_up: Float64[np.ndarray, "piece 2 batch head"],
 ) -> None:
     """All calls of a batch: one (sequence, head, piece of rows) after another, on all threads.
 
@@ -576,6 +672,8 @@ def attend(
     # scores that change after the product are kept in natural units until then
     unit = scale if softcap > 0 or biased else scale * f32(LOG2_E)
     no_bias = np.zeros((0, 0), np.float32)
+    b: int  # see `_look_up`
+    h: int
     for item in prange(batch * heads * pieces):
         b, h, piece = item // pieces // heads, item // pieces % heads, item % pieces
         first, n = start[b], length[b]

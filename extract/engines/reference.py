@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from extract.engines.patches import PatchSums
 from extract.engines.rows import ROW_QUANTITIES, AttentionCall, Rows, ScoredCall
-from extract.engines.visibility import diagonal_sums, rows_per_block
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
-
-    from extract.engines.visibility import Visibility
+from extract.engines.visibility import Visibility, diagonal_sums, rows_per_block
 
 # in the order in which a block gives them
 _ROW_NAMES = (*ROW_QUANTITIES, "sink")
@@ -59,12 +54,12 @@ def output_of(call: AttentionCall) -> Float[Tensor, "batch head query value_widt
 
 
 def _pattern(scores: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over what is seen; a row that sees nothing looks at nothing."""
+    """Softmax over what is seen; a row that sees nothing looks at all alike, as where a mask is added to the scores."""
     scores = scores.masked_fill(~seen, -torch.inf)
     if sinks is not None:
         sink = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
         return torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
-    return scores.softmax(-1).where(seen.any(-1, keepdim=True), 0)
+    return scores.softmax(-1).where(seen.any(-1, keepdim=True), 1 / scores.shape[-1])
 
 
 def _exact(x: Tensor) -> torch.dtype:
@@ -74,7 +69,7 @@ def _exact(x: Tensor) -> torch.dtype:
 def _rows(
     call: AttentionCall | ScoredCall,
     scores_of: Callable[[slice, slice], Float[Tensor, "batch head row key"]],
-    sinks: Float[Tensor, "batch head query"] | None,
+    sinks: Float[Tensor, "#batch head #query"] | None,
     output: Float[Tensor, "batch head query value_width"],
 ) -> Rows:
     batch, heads = output.shape[:2]

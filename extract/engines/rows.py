@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
-    from extract.engines.patches import Grid, PatchSums
-    from extract.engines.visibility import Visibility
-
+from extract.engines.patches import Grid, PatchSums
+from extract.engines.visibility import Visibility
 
 # the fields of `Rows` that follow from a row's scores and places, in the order in which engines hold them
 ROW_QUANTITIES = (

@@ -7,17 +7,23 @@ are in bytes, strides and counts in floats. Nothing here may be reassociated: a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.base import BaseContext
+from numba.core.registry import cpu_target
+from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
-_FEATURES = llvm.get_host_cpu_features()
-# floats in a vector register, rows of a tile and vectors of a row: accumulators fill most of the registers there are
-LANES = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx") else 4
-ROWS = 8 if LANES != 8 else 6
+_target: Any = cpu_target.target_context  # made when it is first asked for
+_FEATURES = (
+    _target.codegen().magic_tuple()[2].split(",")
+)  # of the processor, or those that numba is told to compile for
+# floats in a vector register, rows of a tile and vectors of a row: accumulators fill most of the registers there are.
+# No more rows than lanes: `_reduced` leaves a number for each row in one vector.
+LANES = 16 if "+avx512f" in _FEATURES else 8 if "+avx" in _FEATURES else 4
+ROWS = {16: 8, 8: 6, 4: 4}[LANES]
 TILE = 2 * LANES
 # sums that `softmax_row` leaves for each row, in base 2 and relative to the row's largest score and to the query
 TOTAL, SURPRISE, SQUARES, AHEAD, AHEAD_SQUARED, APART, BELOW, BELOW_SQUARED = range(8)
@@ -26,6 +32,8 @@ SUMS = 8
 _FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _LANES = ir.VectorType(_FLOAT, LANES)
 _INT_LANES = ir.VectorType(_INT, LANES)
+# what instructions work on: `ir.Value`, which both are, does not say that it has a type
+_Value = ir.Constant | ir.NamedValue
 # 2ᵗ on [−½, ½], exactly 1 at 0, elsewhere within 1e-7 of it (minimax, degree 5)
 _EXP2 = (
     1.0,
@@ -42,52 +50,53 @@ _LOWEST = -126.0  # smaller powers of two are not normal
 class _Vectors:
     """Names for the vector instructions that are used, on one builder."""
 
-    def __init__(self, builder: Any) -> None:
-        self.builder = builder
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        # a checker reads its methods without their decorators, as if instructions gave nothing
+        self.builder: Any = builder
 
-    def constant(self, value: float) -> Any:
+    def constant(self, value: float) -> ir.Constant:
         return ir.Constant(_LANES, [value] * LANES)
 
-    def splat(self, scalar: Any) -> Any:
+    def splat(self, scalar: _Value) -> _Value:
         kind = _LANES if scalar.type == _FLOAT else _INT_LANES
         one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, _INT(0))
         return self.builder.shuffle_vector(one, one, ir.Constant(_INT_LANES, [0] * LANES))
 
-    def pointer(self, address: Any, floats: Any = 0, kind: ir.Type = _LANES) -> Any:
+    def pointer(self, address: _Value, floats: _Value | int = 0, kind: ir.Type = _LANES) -> _Value:
         if not isinstance(floats, int) or floats:
             offset = _WORD(4 * floats) if isinstance(floats, int) else self.builder.mul(floats, _WORD(4))
             address = self.builder.add(address, offset)
         return self.builder.inttoptr(address, kind.as_pointer())
 
-    def load(self, address: Any, floats: Any = 0) -> Any:
+    def load(self, address: _Value, floats: _Value | int = 0) -> _Value:
         return self.builder.load(self.pointer(address, floats), align=4)
 
-    def load_float(self, address: Any, floats: Any = 0) -> Any:
+    def load_float(self, address: _Value, floats: _Value | int = 0) -> _Value:
         return self.builder.load(self.pointer(address, floats, _FLOAT), align=4)
 
-    def store(self, value: Any, address: Any, floats: Any = 0) -> None:
+    def store(self, value: _Value, address: _Value, floats: _Value | int = 0) -> None:
         self.builder.store(value, self.pointer(address, floats), align=4)
 
-    def shuffled(self, a: Any, b: Any, lanes: Sequence[int]) -> Any:
+    def shuffled(self, a: _Value, b: _Value, lanes: Sequence[int]) -> _Value:
         """Lanes of two vectors side by side."""
         return self.builder.shuffle_vector(a, b, ir.Constant(_INT_LANES, list(lanes)))
 
-    def fma(self, a: Any, b: Any, c: Any) -> Any:
+    def fma(self, a: _Value, b: _Value, c: _Value) -> _Value:
         kind = ir.FunctionType(_LANES, [_LANES] * 3)
         return self.builder.call(
             cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fma.v{LANES}f32"), (a, b, c)
         )
 
-    def larger(self, a: Any, b: Any) -> Any:
+    def larger(self, a: _Value, b: _Value) -> _Value:
         """The larger of two; the second where one is NaN, as the processor's own instruction has it."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
-    def absolute(self, a: Any) -> Any:
+    def absolute(self, a: _Value) -> _Value:
         bits = self.builder.bitcast(a, _INT_LANES)
         kept = self.builder.and_(bits, ir.Constant(_INT_LANES, [0x7FFFFFFF] * LANES))
         return self.builder.bitcast(kept, _LANES)
 
-    def exp2(self, x: Any) -> Any:
+    def exp2(self, x: _Value) -> _Value:
         """2ˣ for x ≤ 0; 2⁻¹²⁶ below."""
         b = self.builder
         x = self.larger(x, self.constant(_LOWEST))
@@ -99,29 +108,36 @@ class _Vectors:
         exponent = b.shl(b.bitcast(shifted, _INT_LANES), ir.Constant(_INT_LANES, [23] * LANES))
         return b.bitcast(b.add(b.bitcast(power, _INT_LANES), exponent), _LANES)
 
-    def variable(self, value: Any) -> Any:
+    def variable(self, value: _Value) -> _Value:
         """A place for a value that loops change; LLVM keeps it in a register."""
         place = cgutils.alloca_once(self.builder, value.type)
         self.builder.store(value, place)
         return place
 
 
-def _intrinsic(arguments: int, build: Callable[..., Any], *, result: Any = types.void, floats: int = 0) -> Any:
+def _intrinsic(
+    arguments: int,
+    build: Callable[Concatenate[_Vectors, ...], None],
+    *,
+    floats: int = 0,
+) -> Callable[..., None]:
     """A numba function of so many integers, then floats, from what builds its instructions."""
     kinds = (types.intp,) * arguments + (types.float32,) * floats
 
-    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, values: Sequence[ir.Value]) -> Any:
-        built = build(_Vectors(builder), *values)
-        return context.get_dummy_value() if result == types.void else built
+    def generate(
+        context: BaseContext, builder: ir.IRBuilder, _signature: Signature, values: Sequence[_Value]
+    ) -> ir.Constant:
+        build(_Vectors(builder), *values)
+        return context.get_dummy_value()
 
     # numba reads a function's arguments from its signature
     names = ", ".join(f"a{n}" for n in range(len(kinds)))
-    scope: dict[str, Any] = {"signature": result(*kinds), "generate": generate}
+    scope: dict[str, Any] = {"signature": types.void(*kinds), "generate": generate}
     exec(f"def {build.__name__}(context, {names}): return signature, generate", scope)
     return intrinsic(scope[build.__name__])
 
 
-def _tile(v: _Vectors, a: Any, a_stride: Any, b: Any, c: Any, c_stride: Any, depth: Any) -> None:
+def _tile(v: _Vectors, a: _Value, a_stride: _Value, b: _Value, c: _Value, c_stride: _Value, depth: _Value) -> None:
     zero = v.constant(0.0)
     sums = [[v.variable(zero), v.variable(zero)] for _ in range(ROWS)]
     rows = [v.builder.add(a, v.builder.mul(a_stride, _WORD(4 * r))) for r in range(ROWS)]
@@ -138,7 +154,7 @@ def _tile(v: _Vectors, a: Any, a_stride: Any, b: Any, c: Any, c_stride: Any, dep
             v.store(v.builder.load(place), out, LANES * n)
 
 
-def _transpose(v: _Vectors, source: Any, stride: Any, target: Any, target_stride: Any) -> None:
+def _transpose(v: _Vectors, source: _Value, stride: _Value, target: _Value, target_stride: _Value) -> None:
     rows = [v.load(source, v.builder.mul(stride, _WORD(r))) for r in range(LANES)]
     step = 1
     while step < LANES:
@@ -154,7 +170,7 @@ def _transpose(v: _Vectors, source: Any, stride: Any, target: Any, target_stride
         v.store(row, target, v.builder.mul(target_stride, _WORD(r)))
 
 
-def _copy(v: _Vectors, source: Any, target: Any, count: Any, scale: Any) -> None:
+def _copy(v: _Vectors, source: _Value, target: _Value, count: _Value, scale: _Value) -> None:
     b = v.builder
     scales = v.splat(scale)
     whole = b.and_(count, _WORD(-LANES))
@@ -164,7 +180,7 @@ def _copy(v: _Vectors, source: Any, target: Any, count: Any, scale: Any) -> None
         b.store(b.fmul(v.load_float(source, j), scale), v.pointer(target, j, _FLOAT), align=4)
 
 
-def _over_row(v: _Vectors, low: Any, high: Any, visit: Callable[[Any, Any], None]) -> None:
+def _over_row(v: _Vectors, low: _Value, high: _Value, visit: Callable[[_Value, _Value | None], None]) -> None:
     """Visit a row's places from low to high, LANES at a time; the last visit knows which of its lanes are within."""
     b = v.builder
     whole = b.add(low, b.and_(b.sub(high, low), _WORD(-LANES)))
@@ -175,11 +191,11 @@ def _over_row(v: _Vectors, low: Any, high: Any, visit: Callable[[Any, Any], None
         visit(whole, b.icmp_signed("<", ir.Constant(_INT_LANES, list(range(LANES))), left))
 
 
-def _largest_of_row(v: _Vectors, row: Any, low: Any, high: Any, out: Any) -> None:
+def _largest_of_row(v: _Vectors, row: _Value, low: _Value, high: _Value, out: _Value) -> None:
     lowest = v.constant(float("-inf"))
     held = v.variable(lowest)
 
-    def visit(j: Any, within: Any) -> None:
+    def visit(j: _Value, within: _Value | None) -> None:
         s = v.load(row, j)
         s = s if within is None else v.builder.select(within, s, lowest)
         v.builder.store(v.larger(s, v.builder.load(held)), held)
@@ -188,7 +204,9 @@ def _largest_of_row(v: _Vectors, row: Any, low: Any, high: Any, out: Any) -> Non
     v.store(v.builder.load(held), out)
 
 
-def _softmax_row(v: _Vectors, row: Any, low: Any, high: Any, query: Any, out: Any, largest: Any) -> None:
+def _softmax_row(
+    v: _Vectors, row: _Value, low: _Value, high: _Value, query: _Value, out: _Value, largest: _Value
+) -> None:
     b = v.builder
     zero = v.constant(0.0)
     sums = [v.variable(zero) for _ in range(SUMS)]
@@ -196,10 +214,10 @@ def _softmax_row(v: _Vectors, row: Any, low: Any, high: Any, query: Any, out: An
     lanes = ir.Constant(_LANES, [float(lane) for lane in range(LANES)])
     from_query = v.variable(b.fadd(v.splat(b.sitofp(b.sub(low, query), _FLOAT)), lanes))
 
-    def add(place: int, change: Callable[[Any], Any]) -> None:
+    def add(place: int, change: Callable[[_Value], _Value]) -> None:
         b.store(change(b.load(sums[place])), sums[place])
 
-    def visit(j: Any, within: Any) -> None:
+    def visit(j: _Value, within: _Value | None) -> None:
         x = b.fsub(v.load(row, j), top)
         e = v.exp2(x)
         if within is not None:
@@ -222,7 +240,7 @@ def _softmax_row(v: _Vectors, row: Any, low: Any, high: Any, query: Any, out: An
         v.store(b.load(place), out, number * ROWS * LANES)
 
 
-def _reduced(v: _Vectors, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
+def _reduced(v: _Vectors, vectors: list[_Value], combine: Callable[[_Value, _Value], _Value]) -> _Value:
     """Lane r holds the combination of all lanes of vector r: halves of two vectors are folded together at each step."""
     vectors = vectors + [vectors[-1]] * (8 - len(vectors) if len(vectors) > 4 else 0)
     groups, width = 1, LANES
@@ -242,17 +260,17 @@ def _reduced(v: _Vectors, vectors: list[Any], combine: Callable[[Any, Any], Any]
     return v.shuffled(vectors[0], vectors[0], spread)
 
 
-def _sums_of_rows(v: _Vectors, lanes: Any, out: Any) -> None:
+def _sums_of_rows(v: _Vectors, lanes: _Value, out: _Value) -> None:
     rows = [v.load(lanes, r * LANES) for r in range(ROWS)]
     v.store(_reduced(v, rows, v.builder.fadd), out)
 
 
-def _largest_of_rows(v: _Vectors, lanes: Any, out: Any) -> None:
+def _largest_of_rows(v: _Vectors, lanes: _Value, out: _Value) -> None:
     rows = [v.load(lanes, r * LANES) for r in range(ROWS)]
     v.store(_reduced(v, rows, v.larger), out)
 
 
-def _squares_of_rows(v: _Vectors, rows: Any, stride: Any, width: Any, out: Any) -> None:
+def _squares_of_rows(v: _Vectors, rows: _Value, stride: _Value, width: _Value, out: _Value) -> None:
     sums = [v.variable(v.constant(0.0)) for _ in range(ROWS)]
     starts = [v.builder.add(rows, v.builder.mul(stride, _WORD(4 * r))) for r in range(ROWS)]
     with cgutils.for_range_slice(v.builder, _WORD(0), width, _WORD(LANES), intp=_WORD) as (j, _count):
@@ -263,13 +281,20 @@ def _squares_of_rows(v: _Vectors, rows: Any, stride: Any, width: Any, out: Any) 
 
 
 def _spread(
-    v: _Vectors, rows: Any, stride: Any, weights: Any, low: Any, high: Any, received: Any, offsets: Any
+    v: _Vectors,
+    rows: _Value,
+    stride: _Value,
+    weights: _Value,
+    low: _Value,
+    high: _Value,
+    received: _Value,
+    offsets: _Value,
 ) -> None:
     b = v.builder
     starts = [b.add(rows, b.mul(stride, _WORD(4 * r))) for r in range(ROWS)]
     shares = [v.splat(v.load_float(weights, r)) for r in range(ROWS)]
 
-    def add_up(first: Any, out: Any, skew: int) -> None:
+    def add_up(first: _Value, out: _Value, skew: int) -> None:
         with cgutils.for_range_slice(b, first, high, _WORD(LANES), intp=_WORD) as (j, _count):
             total = v.load(out, j)
             for r, (start, share) in enumerate(zip(starts, shares, strict=True)):

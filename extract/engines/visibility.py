@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 from torch.nn.functional import pad
 
 from extract.errors import CaptureError
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
 
 # rows × keys of one block of a mask or pattern, over batch × head: bounds memory, not results
 BLOCK_ELEMENTS = 1 << 23
@@ -43,6 +40,15 @@ class Axis:
     @cached_property
     def real(self) -> Bool[Tensor, "batch token"]:
         return self.positions >= 0
+
+    @cached_property
+    def padding(self) -> slice | None:
+        """From the first to the last place at which any sequence has padding; None where none has."""
+        start, end = self.start.tolist(), (self.start + self.length).tolist()
+        left, right = max(start), min(end)
+        if not left and right == self.tokens:
+            return None
+        return slice(0 if left else right, self.tokens if right < self.tokens else left)
 
     @cached_property
     def place(self) -> Int[Tensor, " token"]:
@@ -73,10 +79,10 @@ class Visibility:
 
     queries: Axis
     keys: Axis
-    first: Int[Tensor, "batch group query"]
-    last: Int[Tensor, "batch group query"]
-    allowed: Bool[Tensor, "batch group query key"] | None = None
-    bias: Float[Tensor, "batch group query key"] | None = None
+    first: Int[Tensor, "#batch #group query"]
+    last: Int[Tensor, "#batch #group query"]
+    allowed: Bool[Tensor, "#batch #group query key"] | None = None
+    bias: Float[Tensor, "#batch #group query key"] | None = None
 
     @property
     def crosses(self) -> bool:

@@ -8,18 +8,16 @@ pattern, s[i,j] the masked and scaled score, d = j − i, V_i the keys that row 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float
 
 from extract.statistics.registry import column
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
+Values = Float[np.ndarray, "sequence head"]
 
-    Values = Float[np.ndarray, "sequence head"]
 
-TOKEN_CLASSES = ("bos", "separator", "special", "punctuation", "number", "word_start", "subword")
+TOKEN_CLASSES = ("bos", "separator", "special", "whitespace", "punctuation", "number", "word_start", "subword")
 CLASS_MASSES = tuple(f"mass_{name}" for name in TOKEN_CLASSES)  # their columns
 
 # sums over the measured rows of a head in a sequence, unless said otherwise; p is the pattern
@@ -205,7 +203,7 @@ def mass_sink(o: HeadQuantities) -> Values:
 
 @column(formula="mean of Σ p over the first special token ([CLS], <s>)", bounds=(0, 1), nullable=True)
 def mass_bos(o: HeadQuantities) -> Values:
-    """Weight of tokens that begin a sequence; the seven token classes are disjoint and sum to 1 (with mass_sink)."""
+    """Weight of tokens that begin a sequence; the token classes are disjoint and sum to 1 (with mass_sink)."""
     return o.mean("bos")
 
 
@@ -219,6 +217,12 @@ def mass_separator(o: HeadQuantities) -> Values:
 def mass_special(o: HeadQuantities) -> Values:
     """Weight of special tokens that are neither bos nor separator ([MASK], [UNK])."""
     return o.mean("special")
+
+
+@column(formula="mean of Σ p over tokens whose text is white space alone", bounds=(0, 1), nullable=True)
+def mass_whitespace(o: HeadQuantities) -> Values:
+    """Weight of line ends, tabs and runs of spaces that are tokens of their own."""
+    return o.mean("whitespace")
 
 
 @column(formula="mean of Σ p over tokens all of whose characters are Unicode P or S", bounds=(0, 1), nullable=True)
@@ -329,19 +333,19 @@ def value_weighted_first(o: HeadQuantities) -> Values:
     return o.ratio(o["written_first"], o["written"])
 
 
-@column(formula="rows measured", unit="rows", dtype="int32", bounds=(0, "n"))
+@column(formula="rows measured", unit="rows", dtype="int64", bounds=(0, "n"))
 def query_rows(o: HeadQuantities) -> Values:
     """How many rows the means are over: the weight of this row in any mean over sequences."""
     return o["rows"]
 
 
-@column(formula="rows with m_i = 0", unit="rows", dtype="int32", bounds=(0, "n"))
+@column(formula="rows with m_i = 0", unit="rows", dtype="int64", bounds=(0, "n"))
 def masked_rows(o: HeadQuantities) -> Values:
     """Rows that may see nothing, left out of every mean."""
     return o["masked"]
 
 
-@column(formula="rows with a non-finite score among visible keys", unit="rows", dtype="int32", bounds=(0, "n"))
+@column(formula="rows with a non-finite score among visible keys", unit="rows", dtype="int64", bounds=(0, "n"))
 def nonfinite_rows(o: HeadQuantities) -> Values:
     """Rows whose scores overflowed or are NaN, left out of every mean."""
     return o["nonfinite"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
+from jaxtyping import Int
+from torch import Tensor
 
 HISTOGRAM_BINS = 64
 LARGEST_DOUBLING_BIN = 24  # positions and distances up to 2²³
@@ -24,7 +22,7 @@ class Profile:
     count: str
 
 
-def doubling_bins(values: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+def doubling_bins(values: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
     """Signed doubling bin of integers: 0, ±1, ±2, ±3 for 3–4, ±4 for 5–8, …"""
     size = values.abs()
     # the exponent of frexp is exact for integers, where log2 rounds near powers of two

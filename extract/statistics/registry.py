@@ -3,13 +3,17 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
+
+# what a column is computed from, and what of it: an array or tensor whose shape the table's module states
+Observation = TypeVar("Observation")
+Values = TypeVar("Values")
 
 DType = Literal["float32", "float64", "int16", "int32", "int64", "string", "stack", "bool", "list<int32>"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Column:
+class Column(Generic[Observation, Values]):
     """One column of a table.
 
     `compute` takes the table's observation and gives the column's values, NaN where undefined (written as null), or
@@ -24,7 +28,7 @@ class Column:
     bounds: tuple[float | str | None, float | str | None] = (None, None)
     reference: str = ""
     nullable: bool = False
-    compute: Callable[[Any], Any] | None = None
+    compute: Callable[[Observation], Values] | None = None
 
     @property
     def bounds_text(self) -> str:
@@ -55,10 +59,10 @@ def column(
     reference: str = "",
     nullable: bool = False,
     dtype: DType = "float32",
-) -> Callable[[Callable[[Any], Any]], Column]:
+) -> Callable[[Callable[[Observation], Values]], Column[Observation, Values]]:
     """Make the decorated function a `Column` of the same name."""
 
-    def record(compute: Callable[[Any], Any]) -> Column:
+    def record(compute: Callable[[Observation], Values]) -> Column[Observation, Values]:
         return Column(
             name=getattr(compute, "__name__", ""),
             dtype=dtype,
@@ -74,7 +78,7 @@ def column(
     return record
 
 
-def columns_of(module: ModuleType | Mapping[str, Any]) -> tuple[Column, ...]:
+def columns_of(module: ModuleType | Mapping[str, Any]) -> tuple[Column[Any, Any], ...]:
     """The columns that a module defines, in the order in which it defines them."""
     names = vars(module) if isinstance(module, ModuleType) else module
     return tuple(value for value in names.values() if isinstance(value, Column))

@@ -11,21 +11,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from extract.statistics.registry import column, columns_of
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
+from extract.statistics.registry import Column, column, columns_of
+
+PerSequence = Float[Tensor, " batch"]
 
 
 @dataclass(frozen=True)
 class NormObservation:
     """What a normalisation layer read and wrote."""
 
-    read: Float[Tensor, "batch token width"]
-    wrote: Float[Tensor, "batch token width"]
+    read: Float[Tensor, "*batch token width"]
+    wrote: Float[Tensor, "*batch token width"]
     kind: Literal["layer", "rms"]
     epsilon: float
 
@@ -65,19 +66,19 @@ class ResidualObservation:
 
 
 @column(formula="mean of ‖x‖", bounds=(0, None), nullable=True)
-def stream_norm(o: ResidualObservation) -> Tensor:
+def stream_norm(o: ResidualObservation) -> PerSequence:
     """Size of the residual stream before the sublayer (at embedding and final_norm: of the stream there)."""
     return o.mean(o.after_norms if o.stream_norms is None else o.stream_norms)
 
 
 @column(formula="mean of ‖F(x)‖", bounds=(0, None), nullable=True)
-def update_norm(o: ResidualObservation) -> Tensor | None:
+def update_norm(o: ResidualObservation) -> PerSequence | None:
     """Size of the sublayer's update."""
     return None if o.update_norms is None else o.mean(o.update_norms)
 
 
 @column(formula="mean of ‖F‖ / ‖x‖", bounds=(0, None), nullable=True)
-def update_ratio(o: ResidualObservation) -> Tensor | None:
+def update_ratio(o: ResidualObservation) -> PerSequence | None:
     """Size of the update against the stream it is added to."""
     if o.update_norms is None or o.stream_norms is None:
         return None
@@ -85,7 +86,7 @@ def update_ratio(o: ResidualObservation) -> Tensor | None:
 
 
 @column(formula="mean of cos(x, F)", bounds=(-1, 1), nullable=True)
-def update_cosine(o: ResidualObservation) -> Tensor | None:
+def update_cosine(o: ResidualObservation) -> PerSequence | None:
     """Writes something new (≈ 0), sharpens what is there (> 0) or erases it (< 0)."""
     if o.stream is None or o.update is None or o.stream_norms is None or o.update_norms is None:
         return None
@@ -93,7 +94,7 @@ def update_cosine(o: ResidualObservation) -> Tensor | None:
 
 
 @column(formula="mean of cos(x, x')", bounds=(-1, 1), nullable=True)
-def step_cosine(o: ResidualObservation) -> Tensor | None:
+def step_cosine(o: ResidualObservation) -> PerSequence | None:
     """How much of the stream's direction survives the sublayer."""
     if o.stream is None or o.stream_norms is None:
         return None
@@ -101,7 +102,7 @@ def step_cosine(o: ResidualObservation) -> Tensor | None:
 
 
 @column(formula="mean of ‖x'‖ / ‖x‖", bounds=(0, None), nullable=True)
-def norm_gain(o: ResidualObservation) -> Tensor | None:
+def norm_gain(o: ResidualObservation) -> PerSequence | None:
     """How much the sublayer grows the stream."""
     return None if o.stream_norms is None else o.mean(o.after_norms / o.stream_norms)
 
@@ -112,7 +113,7 @@ def norm_gain(o: ResidualObservation) -> Tensor | None:
     reference="Ethayarajh 2019",
     nullable=True,
 )
-def anisotropy(o: ResidualObservation) -> Tensor:
+def anisotropy(o: ResidualObservation) -> PerSequence:
     """Mean cosine between the states of different tokens."""
     units = (o.after / o.after_norms[..., None]).where(o.real[..., None], 0)
     n = o.real.sum(-1).to(o.after.dtype)
@@ -121,7 +122,7 @@ def anisotropy(o: ResidualObservation) -> Tensor:
 
 
 @column(formula="largest |x'| over tokens and dimensions", bounds=(0, None), reference="Sun 2024", nullable=True)
-def max_abs(o: ResidualObservation) -> Tensor:
+def max_abs(o: ResidualObservation) -> PerSequence:
     """Massive activations."""
     return o.largest.amax(-1)
 
@@ -133,7 +134,7 @@ def max_abs(o: ResidualObservation) -> Tensor:
     bounds=(0, "d−1"),
     nullable=True,
 )
-def outlier_dim(o: ResidualObservation) -> Tensor:
+def outlier_dim(o: ResidualObservation) -> PerSequence:
     """Where the largest activation sits."""
     is_max = (o.largest == o.largest.amax(-1, keepdim=True)).to(o.after.dtype)
     # the first maximum, on every device: earlier dimensions weigh more
@@ -142,20 +143,20 @@ def outlier_dim(o: ResidualObservation) -> Tensor:
 
 
 @column(formula="mean of max|x'| / (‖x'‖/√d)", bounds=(1, "√d"), nullable=True)
-def outlier_ratio(o: ResidualObservation) -> Tensor:
+def outlier_ratio(o: ResidualObservation) -> PerSequence:
     """How far one dimension stands out of a token's state."""
     return o.mean(o.after.abs().amax(-1) * math.sqrt(o.after.shape[-1]) / o.after_norms)
 
 
 @column(formula="mean of Σx'⁴·d / (Σx'²)²", bounds=(1, "d"), nullable=True)
-def kurtosis(o: ResidualObservation) -> Tensor:
+def kurtosis(o: ResidualObservation) -> PerSequence:
     """Outlier features of a token's state, no centring."""
     units = o.after / o.after_norms[..., None]  # normalised first: fourth powers overflow float32 early
     return o.mean(units.square().square().sum(-1) * o.after.shape[-1])
 
 
 @column(formula="mean of μ of the site's norm; null for RMSNorm", nullable=True)
-def layer_norm_mean(o: ResidualObservation) -> Tensor | None:
+def layer_norm_mean(o: ResidualObservation) -> PerSequence | None:
     """Mean entry that the norm subtracts: pre-norm, of the norm that reads x; post-norm, of the one that reads x'."""
     if o.norm is None or o.norm.kind == "rms":
         return None
@@ -163,13 +164,13 @@ def layer_norm_mean(o: ResidualObservation) -> Tensor | None:
 
 
 @column(formula="mean of √(σ² + ε) (LayerNorm) or √(mean x² + ε) (RMSNorm)", bounds=(0, None), nullable=True)
-def layer_norm_std(o: ResidualObservation) -> Tensor | None:
+def layer_norm_std(o: ResidualObservation) -> PerSequence | None:
     """What the norm divides by."""
     return None if o.norm is None else o.mean(_divisor(o.norm))
 
 
 @column(formula="mean of ‖output‖ / ‖normalised input without γ, β‖", bounds=(0, None), nullable=True)
-def layer_norm_gain(o: ResidualObservation) -> Tensor | None:
+def layer_norm_gain(o: ResidualObservation) -> PerSequence | None:
     """What the norm's own weights do to the size of the stream."""
     if o.norm is None:
         return None
@@ -177,13 +178,13 @@ def layer_norm_gain(o: ResidualObservation) -> Tensor | None:
 
 
 @column(formula="mean of ‖[c¹; …; cʰ]‖ (attention only)", bounds=(0, None), nullable=True)
-def heads_concat_norm(o: ResidualObservation) -> Tensor | None:
+def heads_concat_norm(o: ResidualObservation) -> PerSequence | None:
     """Size of the heads' contexts side by side: one of the two ways to combine heads."""
     return None if o.contexts is None else o.mean(o.contexts.square().sum((1, 3)).sqrt())
 
 
 @column(formula="mean of ‖(1/h) Σ_l cˡ‖ (attention only)", bounds=(0, None), nullable=True)
-def heads_mean_norm(o: ResidualObservation) -> Tensor | None:
+def heads_mean_norm(o: ResidualObservation) -> PerSequence | None:
     """Size of the mean of the heads' contexts: the other way to combine heads."""
     return None if o.contexts is None else o.mean(o.contexts.mean(1).norm(dim=-1))
 
@@ -193,7 +194,7 @@ def heads_mean_norm(o: ResidualObservation) -> Tensor | None:
     bounds=(-1, 1),
     nullable=True,
 )
-def heads_cosine(o: ResidualObservation) -> Tensor | None:
+def heads_cosine(o: ResidualObservation) -> PerSequence | None:
     """How alike the heads' contexts are at a token."""
     if o.contexts is None or o.contexts.shape[1] < 2:
         return None
@@ -202,15 +203,15 @@ def heads_cosine(o: ResidualObservation) -> Tensor | None:
     return o.mean((units.sum(1).square().sum(-1) - h) / (h * (h - 1)))
 
 
-def _centred(norm: NormObservation) -> Tensor:
+def _centred(norm: NormObservation) -> Float[Tensor, "*batch token width"]:
     return norm.read if norm.kind == "rms" else norm.read - norm.read.mean(-1, keepdim=True)
 
 
-def _divisor(norm: NormObservation) -> Tensor:
+def _divisor(norm: NormObservation) -> Float[Tensor, "*batch token"]:
     return (_centred(norm).square().mean(-1) + norm.epsilon).sqrt()
 
 
-COLUMNS = columns_of(dict(globals()))
+COLUMNS: tuple[Column[ResidualObservation, PerSequence | None], ...] = columns_of(dict(globals()))
 
 
 def column_values(o: ResidualObservation) -> Float[Tensor, "column batch"]:

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Float64, Int, Int64
 from numba import boolean, float32, float64, int64, njit, prange, types
+from torch import Tensor
 
 from extract.engines.compiled import FAST, kernel
 from extract.statistics.residual import COLUMNS, NormObservation
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
 
 PLACE = {column.name: place for place, column in enumerate(COLUMNS)}
 # tokens of a sequence that one thread takes at a time: sums are added up in the same pieces on any number of threads
@@ -29,7 +26,7 @@ _OF_SEQUENCE = ("anisotropy", "max_abs", "outlier_dim")
 _OF_NORM = ("layer_norm_mean", "layer_norm_std", "layer_norm_gain")
 _OF_HEADS = ("heads_concat_norm", "heads_mean_norm", "heads_cosine")
 _STREAM, _NORM = len(_OF_STREAM), len(_OF_NORM)
-_NOTHING = np.zeros((0, 0), np.float32)
+_NOTHING = np.zeros((0, 0), np.float32)  # stands for states that are not given
 _COLUMNS_OF = {
     kind: [PLACE[name] for name in names]
     for kind, names in (("stream", _OF_STREAM + _OF_SEQUENCE), ("norm", _OF_NORM), ("heads", _OF_HEADS))
@@ -101,7 +98,11 @@ def passed(
     return Passed(of_stream, of_norm, off, total + x)
 
 
-def assembled(stream: np.ndarray, norm: np.ndarray | None, heads: np.ndarray | None) -> Float[Tensor, "column batch"]:
+def assembled(
+    stream: Float[np.ndarray, "stream_column batch"],
+    norm: Float[np.ndarray, "norm_column batch"] | None,
+    heads: Float[np.ndarray, "head_column batch"] | None,
+) -> Float[Tensor, "column batch"]:
     """The columns of a site from its parts."""
     values = np.full((len(COLUMNS), stream.shape[1]), math.nan)
     for kind, part in (("stream", stream), ("norm", norm), ("heads", heads)):
@@ -127,7 +128,7 @@ def of_heads(
     return values
 
 
-def _flat(x: Tensor | None) -> np.ndarray:
+def _flat(x: Float[Tensor, "*batch width"] | None) -> Float32[np.ndarray, "row width"]:
     return _NOTHING if x is None else x.reshape(-1, x.shape[-1]).contiguous().numpy()
 
 
@@ -137,7 +138,7 @@ _RAW = 10
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def _keep_largest(a: Any, largest: Any) -> Any:
+def _keep_largest(a: Float32[np.ndarray, " width"], largest: Float32[np.ndarray, " width"]) -> np.float32:
     """The token's largest |entry|, and of each dimension the largest so far.
 
     Positive floats are in the order of their bits, NaN above all: LLVM makes a vector of that maximum, not of floats'.
@@ -152,7 +153,13 @@ def _keep_largest(a: Any, largest: Any) -> Any:
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def _sum_state(a: Any, raw: Any, t: int, units: Any, largest: Any) -> None:
+def _sum_state(
+    a: Float32[np.ndarray, " width"],
+    raw: Float32[np.ndarray, "sum token"],
+    t: int,
+    units: Float32[np.ndarray, " width"],
+    largest: Float32[np.ndarray, " width"],
+) -> None:
     """One token's state."""
     total, squares = float32(0), float32(0)
     for k in range(a.shape[0]):
@@ -171,7 +178,13 @@ def _sum_state(a: Any, raw: Any, t: int, units: Any, largest: Any) -> None:
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def _sum_update(a: Any, x: Any, f: Any, raw: Any, t: int) -> Any:
+def _sum_update(
+    a: Float32[np.ndarray, " width"],
+    x: Float32[np.ndarray, " width"],
+    f: Float32[np.ndarray, " width"],
+    raw: Float32[np.ndarray, "sum token"],
+    t: int,
+) -> np.float32:
     """One token's step from x to a; gives ‖a − x − f‖²."""
     xx, ff, xf, xa, off = float32(0), float32(0), float32(0), float32(0), float32(0)
     for k in range(a.shape[0]):
@@ -187,7 +200,15 @@ def _sum_update(a: Any, x: Any, f: Any, raw: Any, t: int) -> Any:
 
 @njit(error_model="numpy", fastmath=FAST)
 def _sum_norm(
-    a: Any, mean: Any, epsilon: Any, wrote: Any, weight: Any, bias: Any, makes_output: bool, raw: Any, t: int
+    a: Float32[np.ndarray, " width"],
+    mean: np.float32,
+    epsilon: np.float32,
+    wrote: Float32[np.ndarray, " width"],
+    weight: Float32[np.ndarray, " width"],
+    bias: Float32[np.ndarray, " width"],
+    makes_output: bool,
+    raw: Float32[np.ndarray, "sum token"],
+    t: int,
 ) -> None:
     """One token's norm and, if asked for, its output."""
     squares = float32(0)
@@ -204,7 +225,9 @@ def _sum_norm(
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def _add(values: Any, first: int, last: int, sums: Any, quantity: int) -> None:
+def _add(
+    values: Float32[np.ndarray, " token"], first: int, last: int, sums: Float64[np.ndarray, "quantity 2"], quantity: int
+) -> None:
     """Add the tokens' values where they are defined."""
     total, count = 0.0, 0
     for t in range(first, last):
@@ -218,7 +241,15 @@ def _add(values: Any, first: int, last: int, sums: Any, quantity: int) -> None:
 
 @njit(error_model="numpy", fastmath=FAST)
 def _finish(
-    raw: Any, first: int, last: int, width: int, epsilon: Any, has_stream: bool, has_norm: bool, values: Any, sums: Any
+    raw: Float32[np.ndarray, "sum token"],
+    first: int,
+    last: int,
+    width: int,
+    epsilon: np.float32,
+    has_stream: bool,
+    has_norm: bool,
+    values: Float32[np.ndarray, "quantity token"],
+    sums: Float64[np.ndarray, "quantity 2"],
 ) -> None:
     """Quantities of some tokens from their sums, added up."""
     d = float32(width)
@@ -251,7 +282,7 @@ def _finish(
 
 
 @njit(error_model="numpy", inline="always")
-def _within_one(cosine: Any) -> Any:
+def _within_one(cosine: np.float32) -> np.float32:
     """Rounding beyond ±1 cut off; NaN stays."""
     return float32(1) if cosine > float32(1) else float32(-1) if cosine < float32(-1) else cosine
 
@@ -281,24 +312,24 @@ _vector = types.Array(float32, 1, "C")
     types.Array(float64, 2, "C"),
 )
 def _pass(
-    after: Any,
-    stream: Any,
-    update: Any,
-    wrote: Any,
-    weight: Any,
-    bias: Any,
-    epsilon: Any,
+    after: Float32[np.ndarray, "row width"],
+    stream: Float32[np.ndarray, "row width"],
+    update: Float32[np.ndarray, "row width"],
+    wrote: Float32[np.ndarray, "row width"],
+    weight: Float32[np.ndarray, " width"],
+    bias: Float32[np.ndarray, " width"],
+    epsilon: np.float32,
     centred: bool,
     makes_output: bool,
-    start: Any,
-    length: Any,
+    start: Int64[np.ndarray, " batch"],
+    length: Int64[np.ndarray, " batch"],
     tokens: int,
-    sums: Any,
-    vectors: Any,
-    identities: Any,
-    of_stream: Any,
-    of_norm: Any,
-    identity: Any,
+    sums: Float64[np.ndarray, "batch piece quantity 2"],
+    vectors: Float32[np.ndarray, "batch piece 2 width"],
+    identities: Float64[np.ndarray, "batch piece 3"],
+    of_stream: Float64[np.ndarray, "stream_column batch"],
+    of_norm: Float64[np.ndarray, "norm_column batch"],
+    identity: Float64[np.ndarray, "3 batch"],
 ) -> None:
     batch, pieces = sums.shape[0], sums.shape[1]
     has_stream, has_norm = stream.shape[0] > 0 and update.shape[0] > 0, wrote.shape[0] > 0
@@ -355,7 +386,13 @@ def _pass(
     types.Array(float64, 2, "C"),
     fast=True,
 )
-def _compare_heads(contexts: Any, start: Any, length: Any, sums: Any, values: Any) -> None:
+def _compare_heads(
+    contexts: Float32[np.ndarray, "batch token head head_width"],
+    start: Int64[np.ndarray, " batch"],
+    length: Int64[np.ndarray, " batch"],
+    sums: Float64[np.ndarray, "batch piece quantity 2"],
+    values: Float64[np.ndarray, "column batch"],
+) -> None:
     batch, _, heads, width = contexts.shape
     pieces = sums.shape[1]
     for item in prange(batch * pieces):

@@ -6,19 +6,16 @@ Columns are worked out from them once per shard. Here in plain torch, on any dev
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
+from extract.engines.rows import Rows
+from extract.engines.visibility import Visibility
 from extract.statistics.attention import PLACE, QUANTITIES, TOKEN_CLASSES
 from extract.statistics.profiles import COLUMN_OF_BIN, HISTOGRAM_BINS, PROFILE_COLUMNS, doubling_bins
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
-
-    from extract.engines.rows import Rows
-    from extract.engines.visibility import Visibility
 
 
 class HeadSums(NamedTuple):

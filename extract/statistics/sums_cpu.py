@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
+from jaxtyping import Bool, Float32, Float64, Int64
 from numba import boolean, float32, float64, int64, njit, prange, types
 
 from extract.engines.compiled import FAST, array, exp, kernel, ln
@@ -27,7 +26,9 @@ _ENTROPY_AT, _DISTANCE_AT, _RECEIVED_AT = (
     COLUMN_OF_BIN[f"{name}_by_position", 0] for name in ("entropy", "distance", "received")
 )
 _CLASSES = len(TOKEN_CLASSES)
-_ABSENT = torch.zeros(0, 0, 0)
+# float64: numba makes it of a float and a float32, where NumPy's stubs say float32
+_Sum = float | np.floating
+_ABSENT = torch.zeros(0, 0, 0)  # stands for a quantity that is not known
 _NO_CLASSES = torch.zeros(0, 0, dtype=torch.int64)
 
 
@@ -75,18 +76,18 @@ def summed(o: HeadObservation) -> HeadSums:
 _EDGES = np.array([doubling_bin_edges(number)[1] + 1 for number in range(LARGEST_DOUBLING_BIN + 1)])
 
 
-def _rowed(kind: Any) -> Any:
+def _rowed(kind: types.Type) -> types.Array:
     """[batch, head, token] side by side, so that loops over tokens are vectors."""
     return types.Array(kind, 3, "C")
 
 
 @njit(error_model="numpy")
-def _histogram_bin(share: Any) -> int:
+def _histogram_bin(share: np.float32) -> int:
     return min(max(int(share * HISTOGRAM_BINS), 0), HISTOGRAM_BINS - 1)
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def _total(x: Any) -> Any:
+def _total(x: Float32[np.ndarray, " query"]) -> float:
     """Σ x in float64; NaN where there is no such quantity."""
     if x.shape[0] == 0:
         return np.nan
@@ -97,12 +98,19 @@ def _total(x: Any) -> Any:
 
 
 @njit(error_model="numpy")
-def _of_rows(x: Any, b: int, h: int, first: int, n: int) -> Any:
+def _of_rows(
+    x: Float32[np.ndarray, "batch head token"], b: int, h: int, first: int, n: int
+) -> Float32[np.ndarray, " token"]:
     return x[b, h, first : first + n] if x.shape[0] > 0 else x[:0, 0, 0]
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def _sum_by_position(x: Any, edges: Any, profile: Any, column: int) -> None:
+def _sum_by_position(
+    x: Float32[np.ndarray, " token"] | Bool[np.ndarray, " token"],
+    edges: Int64[np.ndarray, " bin"],
+    profile: Float64[np.ndarray, " column"],
+    column: int,
+) -> None:
     """Add values [token] to the doubling bins of their positions; bin k ends before position edges[k]."""
     n = x.shape[0]
     begin = 0
@@ -119,19 +127,19 @@ def _sum_by_position(x: Any, edges: Any, profile: Any, column: int) -> None:
 
 @njit(error_model="numpy", fastmath=FAST)
 def _sum_rows(
-    measured: Any,
-    quantities: Any,
+    measured: Bool[np.ndarray, " query"],
+    quantities: tuple[Float32[np.ndarray, "batch head query"], ...],
     b: int,
     h: int,
     first: int,
-    first_key: Any,
-    last_key: Any,
-    uniform_distance: Any,
-    ln_of: Any,
-    edges: Any,
-    steps: Any,
-    profile: Any,
-) -> Any:
+    first_key: Int64[np.ndarray, " query"],
+    last_key: Int64[np.ndarray, " query"],
+    uniform_distance: Float64[np.ndarray, " query"],
+    ln_of: Float32[np.ndarray, " outcomes"],
+    edges: Int64[np.ndarray, " bin"],
+    steps: Int64[np.ndarray, " step"],
+    profile: Float64[np.ndarray, "2 column"],
+) -> tuple[_Sum, ...]:
     """Sums over rows, in the order of QUANTITIES; row profiles; and how many pairs begin and end at each distance.
 
     A row that is not measured holds zeros.
@@ -207,7 +215,12 @@ def _sum_rows(
 
 
 @njit(error_model="numpy", fastmath=FAST)
-def _sum_offsets(offsets: Any, steps: Any, edges: Any, profile: Any) -> Any:
+def _sum_offsets(
+    offsets: Float32[np.ndarray, " distance"],
+    steps: Int64[np.ndarray, " step"],
+    edges: Int64[np.ndarray, " bin"],
+    profile: Float64[np.ndarray, "2 column"],
+) -> tuple[float, float, float, float, float]:
     """Self, previous, next, backward, forward; and the offset profile, mass and opportunity."""
     n = steps.shape[0] // 2
     middle = offsets.shape[0] // 2
@@ -242,8 +255,15 @@ def _sum_offsets(offsets: Any, steps: Any, edges: Any, profile: Any) -> Any:
 
 @njit(error_model="numpy", fastmath=FAST)
 def _sum_keys(
-    received: Any, value_norm: Any, classes: Any, rows: Any, sink: Any, edges: Any, profile: Any, of_class: Any
-) -> Any:
+    received: Float32[np.ndarray, " key"],
+    value_norm: Float32[np.ndarray, " key"],
+    classes: Int64[np.ndarray, " key"],
+    rows: _Sum,
+    sink: _Sum,
+    edges: Int64[np.ndarray, " bin"],
+    profile: Float64[np.ndarray, "2 column"],
+    of_class: Float64[np.ndarray, " class"],
+) -> tuple[_Sum, _Sum, _Sum, _Sum, _Sum, _Sum]:
     """First; then the mean row's entropy, largest and its place, and what is written on the first key and on all."""
     n = received.shape[0]
     _sum_by_position(received, edges, profile[0], _RECEIVED_AT)
@@ -291,21 +311,21 @@ def _sum_keys(
     fast=True,
 )
 def _sum_up(
-    measured: Any,
-    quantities: Any,
-    received: Any,
-    offsets: Any,
-    value_norm: Any,
-    start: Any,
-    length: Any,
-    first_key: Any,
-    last_key: Any,
-    uniform_distance: Any,
-    classes: Any,
-    ln_of: Any,
-    edges: Any,
-    values: Any,
-    profiles: Any,
+    measured: Bool[np.ndarray, "batch head query"],
+    quantities: tuple[Float32[np.ndarray, "batch head query"], ...],
+    received: Float32[np.ndarray, "batch head key"],
+    offsets: Float32[np.ndarray, "batch head distance"],
+    value_norm: Float32[np.ndarray, "batch head key"],
+    start: Int64[np.ndarray, " batch"],
+    length: Int64[np.ndarray, " batch"],
+    first_key: Int64[np.ndarray, "batch group query"],
+    last_key: Int64[np.ndarray, "batch group query"],
+    uniform_distance: Float64[np.ndarray, "batch group query"],
+    classes: Int64[np.ndarray, "batch key"],
+    ln_of: Float32[np.ndarray, " outcomes"],
+    edges: Int64[np.ndarray, " bin"],
+    values: Float64[np.ndarray, "quantity batch head"],
+    profiles: Float64[np.ndarray, "2 head column"],
 ) -> None:
     # one head at a time, its sequences in order: sums come out the same on any number of threads
     for h in prange(measured.shape[1]):

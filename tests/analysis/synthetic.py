@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from extract.schema import TABLES
-from extract.store import Part, Store
+from extract.schema import SCHEMA_VERSION, TABLES
+from extract.store import Part, Store, file_sha256, read_json, write_json
 from tests import oracles
 
 Floats = NDArray[np.float64]
@@ -92,6 +93,32 @@ def write_dataset(
         _manifest(parts, document_rows, sequence_rows, layers, heads, model_name, corpus_name), "# known patterns\n"
     )
     return root
+
+
+def rewrite(root: Path, part: str, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Change the rows of a part and make the manifest fit the new file."""
+    table = change(pq.read_table(root / part))
+    name, number = part.split("/")[0], int(part[-13:-8])
+    Store(root).write_part(name, number, table)
+    manifest = read_json(root / "manifest.json")
+    assert manifest is not None
+    entry = manifest["tables"][name]
+    path = root / part
+    new = Part(part, table.num_rows, path.stat().st_size, file_sha256(path))
+    entry["parts"] = [asdict(new) if p["path"] == part else p for p in entry["parts"]]
+    entry["rows"] = sum(p["rows"] for p in entry["parts"])
+    write_json(root / "manifest.json", manifest)
+
+
+def resealed(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the rows, bytes and checksums of the parts as they lie there now."""
+    for table in manifest["tables"].values():
+        for part in table["parts"]:
+            path = root / part["path"]
+            rows = pq.read_metadata(path).num_rows
+            part |= {"rows": rows, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        table["rows"] = sum(part["rows"] for part in table["parts"])
+    return manifest
 
 
 def _corpus(
@@ -239,7 +266,7 @@ def _manifest(
     corpus_name: str,
 ) -> dict[str, Any]:
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "run": {"model": model_name, "corpus": corpus_name, "max_length": 16, "tokens": "classes"},
         "model": {
             "name": model_name,

@@ -30,7 +30,7 @@ def test_unknown_table_is_refused_with_those_that_exist(folder: Path) -> None:
 def test_missing_part_is_refused_by_name(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "d")
     (root / "heads" / "shard-00000.parquet").unlink()
-    with pytest.raises(Refusal, match=r"shard-00000\.parquet is missing; run attlas verify"):
+    with pytest.raises(Refusal, match=r"shard-00000\.parquet: there is no such file; run attlas verify"):
         Dataset.open(root).scan("heads")
 
 

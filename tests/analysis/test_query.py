@@ -61,6 +61,13 @@ def test_dictionary_columns_filter_as_text(folder: Path) -> None:
         ("UPDATE heads SET layer = 1", "UPDATE"),
         ("EXPORT DATABASE '{target}'", "EXPORT"),
         ("CHECKPOINT", ""),
+        ("CALL pragma_version()", "CALL"),
+        ("VACUUM", "VACUUM"),
+        ("BEGIN TRANSACTION", "TRANSACTION"),
+        ("PREPARE p AS SELECT 1", "PREPARE"),
+        ("DETACH memory", "DETACH"),
+        ("IMPORT DATABASE '{target}'", ""),
+        ("PRAGMA enable_profiling", "PRAGMA"),
         ("EXPLAIN COPY heads TO '{target}'", "COPY"),
         ("EXPLAIN ANALYZE COPY heads TO '{target}'", "COPY"),
         ("EXPLAIN (ANALYZE) COPY heads TO '{target}'", "COPY"),
@@ -84,7 +91,15 @@ def test_a_write_that_parses_as_a_select_changes_nothing(folder: Path) -> None:
         assert (target.read_bytes() if target.exists() else None) == before
 
 
-@pytest.mark.parametrize("source", ["'{path}'", "read_parquet('{path}')", "read_text('{path}')", "glob('{path}*')"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "'{path}'",
+        *(f"{reader}('{{path}}')" for reader in ("read_parquet", "read_text", "read_blob", "read_csv", "read_json")),
+        *(f"{reader}('{{path}}')" for reader in ("sniff_csv", "parquet_schema", "parquet_metadata", "glob")),
+        "query('SELECT * FROM read_text(''{path}'')')",
+    ],
+)
 def test_no_file_can_be_read_not_even_inside_the_dataset(folder: Path, tmp_path: Path, source: str) -> None:
     outside = tmp_path / "outside.parquet"
     pq.write_table(pa.table({"secret": [1]}), outside)
@@ -128,6 +143,12 @@ def test_sums_are_integers_and_repeated_names_are_told_apart(folder: Path) -> No
     found = query(folder, "SELECT sum(query_rows) AS a, 1 AS a, 2 AS a FROM heads")
     assert found.column_names == ["a", "a_1", "a_2"]
     assert found.schema.field("a").type == pa.int64()
+    assert query(folder, "SELECT 1 AS a_b, 2 AS a_b, 3 AS a_b_1, 4 AS a_b").column_names == [
+        "a_b",
+        "a_b_1",
+        "a_b_1_1",
+        "a_b_2",
+    ]
 
 
 RESULT = pa.table(

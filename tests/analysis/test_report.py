@@ -13,10 +13,11 @@ from rich.console import Console
 from analysis.dataset import Dataset
 from analysis.heads import HEAD
 from analysis.report import summary, write_report
+from analysis.report.content import gather
 from analysis.report.figures import nice_ticks, step
 from analysis.report.numbers import THIN, estimate, half_width, interval, percent, shown
 from extract.store import Refusal, Store, read_json, write_json
-from tests.analysis.synthetic import write_dataset
+from tests.analysis.synthetic import rewrite, write_dataset
 
 HOSTILE = """<script>alert("1")</script>'"><img src=https://example.org/x.png onerror=alert(1)>{{ 7 * 7 }}"""
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -167,10 +168,8 @@ def test_two_stacks_have_an_atlas_each(tmp_path: Path) -> None:
 def test_a_stack_without_distances_says_so_at_its_atlas(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2)
     _rename_some_rows(root, "cross")
-    for path in (root / "profiles").glob("*.parquet"):
-        rows = pq.read_table(path)
-        pairs = zip(rows["stack"].to_pylist(), rows["profile"].to_pylist(), strict=True)
-        pq.write_table(rows.filter([pair != ("cross", "offset") for pair in pairs]), path)
+    for path in sorted((root / "profiles").glob("*.parquet")):
+        rewrite(root, f"profiles/{path.name}", _without_offsets_of_cross)
     page = Page(write_report(root).read_text("utf-8"))
     assert _atlases(page) == ["encoder", "cross"]
     assert "".join(page.text).count("there is no distance between them") == 1
@@ -194,6 +193,11 @@ def test_heads_that_look_over_an_image_are_ranked_by_patches(tmp_path: Path) -> 
     assert "L0H1" in nearest and "8.00" in nearest
 
 
+def _without_offsets_of_cross(rows: pa.Table) -> pa.Table:
+    pairs = zip(rows["stack"].to_pylist(), rows["profile"].to_pylist(), strict=True)
+    return rows.filter([pair != ("cross", "offset") for pair in pairs])
+
+
 def _atlases(page: Page) -> list[str]:
     names = [
         a["aria-label"] or "" for t, a in page.tags if t == "svg" and "Every head of" in (a.get("aria-label") or "")
@@ -212,6 +216,26 @@ def test_the_summary_names_extremes_kinds_and_defects(folder: Path) -> None:
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     for word in ("sharpest", "farthest", "L1H3", "previous", "entropy collapse", "Note: Sequences hold"):
         assert word in text
+
+
+def test_a_class_that_no_sequence_has_a_token_of_is_shown_nowhere(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "d")
+    for part in sorted((root / "heads").glob("*.parquet")):
+        table = pq.read_table(part)
+        place = table.schema.get_field_index("mass_separator")
+        nothing = pa.array([0.0] * table.num_rows, pa.float32())
+        pq.write_table(table.set_column(place, table.schema.field(place), nothing), part)
+    html = write_report(root, tmp_path / "report.html").read_text()
+    assert "weight on punctuation" in html and "weight on tokens that end" not in html
+    assert "mass separator" not in html
+    content = gather(Dataset.open(root))
+    assert content.heads["mass_separator"].is_null().all()
+    assert content.heads["mass_punctuation"].is_not_null().all()
+    console = Console(width=160, file=io.StringIO())
+    console.print(summary(root))
+    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    ranked = [line for line in text.splitlines() if re.search(r"L\dH\d .*±", line)]
+    assert ranked and all(line.rstrip().endswith("–") for line in ranked)
 
 
 def test_numbers_show_the_digits_that_their_interval_knows() -> None:

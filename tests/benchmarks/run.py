@@ -21,7 +21,6 @@ from torch import nn
 
 from extract import pipeline
 from extract.encoder import Encoder
-from extract.measurement import layout_of
 from extract.pipeline import RunOptions
 from extract.store import open_dataset, parts_of
 from tests.benchmarks.harness import Result, interleaved
@@ -59,16 +58,25 @@ def run_against_plain(first: FirstRun, options: RunOptions, encoder: Encoder, re
 
 def measured_run(options: RunOptions, encoder: Encoder) -> Path:
     """Plan, measure, finish; gives the dataset's folder. The model is not loaded again."""
+    return _measured(_job(options, encoder))
+
+
+def _job(options: RunOptions, encoder: Encoder) -> pipeline.Job:
     with patch.object(pipeline, "load_encoder", lambda *_, **__: encoder):
-        job = pipeline.prepare(options)
+        return pipeline.prepare(options)
+
+
+def _measured(job: pipeline.Job) -> Path:
     pipeline.measure_shards(job, job.remaining)
     return pipeline.finish(job)
 
 
 def first_run(options: RunOptions, encoder: Encoder, folder: Path) -> FirstRun:
-    layout_of(encoder.model)  # its probe is none of the run's batches
+    job = _job(
+        replace(options, out=folder / "first"), encoder
+    )  # examines the model, in passes that are no batches of the run
     with recording(encoder.model) as batches:
-        dataset = measured_run(replace(options, out=folder / "first"), encoder)
+        dataset = _measured(job)
     _, manifest = open_dataset(dataset)
     return FirstRun(folder, dataset, batches, manifest["corpus"]["tokens"])
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Columns = Mapping[str, Tensor]
     Pairs = tuple[Tensor, ...]  # numbers of sequence, query, key
 
-TOKEN_CLASSES = ("bos", "separator", "special", "punctuation", "number", "word_start", "subword")
+TOKEN_CLASSES = ("bos", "separator", "special", "whitespace", "punctuation", "number", "word_start", "subword")
 HISTOGRAM_BINS = 64
 _TINY = torch.finfo(torch.float32).tiny
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from extract.batching import windows
-from extract.capture.watch import Batch, Tokens
+from extract.capture.batch import Batch, Tokens
 from extract.corpus import open_corpus
 from extract.encoder import Encoder, load_encoder
 from extract.engines import choose

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -27,7 +28,8 @@ patterns that the model's own eager attention gives. `make census` writes this f
 `ways` says how its calls are seen: `sdpa` and `interface` calls are made by the fast engine, `softmax` ones by the
 model (on CPUs the fast engine reads its scores), `replay` ones by the reference engine. `layers` are the attention layers
 measured, by stack; `compared` those for which the model has a pattern of its own. `residual` says whether the stream is
-measured as well.
+measured as well. `through run` is of those that read ids of a tokenizer: saved with one by `save_pretrained`, loaded, planned
+and measured as `attlas run` does it on texts of several lengths, the same numbers as the model gives for each alone.
 """
 
 
@@ -35,7 +37,10 @@ def coverage(entries: Sequence[Entry]) -> str:
     """The page."""
     entries = sorted(entries, key=lambda e: (e.modality, e.model_type))
     head = _HEAD.format(transformers=version("transformers"), torch=version("torch"))
-    return "\n".join([head, *_totals(entries), "", *_fast(entries), "", *_lines(entries)]) + "\n"
+    return (
+        "\n".join([head, *_totals(entries), "", *_fast(entries), "", *_through_run(entries), "", *_lines(entries)])
+        + "\n"
+    )
 
 
 def _totals(entries: Sequence[Entry]) -> list[str]:
@@ -73,7 +78,36 @@ def _fast(entries: Sequence[Entry]) -> list[str]:
     return _table(["of those built that attend", "architectures", "exact", "on the fast engine", "residual too"], shown)
 
 
+def _through_run(entries: Sequence[Entry]) -> list[str]:
+    """Of those that read ids, how many `attlas run` measures, and why it does not measure the others."""
+    from tests.census.through_run import NO_IDS, YES
+
+    asked = [e for e in entries if e.through_run != NO_IDS]
+    kinds = list(dict.fromkeys(e.modality for e in asked))
+    counts = []
+    for kind in kinds:
+        of_kind = [e.through_run == YES for e in asked if e.modality == kind]
+        counts.append([kind, len(of_kind), f"{sum(of_kind)} ({sum(of_kind) / len(of_kind):.1%})"])
+    reasons: dict[str, list[str]] = {}
+    for one in asked:
+        if one.through_run != YES:
+            reasons.setdefault(_of_any_model(one.through_run), []).append(f"`{one.model_type}`")
+    ordered = sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [
+        *_table(["of those that read ids", "architectures", "through `attlas run`"], counts),
+        "",
+        *_table(["not through `attlas run`", "because"], [[", ".join(of), reason] for reason, of in ordered]),
+    ]
+
+
+def _of_any_model(reason: str) -> str:
+    """A reason without the names of a model's classes, so that like ones stand together."""
+    return re.sub(r"\b[A-Z]\w*(Model|Encoder|Decoder|Transformer)\b", "…", reason)
+
+
 def _lines(entries: Sequence[Entry]) -> list[str]:
+    from tests.census.through_run import NO_IDS, YES
+
     rows = [
         [
             f"`{e.model_type}`",
@@ -83,11 +117,13 @@ def _lines(entries: Sequence[Entry]) -> list[str]:
             ", ".join(e.ways),
             e.compared or "",
             "yes" if e.residual == "measured" else e.residual,
+            "" if e.through_run == NO_IDS else "yes" if e.through_run == YES else "no",
             e.reason,
         ]
         for e in entries
     ]
-    return _table(["architecture", "takes", "outcome", "layers", "ways", "compared", "residual", "remark"], rows)
+    head = ["architecture", "takes", "outcome", "layers", "ways", "compared", "residual", "through run", "remark"]
+    return _table(head, rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -33,6 +33,13 @@ def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tupl
             receiver.close()
 
 
+def in_a_process(work: Callable[[], object]) -> None:
+    """Do it in a process of its own, however long it takes: threads that it starts would not survive a fork."""
+    process = get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+
+
 def _sent(work: Callable[[Any], Any], item: Any, sender: Connection) -> None:
     signal.alarm(PATIENCE)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))

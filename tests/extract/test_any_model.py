@@ -291,6 +291,7 @@ def test_every_way_of_attending_equals_its_computation_by_hand(way, with_mask):
     assert_exact(stack_of(way, way), states(), added_mask() if with_mask else None)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("one", WAYS)
 @pytest.mark.parametrize("other", WAYS)
 def test_layers_that_attend_in_different_ways_are_all_measured(one, other):
@@ -345,20 +346,18 @@ def test_a_layer_that_hides_and_whose_contexts_are_not_linear_in_its_values_is_r
 
 
 @pytest.mark.parametrize("way", [SometimesHidden, ByTorch])
-def test_a_layer_that_hides_after_it_was_examined_is_refused(way):
+def test_a_layer_that_hides_after_it_was_examined_is_examined_again(way):
     stack = drawn(Stack(way(), way(), way()))
     measure(stack, states())
     stack.layers[1].attend = exp_and_sum
-    with pytest.raises(CaptureError, match="expected 3 patterns, got 2"):
-        measure(stack, states())
+    assert_exact(stack, states())
 
 
-def test_a_layer_that_attends_otherwise_after_it_was_examined_is_refused():
+def test_a_layer_that_attends_otherwise_after_it_was_examined_is_examined_again():
     stack = stack_of(ByTorch, Matmul)
     measure(stack, states())
     stack.layers[0].attend = lambda q, k, v, mask: Matmul.attend(stack.layers[0], q, k, v, mask)
-    with pytest.raises(CaptureError, match="layer 0 of the encoder was examined as it attends by sdpa"):
-        measure(stack, states())
+    assert_exact(stack, states())
 
 
 # --- transformers models that hide a layer -------------------------------------------------------------------------
@@ -400,14 +399,15 @@ HIDDEN = {
 }
 
 
+@pytest.mark.parametrize("was_examined", [False, True], ids=["at first", "after it was examined"])
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_a_transformers_model_that_hides_a_layer_shows_it_when_run_again_or_is_refused_by_name(hidden):
+def test_a_transformers_model_that_hides_a_layer_shows_it_when_run_again_or_is_refused_by_name(hidden, was_examined):
     build, name = HIDDEN[hidden]
     model, ids = build(), torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(3))
     inputs: dict[str, Any] = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :6]} if "t5" in hidden else {})
     with torch.inference_mode():
         plain = model(**inputs)[0]
-        shown = measure(build(), **inputs)["heads"].to_pylist()
+        shown = measure(model if was_examined else build(), **inputs)["heads"].to_pylist()
         hide(model, name)
         torch.testing.assert_close(model(**inputs)[0], plain)
     if hidden in ("gpt2", "t5 cross"):  # values in one projection with the rest, or of other tokens than the contexts
@@ -422,18 +422,6 @@ def test_a_transformers_model_that_hides_a_layer_shows_it_when_run_again_or_is_r
         assert place == (known["stack"], known["layer"], known["head"], known["sequence_id"])
         columns = {n: value for n, value in known.items() if n != "stack"}
         assert_columns(row, columns | (dict.fromkeys(SCORES) if place[:2] in replayed else {}), str(place))
-
-
-@pytest.mark.parametrize("hidden", HIDDEN)
-def test_a_transformers_model_that_hides_a_layer_after_it_was_examined_is_refused(hidden):
-    build, name = HIDDEN[hidden]
-    model, ids = build(), torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(3))
-    inputs: dict[str, Any] = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :6]} if "t5" in hidden else {})
-    shown = len(layout_of(model, inputs).attentions)
-    measure(model, **inputs)
-    hide(model, name)
-    with pytest.raises(CaptureError, match=f"expected {shown} patterns, got {shown - 1}|was examined"):
-        measure(model, **inputs)
 
 
 # --- odd batches ---------------------------------------------------------------------------------------------------
@@ -531,7 +519,7 @@ def assert_half(stack: Any, x: torch.Tensor, s: np.ndarray, v: np.ndarray) -> No
 
 
 def test_training_mode_is_refused_before_the_model_runs():
-    stack = stack_of(ByTorch).train()
+    stack = stack_of(BySoftmaxModule).train()  # its dropout would drop
     with (
         stack.register_forward_pre_hook(lambda *_: pytest.fail("ran")),
         pytest.raises(Refusal, match=r"model\.eval\(\)"),
@@ -555,7 +543,7 @@ def test_a_layer_left_in_training_mode_is_refused():
     ("inputs", "said"),
     [
         ({"input_ids": torch.tensor([2, 3, 4])}, r"input_ids of shape \[batch, token\]"),
-        ({"input_ids": [[2, 3, 4]]}, r"input_ids of shape \[batch, token\]"),
+        ({"input_ids": [[2, 3, 4]]}, "a model reads tensors; got input_ids as a list of numbers"),
         ({"input_ids": torch.ones(2, 5).long(), "attention_mask": torch.ones(2, 4).long()}, "shaped like the ids"),
         ({"input_ids": torch.ones(1, 5).long(), "attention_mask": torch.tensor([[1, 0, 1, 1, 1]])}, "holes"),
         ({"input_ids": torch.ones(2, 2).long(), "attention_mask": torch.tensor([[1, 1], [0, 0]])}, "row 1"),

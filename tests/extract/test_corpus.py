@@ -5,7 +5,6 @@ import gzip
 import json
 import lzma
 import os
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,16 +12,7 @@ import pytest
 
 from extract.corpus import Document, open_corpus, reason_kind
 from extract.errors import Refusal
-
-
-def written(path: Path, content: str | bytes) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
-
-
-def read(corpus: str, **options) -> list[Document]:
-    return list(open_corpus(corpus, **options))
+from tests.extract.corpora import read, written
 
 
 def test_demo_is_the_reference_manual_of_python_in_alphabetical_order():

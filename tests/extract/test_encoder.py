@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from extract import measure
 from extract.encoder import check_model_name, load_encoder
 from extract.errors import Refusal
 from tests.extract.checkpoints import SPECIAL, VOCABULARY, model_of, save, tokenizer_of
@@ -572,3 +573,26 @@ def test_transformers_still_keeps_sdpa_from_these_models() -> None:
     """Where it gives it to them one day, the way through eager needs another model to be tested with."""
     for kind in (transformers.DebertaV2Model, transformers.MPNetModel):
         assert not kind._supports_sdpa
+
+
+@pytest.mark.parametrize(
+    "asked", [{"output_attentions": True}, {"output_hidden_states": True}, {"return_dict": False}, {"use_cache": False}]
+)
+def test_what_config_json_asks_a_model_to_give_changes_nothing(whole, asked):
+    config = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps(config | asked))
+    loaded = load(whole)
+    assert loaded.model.config._attn_implementation == "sdpa"
+    assert_same(loaded.model, model_of("bert"))
+    assert measure(loaded.model, input_ids=IDS)["heads"].num_rows
+
+
+def test_a_tower_whose_configuration_asks_for_patterns_is_loaded(tmp_path):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = transformers.CLIPTextConfig(**sizes, vocab_size=40, max_position_embeddings=16, output_attentions=True)
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
+    folder = save(model, tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["text_config"]["output_attentions"]
+    assert load(folder).model.config.text_config._attn_implementation == "sdpa"

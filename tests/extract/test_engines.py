@@ -4,15 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from extract.engines import choose
 from extract.engines.rows import AttentionCall, Rows, ScoredCall
 from extract.engines.visibility import Axis, see
-from extract.statistics.attention import QUANTITIES
+from extract.statistics.attention import QUANTITIES, TOKEN_CLASSES
 from extract.statistics.profiles import PROFILE_COLUMNS
 from extract.statistics.sums import HeadObservation
+from tests.properties import cases
 
 
 def call_of(
@@ -148,7 +149,7 @@ def agrees_with_float64(engine: str, facts: dict) -> None:
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
 @given(facts=st.fixed_dictionaries(ALL_CALLS))
-@settings(max_examples=400, deadline=None)
+@cases(4000, quick=100)
 def test_every_engine_agrees_with_float64(engine, facts):
     agrees_with_float64(engine, facts)
 
@@ -162,7 +163,7 @@ def scored(call: AttentionCall) -> ScoredCall:
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
 @given(facts=st.fixed_dictionaries(ALL_CALLS | {"sinks": st.just(False)}))
-@settings(max_examples=400, deadline=None)
+@cases(400, quick=60)
 def test_a_call_that_the_model_has_made_agrees_with_float64_and_is_left_as_it_is(engine, facts):
     call = call_of(**facts)
     exact = choose("reference").attend(doubled(call), lambda: own_output(call))[1]
@@ -173,20 +174,14 @@ def test_a_call_that_the_model_has_made_agrees_with_float64_and_is_left_as_it_is
     assert torch.equal(made.scores, before[0]) and torch.equal(contexts, before[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["reference", "cpu"])
-@given(facts=st.fixed_dictionaries(ALL_CALLS))
-@settings(max_examples=4000, deadline=None)
-def test_every_engine_agrees_with_float64_on_thousands_of_calls(engine, facts):
-    agrees_with_float64(engine, facts)
-
-
 @given(facts=st.fixed_dictionaries(ALL_CALLS), classes=st.booleans())
-@settings(max_examples=300, deadline=None)
+@cases(300, quick=60)
 def test_compiled_sums_are_those_of_plain_torch(facts, classes):
     call = call_of(**facts)
     _, rows = choose("cpu").attend(call, lambda: own_output(call).float())
-    known = torch.randint(0, 7, call.query.shape[::2], generator=torch.Generator().manual_seed(facts["seed"]))
+    known = torch.randint(
+        0, len(TOKEN_CLASSES), call.query.shape[::2], generator=torch.Generator().manual_seed(facts["seed"])
+    )
     observed = HeadObservation(rows, call.visibility, known if classes else None)
     got, expected = choose("cpu").summed(observed), choose("reference").summed(observed)
     for name, a, b in zip(QUANTITIES, got.values, expected.values, strict=True):

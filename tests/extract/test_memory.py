@@ -158,6 +158,7 @@ def instrument(demo) -> Instrument:
     return Instrument(demo, layout_of(demo.model), choose("reference"), 4096, np.zeros(30522, np.int8))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
 def test_halves_give_the_very_numbers_that_smaller_batches_give(instrument, error):
     """What a failed batch had already shown of its first layer is in no sum."""
@@ -189,9 +190,16 @@ def test_halves_change_no_number_by_more_than_the_models_own_rounding(instrument
 
 def test_a_batch_that_did_not_go_through_is_told_to_nobody(instrument):
     engine, _ = narrow(instrument.engine, 2)
-    told: list[int] = []
-    measured_tables(replace(instrument, engine=engine), sequences([24] * 8), shard=0, progress=told.append)
-    assert told == [48] * 4
+    told: list[tuple[int, int]] = []
+    rows = sequences([24] * 8)
+    measured_tables(
+        replace(instrument, engine=engine),
+        rows,
+        shard=0,
+        progress=lambda tokens, documents: told.append((tokens, documents)),
+    )
+    assert [tokens for tokens, _ in told] == [48] * 4
+    assert sum(documents for _, documents in told) == len(set(rows["document_id"].to_pylist()))
 
 
 def test_one_sequence_that_does_not_fit_is_refused_with_what_to_do(instrument):

@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from extract.corpus import Document, open_corpus
-from extract.errors import Refusal
+from extract.errors import Damaged, Refusal
 from extract.planning import Plan, make_plan, read_plan, read_shard, special_tokens
 from extract.schema import DOCUMENTS, SEQUENCES
 
@@ -300,10 +299,26 @@ def test_a_plan_is_read_as_it_was_made(minilm, tmp_path):
     assert list(bytes_of(tmp_path)) == ["plan.json", *(f"shard-{n:05d}.arrow" for n in range(plan.shards))]
 
 
-def test_a_damaged_plan_is_refused(tmp_path):
-    (tmp_path / "plan.json").write_text(json.dumps({"shards": 3}))
-    with pytest.raises(Refusal, match="delete it to plan again"):
-        read_plan(tmp_path)
+def test_a_plan_whose_file_or_spools_are_damaged_is_no_plan(minilm, tmp_path):
+    plan = planned(documents_of(TEXTS), minilm, tmp_path)
+    for name in ("plan.json", "shard-00000.arrow", f"shard-{plan.shards - 1:05d}.arrow"):
+        whole = (tmp_path / name).read_bytes()
+        for damaged in (b"", whole[:-20], whole.replace(b"0", b"1", 1) + b" ", b'{"shards": 3}'):
+            (tmp_path / name).write_bytes(damaged)
+            assert read_plan(tmp_path) is None
+        (tmp_path / name).write_bytes(whole)
+    assert read_plan(tmp_path) == plan
+
+
+def test_a_damaged_spool_is_named(minilm, tmp_path):
+    planned(documents_of(TEXTS), minilm, tmp_path)
+    spool = tmp_path / "shard-00000.arrow"
+    spool.write_bytes(spool.read_bytes()[:-40])
+    with pytest.raises(Damaged, match=r"shard-00000\.arrow is no spool"):
+        read_shard(tmp_path, 0)
+    spool.unlink()
+    with pytest.raises(Damaged, match=r"shard-00000\.arrow is missing"):
+        read_shard(tmp_path, 0)
 
 
 def test_a_pass_that_stopped_leaves_no_plan_and_the_next_one_is_as_if_it_never_was(minilm, tmp_path):

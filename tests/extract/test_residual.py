@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from extract import measure
-from extract.capture.watch import Batch, Tokens, watching
+from extract.capture.batch import Batch, Tokens
+from extract.capture.watch import watching
 from extract.engines import choose
 from extract.engines.visibility import Axis
 from extract.errors import CaptureError
@@ -183,13 +184,17 @@ def test_a_model_that_never_shows_a_layer_is_refused_when_it_is_examined():
 
 def test_a_broken_identity_is_an_error():
     model = tiny("gpt2")
-    layout_of(model)
+    layout = layout_of(model)
     projection = model.h[1].mlp.c_proj
     projection.register_forward_hook(lambda module, read, wrote: wrote.mul(1.5))
     first = model.h[1].mlp.dropout
     first.register_forward_hook(lambda module, read, wrote: wrote / 1.5 + 1.0)
+    zeros = torch.zeros(1, dtype=torch.int64)
+    batch = Batch(1, {"input_ids": Tokens(Axis(zeros, zeros + 8, 8))})
+    inputs = {"input_ids": torch.randint(2, 60, (1, 8))}
     with pytest.raises(CaptureError, match=r"x' = x \+ F\(x\) must hold"):
-        measure(model, input_ids=torch.randint(2, 60, (1, 8)))
+        observe(model, layout, inputs, batch=batch, engine=choose("reference"), collector=Collector(1))
+    assert "residual" in measure(model, **inputs), "examined again, the update is what is added now"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -332,6 +332,7 @@ def real_tokens(built: Built, family: str, stack: str, sequence: int) -> slice |
     return slice(None) if mask is None else mask[sequence].bool().numpy()
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("engine", ["auto", "reference"])
 @pytest.mark.parametrize("family", PLACES)
 def test_every_column_of_every_site_equals_the_oracle(family, engine):

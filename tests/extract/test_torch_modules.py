@@ -293,6 +293,7 @@ def as_given(x: torch.Tensor, *, batch_first: bool) -> Floats:
 # --- nn.TransformerEncoder -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("masked", masks(torch.float32))
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])

@@ -17,20 +17,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from extract.engines import reference
 from extract.engines.rows import AttentionCall, Rows
 from extract.engines.visibility import Axis, see
 from tests.extract.test_engines import assert_rows_agree, call_of, doubled, own_output
+from tests.properties import cases
 
-# Triton asks when it is first imported, and when a kernel is called
-with pytest.MonkeyPatch.context() as patch:
-    if __name__ != "__main__":
-        patch.setenv("TRITON_INTERPRET", "1")
-    pytest.importorskip("triton")
-    from extract.engines import triton as engine
+pytest.importorskip("triton")
+from extract.engines import triton as engine
 
 # NumPy, in which the interpreter computes, says so when infinities and NaN are made; a kernel takes them in its stride
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -55,7 +52,6 @@ def interpreted():
         return plain(self, left, right, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
         patch.setattr(InterpreterBuilder, "create_dot", product)
         yield
 
@@ -111,7 +107,7 @@ def _not_called() -> torch.Tensor:
     mask=st.sampled_from(["none", "holes", "bias"]),
     blocks=st.sampled_from(FITTED),
 )
-@settings(max_examples=40, deadline=None)
+@cases(100, quick=12)
 def test_the_kernels_agree_with_float64(blocks, **facts):
     call = call_of(**facts)
     exact = reference.rows(doubled(call), own_output(call))
@@ -122,6 +118,7 @@ def test_the_kernels_agree_with_float64(blocks, **facts):
     torch.testing.assert_close(output.double() * real, own_output(call) * real, atol=absolute, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_single(dtype):
     call = in_type(whole_call(tokens=40, heads=4, causal=True, token_ids=torch.arange(40)[None] % 7), dtype)
@@ -136,6 +133,7 @@ def test_half_precision_is_summed_in_single(dtype):
     assert output.dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_call_in_tiles_of_the_real_size_agrees(causal):
     call = whole_call(tokens=150, heads=1, width=24, causal=causal, token_ids=torch.arange(150)[None] % 11)
@@ -144,11 +142,13 @@ def test_a_call_in_tiles_of_the_real_size_agrees(causal):
     torch.testing.assert_close(output.double(), formula(call), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_sliding_window_agrees():
     place = torch.arange(70)
     assert_agrees(whole_call(tokens=70, mask=(place[:, None] - place).abs() < 9))
 
 
+@pytest.mark.slow
 def test_a_prefix_agrees():
     place = torch.arange(50)
     assert_agrees(whole_call(tokens=50, mask=(place[None, :] <= place[:, None]) | (place < 20)))
@@ -158,12 +158,14 @@ def test_a_soft_cap_agrees():
     assert_agrees(whole_call(tokens=40, size=6.0, softcap=5.0), absolute=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logit", [-200.0, 0.5, 200.0])
 def test_sinks_agree(logit):
     """Far below every score a sink is nothing, far above it takes all."""
     assert_agrees(whole_call(tokens=40, size=3.0, causal=True, sinks=torch.tensor([logit, 1.0])), absolute=5e-5)
 
 
+@pytest.mark.slow
 def test_updates_of_heads_agree():
     write = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)).tril()
     rows = assert_agrees(whole_call(tokens=24, write=write))
@@ -217,6 +219,7 @@ def test_rows_that_see_nothing_are_left_out():
     assert_rows_agree(rows, reference.rows(doubled(call), formula(call)), absolute=2e-5, relative=1e-4)
 
 
+@pytest.mark.slow
 def test_what_stands_at_padding_does_not_matter():
     facts: dict[str, Any] = dict(batch=3, heads=2, grouped=False, tokens=24, width=16, causal=False, size=1.0)
     clean, soiled = call_of(7, **facts), call_of(7, **facts)
@@ -266,6 +269,7 @@ def assert_same(rows: Rows, others: Rows) -> None:
         assert a is b is None or torch.equal(a, b), field.name
 
 
+@pytest.mark.slow
 def test_the_same_call_gives_the_same_bytes():
     call = whole_call(tokens=40, token_ids=torch.arange(40)[None] % 5)
     (output, rows), (again, others) = (engine.attend_in_blocks(call, _not_called, SMALL) for _ in range(2))
@@ -333,13 +337,8 @@ def _stack(program: bytes) -> int:
     return int(stack[1])
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "widths"),
-    [
-        ("bfloat16", "64"),
-        pytest.param("bfloat16 float16 float32", "32 64 128 256", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtypes", "widths"), [("bfloat16 float16 float32", "32 64 128 256")])
 def test_the_kernels_fit_an_h100(tmp_path, dtypes, widths):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", __name__, dtypes, widths]

@@ -1,20 +1,20 @@
 """Shards are written while the next ones are measured: in bounded memory, with nothing lost when writing fails."""
 
 import errno
+import gc
+import resource
 import threading
-import time
 import weakref
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 
-import extract.measurement
-import extract.shard
+from extract.errors import Refusal
+from extract.files import put_if_absent, write_atomically, write_json, write_sealed
 from extract.measurement import Measurements
 from extract.pipeline import SHARDS_UNDER_WAY, Job, RunOptions, finish, measure_shard, measure_shards, prepare
 from extract.store import Part, Store
@@ -50,16 +50,20 @@ def one_after_the_other(corpus, tmp_path_factory) -> dict[str, bytes]:
     return contents(finish(job))
 
 
-def before_writing(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object]) -> None:
-    """Do something to a shard whenever its `heads` are about to be written."""
-    write = Store.write_part
+@dataclass(frozen=True)
+class Watched(Store):
+    """A store that does something whenever the `heads` of a shard are about to be written."""
 
-    def write_part(store: Store, table: str, shard: int, rows: pa.Table) -> Part:
+    act: Callable[[int, pa.Table], object]
+
+    def write_part(self, table: str, shard: int, rows: pa.Table) -> Part:
         if table == "heads":
-            act(shard)
-        return write(store, table, shard, rows)
+            self.act(shard, rows)
+        return super().write_part(table, shard, rows)
 
-    monkeypatch.setattr(Store, "write_part", write_part)
+
+def before_writing(job: Job, act: Callable[[int, pa.Table], object]) -> Job:
+    return replace(job, store=Watched(job.store.root, act))
 
 
 def test_the_records_are_those_of_a_run_in_turn_and_in_the_order_of_the_shards(corpus, one_after_the_other, tmp_path):
@@ -70,80 +74,124 @@ def test_the_records_are_those_of_a_run_in_turn_and_in_the_order_of_the_shards(c
     assert contents(finish(job)) == one_after_the_other
 
 
-def test_a_shard_is_measured_while_the_one_before_it_is_written(corpus, tmp_path, monkeypatch):
+def test_a_shard_is_measured_while_the_one_before_it_is_written(corpus, tmp_path):
     job = job_into(tmp_path / "out", corpus)
     measured: list[int] = []
     second = threading.Event()
+    came: list[bool] = []
 
-    def count(tokens: int) -> None:
+    def count(tokens: int, documents: int) -> None:
         measured.append(tokens)
         if len(measured) == 2:
             second.set()
 
-    before_writing(monkeypatch, lambda shard: shard == 0 and second.wait(120))
-    started = time.monotonic()
-    measure_shards(job, [0, 1], progress=count)
-    assert time.monotonic() - started < 100, "the second shard waited for the first one to be written"
+    watched = before_writing(job, lambda shard, _: shard == 0 and came.append(second.wait(120)))
+    measure_shards(watched, [0, 1], progress=count)
+    assert came == [True], "the second shard waited for the first one to be written"
 
 
-def test_slow_writing_holds_the_model_up_and_memory_flat(corpus, tmp_path, monkeypatch):
-    sums: weakref.WeakSet[Measurements] = weakref.WeakSet()
-    tables: weakref.WeakValueDictionary[int, pa.Table] = weakref.WeakValueDictionary()
+def test_slow_writing_holds_the_model_up_and_memory_flat(corpus, tmp_path):
+    tables: list[weakref.ref[pa.Table]] = []
     held: list[tuple[int, int, int]] = []
     measured: list[int] = []
-    made: Counter[str] = Counter()
+    changed = threading.Condition()
 
-    class Counted(Measurements):
-        __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+    def count(tokens: int, documents: int) -> None:
+        with changed:
+            measured.append(tokens)
+            changed.notify_all()
 
-        def __init__(self) -> None:
-            super().__init__()
-            made["sums"] += 1
-            sums.add(self)
-
-    heads_table = extract.shard.heads_table
-
-    def counted(*args: Any) -> pa.Table:
-        made["tables"] += 1
-        return tables.setdefault(made["tables"], heads_table(*args))
-
-    job = job_into(tmp_path / "out", corpus)
-
-    def crawl(shard: int) -> None:
-        time.sleep(0.3)
+    def wait_for_the_next(shard: int, rows: pa.Table) -> None:
+        tables.append(weakref.ref(rows))
+        with changed:
+            changed.wait_for(lambda: len(measured) >= min(shard + 2, job.shards), 120)
         done = sum(job.store.read_record(n) is not None for n in range(job.shards))
-        held.append((len(sums), len(tables), len(measured) - done))
+        sums = sum(type(value) is Measurements for value in gc.get_objects())
+        held.append((sums, sum(table() is not None for table in tables), len(measured) - done))
 
-    monkeypatch.setattr(extract.measurement, "Measurements", Counted)
-    monkeypatch.setattr(extract.shard, "heads_table", counted)
-    before_writing(monkeypatch, crawl)
-    measure_shards(job, job.remaining, progress=measured.append)
-    assert len(held) == made["sums"] == made["tables"] == job.shards > 2 * SHARDS_UNDER_WAY
-    for most in map(max, zip(*held, strict=True)):
-        assert most <= SHARDS_UNDER_WAY
-
-
-def test_an_error_of_the_writer_reaches_the_caller_and_the_shard_is_not_done(
-    corpus, one_after_the_other, tmp_path, monkeypatch
-):
     job = job_into(tmp_path / "out", corpus)
-    full = OSError(errno.ENOSPC, "No space left on device")
+    measure_shards(before_writing(job, wait_for_the_next), job.remaining, progress=count)
+    assert len(held) == len(tables) == job.shards > 2 * SHARDS_UNDER_WAY
+    for most in map(max, zip(*held, strict=True)):
+        assert 1 <= most <= SHARDS_UNDER_WAY
 
-    def fill(shard: int) -> None:
-        if shard == 2:
-            raise full
 
-    with monkeypatch.context() as patch:
-        before_writing(patch, fill)
-        with pytest.raises(OSError, match="No space left") as caught:
-            measure_shards(job, job.remaining)
-    assert caught.value is full
+def test_an_error_of_the_writer_reaches_the_caller_and_the_shard_is_not_done(corpus, one_after_the_other, tmp_path):
+    job = job_into(tmp_path / "out", corpus)
+    in_the_way = job.store.root / job.store.part_path("heads", 2)
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(OSError, match=r"heads/shard-00002\.parquet") as caught:
+        measure_shards(job, job.remaining)
+    assert caught.value.errno == errno.EISDIR
+    assert list(in_the_way.parent.glob("*.tmp")) == []
     assert {0, 1} & set(job.remaining) == set()
     assert 2 in job.remaining
     assert job.remaining[-1] == job.shards - 1  # what was under way ended, and no more began
+    with pytest.raises(Refusal, match=r"heads/shard-00002\.parquet, where a folder lies"):
+        job_into(tmp_path / "out", corpus)
+    in_the_way.rmdir()
     again = job_into(tmp_path / "out", corpus)
     measure_shards(again, again.remaining)
     assert contents(finish(again)) == one_after_the_other
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_the_run_goes_on_later(corpus, one_after_the_other, tmp_path):
+    job = job_into(tmp_path / "out", corpus)
+    sizes = {name: len(content) for name, content in one_after_the_other.items()}
+    too_large = max(size for name, size in sizes.items() if name.startswith("heads"))
+    with largest_file(too_large - 1), pytest.raises(OSError, match=r"heads/shard-0000\d\.parquet") as caught:
+        measure_shards(job, job.remaining)
+    assert caught.value.errno == errno.EFBIG
+    for name, content in contents(job.store.root).items():
+        assert one_after_the_other.get(name, content) == content, name
+        assert not name.endswith(".tmp")
+    measure_shards(job, job.remaining)
+    with largest_file(sizes["manifest.json"] - 1), pytest.raises(OSError, match=r"manifest\.json") as caught:
+        finish(job)
+    assert caught.value.errno == errno.EFBIG
+    assert not (job.store.root / "manifest.json").exists()
+    assert contents(finish(job_into(tmp_path / "out", corpus))) == one_after_the_other
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a file": lambda path: write_atomically(path, bytes(10_000)),
+    "JSON": lambda path: write_json(path, ["x" * 10_000]),
+    "a record": lambda path: write_sealed(path, {"x": "x" * 10_000}),
+    "a claim": lambda path: put_if_absent(path, bytes(10_000)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_cannot_be_written_whole_is_named_and_the_one_there_stays(tmp_path, name):
+    path = tmp_path / "folder" / "file"
+    with largest_file(5_000), pytest.raises(OSError, match=r"folder/file") as caught:
+        WRITERS[name](path)
+    assert caught.value.errno == errno.EFBIG
+    assert list(path.parent.iterdir()) == []
+    path.write_text("before")
+    if name != "a claim":
+        with largest_file(5_000), pytest.raises(OSError, match=r"folder/file"):
+            WRITERS[name](path)
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+    assert path.read_text() == "before"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_where_the_folder_should_be_is_an_error_with_the_name(tmp_path, name):
+    (tmp_path / "folder").write_text("")
+    with pytest.raises(OSError, match=r"folder/file"):
+        WRITERS[name](tmp_path / "folder" / "file")
 
 
 def test_an_error_of_the_model_reaches_the_caller_too(corpus, tmp_path):

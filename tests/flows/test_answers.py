@@ -1,6 +1,8 @@
 """The commands that read a dataset, as a user types them, on a dataset that a run has left."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,3 +64,89 @@ def test_verify_info_and_report_answer(attlas: Callable[..., Ended], dataset: Pa
         assert code == 3 and "residual/shard-00000.parquet" in out + err
     finally:
         part.write_bytes(whole)
+
+
+FORGED = "x\x1b[2K\r\nattlas: is whole\x9b31m\u202e\u2028"
+STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
+
+
+def test_a_stray_file_can_forge_no_line(attlas: Callable[..., Ended], dataset: Path) -> None:
+    stray = dataset / "heads" / f"{FORGED}.parquet"
+    stray.write_bytes(b"")
+    try:
+        code, out, err = attlas("verify", dataset)
+    finally:
+        stray.unlink()
+    assert (code, len(out.splitlines()), len(err.splitlines())) == (3, 1, 1)
+    assert r"x\x1b[2K\r\nattlas: is whole\x9b31m\u202e\u2028.parquet: stray file" in out
+    assert not STEERING.search(out + err)
+    assert "1 finding in" in err
+
+
+def test_names_in_the_manifest_can_forge_no_line(attlas: Callable[..., Ended], dataset: Path, tmp_path: Path) -> None:
+    forged = shutil.copytree(dataset, tmp_path / FORGED)
+    manifest = json.loads((forged / "manifest.json").read_text())
+    manifest["corpus"] |= {"name": FORGED, "dropped": {FORGED: 1}}
+    manifest["model"] |= {"name": FORGED, "title": FORGED, "residual": FORGED}
+    manifest["run"][FORGED] = [FORGED]
+    manifest["software"][FORGED] = FORGED
+    (forged / "manifest.json").write_text(json.dumps(manifest))
+    lines = len(attlas("info", dataset)[1].splitlines())
+    for command in ("info", "report", "verify"):
+        code, out, err = attlas(command, forged)
+        assert code == 0, err
+        assert r"x\x1b[2K\r\nattlas" in out
+        assert not STEERING.search(out + err)
+        assert command != "info" or len(out.splitlines()) == lines + 3  # dropped, run, software
+
+
+@pytest.mark.parametrize("command", ["info", "report", "verify", "query"])
+def test_a_refusal_is_one_line_whatever_it_names(attlas: Callable[..., Ended], tmp_path: Path, command: str) -> None:
+    code, out, err = attlas(command, tmp_path / FORGED, *([FORGED] if command == "query" else []))
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert not STEERING.search(err)
+
+
+def test_a_query_shows_names_of_the_data_as_text(attlas: Callable[..., Ended], dataset: Path) -> None:
+    sql = "SELECT chr(27) || '[31m' || chr(10) AS name"
+    assert r"\x1b[31m\n" in attlas("query", dataset, sql)[1]
+    assert json.loads(attlas("query", dataset, sql, "--format", "json")[1]) == [{"name": "\x1b[31m\n"}]
+    assert not STEERING.search(attlas("query", dataset, f"SELECT * FROM {FORGED}")[2])
+
+
+def test_the_built_in_model_is_named(attlas: Callable[..., Ended], dataset: Path) -> None:
+    assert "demo (all-MiniLM-L6-v2)" in attlas("info", dataset)[1]
+    assert attlas("report", dataset)[1].startswith("demo (all-MiniLM-L6-v2) on corpus.txt: 72 heads, 1 document, ")
+    assert "<h1>Where <bdi>demo (all-MiniLM-L6-v2)</bdi> looks</h1>" in (dataset / "report.html").read_text("utf-8")
+    assert "all-MiniLM-L6-v2" in (dataset / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("width", ["60", "80", "200"])
+def test_a_report_in_a_pipe_is_as_wide_as_its_numbers(
+    attlas: Callable[..., Ended], dataset: Path, monkeypatch: pytest.MonkeyPatch, width: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    out = attlas("report", dataset)[1]
+    header = next(line for line in out.splitlines() if "entropy of max" in line)
+    assert header.split() == [
+        "head",
+        "kind",
+        "entropy",
+        "of",
+        "max",
+        "tokens",
+        "away",
+        "previous",
+        "first",
+        "separator",
+    ]
+    assert "…" not in out
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json", "parquet"])
+def test_an_answer_that_does_not_fit_fails_and_says_where(
+    attlas: Callable[..., Ended], dataset: Path, form: str
+) -> None:
+    code, out, err = attlas("query", dataset, SQL, "--format", form, "--output", "/dev/full")
+    assert (code, out) == (1, "")
+    assert "/dev/full did not take all of it (No space left on device)" in err

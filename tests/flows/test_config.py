@@ -1,5 +1,6 @@
 """The run: one list of options, from which the run file and the command line both follow."""
 
+import os
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -48,6 +49,19 @@ def test_extraction_takes_the_same_options_with_the_same_defaults() -> None:
 def test_options_reach_extraction_unchanged() -> None:
     options = read_run(None, {**LEAST, "limit": 3, "tokens": "ids", "strict": True}).options()
     assert (options.out, options.limit, options.tokens, options.strict) == (Path("out"), 3, "ids", True)
+
+
+def test_a_tab_may_be_typed_as_two_characters() -> None:
+    assert read_run(None, {**LEAST, "delimiter": r"\t"}) == read_run(None, {**LEAST, "delimiter": "\t"})
+
+
+def test_a_corpus_whose_name_is_no_text_is_kept_readable_and_opened_by_its_name(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    run = read_run(None, {**LEAST, "corpus": name})
+    assert run.corpus == r"caf\xe9.txt"
+    assert Run.model_validate_json(run.model_dump_json()).options().corpus == name
+    (tmp_path / r"a\xe9.txt").touch()
+    assert read_run(None, {**LEAST, "corpus": str(tmp_path / r"a\xe9.txt")}).options().corpus.endswith(r"/a\xe9.txt")
 
 
 def test_paths_in_a_run_file_are_relative_to_its_folder(tmp_path: Path) -> None:
@@ -107,6 +121,24 @@ def test_every_wrong_line_is_named_at_once(tmp_path: Path) -> None:
     file.write_text('model = "demo"\ncorpus = "demo"\nout = "data"\nlimit = -1\nmodle = "x"\n')
     with pytest.raises(Refusal, match=r"limit must be .*; .*did you mean 'model'"):
         read_run(file, {})
+
+
+def test_paths_are_shown_without_detours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = Path("flows") / "runs"
+    runs.mkdir(parents=True)
+    (runs / "run.toml").write_text('model = "demo"\ncorpus = "demo"\nout = "../../data/demo"\ndigest_key = "../key"\n')
+    run = read_run(runs / "run.toml", {})
+    assert (str(run.out), str(run.digest_key)) == ("data/demo", "flows/key")
+    assert str(read_run(None, {**LEAST, "out": "./a/../b"}).out) == "b"
+
+
+def test_a_detour_over_a_link_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    out = read_run(None, {**LEAST, "out": "link/../out"}).out
+    assert out.resolve() == tmp_path / "elsewhere" / "out"
 
 
 def test_what_a_run_needs_is_said_with_what_it_means() -> None:

@@ -1,6 +1,7 @@
 """`attlas run` on a folder of images, from the command line."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def images(tmp_path: Path) -> Path:
     folder.mkdir()
     for number in range(4):
         Image.effect_noise((40 + number, 40), 50 * (number + 1)).save(folder / f"{number}.png")
+    (folder / "3.png").rename(folder / os.fsdecode(b"caf\xe9.png"))
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing more")
     return folder
 
@@ -47,6 +49,7 @@ def test_a_folder_of_images_gives_a_whole_dataset_and_a_report(
     heads = pl.read_parquet(out / "heads" / "*.parquet")
     assert heads.height == 4 * 2 * 4
     assert heads["distance_patches"].is_between(0, 18**0.5).all()
+    assert r"caf\xe9.png" in pl.read_parquet(out / "documents" / "*.parquet")["source"]
     assert attlas("verify", out)[0] == 0
     assert attlas("report", out)[0] == 0
     code, said, _ = attlas("info", out)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,23 +14,22 @@ import pytest
 from tests.flows.conftest import ROOT, part_bytes, wait_for
 
 pytestmark = pytest.mark.slow
-KILLS = 10
 
 
 def command(out: Path, corpus: Path) -> list[str]:
-    options = ("--model", "demo", "--corpus", corpus, "--out", out, "--max-length", 64, "--shard-sequences", 4)
+    options = ("--model", "demo", "--corpus", corpus, "--out", out, "--max-length", 64, "--shard-sequences", 8)
     return [sys.executable, "-m", "flows.cli", "run", *map(str, options)]
 
 
 @pytest.fixture
 def prose(tmp_path: Path) -> Path:
-    """Forty documents of the manual that ships with Python: enough that a kill lands in the middle."""
+    """Twenty documents of the manual that ships with Python: many shards."""
     from pydoc_data.topics import topics
 
     folder = tmp_path / "prose"
     folder.mkdir()
-    for name in sorted(topics)[:40]:
-        (folder / f"{name}.txt").write_text(topics[name][:3000])
+    for name in sorted(topics)[:20]:
+        (folder / f"{name}.txt").write_text(topics[name][:1500])
     return folder
 
 
@@ -46,6 +44,14 @@ def started(arguments: list[str], environment: dict[str, str]) -> Iterator["subp
             process.kill()
 
 
+def signalled(
+    name: str, event: str, part: str, number: int, arguments: list[str], environment: dict[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    """The command, signalled just before something happens for the n-th time."""
+    killing = [sys.executable, "-m", "tests.flows.killing", name, event, part, str(number), *arguments[3:]]
+    return subprocess.run(killing, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
 def finish(out: Path, corpus: Path, environment: dict[str, str]) -> None:
     ended = subprocess.run(command(out, corpus), env=environment, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -55,48 +61,113 @@ def records(out: Path) -> int:
     return len(list((out / "_work" / "records").glob("*.json")))
 
 
-def test_ten_kills_leave_the_same_bytes_as_none(real_server: dict[str, str], prose: Path, tmp_path: Path) -> None:
+# (event, part of its path, how often before the kill), in the order of a run: just before it happens, so that what
+# happened before it is all that is there
+MOMENTS = [
+    ("open", "run.json", 1),  # nothing yet
+    ("open", "run.json.", 1),  # taking the folder
+    ("os.rename", ".arrow", 3),  # planning
+    ("os.rename", "plan.json", 1),
+    ("os.rename", "/heads/", 1),  # before the first part
+    ("os.rename", "/profiles/", 1),  # between the parts of a shard
+    ("os.rename", "/records/", 1),  # all its parts, and no record
+    ("os.rename", "/records/", 2),
+    ("open", "/heads/", 6),  # in the middle, one shard in the model and one being written
+    ("os.rename", "/residual/", 3),
+    ("os.rename", "README.md", 1),  # all shards, no card
+    ("os.rename", "manifest.json", 1),  # no manifest
+]
+
+
+def test_kills_at_every_stage_leave_the_same_bytes_as_none(
+    real_server: dict[str, str], prose: Path, tmp_path: Path
+) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     finish(straight, prose, real_server)
-    wanted = part_bytes(straight)
-    shards = len(list((straight / "heads").iterdir()))
-    moments = random.Random(4)
     seen = []
-    for kill in range(KILLS):
-        goal = kill * shards // (KILLS + 2)
-        with started(command(killed, prose), real_server) as process:
-            # each kill falls a little after some shard, the first ones into loading and planning
-            while process.poll() is None and (kill > 1 and records(killed) <= goal):
-                time.sleep(0.005)
-            time.sleep(moments.uniform(0, 4 if kill < 2 else 0.4))
-            assert process.poll() is None, process.communicate()
-            process.send_signal(signal.SIGKILL)
-        seen.append(records(killed))
+    for event, part, number in MOMENTS:
+        ended = signalled("SIGKILL", event, part, number, command(killed, prose), real_server)
+        assert ended.returncode == -signal.SIGKILL, (event, part, number, ended.stderr)
         assert not (killed / "manifest.json").exists()
+        seen.append(records(killed))
     assert seen == sorted(seen)
-    assert seen[-1] > 0
+    assert 0 < seen[-3] < seen[-1] == len(list((straight / "heads").iterdir()))
     finish(killed, prose, real_server)
-    assert part_bytes(killed) == wanted
+    assert part_bytes(killed) == part_bytes(straight)
     assert (killed / "manifest.json").read_bytes() == (straight / "manifest.json").read_bytes()
     assert not (killed / "_work").exists()
     assert list(killed.rglob("*.tmp")) == []
 
 
+def test_a_kill_after_the_manifest_leaves_a_dataset_that_the_same_command_tidies(
+    real_server: dict[str, str], corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ended = signalled("SIGKILL", "shutil.rmtree", "_work", 1, command(out, corpus), real_server)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert (out / "manifest.json").exists() and (out / "_work").exists()
+    finish(out, corpus, real_server)
+    assert not (out / "_work").exists()
+
+
+@pytest.mark.parametrize(
+    ("event", "part"),
+    [
+        ("open", "prefect/settings/"),  # imports
+        ("subprocess.Popen", "python"),  # the server
+        ("open", "modeling_bert"),  # the model, while the server starts
+        ("os.link", "run.json"),  # the plan
+    ],
+)
+def test_ctrl_c_at_any_stage_of_the_start_leaves_no_server(
+    prefect_environment: dict[str, str], corpus: Path, tmp_path: Path, event: str, part: str
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**prefect_environment, "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
+    ended = signalled("SIGINT", event, part, 1, command(tmp_path / "out", corpus), environment)
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert all(gone(server) for server in servers_in(temporary))
+    assert list(temporary.glob("attlas-*")) == []
+
+
+def test_two_identical_commands_at_once_leave_one_whole_dataset(
+    prefect_environment: dict[str, str], prose: Path, tmp_path: Path
+) -> None:
+    from analysis.verify import verify
+
+    out, said = tmp_path / "out", []
+    with contextlib.ExitStack() as both:
+        runs = [
+            both.enter_context(
+                started(command(out, prose), {**prefect_environment, "PREFECT_HOME": str(tmp_path / name)})
+            )
+            for name in ("one", "two")
+        ]
+        said = [run.communicate(timeout=500)[1] for run in runs]
+    codes = [run.returncode for run in runs]
+    assert 0 in codes, said
+    for code, text in zip(codes, said, strict=True):
+        assert code in (0, 2), text
+        assert code == 0 or "is being measured by another process (pid " in text
+    assert verify(out) == []
+
+
 def test_ctrl_c_says_how_to_go_on_and_ends_the_temporary_server(
     prefect_environment: dict[str, str], prose: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    with started(command(out, prose), prefect_environment) as process:
-        while process.poll() is None and records(out) < 1:
-            time.sleep(0.01)
-        servers = children_of(process.pid)
-        assert servers
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
-    assert process.returncode == 130, said
-    assert "the same command goes on from there" in said
-    assert "Traceback" not in said
-    assert all(gone(server) for server in servers)
+    out, temporary = tmp_path / "out", tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**prefect_environment, "TMPDIR": str(temporary)}
+    ended = signalled("SIGINT", "os.rename", "/records/", 3, command(out, prose), environment)
+    assert ended.returncode == 130, ended.stderr
+    assert "the same command goes on from there" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert all(gone(server) for server in servers_in(temporary))
+    assert list(temporary.glob("attlas-*")) == []
+    assert records(out) > 0
+    assert not (out / "manifest.json").exists()
     finish(out, prose, prefect_environment)
     assert (out / "manifest.json").exists()
 
@@ -115,10 +186,15 @@ def test_the_temporary_server_answers_and_ends_with_a_killed_run(prefect_environ
         assert gone(int(pid))
 
 
-def children_of(pid: int) -> list[int]:
+def servers_in(temporary: Path) -> list[int]:
+    """The servers whose folder lies there."""
     import psutil
 
-    return [child.pid for child in psutil.Process(pid).children()]
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if any(str(temporary) in argument for argument in process.info["cmdline"] or [])
+    ]
 
 
 def gone(pid: int, *, seconds: float = 15) -> bool:

@@ -21,6 +21,7 @@ class Recorder(Silence):
     def __init__(self) -> None:
         self.stages: list[str] = []
         self.total, self.done, self.notes = Work(), Work(), list[str]()
+        self.seen: list[Work] = []
 
     def stage(self, name: str, done: int, total: int | None) -> None:
         self.stages.append(name)
@@ -30,6 +31,7 @@ class Recorder(Silence):
 
     def advance(self, work: Work) -> None:
         self.done += work
+        self.seen.append(self.done)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -58,6 +60,30 @@ def test_a_flow_leaves_a_whole_dataset_and_a_report(run_into: Callable[[str], Ru
     assert show.total.shards == manifest["shards"] > 1
     assert show.total.tokens == manifest["corpus"]["tokens"]
     assert {"model", "plan", "finish"} <= set(show.stages)
+
+
+def test_documents_are_counted_with_the_batch_that_ends_them(run_into: Callable[[str], Run]) -> None:
+    from flows.measure import measure_here
+
+    # a batch per sequence; one shard, so that only batches can tell
+    run, show = run_into("out").model_copy(update={"batch_tokens": 1, "shard_sequences": 256}), Recorder()
+    measure_here(run, show=show)
+    ended = [work for work in show.seen if work.tokens == show.total.tokens]
+    assert ended[0].documents == show.total.documents and ended[0].shards == 0
+    assert 0 < show.seen[len(show.seen) // 2].documents < show.total.documents
+    assert show.done == show.total
+
+
+def test_a_warning_of_a_library_is_a_note_of_the_display() -> None:
+    import warnings
+
+    from flows.measure import showing
+
+    show, before = Recorder(), warnings.showwarning
+    with showing(show):
+        warnings.showwarning("look out", UserWarning, "file.py", 1)
+    assert show.notes == ["warning: look out"]
+    assert warnings.showwarning is before
 
 
 def test_a_run_that_is_complete_says_so_and_leaves_its_parts(run_into: Callable[[str], Run]) -> None:

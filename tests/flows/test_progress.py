@@ -54,6 +54,16 @@ def test_lines_tell_stages_once_and_the_end(capsys: pytest.CaptureFixture[str]) 
     assert said[3].startswith("measuring: 3 of 3 documents, 300 of 300 tokens, ")
 
 
+def test_one_of_a_kind_is_named_in_the_singular(capsys: pytest.CaptureFixture[str]) -> None:
+    with Lines() as lines:
+        lines.measuring(total=Work(1, 1, 1), before=Work())
+        lines.measuring(total=Work(2, 1000, 0), before=Work())
+    assert capsys.readouterr().err.splitlines() == [
+        "measuring: 1 document, 1 token in 1 shard",
+        "measuring: 1,000 documents, 0 tokens in 2 shards",
+    ]
+
+
 def test_bars_show_documents_tokens_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr("sys.stderr", screen)

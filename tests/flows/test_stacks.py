@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from extract.encoder import load_encoder
+from extract.statistics.attention import TOKEN_CLASSES
 from tests.flows.conftest import PROSE, Ended
 
 pytestmark = pytest.mark.usefixtures("test_server")
@@ -109,6 +110,7 @@ def test_all_stacks_are_measured_when_asked_for(run, attlas, model, stacks):
     assert all(f"{stack} {layers} layers × {count} heads" in card for stack, (layers, count) in stacks.items())
 
 
+@pytest.mark.slow
 def test_the_encoder_is_the_same_whether_the_decoder_is_fed_or_not(run):
     alone, _ = run("t5")
     beside, _ = run("t5", "--stacks", "all")
@@ -139,19 +141,15 @@ def test_the_decoders_numbers_are_those_of_the_models_own_patterns_on_the_same_t
 def test_cross_attention_has_token_classes_of_its_keys_and_no_distances(run):
     dataset, _ = run("t5", "--stacks", "all")
     cross = heads_of(dataset).filter(stack="cross")
-    classes = [
-        c
-        for c in cross.columns
-        if c.startswith("mass_")
-        and c.removeprefix("mass_") in ("bos", "separator", "special", "punctuation", "number", "word_start", "subword")
-    ]
-    assert len(classes) == 7
+    classes = [c for c in cross.columns if c.removeprefix("mass_") in TOKEN_CLASSES]
+    assert len(classes) == len(TOKEN_CLASSES)
     np.testing.assert_allclose(cross.select(pl.sum_horizontal(classes)).to_series(), 1, atol=1e-5)
     for column in ("distance_tokens", "mass_self", "mass_previous", "mass_same_token", "mass_induction"):
         assert cross[column].is_null().all()
     assert heads_of(dataset).filter(stack="decoder")["distance_tokens"].is_not_null().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2"])
 def test_a_model_of_one_stack_is_measured_as_ever(run, model):
     asked, manifest = run(model, "--stacks", "all")

@@ -1,0 +1,71 @@
+"""Models that something else runs: compiled code shows nothing of what it does, so the module that it was made of is run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from extract.errors import Refusal
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what torch.compile has compiled, models, layers and functions, as the Python that it was made of."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and loading it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The module inside torch.compile, DataParallel and DistributedDataParallel.
+
+    Raises Refusal for what is no module, and for code without one: TorchScript, exported programs, shards of a model.
+    """
+    if not isinstance(model, nn.Module):
+        raise Refusal(f"a model is a torch.nn.Module; got {type(model).__name__}; {_instead_of(model)}")
+    while (inner := _inside(model)) is not None:
+        model = inner
+    for name, module in model.named_modules():
+        kind = _without_python(module)
+        if kind is not None:
+            raise Refusal(
+                f"a model is measured as its Python code runs; {name or 'this one'} is {kind}, which shows nothing of its "
+                "attention; give the nn.Module that it was made of"
+            )
+    return model
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    if isinstance(model, compiled):
+        return model._orig_mod  # pyright: ignore
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return model.module
+    return None
+
+
+def _without_python(module: nn.Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript"
+    if type(module).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine"):
+        return f"a {type(module).__name__}, which holds a part of the weights"
+    graph = getattr(sys.modules.get("torch.fx"), "GraphModule", ())
+    if isinstance(module, graph):
+        nodes: Any = module.graph.nodes  # pyright: ignore
+        if any(isinstance(node.target, torch._ops.OpOverload) for node in nodes):
+            return "an exported program"
+    return None
+
+
+def _instead_of(model: Any) -> str:
+    inner = getattr(model, "model", None)
+    if isinstance(inner, nn.Module):
+        return f"give the module inside it, {type(inner).__name__}, as .model"
+    return "give the nn.Module that it was made of"

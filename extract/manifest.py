@@ -1,0 +1,117 @@
+"""The shape of a manifest: what every reader of a dataset may rely on."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import PurePosixPath
+from typing import Any
+
+from extract.schema import SCHEMA_VERSION, TABLES
+from extract.shapes import (
+    Malformed,
+    anything,
+    count,
+    every,
+    flag,
+    mapping,
+    maybe,
+    record,
+    sha256,
+    share,
+    text,
+)
+
+_NAME = re.compile(r"[\w.-]+\.parquet", re.ASCII)
+_STACK = record({"stack": text, "layers": count, "heads": maybe(count)}, optional={"of_tokens": flag})
+_ATTENTION = record({"stack": text, "layer": count, "heads": count, "way": text})
+_LAYOUT = record(
+    {"attention": every(_ATTENTION)},
+    optional={"sites": every(mapping(anything)), "without_pattern": every(text), "residual_refusals": mapping(text)},
+)
+_MODEL = record(
+    {
+        "name": text,
+        "architecture": text,
+        "width": maybe(count),
+        "residual": text,
+        "stacks": every(_STACK),
+        "layout": _LAYOUT,
+    },
+    optional={
+        "revision": maybe(text),
+        "weights_digest": maybe(text),
+        "measured": text,
+        "parameters": count,
+        "stack": maybe(text),
+        "layers": maybe(count),
+        "heads": maybe(count),
+    },
+)
+_CORPUS = record(
+    {
+        "name": text,
+        "documents": count,
+        "sequences": count,
+        "tokens": count,
+        "content_tokens": count,
+        "dropped": mapping(count),
+    },
+    optional={"digest": maybe(text), "digest_keyed": flag},
+)
+_RUN = record({}, optional={"corpus_files": every(anything), "max_length": count, "stride": count})
+_GRID = record({"rows": count, "columns": count, "first_patch": count})
+_IMAGES = record(
+    {"preprocessor": text, "pixels": every(count), "tokens": count, "grids": mapping(_GRID)}, optional={"digest": text}
+)
+PART = record({"path": text, "rows": count, "bytes": count, "sha256": sha256})
+_TABLE = record({"rows": count, "parts": every(PART)})
+_MANIFEST = record(
+    {
+        "run": _RUN,
+        "model": _MODEL,
+        "corpus": _CORPUS,
+        "engine": text,
+        "device": text,
+        "dtype": text,
+        "tables": mapping(_TABLE),
+    },
+    optional={
+        "tokenizer": record({"name": text}, optional={"digest": text}),
+        "images": _IMAGES,
+        "software": mapping(text),
+        "shards": count,
+        "padding_waste": share,
+    },
+)
+
+
+def check_manifest(manifest: Any) -> None:
+    """Raise Malformed, naming the key, where a manifest is not of the shape that this version writes and reads."""
+    record({"schema_version": _schema_version})(manifest, "")
+    _MANIFEST(manifest, "")
+    for table, facts in manifest["tables"].items():
+        _check_parts(table, [part["path"] for part in facts["parts"]])
+
+
+def _schema_version(value: Any, key: str) -> None:
+    if value != SCHEMA_VERSION or isinstance(value, bool | float):
+        shown = value if isinstance(value, int) and abs(value) < 1 << 63 else "another"
+        raise Malformed(key, f"{SCHEMA_VERSION}, which this attlas reads", f"{shown}; use the attlas that wrote it")
+
+
+def _check_parts(table: str, paths: list[str]) -> None:
+    """A table of the contract, its parts distinct Parquet files in its own folder."""
+    key = f"tables.{table}"
+    if table not in TABLES:
+        raise Malformed("a key of tables", f"one of {', '.join(TABLES)}", repr(table))
+    for path in paths:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise Malformed(key, "parts inside the dataset (a part lies inside its dataset)", repr(path))
+        folder, _, name = path.rpartition("/")
+        if folder != table or not _NAME.fullmatch(name):
+            raise Malformed(key, f"Parquet files in the folder {table}", repr(path))
+    path, times = Counter(paths).most_common(1)[0] if paths else ("", 0)
+    if times > 1:
+        raise Malformed(key, "parts that are named once each", f"{path!r} {times} times")

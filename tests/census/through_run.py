@@ -1,0 +1,145 @@
+"""An architecture through `attlas run`: saved, loaded as the command does, and a short corpus measured.
+
+`python -m tests.census.through_run [model_type … | text | multimodal]` prints a line of each.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from extract.errors import CaptureError, Refusal
+from extract.measurement import measure
+from extract.pipeline import RunOptions, finish, measure_shards, prepare
+from tests.census.pool import each, in_a_process
+from tests.census.shrink import FIRST_ID, TOKENS, VOCABULARY
+from tests.census.tiny import Built, NotBuilt, architectures, build, reason_of
+
+YES, NO_IDS = "yes", ""
+TOLERANCE = 1e-4
+# of three lengths, so that a batch is padded; no word twice in a row
+LENGTHS = (11, 17, 5)
+SPECIAL = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+
+
+def through_run(model_type: str) -> str:
+    """YES, NO_IDS of a model that reads no ids of a tokenizer, or in words why `attlas run` does not measure it."""
+    built = build(model_type)
+    if isinstance(built, NotBuilt) or not reads_ids(built):
+        return NO_IDS
+    with TemporaryDirectory() as folder:
+        try:
+            return _measured(built, Path(folder)) or YES
+        except (CaptureError, Refusal) as error:
+            return _without(folder, str(error))
+        except Exception as error:
+            return _without(folder, f"fails: {reason_of(error)}")
+
+
+def reads_ids(built: Built) -> bool:
+    ids = built.inputs.get("input_ids")
+    return ids is not None and ids.dim() == 2
+
+
+def _measured(built: Built, folder: Path) -> str | None:
+    """Run it; what is wrong with the dataset, or None."""
+    model: Any = built.model
+    model.save_pretrained(folder / "model")
+    tokenizer = tokenizer_of(model)
+    tokenizer.save_pretrained(folder / "model")
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(documents()), "utf-8")
+    options = RunOptions(
+        model=str(folder / "model"), corpus=str(corpus), out=folder / "out", unit="line", device="cpu", dtype="float32"
+    )
+    job = prepare(options)
+    measure_shards(job, job.remaining)
+    dataset = finish(job)
+    return _difference(_rows(dataset), built.model, tokenizer)
+
+
+def documents() -> Iterator[str]:
+    """Words that the tokenizer knows, a document to a line."""
+    generator = np.random.default_rng(0)
+    for length in LENGTHS:
+        yield " ".join(_word(n) for n in generator.permutation(VOCABULARY - FIRST_ID)[:length] + FIRST_ID)
+
+
+def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerFast:
+    """An id to a word, the special ones where the configuration has them."""
+    config: Any = model.config
+    ids = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
+    ids = {name: value if isinstance(value, int) and value >= 0 else TOKENS[name] for name, value in ids.items()}
+    words = {_word(n): n for n in range(VOCABULARY) if n not in ids.values()}
+    vocabulary = words | {f"<{name}>": value for name, value in ids.items()}
+    made: Any = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", ids["eos"])])
+    return PreTrainedTokenizerFast(tokenizer_object=made, **SPECIAL)
+
+
+def _word(number: int) -> str:
+    return f"w{number}"
+
+
+def _rows(dataset: Path) -> list[dict[str, Any]]:
+    return [row for part in sorted((dataset / "heads").iterdir()) for row in pq.read_table(part).to_pylist()]
+
+
+def _difference(rows: list[dict[str, Any]], model: nn.Module, tokenizer: Any) -> str | None:
+    """Where the dataset is not what the model, as it was before it was saved, gives for each document alone."""
+    measured = {_key(row, row["sequence_id"]): row for row in rows}
+    for sequence, text in enumerate(documents()):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        alone = measure(model, input_ids=ids, attention_mask=torch.ones_like(ids))["heads"].to_pylist()
+        if len(alone) != sum(key[0] == sequence for key in measured):
+            return f"sequence {sequence} has {sum(key[0] == sequence for key in measured)} rows, not {len(alone)}"
+        for row in alone:
+            got, expected = measured[_key(row, sequence)]["entropy_nats"], row["entropy_nats"]
+            if abs(got - expected) > TOLERANCE * max(1.0, abs(expected)):
+                return f"WRONG: entropy_nats of {_key(row, sequence)} is {got}, not {expected}"
+    return None
+
+
+def _key(row: Mapping[str, Any], sequence: int) -> tuple[int, str, int, int]:
+    return sequence, row["stack"], row["layer"], row["head"]
+
+
+def _without(folder: str, said: str) -> str:
+    """A reason that names no folder of the machine."""
+    return " ".join(said.replace(f"{folder}/", "").split())
+
+
+def main(wanted: list[str]) -> None:
+    from extract.engines import choose
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    in_a_process(choose("auto", device="cpu").make_ready)
+    known = architectures()
+    chosen = [t for t in known if not wanted or t in wanted or known[t] in wanted]
+    counts: Counter[str] = Counter()
+    for model_type, found in each(through_run, chosen):
+        said = "died, or took too long" if found is None else found
+        print(model_type, said, sep="\t", flush=True)
+        counts[said] += 1
+    print(counts.most_common(3))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,20 @@
+"""Corpora written to disk and read back."""
+
+from pathlib import Path
+
+from extract.corpus import Document, open_corpus
+
+
+def written(path: Path, content: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def read(corpus: str, **options) -> list[Document]:
+    return list(open_corpus(corpus, **options))
+
+
+def outcomes(corpus: str, **options) -> dict[str, str]:
+    """What became of each document: its text, or the reason why there is none."""
+    return {d.source: d.dropped_reason or d.text for d in read(corpus, **options)}

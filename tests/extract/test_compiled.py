@@ -1,0 +1,41 @@
+"""The cache of compiled code: where none can be written, code is compiled all the same."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+CODE = """
+import numba, numpy as np
+from extract.engines.compiled import array, is_prepared, kernel, prepare
+
+@kernel(array(numba.float32, 1))
+def double(x):
+    for n in numba.prange(len(x)):
+        x[n] *= 2
+
+x = np.arange(3, dtype=np.float32)
+assert not is_prepared()
+prepare()
+double(x)
+print(x.tolist())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place", [{"NUMBA_CACHE_DIR": "/proc/nothing"}, {"XDG_CACHE_HOME": "/dev/null"}, {"HOME": "/proc/nothing"}]
+)
+def test_without_a_cache_code_is_compiled_and_a_warning_says_what_to_set(place: dict[str, str], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"  # numba keeps nothing of what has no file
+    script.write_text(CODE)
+    kept = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    ended = subprocess.run(
+        [sys.executable, script], env={**kept, "PYTHONPATH": str(ROOT), **place}, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (0, "[0.0, 2.0, 4.0]\n"), ended.stderr
+    assert ended.stderr.count("set NUMBA_CACHE_DIR to a folder that can") == 1

@@ -1,0 +1,231 @@
+"""An interrupted run whose files came to harm goes on to the same bytes, or is refused by the name of the file."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from analysis.verify import verify
+from extract.corpus import open_corpus
+from extract.errors import Damaged, Refusal
+from extract.pipeline import Job, RunOptions, finish, measure_shard, prepare
+from extract.resuming import begun
+from extract.store import CARD, MANIFEST, WORK, Store, open_dataset
+from tests.extract.models import tiny
+from tests.faults.damage import OF_BYTES, OF_JSON, damages, flipped
+
+MAX_LENGTH = 12
+DONE = (0, 2)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("Every shard of this run is two short sequences, and there are four shards or so. " * 4)
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Hundreds of passes of a few tokens: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    small = tiny("bert")
+    small.resize_token_embeddings(len(demo.tokenizer))
+    small.save_pretrained(folder)
+    demo.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A run that was stopped after two of its shards."""
+    out = tmp_path_factory.mktemp("interrupted") / "out"
+    options = RunOptions(
+        model=str(model), corpus=str(corpus), out=out, max_length=MAX_LENGTH, shard_sequences=2, engine="reference"
+    )
+    job = prepare(options)
+    assert job.shards >= 4
+    for shard in DONE:
+        measure_shard(job, shard)
+    return job
+
+
+@pytest.fixture(scope="module")
+def undamaged(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return contents(finished(copied(job, tmp_path_factory.mktemp("undamaged") / "out")))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def copied(job: Job, out: Path) -> Job:
+    """The same run in a copy of its folder, its model as it is in memory."""
+    shutil.copytree(job.store.root, out)
+    return replace(job, store=Store(out), options=replace(job.options, out=out), plan=None, lock=None)
+
+
+def finished(job: Job) -> Path:
+    """Begin the run again in its folder and do what is missing."""
+    job.store.refuse_foreign()
+    again = begun(job, open_corpus(job.options.corpus), MAX_LENGTH, lambda *_: None)
+    for shard in again.remaining:
+        measure_shard(again, shard)
+    return finish(again)
+
+
+def assert_same_or_refused(job: Job, name: str, what: str, undamaged: dict[str, bytes]) -> bool:
+    """Resume; True where it came to the same bytes."""
+    path = job.store.root / name
+    try:
+        finished(job)
+    except Refusal as refusal:
+        assert path.name in str(refusal), (name, what)
+        return False
+    assert contents(job.store.root) == undamaged, (name, what)
+    assert not any(p.is_symlink() for p in job.store.root.rglob("*")), (name, what)
+    return True
+
+
+def kinds(job: Job) -> Iterator[str]:
+    """One file of each kind that an interrupted run holds: of a shard that is done, and of one that is not."""
+    records = [f"{WORK}/records/{shard:05d}.json" for shard in DONE]
+    spools = [f"{WORK}/shard-{shard:05d}.arrow" for shard in (0, 1)]
+    parts = [f"{table}/shard-{DONE[1]:05d}.parquet" for table in ("documents", "sequences", "heads", "profiles")]
+    for name in (f"{WORK}/run.json", f"{WORK}/plan.json", f"{WORK}/lock", *records[:1], *spools, *parts):
+        assert (job.store.root / name).is_file(), name
+        yield name
+
+
+def resumed_after(names: Iterable[tuple[str, str]], job: Job, undamaged: dict[str, bytes], out: Path) -> set[str]:
+    """Do each (file, damage) to a copy of the run and resume it; the damages that led to the same bytes."""
+    same = set()
+    for name, what in names:
+        again = copied(job, out)
+        dict(damages(Path(name)))[what](again.store.root / name)
+        if assert_same_or_refused(again, name, what, undamaged):
+            same.add(what)
+        shutil.rmtree(again.store.root)
+    return same
+
+
+# the newline at the end says nothing
+HARMLESS = {"last byte lost"}
+
+
+def test_whose_folder_it_is_cannot_be_made_again(job: Job, undamaged: dict[str, bytes], tmp_path: Path) -> None:
+    name = f"{WORK}/run.json"
+    every = [(name, what) for what, _ in damages(Path(name))]
+    assert resumed_after(every, job, undamaged, tmp_path / "out") == HARMLESS
+
+
+QUICK = ("bit flipped in the middle",)
+
+
+def test_what_can_be_made_again_is(job: Job, undamaged: dict[str, bytes], tmp_path: Path) -> None:
+    for name in [n for n in kinds(job) if not n.endswith("run.json")]:
+        wanted = {what for what, _ in damages(Path(name)) if what in QUICK}
+        same = resumed_after([(name, what) for what in wanted], job, undamaged, tmp_path / "out")
+        assert same == wanted, name
+
+
+@pytest.mark.slow
+def test_every_damage_to_every_file_that_can_be_made_again(
+    job: Job, undamaged: dict[str, bytes], tmp_path: Path
+) -> None:
+    for name in [n for n in kinds(job) if not n.endswith("run.json")]:
+        every = {what for what, _ in damages(Path(name))}
+        same = resumed_after([(name, what) for what in every], job, undamaged, tmp_path / "out")
+        # a folder that lies where a part goes may be the user's
+        assert every - same == ({"a directory"} if name.endswith(".parquet") else set()), name
+
+
+def test_what_lies_in_the_way_of_folders_is_named(job: Job, undamaged: dict[str, bytes], tmp_path: Path) -> None:
+    again = copied(job, tmp_path / "records")
+    shutil.rmtree(again.store.work / "records")
+    (again.store.work / "records").write_text("x")
+    assert contents(finished(again)) == undamaged
+    again = copied(job, tmp_path / "heads")
+    shutil.rmtree(again.store.root / "heads")
+    (again.store.root / "heads").write_text("x")
+    with pytest.raises(Refusal, match=r"a folder is to be written at .*heads, where something else lies"):
+        finished(again)
+    again = copied(job, tmp_path / "card")
+    (again.store.root / CARD).mkdir()
+    with pytest.raises(Refusal, match=r"a file is to be written at .*README\.md, where a folder lies"):
+        finished(again)
+
+
+def test_a_shard_that_would_be_planned_otherwise_now_is_measured_again(job: Job, corpus: Path, tmp_path: Path) -> None:
+    """A corpus of the same names and sizes is another corpus; its records don't fit once the plan is lost."""
+    again = copied(job, tmp_path / "out")
+    (again.store.work / "plan.json").unlink()
+    before = corpus.read_text()
+    corpus.write_text(before.swapcase().replace("SHARD", "TABLE"))
+    try:
+        whole = finished(again)
+    finally:
+        corpus.write_text(before)
+    assert verify(whole) == []
+
+
+def test_parts_of_shards_that_a_new_plan_does_not_have_go(job: Job, corpus: Path, tmp_path: Path) -> None:
+    again = copied(job, tmp_path / "out")
+    (again.store.work / "plan.json").unlink()
+    before = corpus.read_text()
+    corpus.write_text("Few words." + " " * (len(before) - 10))
+    try:
+        whole = finished(again)
+    finally:
+        corpus.write_text(before)
+    assert open_dataset(whole)[1]["shards"] == 1
+    assert verify(whole) == []
+
+
+def test_a_spool_that_comes_to_harm_while_shards_are_measured_is_named(job: Job, tmp_path: Path) -> None:
+    again = copied(job, tmp_path / "out")
+    begun_again = begun(again, open_corpus(again.options.corpus), MAX_LENGTH, lambda *_: None)
+    spool = again.store.work / "shard-00001.arrow"
+    spool.write_bytes(flipped(spool.read_bytes(), at=0.5))
+    with pytest.raises(Damaged, match=r"shard-00001\.arrow is not as it was written; the same command plans again"):
+        measure_shard(begun_again, 1)
+
+
+@pytest.mark.parametrize("name", ["empty", "cut off", "null bytes", "not UTF-8", "a directory", "a pipe", "no keys"])
+def test_a_finished_dataset_with_a_damaged_manifest_is_refused_and_left_alone(
+    job: Job, tmp_path: Path, name: str
+) -> None:
+    whole = finished(copied(job, tmp_path / "out"))
+    {**OF_BYTES, **OF_JSON}[name](whole / MANIFEST)
+    before = contents(whole) if name != "a pipe" else {}
+    with pytest.raises(Refusal, match=r"manifest\.json"):
+        prepare(replace(job.options, out=whole))
+    assert name == "a pipe" or contents(whole) == before
+    assert not (whole / WORK).exists()
+
+
+def test_a_run_that_is_refused_while_it_plans_keeps_what_an_earlier_one_measured(
+    job: Job, undamaged: dict[str, bytes], corpus: Path, tmp_path: Path
+) -> None:
+    again = copied(job, tmp_path / "out")
+    (again.store.work / "plan.json").unlink()
+    before = corpus.read_bytes()
+    corpus.write_bytes(b" " * len(before))
+    try:
+        with pytest.raises(Refusal, match="at least one document"):
+            finished(again)
+    finally:
+        corpus.write_bytes(before)
+    assert all(again.store.read_record(shard) is not None for shard in DONE)
+    assert contents(finished(again)) == undamaged

@@ -1,0 +1,104 @@
+"""Standard output and error that print anything, and readers that go away: real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.flows.conftest import ROOT
+
+ATTLAS = [sys.executable, "-m", "flows.cli"]
+
+
+def shell(command: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":
+    """A command line in which `attlas` is this one's."""
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f'attlas() {{ "$PYTHON" -m flows.cli "$@"; }}; {command}'],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+    )
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+def test_every_character_is_printed_in_every_encoding(encoding: str) -> None:
+    ended = shell("attlas stats entropy_nats", PYTHONIOENCODING=encoding)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    # typer takes ASCII for a terminal that was not set up, and writes UTF-8
+    sigma = "Σ" if encoding in ("ascii", "utf-8") else r"\u03a3"
+    assert sigma in ended.stdout.decode("utf-8" if encoding == "ascii" else encoding)
+
+
+def test_a_message_is_printed_in_every_encoding() -> None:
+    ended = shell("attlas info 'nowhere-→-\udc80'", PYTHONIOENCODING="cp1252")
+    assert ended.returncode == 2
+    assert rb"nowhere-\u2192-" in ended.stderr and b"Traceback" not in ended.stderr
+
+
+def test_a_reader_that_goes_away_ends_the_command_as_it_ends_any_other() -> None:
+    # the catalogue is longer than a pipe's buffer may be read at once
+    with subprocess.Popen([*ATTLAS, "stats"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGPIPE
+    assert shell("attlas stats | head -1 >/dev/null").returncode in (0, 141)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("command", ["attlas stats > /dev/full", "attlas stats >&-", "attlas --version > /dev/full"])
+def test_an_output_that_cannot_be_written_is_a_failure(command: str) -> None:
+    ended = shell(command)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(b"attlas: failed: OSError: ") and b"Exception ignored" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_closed_standard_error_leaves_output_and_code() -> None:
+    assert shell("attlas stats entropy_nats 2>&-").stdout == shell("attlas stats entropy_nats").stdout
+    assert shell("attlas info nowhere 2>&-").returncode == 2
+    assert shell("attlas info nowhere 0<&- >&- 2>&-").returncode == 2
+
+
+@pytest.mark.parametrize("closed", ["ascii", "full", "closed", "broken"])
+def test_what_follows_work_that_is_done_does_not_fail_it(closed: str) -> None:
+    code = (
+        "from flows.streams import *; make_streams_safe(); outlive_reader()\n"
+        "with reported_if_unwritten():\n    print('Σ', flush=True)\n"
+        "sys.exit(flush_output() is not None)"
+    )
+    redirection = {"ascii": "", "full": "> /dev/full", "closed": ">&-", "broken": "> >(true)"}[closed]
+    # where the reader is to be gone, wait until it is
+    wait = "sleep 0.2;" if closed == "broken" else ""
+    ended = shell(f'{{ {wait} "$PYTHON" -c "$CODE"; }} {redirection}', CODE=code, PYTHONIOENCODING="ascii")
+    assert ended.returncode == 0
+    said = b"standard output can't be written" in ended.stderr
+    assert said == (closed in ("full", "closed"))
+    assert b"Traceback" not in ended.stderr and b"Exception ignored" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_what_programs_read_is_utf8(dataset: Path) -> None:
+    sql = "SELECT 'é→漢' AS x"
+    for form, wanted in (("csv", "x\né→漢\n"), ("json", None)):
+        ended = shell(f'attlas query {dataset} "{sql}" --format {form}', PYTHONIOENCODING="cp1252")
+        assert ended.returncode == 0, ended.stderr
+        said = ended.stdout.decode()
+        assert said == wanted or (wanted is None and json.loads(said) == [{"x": "é→漢"}])
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from extract.pipeline import RunOptions, finish, measure_shard, prepare
+
+    folder = tmp_path_factory.mktemp("streams")
+    (folder / "corpus.txt").write_text("One fox jumps over one dog.")
+    job = prepare(RunOptions(model="demo", corpus=str(folder / "corpus.txt"), out=folder / "out", max_length=32))
+    for shard in job.remaining:
+        measure_shard(job, shard)
+    return finish(job)

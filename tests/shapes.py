@@ -1,0 +1,54 @@
+"""Shapes in signatures and records, checked at every call that the tests make."""
+
+import ast
+import re
+
+from jaxtyping import _import_hook, install_import_hook
+
+# compiled modules are left out: numba and Triton read a function's own source and signature
+CHECKED = (
+    "extract.capture",
+    "extract.engines.cpu",
+    "extract.engines.patches",
+    "extract.engines.reference",
+    "extract.engines.rows",
+    "extract.engines.visibility",
+    "extract.fed",
+    "extract.images",
+    "extract.inputs",
+    "extract.measurement",
+    "extract.memory",
+    "extract.packed",
+    "extract.shard",
+    "extract.statistics.attention",
+    "extract.statistics.profiles",
+    "extract.statistics.residual",
+    "extract.statistics.sums",
+    "extract.tokens",
+)
+
+
+# jaxtyping's names for dtypes, and ours for shapes that return
+STATES_A_SHAPE = re.compile(r"\b((Float|Int|UInt|Bool|Shaped|Num)\d*\[|Values\b|PerSequence\b)")
+
+
+class StatedShapes(_import_hook.JaxtypingTransformer):
+    """Check the functions that state a shape, and no function within another: each time one is made costs a millisecond."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:  # noqa: N802 - the name that `ast` calls
+        signature = f"{ast.unparse(node.args)} {ast.unparse(node.returns) if node.returns else ''}"
+        within = any(isinstance(parent, ast.FunctionDef) for parent in self._parents)
+        return super().visit_FunctionDef(node) if STATES_A_SHAPE.search(signature) and not within else node
+
+
+def check_shapes() -> None:
+    """Check every call of the modules above from now on; they must not be imported yet."""
+    _import_hook.JaxtypingTransformer = StatedShapes
+    install_import_hook(CHECKED, "tests.shapes.checker")
+
+
+def checker(function):
+    from beartype import BeartypeConf, beartype
+
+    # where a float is asked for, an int serves (PEP 484)
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
