@@ -7,8 +7,8 @@ from typing import Any
 
 from analysis.manifest import section
 from analysis.naming import model_title
-from analysis.printable import shortened
 from analysis.report.numbers import plural
+from extract.printable import shortened
 
 _SAID_ABOVE = ("model", "corpus", "engine", "device", "dtype", "schema_version")
 _LONGEST = 400

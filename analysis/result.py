@@ -12,8 +12,8 @@ import polars.selectors as cs
 import pyarrow as pa
 
 from analysis.output import write_whole
-from analysis.printable import printable
 from analysis.report.numbers import plural
+from extract.printable import printable
 from extract.store import Refusal
 
 Format = Literal["table", "csv", "json", "parquet"]

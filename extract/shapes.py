@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from extract.printable import printable
+
 Check = Callable[[Any, str], None]
 MOST = (1 << 63) - 1  # Parquet, Arrow and Polars count in int64
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -124,11 +126,6 @@ def has_infinity(value: Any) -> bool:
         return math.isinf(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return any(has_infinity(entry) for entry in inner)
-
-
-def printable(text: str) -> str:
-    """Text on one line, without control characters and halves of surrogate pairs, so that a file can't forge a line."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _shown(value: Any) -> str:

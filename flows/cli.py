@@ -62,7 +62,7 @@ def exit_code(arguments: list[str]) -> int:
 
 
 def _said(error: Exception, *, code: int) -> int:
-    from analysis.printable import printable
+    from extract.printable import printable
 
     if _debug.on:
         lines = "".join(traceback.format_exception(error)).splitlines()
@@ -225,7 +225,7 @@ def info(dataset: Dataset) -> None:
     """Show what a dataset holds and where it comes from."""
     from analysis.dataset import Dataset as Opened
     from analysis.info import describe
-    from analysis.printable import printable
+    from extract.printable import printable
 
     for title, facts in describe(Opened.open(dataset).manifest):
         typer.echo(title)
@@ -238,9 +238,9 @@ def info(dataset: Dataset) -> None:
 @app.command()
 def verify(dataset: Dataset) -> None:
     """Check checksums, schema, invariants and row counts; name every part that is wrong (exit code 3)."""
-    from analysis.printable import printable
     from analysis.report.numbers import plural
     from analysis.verify import verify as findings_in
+    from extract.printable import printable
 
     findings = findings_in(dataset)
     for finding in findings:
@@ -330,7 +330,7 @@ def _show_summary(dataset: Path) -> None:
 
 
 def _show_places(**places: Path) -> None:
-    from analysis.printable import printable
+    from extract.printable import printable
 
     for what, path in places.items():
         typer.echo(f"{what:<7}  {printable(path)}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from analysis.printable import printable
+from extract.printable import printable
 from flows.streams import say
 
 STAGES = {

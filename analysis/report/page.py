@@ -14,13 +14,13 @@ from analysis.info import describe
 from analysis.kinds import kinds_table
 from analysis.manifest import section
 from analysis.naming import corpus_title, model_title
-from analysis.printable import printable
 from analysis.report import findings
 from analysis.report.content import Content, is_known
 from analysis.report.figures import RAMP, Cell, atlas, heat_map
 from analysis.report.numbers import count, estimate, half_width, interval, percent, shown
 from analysis.report.panels import RESIDUAL_PANELS, distance_panels, entropy_panels, residual_panels, some_layers
 from analysis.residual import SITES
+from extract.printable import printable
 from extract.schema import TABLES
 
 _HERE = Path(__file__).parent

@@ -11,10 +11,10 @@ from rich.text import Text
 from analysis.columns import Column, Fitted, Lines
 from analysis.manifest import section
 from analysis.naming import corpus_title, model_title
-from analysis.printable import printable
 from analysis.report import findings
 from analysis.report.content import Content
 from analysis.report.numbers import estimate, half_width, percent, plural
+from extract.printable import printable
 
 _RANKED = 3
 _MASSES = ("mass_previous", "mass_first", "mass_separator")
