@@ -15,6 +15,7 @@ from torch import nn
 
 from extract.capture.grid import PIXELS
 from extract.capture.layout import Layout
+from extract.capture.seam import first_tensor
 from extract.corpus.names import real_name
 from extract.engines.patches import Grid
 from extract.errors import CaptureError, Refusal, first_line
@@ -48,7 +49,8 @@ class Images:
 class Fed:
     """The part of a model that is measured, the inputs of it that hold a sequence, and its layout.
 
-    `special`: where the tokenizer's token types are given to it too, what they follow from.
+    `special`: where the tokenizer's token types are given to it too, what they follow from. `padding_matters`: whether what
+    it gives of a sequence is changed by padding behind it.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class Fed:
     layout: Layout
     images: Images | None = None
     special: SpecialTokens | None = None
+    padding_matters: bool = False
 
     @property
     def named_inputs(self) -> list[str]:
@@ -96,7 +99,28 @@ def fed_texts(model: nn.Module, tokenizer: Any, *, stacks: Stacks, device: torch
     typed = special.types is not None and takes(part, TYPES)
     if typed:
         _refuse_types_beyond(part, special)
-    return Fed(part, inputs, layout, special=special if typed else None)
+    padding = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    matters = _padding_matters(part, {name: tensor.to(device) for name, tensor in probe.items()}, padding)
+    return Fed(part, inputs, layout, special=special if typed else None, padding_matters=matters)
+
+
+def _padding_matters(model: nn.Module, inputs: Mapping[str, torch.Tensor], padding: int) -> bool:
+    """Whether padding behind texts changes what the model gives of their own tokens, as convolutions over tokens do."""
+    import torch
+
+    real = next(iter(inputs.values())).shape[1] * 2 // 3
+    masks = MASK_OF.values()
+    padded = {name: x.clone() for name, x in inputs.items()}
+    for name, x in padded.items():
+        x[:, real:] = 0 if name in masks else padding
+    with torch.inference_mode():
+        alone = first_tensor(model(**{name: x[:, :real] for name, x in inputs.items()}))
+        among = first_tensor(model(**padded))
+    if alone is None or among is None or alone.dim() != 3 or alone.shape[1] != real or among.shape[1] <= real:
+        return False  # no state for each token to compare
+    rounding = max(1e-3, 8 * torch.finfo(alone.dtype).eps)
+    difference = (among[:, :real].double() - alone.double()).norm(dim=-1)
+    return bool((difference > rounding * alone.double().norm(dim=-1)).any())
 
 
 def _refuse_types_beyond(model: nn.Module, special: SpecialTokens) -> None:

@@ -245,6 +245,7 @@ def measure_shard(job: Job, shard: int, *, progress: Callable[[int, int], None] 
         inputs=fed.inputs,
         images=fed.images,
         special=fed.special,
+        padding_matters=fed.padding_matters,
     )
     tables, facts = measured_tables(instrument, sequences, shard=shard, progress=progress)
     tables |= planned_tables(job, sequences, documents)

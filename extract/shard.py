@@ -52,6 +52,7 @@ class Instrument:
     inputs: tuple[str, ...] = TEXT  # of the model, that a sequence is given to
     images: Images | None = None  # what sequences are, if not ids
     special: SpecialTokens | None = None  # what token types follow from, where the model is given them
+    padding_matters: bool = False  # to what the model gives of a sequence
 
 
 class _Row(NamedTuple):
@@ -92,7 +93,7 @@ def _planned(instrument: Instrument, lengths: Sequence[int]) -> list[list[int]]:
     layout = instrument.layout
     if layout.mixed:
         return [[n] for n in range(len(lengths))]
-    if not has_others_among_text(layout):
+    if not (has_others_among_text(layout) or instrument.padding_matters):
         return batches(lengths, token_budget=instrument.batch_tokens)
     places = (np.flatnonzero(np.asarray(lengths) == length).tolist() for length in sorted(set(lengths)))
     alike = ((of, batches([lengths[n] for n in of], token_budget=instrument.batch_tokens)) for of in places)

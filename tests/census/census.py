@@ -206,7 +206,7 @@ def main(wanted: list[str]) -> None:
             result.through_run,
         )
         print("\t".join(said), flush=True)
-    asked = [e.through_run == YES for e in entries if e.through_run != NO_IDS]
+    asked = [e.through_run.startswith(YES) for e in entries if e.through_run != NO_IDS]
     print(f"{sum(asked)} of {len(asked)} that read ids go through attlas run")
     print(Counter(e.outcome for e in entries), f"{time.monotonic() - began:.0f} s")
     if not wanted:

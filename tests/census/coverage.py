@@ -86,7 +86,7 @@ def _through_run(entries: Sequence[Entry]) -> list[str]:
     kinds = list(dict.fromkeys(e.modality for e in asked))
     counts = []
     for kind in kinds:
-        of_kind = [e.through_run == YES for e in asked if e.modality == kind]
+        of_kind = [e.through_run.startswith(YES) for e in asked if e.modality == kind]
         counts.append([kind, len(of_kind), f"{sum(of_kind)} ({sum(of_kind) / len(of_kind):.1%})"])
     reasons: dict[str, list[str]] = {}
     for one in asked:
@@ -96,7 +96,10 @@ def _through_run(entries: Sequence[Entry]) -> list[str]:
     return [
         *_table(["of those that read ids", "architectures", "through `attlas run`"], counts),
         "",
-        *_table(["not through `attlas run`", "because"], [[", ".join(of), reason] for reason, of in ordered]),
+        *_table(
+            ["not through `attlas run`, or not without a remark", "because"],
+            [[", ".join(of), reason] for reason, of in ordered],
+        ),
     ]
 
 
@@ -117,7 +120,7 @@ def _lines(entries: Sequence[Entry]) -> list[str]:
             ", ".join(e.ways),
             e.compared or "",
             "yes" if e.residual == "measured" else e.residual,
-            "" if e.through_run == NO_IDS else "yes" if e.through_run == YES else "no",
+            "" if e.through_run == NO_IDS else "yes" if e.through_run.startswith(YES) else "no",
             e.reason,
         ]
         for e in entries

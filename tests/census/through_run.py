@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from extract.capture.seam import first_tensor
 from extract.errors import CaptureError, Refusal
 from extract.measurement import measure
 from extract.pipeline import RunOptions, finish, measure_shards, prepare
@@ -29,6 +30,8 @@ from tests.census.shrink import FIRST_ID, TOKENS, VOCABULARY
 from tests.census.tiny import Built, NotBuilt, architectures, build, reason_of
 
 YES, NO_IDS = "yes", ""
+AS_IN_A_BATCH = "yes; the model itself gives other numbers in a batch than alone"
+DRAWS = "yes, but for numbers that the model draws at random each time"
 TOLERANCE = 1e-4
 # of three lengths, so that a batch is padded; no word twice in a row
 LENGTHS = (11, 17, 5)
@@ -36,7 +39,7 @@ SPECIAL = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")
 
 
 def through_run(model_type: str) -> str:
-    """YES, NO_IDS of a model that reads no ids of a tokenizer, or in words why `attlas run` does not measure it."""
+    """YES with what must be said beside it, NO_IDS of a model that reads no ids of a tokenizer, or why it can't be measured."""
     built = build(model_type)
     if isinstance(built, NotBuilt) or not reads_ids(built):
         return NO_IDS
@@ -100,18 +103,59 @@ def _rows(dataset: Path) -> list[dict[str, Any]]:
 
 
 def _difference(rows: list[dict[str, Any]], model: nn.Module, tokenizer: Any) -> str | None:
-    """Where the dataset is not what the model, as it was before it was saved, gives for each document alone."""
-    measured = {_key(row, row["sequence_id"]): row for row in rows}
-    for sequence, text in enumerate(documents()):
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        alone = measure(model, input_ids=ids, attention_mask=torch.ones_like(ids))["heads"].to_pylist()
-        if len(alone) != sum(key[0] == sequence for key in measured):
-            return f"sequence {sequence} has {sum(key[0] == sequence for key in measured)} rows, not {len(alone)}"
-        for row in alone:
-            got, expected = measured[_key(row, sequence)]["entropy_nats"], row["entropy_nats"]
-            if abs(got - expected) > TOLERANCE * max(1.0, abs(expected)):
-                return f"WRONG: entropy_nats of {_key(row, sequence)} is {got}, not {expected}"
+    """Where the dataset is not what the model, as it was before it was saved, gives for each document alone.
+
+    Where the model itself gives other numbers in a batch, for what it gives in that.
+    """
+    measured = {_key(row, row["sequence_id"]): row["entropy_nats"] for row in rows}
+    texts = [tokenizer(text)["input_ids"] for text in documents()]
+    alone = {}
+    for sequence, ids in enumerate(texts):
+        of_text = measure(model, **_batch([ids], tokenizer))["heads"].to_pylist()
+        alone |= {_key(row, sequence): row["entropy_nats"] for row in of_text}
+    wrong = _first_unlike(measured, alone)
+    if wrong is None:
+        return None
+    if _draws(model, _batch(texts[:1], tokenizer)):
+        return DRAWS
+    if not _gives_others_in_a_batch(model, texts, tokenizer):
+        return wrong
+    together = measure(model, **_batch(texts, tokenizer))["heads"].to_pylist()
+    expected = {_key(row, row["sequence_id"]): row["entropy_nats"] for row in together}
+    return _first_unlike(measured, expected) or AS_IN_A_BATCH
+
+
+def _first_unlike(measured: Mapping[tuple[Any, ...], float], expected: Mapping[tuple[Any, ...], float]) -> str | None:
+    if set(measured) != set(expected):
+        return f"WRONG: {len(measured)} rows, not the {len(expected)} that are expected"
+    for key, value in expected.items():
+        if abs(measured[key] - value) > TOLERANCE * max(1.0, abs(value)):
+            return f"WRONG: entropy_nats of {key} is {measured[key]}, not {value}"
     return None
+
+
+def _batch(texts: list[list[int]], tokenizer: Any) -> dict[str, torch.Tensor]:
+    return dict(tokenizer.pad({"input_ids": texts}, padding_side="right", return_tensors="pt"))
+
+
+def _draws(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the model gives other numbers each time."""
+    with torch.inference_mode():
+        once, again = (first_tensor(model(**inputs)) for _ in range(2))
+    return once is not None and again is not None and not torch.equal(once, again)
+
+
+def _gives_others_in_a_batch(model: nn.Module, texts: list[list[int]], tokenizer: Any) -> bool:
+    with torch.inference_mode():
+        together = first_tensor(model(**_batch(texts, tokenizer)))
+        for place, ids in enumerate(texts):
+            alone = first_tensor(model(**_batch([ids], tokenizer)))
+            if alone is None or together is None or together.shape[2:] != alone.shape[2:]:
+                return False
+            states, own = together[place, : len(ids)], alone[0]
+            if (states - own).norm() > TOLERANCE * own.norm():
+                return True
+    return False
 
 
 def _key(row: Mapping[str, Any], sequence: int) -> tuple[int, str, int, int]:

@@ -10,7 +10,7 @@ from tests.census import census
 from tests.census.census import EXACT, FALLBACK, REFUSED, WITHOUT, Making, compared, entry, judged
 from tests.census.judge import verdict_on
 from tests.census.own import each_alone, head_counts, is_of_heads, is_pattern, readings, returned_patterns
-from tests.census.through_run import NO_IDS, YES, through_run
+from tests.census.through_run import AS_IN_A_BATCH, DRAWS, NO_IDS, YES, through_run
 from tests.census.tiny import Built, build
 
 SEEN = {
@@ -133,9 +133,14 @@ def test_a_number_that_is_off_by_a_thousandth_and_a_layer_that_is_left_out_are_f
 # --- through attlas run --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["bert", "gpt2", "t5", "longformer", "canine"])
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "t5", "longformer", "canine", "convbert"])
 def test_a_model_that_was_saved_runs_as_the_command_runs_it(model_type):
     assert through_run(model_type) == YES
+
+
+@pytest.mark.parametrize(("model_type", "said"), [("deepseek_v32", AS_IN_A_BATCH), ("diffusion_gemma", DRAWS)])
+def test_a_model_that_gives_other_numbers_in_a_batch_or_each_time_is_told(model_type, said):
+    assert through_run(model_type) == said
 
 
 def test_a_model_without_ids_of_a_tokenizer_is_not_asked():

@@ -1,5 +1,7 @@
 """A watched model computes what it computes by itself, at padding too: what looks at a whole tensor may read it there."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,10 @@ import transformers
 from torch import nn
 
 from extract import measure
+from extract.fed import fed_texts
+from extract.shard import _planned
+from tests.census.through_run import tokenizer_of
+from tests.census.tiny import build
 from tests.extract.models import eager_patterns, tiny
 
 IDS = torch.randint(2, 60, (3, 12), generator=torch.Generator().manual_seed(3))
@@ -130,3 +136,22 @@ def test_torchs_own_encoder_gives_its_own_output_at_padding():
     encoder(**inputs)
     measure(encoder, **inputs)
     torch.testing.assert_close(given[-1], given[0].detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "matters"), [("convbert", True), ("bert", False), ("gpt2", False), ("t5", False)])
+def test_a_run_knows_whether_padding_changes_what_a_model_gives(family, matters, dtype):
+    model = build(family).model.to(dtype)
+    fed = fed_texts(model, tokenizer_of(model), stacks="encoder", device=torch.device("cpu"))
+    assert fed.padding_matters is matters
+
+
+def test_sequences_are_padded_only_where_it_does_not_matter():
+    lengths = [5, 9, 5, 7]
+    layout = SimpleNamespace(mixed=False, attentions=[])
+    of_any, alike = (
+        _planned(SimpleNamespace(layout=layout, padding_matters=matters, batch_tokens=100), lengths)
+        for matters in (False, True)
+    )
+    assert len(of_any) == 1
+    assert [sorted(lengths[n] for n in batch) for batch in alike] == [[5, 5], [7], [9]]
