@@ -460,7 +460,11 @@ def _is_pattern(own: torch.Tensor, call: Call, rounding: float) -> bool:
                 p / p.sum(-1, keepdim=True).clamp_min(1e-30) for p in (candidate.reshape(seen.shape).to(seen), seen)
             ]
             averaged = rows[1].mean(1, keepdim=True).expand_as(rows[1])  # as torch's multi-head attention may give it
-            if any(torch.allclose(rows[0], rows_seen, atol=near, rtol=near) for rows_seen in (rows[1], averaged)):
+            sees = rows[1].isfinite().all(-1)  # a row that sees no key is whatever the model's code makes of it
+            if bool(sees.any()) and any(
+                torch.allclose(rows[0][sees], rows_seen[sees], atol=near, rtol=near)
+                for rows_seen in (rows[1], averaged)
+            ):
                 return True
     return False
 

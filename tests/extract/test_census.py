@@ -15,6 +15,7 @@ from tests.census.tiny import Built, build
 
 SEEN = {
     "bert": (EXACT, ("sdpa",)),
+    "llama4": (EXACT, ("sdpa",)),
     "t5": (EXACT, ("sdpa",)),
     "gemma2": (EXACT, ("interface",)),
     "gpt_oss": (EXACT, ("interface",)),
