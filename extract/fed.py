@@ -95,13 +95,14 @@ def fed_texts(model: nn.Module, tokenizer: Any, *, stacks: Stacks, device: torch
     given = [*inputs, *(MASK_OF[name] for name in inputs)]
     part = measured_part(model, dict.fromkeys(given))
     probe = _of_any_tokens(inputs, max(tokenizer.get_vocab().values(), default=0))
-    layout = _layout_of_texts(part, {name: tensor.to(device) for name, tensor in probe.items()})
+    probe = {name: tensor.to(device) for name, tensor in probe.items()}
+    layout = _layout_of_texts(part, probe)
     special = special_tokens(tokenizer)
     typed = special.types is not None and takes(part, TYPES)
     if typed:
         _refuse_types_beyond(part, special)
     padding = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    matters = _padding_matters(part, {name: tensor.to(device) for name, tensor in probe.items()}, padding)
+    matters = _padding_matters(part, probe, padding)
     return Fed(part, inputs, layout, special=special if typed else None, padding_matters=matters)
 
 
@@ -129,8 +130,6 @@ def _padding_matters(model: nn.Module, inputs: Mapping[str, torch.Tensor], paddi
 
 def _refuse_types_beyond(model: nn.Module, special: SpecialTokens) -> None:
     """A tokenizer's token types are rows of the model's table of them, where it has one."""
-    import torch
-
     tables = (m for n, m in model.named_modules() if n.rpartition(".")[2] == "token_type_embeddings")
     rows = min((t.num_embeddings for t in tables if isinstance(t, torch.nn.Embedding)), default=None)
     largest = int(special.types_of(special.count + 1).max())
@@ -162,8 +161,6 @@ def _layout_of_texts(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> La
 
 def _own_error(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str | None:
     """What the model itself says of these inputs; None if it takes them."""
-    import torch
-
     try:
         with torch.inference_mode():
             model(**inputs)
@@ -174,16 +171,12 @@ def _own_error(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str | No
 
 def _of_any_tokens(inputs: Sequence[str], largest_id: int) -> dict[str, torch.Tensor]:
     """A few ids for each input, without padding."""
-    import torch
-
     ids = {name: random_ids(largest_id + 1, PROBED[name]) for name in inputs}
     return ids | {MASK_OF[name]: torch.ones_like(of_input) for name, of_input in ids.items()}
 
 
 def fed_images(model: nn.Module, processor: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Fed:
     """The part of a model that sees, examined on an image of noise as its preprocessor makes it. Raises Refusal."""
-    import torch
-
     from extract.capture.grid import sight_of
     from extract.measurement import grids_of, measured_part
 
