@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from jaxtyping import Int
-from torch import Tensor
+if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
+    from jaxtyping import Int
+    from torch import Tensor
 
 HISTOGRAM_BINS = 64
 LARGEST_DOUBLING_BIN = 24  # positions and distances up to 2²³

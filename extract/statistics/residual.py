@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
-
-from jaxtyping import Bool, Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from extract.statistics.registry import Column, column, columns_of
 
-PerSequence = Float[Tensor, " batch"]
+if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+    PerSequence = Float[Tensor, " batch"]
 
 
 @dataclass(frozen=True)
