@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -68,6 +69,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return server_of(nodeid.partition("::")[0]) or nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """A test that leaves torch with another number of threads would change what the next one measures."""
+    torch = sys.modules.get("torch")
+    before = torch and torch.get_num_threads()
+    yield
+    if torch:
+        assert torch.get_num_threads() == before, "torch's number of threads is not what it was"
 
 
 @pytest.fixture(scope="session")

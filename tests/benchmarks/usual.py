@@ -118,14 +118,16 @@ def usual_process(ids: Int[Tensor, "batch token"], folder: Path, *, at_once: int
                 raise RuntimeError(f"the usual side's process ended by itself, with status {process.wait()}")
             return json.loads(answer)
 
-        threads = ask(ids=ids.tolist(), folder=str(folder), at_once=at_once)
-        assert threads == torch.get_num_threads(), "both sides compute with as many threads"
+        threads = torch.get_num_threads()
+        started_with = ask(ids=ids.tolist(), folder=str(folder), at_once=at_once, threads=threads)
+        assert started_with == threads, "both sides compute with as many threads"
         yield ask
 
 
 def main() -> None:
     """The usual side: read what to work on, then work as often as a line comes, until there are no more."""
     task = json.loads(sys.stdin.readline())
+    torch.set_num_threads(task["threads"])
     run = usual_way(demo(), torch.tensor(task["ids"]), Path(task["folder"]), at_once=task["at_once"])
     print(torch.get_num_threads(), flush=True)
     for _ in sys.stdin:
