@@ -54,6 +54,7 @@ def kernel(*arguments: Any, fast: bool = False) -> Callable[[Callable[..., None]
 
 def prepare() -> None:
     """Compile every kernel of the modules that are imported, or load it as an earlier process compiled it."""
+    _share_threads()  # first: loading a kernel starts numba's threads, as many as there are cores
     for made in _KERNELS.values():
         made()
 

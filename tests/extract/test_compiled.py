@@ -39,3 +39,16 @@ def test_without_a_cache_code_is_compiled_and_a_warning_says_what_to_set(place: 
     )
     assert (ended.returncode, ended.stdout) == (0, "[0.0, 2.0, 4.0]\n"), ended.stderr
     assert ended.stderr.count("set NUMBA_CACHE_DIR to a folder that can") == 1
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_making_an_engine_ready_leaves_torchs_threads(threads: str) -> None:
+    code = (
+        "import sys, torch; torch.set_num_threads(int(sys.argv[1]))\n"
+        "from extract.engines import choose; choose('cpu').make_ready(); print(torch.get_num_threads())"
+    )
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "3"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code, threads], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert ended.stdout == f"{threads}\n", ended.stderr
