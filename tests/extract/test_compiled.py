@@ -41,14 +41,25 @@ def test_without_a_cache_code_is_compiled_and_a_warning_says_what_to_set(place: 
     assert ended.stderr.count("set NUMBA_CACHE_DIR to a folder that can") == 1
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-def test_making_an_engine_ready_leaves_torchs_threads(threads: str) -> None:
-    code = (
-        "import sys, torch; torch.set_num_threads(int(sys.argv[1]))\n"
-        "from extract.engines import choose; choose('cpu').make_ready(); print(torch.get_num_threads())"
-    )
-    environment = {**os.environ, "NUMBA_NUM_THREADS": "3"}
-    ended = subprocess.run(
-        [sys.executable, "-c", code, threads], env=environment, capture_output=True, text=True, cwd=ROOT
-    )
-    assert ended.stdout == f"{threads}\n", ended.stderr
+THREADS = """
+import numba, torch
+from extract.engines.compiled import array, kernel, prepare
+
+@kernel(array(numba.float32, 1))
+def double(x):
+    for n in numba.prange(len(x)):
+        x[n] *= 2
+
+torch.set_num_threads(1)
+before = torch.get_num_threads()
+prepare()
+print(before, torch.get_num_threads())
+"""
+
+
+def test_compiling_leaves_torchs_number_of_threads(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(THREADS)
+    set_ = {"PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "3", "XDG_CACHE_HOME": str(tmp_path)}
+    ended = subprocess.run([sys.executable, script], env={**os.environ, **set_}, capture_output=True, text=True)
+    assert ended.stdout == "1 1\n", ended.stderr
