@@ -11,8 +11,8 @@ import polars.selectors as cs
 from analysis.dataset import Dataset
 from analysis.report.numbers import plural
 from analysis.verify import findings_in
-from extract.schema import TABLES, Table
 from extract.store import Refusal
+from extract.tables import TABLES, Table
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def notes_on_rows(dataset: Dataset, tables: Sequence[str]) -> list[str]:
 
 
 def _misplaced(table: Table) -> pl.Expr:
-    numbers = [c.name for c in table.keys if c.dtype.startswith("int") and c.name != "bin"]
+    numbers = [c.name for c in table.keys if c.dtype.startswith("int") and not c.signed]
     return pl.any_horizontal(
         *(pl.col(c.name).is_null() for c in table.keys), *(pl.col(n).fill_null(0) < 0 for n in numbers)
     )

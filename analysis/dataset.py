@@ -12,8 +12,8 @@ import polars.selectors as cs
 import pyarrow as pa
 
 from analysis.parts import DamagedPart, common_schema, kind_of, misfits
-from extract.schema import TABLES
 from extract.store import Part, Refusal, open_dataset, parts_of
+from extract.tables import TABLES
 
 
 @dataclass(frozen=True)

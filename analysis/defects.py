@@ -25,7 +25,7 @@ GROWTH_TIMES = 10.0
 LARGEST_NUMBER = {"float16": 65504.0, "bfloat16": 3.39e38, "float32": 3.40e38, "float64": 1.79e308}
 
 HEAD_COLUMNS = (
-    "update_norm",
+    "output_norm",
     "mass_first",
     "value_weighted_first",
     "mutual_information_nats",
@@ -87,18 +87,18 @@ def _collapse(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
 
 
 def _dead(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
-    median = pl.col("update_norm").median().over("stack", "layer")
+    median = pl.col("output_norm").median().over("stack", "layer")
     return (
         rows.with_columns(layer_median=median)
-        .filter(pl.col("update_norm") < DEAD_SHARE * pl.col("layer_median"))
+        .filter(pl.col("output_norm") < DEAD_SHARE * pl.col("layer_median"))
         .select(
             *HEAD,
-            value="update_norm",
-            low="update_norm_low",
-            high="update_norm_high",
+            value="output_norm",
+            low="output_norm_low",
+            high="output_norm_high",
             evidence=pl.format(
                 "writes {} where the median head of its layer writes {}",
-                pl.col("update_norm").round_sig_figs(3),
+                pl.col("output_norm").round_sig_figs(3),
                 pl.col("layer_median").round_sig_figs(3),
             ),
         )
@@ -217,9 +217,9 @@ DEFECTS = (
     ),
     Defect(
         "dead head",
-        f"update_norm < {DEAD_SHARE:.0%} of the layer's median",
+        f"output_norm < {DEAD_SHARE:.0%} of the layer's median",
         "the head writes next to nothing into the stream",
-        ("update_norm",),
+        ("output_norm",),
         "heads",
         _dead,
     ),

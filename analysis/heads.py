@@ -9,7 +9,7 @@ import polars as pl
 from analysis.dataset import Dataset
 from analysis.inference import clustered_mean
 from analysis.weighting import weighted_heads
-from extract.schema import TABLES
+from extract.tables import TABLES
 
 HEAD = ("stack", "layer", "head")
 _CHUNK = 8  # columns at a time: the sums by head and document are held in memory

@@ -12,8 +12,8 @@ import pyarrow as pa
 from analysis.dataset import Dataset
 from analysis.parts import DamagedPart, first_line, read_footer
 from analysis.report.numbers import plural
-from extract.schema import TABLES, Table
 from extract.store import CARD, MANIFEST, WORK, Part, file_sha256, parts_of
+from extract.tables import TABLES, Table
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ def _bytes(path: Path, part: Part) -> Iterator[Finding]:
 
 
 def _schema_differences(table: Table, schema: pa.Schema) -> Iterator[str]:
-    asked = frozenset(schema.names) & table.optional
-    lacking = table.added - set(schema.names)  # written before these columns were
-    expected = table.schema(optional=asked, without=lacking)
+    expected = table.schema(optional=frozenset(schema.names) & table.optional)
     if schema.names != expected.names:
         missing = [n for n in expected.names if n not in schema.names]
         unknown = [n for n in schema.names if n not in expected.names]
@@ -92,16 +90,12 @@ def _schema_differences(table: Table, schema: pa.Schema) -> Iterator[str]:
         yield "; ".join(facts) or "columns are not in the contract's order"
         return
     for found, wanted in zip(schema, expected, strict=True):
-        if found.type != wanted.type and not _is_earlier_count(found.type, wanted.type):
+        if found.type != wanted.type:
             yield f"{found.name} is {found.type}, the contract says {wanted.type}"
         if found.nullable != wanted.nullable:
             yield f"{found.name} is {'' if found.nullable else 'not '}nullable, the contract says otherwise"
-        if _facts(found) != _facts(wanted) and not lacking:
+        if _facts(found) != _facts(wanted):
             yield f"{found.name} has other metadata (formula, unit, bounds …) than the contract"
-
-
-def _is_earlier_count(found: pa.DataType, wanted: pa.DataType) -> bool:
-    return pa.types.is_int64(wanted) and pa.types.is_int32(found)
 
 
 def _facts(field: pa.Field) -> dict[bytes, bytes]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from extract.schema import Table
 from extract.store import Part
+from extract.tables import Table
 
 # what a part of the contract never reaches: a row takes bits of its own, and even constant columns pack less than that
 _ROWS_PER_BYTE = 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,9 @@ from analysis.integrity import integrity, strays, totals
 from analysis.manifest import section
 from analysis.parts import first_line
 from analysis.report.numbers import plural
-from extract.schema import CLASS_MASSES, TABLES, Table
 from extract.store import MANIFEST, Part
+from extract.tables import TABLES, Agreement, Table
 
-ALWAYS = ("documents", "sequences", "heads", "profiles")  # residual needs a model whose stream can be seen
-MASS_TOLERANCE = 1e-4
 BOUND_TOLERANCE = 1e-4  # of float32 means, relative beyond 1
 _ROW = "|row"
 # Polars panics, outside of Exception, where Rust code meets what it holds to be impossible
@@ -46,12 +44,13 @@ def verify(folder: Path | str) -> list[Finding]:
 def findings_in(dataset: Dataset) -> list[Finding]:
     """Everything that is wrong with an open dataset."""
     findings = list(strays(dataset))
-    lacking = [table for table in ALWAYS if table not in dataset.tables]
+    always = [table.name for table in TABLES.values() if table.is_always_written]
+    lacking = [table for table in always if table not in dataset.tables]
     if lacking:
         findings.append(
-            Finding(MANIFEST, "tables", f"every dataset has {', '.join(ALWAYS)}; {', '.join(lacking)} missing")
+            Finding(MANIFEST, "tables", f"every dataset has {', '.join(always)}; {', '.join(lacking)} missing")
         )
-    sound: dict[str, list[Part]] = {table: [] for table in ALWAYS}
+    sound: dict[str, list[Part]] = {table: [] for table in always}
     for table in dataset.tables:
         findings += totals(dataset, table)
         for part in dataset.parts(table):  # refuses parts outside the dataset
@@ -69,22 +68,13 @@ def _contents(dataset: Dataset, sound: Mapping[str, list[Part]]) -> Iterator[Fin
     """Checks of the rows of the parts whose files are sound."""
     linked = all(_whole(dataset, sound, table) for table in ("documents", "sequences"))
     sequences = _scan(dataset, sound["sequences"]) if linked else None
-    for table, parts in sound.items():
-        if table not in TABLES:
+    for name, parts in sound.items():
+        if name not in TABLES:
             continue
         for part in parts:
-            yield from _readable(part.path, _part_findings(dataset, TABLES[table], part, sequences))
-    if sequences is not None:
-        links = _links(dataset, _scan(dataset, sound["documents"]), sequences)
-        yield from _readable("documents, sequences", links)
-    if all(_whole(dataset, sound, table) for table in ("heads", "profiles")):
-        profiles = {Path(part.path).name: part for part in sound["profiles"]}
-        for heads in sound["heads"]:
-            beside = profiles.get(Path(heads.path).name)
-            if beside is None:
-                yield Finding(heads.path, "profile sums", "no profiles of the same shard")
-            else:
-                yield from _readable(beside.path, _profile_sums(dataset, heads, beside))
+            yield from _readable(part.path, _part_findings(dataset, TABLES[name], part, sequences))
+        if _whole(dataset, sound, name):
+            yield from _readable(name, _whole_findings(dataset, TABLES[name], sound))
 
 
 def _readable(part: str, findings: Iterator[Finding]) -> Iterator[Finding]:
@@ -107,16 +97,19 @@ def _scan(dataset: Dataset, parts: Iterable[Part]) -> pl.LazyFrame:
 
 def _part_findings(dataset: Dataset, table: Table, part: Part, sequences: pl.LazyFrame | None) -> Iterator[Finding]:
     frame = _scan(dataset, [part])
-    yield from _broken(part, frame.with_row_index(_ROW), [*_value_checks(table, frame), *_order_checks(table, frame)])
+    checks = [*_value_checks(table, frame), *_order_checks(table, frame)]
+    of_sequences = "sequence_id" in table.schema().names and table.kind != "plan"
+    yield from _broken(part, frame.with_row_index(_ROW), checks + ([] if of_sequences else _rule_checks(table, frame)))
     if sequences is None:
         return
     match = _SHARD.search(part.path)
     shard = int(match.group(1)) if match else -1
     own = sequences.filter(pl.col("shard") == shard)
-    present = frame.collect_schema().names()
-    if "sequence_id" in table.schema().names and table.name != "sequences":
-        yield from _broken(part, _with_sequence(frame, own), _sequence_checks(dataset, table, present))
-        yield from _rectangle(dataset, table, part, frame, own)
+    if of_sequences:
+        frame = _with_sequence(dataset, frame, own)
+        yield from _broken(part, frame, [*_sequence_checks(dataset, table, frame), *_rule_checks(table, frame)])
+        if table.kind == "dense":
+            yield from _rectangle(dataset, table, part, frame, own)
     elif "shard" in table.schema().names:
         yield from _broken(part, frame, [Check("shard", pl.col("shard") != shard, f"a shard other than {shard}")])
 
@@ -139,7 +132,12 @@ def _value_checks(table: Table, frame: pl.LazyFrame) -> list[Check]:
     checks = []
     for column in (c for c in table.columns if c.name in present):
         name = column.name
-        if column in table.keys and column.bounds == (None, None) and column.dtype.startswith("int") and name != "bin":
+        if (
+            column in table.keys
+            and column.bounds == (None, None)
+            and column.dtype.startswith("int")
+            and not column.signed
+        ):
             checks.append(Check("bounds", pl.col(name) < 0, f"{name} is below 0"))
         if not column.nullable:
             checks.append(Check("null", pl.col(name).is_null(), f"{name} is null, which the contract rules out"))
@@ -181,40 +179,39 @@ def _order_checks(table: Table, frame: pl.LazyFrame) -> list[Check]:
     ]
 
 
-def _with_sequence(frame: pl.LazyFrame, own: pl.LazyFrame) -> pl.LazyFrame:
+def _with_sequence(dataset: Dataset, frame: pl.LazyFrame, own: pl.LazyFrame) -> pl.LazyFrame:
+    """Rows with what rules may use of their sequence: `n`, its tokens, and `of_tokens`."""
     facts = own.select("sequence_id", n=pl.col("tokens").cast(pl.Float64), of=pl.col("document_id"))
-    return frame.join(facts, on="sequence_id", how="left")
+    return frame.join(facts, on="sequence_id", how="left").with_columns(of_tokens=_is_of_tokens(dataset))
 
 
-def _sequence_checks(dataset: Dataset, table: Table, present: Collection[str]) -> list[Check]:
-    classes = [c for c in CLASS_MASSES if c in present]
-    checks = [
+def _sequence_checks(dataset: Dataset, table: Table, frame: pl.LazyFrame) -> list[Check]:
+    return [
         Check("links", pl.col("n").is_null(), "a sequence that is not one of the shard's"),
         Check("links", pl.col("of") != pl.col("document_id"), "another document than the sequence's own"),
-        *_symbolic_bounds(dataset, table),
+        *_symbolic_bounds(dataset, table, frame.collect_schema().names()),
     ]
-    return checks + _mass_checks(dataset, classes) if table.name == "heads" else checks
 
 
-def _symbolic_bounds(dataset: Dataset, table: Table) -> list[Check]:
+def _symbolic_bounds(dataset: Dataset, table: Table, present: Collection[str]) -> list[Check]:
     """Bounds in terms of the sequence's length n and the stream's width d; only where n counts keys and queries."""
-    known = _is_of_tokens(dataset)  # what merges tokens changes its width as well
+    known = pl.col("of_tokens")  # what merges tokens changes its width as well
     n = pl.when(known).then(pl.col("n"))
-    sink = pl.col("mass_sink").is_not_null().cast(pl.Float64) if table.name == "heads" else pl.lit(0.0)
+    outcomes = pl.col(table.outcome).is_not_null().cast(pl.Float64) if table.outcome in present else pl.lit(0.0)
     width = section(dataset.manifest, "model").get("width")
     d = pl.when(known).then(float(width)) if isinstance(width, int) else pl.lit(None, dtype=pl.Float64)
     symbols = {
         "n": n,
         "n−1": n - 1,
         "−(n−1)": 1 - n,
-        "1/n": pl.when(sink == 0).then(1 / n),
-        "ln n": (n + sink).log(),
+        "1/n": pl.when(outcomes == 0).then(1 / n),
+        "ln n": (n + outcomes).log(),
         "d": d,
         "d−1": d - 1,
         "√d": d.sqrt(),
     }
     checks = []
-    for column in table.facts:
+    for column in (c for c in table.facts if c.name in present):
         exact = column.dtype not in ("float32", "float64")
         for bound, side in zip(column.bounds, ("below", "above"), strict=True):
             if isinstance(bound, str) and bound in symbols:
@@ -228,25 +225,10 @@ def _is_of_tokens(dataset: Dataset) -> pl.Expr:
     return pl.col("stack").is_in([stack["stack"] for stack in stacks if stack.get("of_tokens")])
 
 
-def _mass_checks(dataset: Dataset, columns: Sequence[str]) -> list[Check]:
-    sink = pl.col("mass_sink").fill_null(0)
-    measured = pl.col("query_rows") > 0
-    classes = pl.sum_horizontal([pl.col(c).cast(pl.Float64) for c in columns], ignore_nulls=False) + sink
-    sides = pl.col("mass_self").cast(pl.Float64) + pl.col("mass_backward") + pl.col("mass_forward") + sink
-    checks = [
-        Check("class masses", measured & ((classes - 1).abs() > MASS_TOLERANCE), "the token classes do not sum to 1"),
-        Check("masses", measured & ((sides - 1).abs() > MASS_TOLERANCE), "self, backward and forward do not sum to 1"),
-    ]
-    rows = pl.sum_horizontal(pl.col("query_rows", "masked_rows", "nonfinite_rows").cast(pl.Float64))
-    miscounted = _is_of_tokens(dataset) & (rows != pl.col("n"))
-    return [*checks, Check("rows", miscounted, "measured, masked and non-finite rows are not the tokens")]
-
-
 def _rectangle(dataset: Dataset, table: Table, part: Part, frame: pl.LazyFrame, own: pl.LazyFrame) -> Iterator[Finding]:
     """Every sequence of the shard has every head (or site), as many as the model has."""
-    places = [c.name for c in table.keys if c.name not in ("sequence_id", "document_id")]
     found = frame.select(
-        rows=pl.len(), sequences=pl.col("sequence_id").n_unique(), places=pl.struct(places).n_unique()
+        rows=pl.len(), sequences=pl.col("sequence_id").n_unique(), places=pl.struct(table.places).n_unique()
     ).collect(engine="streaming")
     rows, with_rows, distinct = found.row(0)
     planned = own.select(pl.len()).collect().item()
@@ -258,40 +240,30 @@ def _rectangle(dataset: Dataset, table: Table, part: Part, frame: pl.LazyFrame, 
         yield Finding(part.path, "row count", f"{places_of_each}, but {plural(rows, 'row')}")
     layers = section(dataset.manifest, "model", "layout").get("attention") or []
     heads = [layer.get("heads") for layer in layers]
-    if table.name == "heads" and layers and None not in heads and distinct != sum(heads):
+    if "head" in table.places and layers and None not in heads and distinct != sum(heads):
         of_model = f"{plural(sum(heads), 'head')} in {plural(len(layers), 'layer')} of the model"
         yield Finding(part.path, "row count", f"{of_model}, {plural(distinct, 'head')} in the part")
 
 
-# --- across tables -------------------------------------------------------------------------------------------------
+# --- the tables' own rules -----------------------------------------------------------------------------------------
 
 
-def _links(dataset: Dataset, documents: pl.LazyFrame, sequences: pl.LazyFrame) -> Iterator[Finding]:
-    windows = sequences.group_by("document_id").agg(
-        found=pl.len(), gaps=(pl.col("window").max() + 1 != pl.len()) | (pl.col("window").n_unique() != pl.len())
-    )
-    joined = documents.join(windows, on="document_id", how="full", coalesce=True).with_columns(
-        pl.col("found").fill_null(0)
-    )
-    dropped = pl.col("dropped_reason").is_not_null()
-    facts = joined.select(
-        orphans=pl.col("sequences").is_null().sum(),
-        miscounted=(pl.col("sequences") != pl.col("found")).sum(),
-        unexplained=(dropped == (pl.col("found") > 0)).sum(),
-        gaps=pl.col("gaps").sum(),
-    ).collect()
-    messages = {
-        "orphans": "sequences of a document that documents does not have",
-        "miscounted": "documents with another number of sequences than they say",
-        "unexplained": "documents that give sequences and a dropped_reason, or neither",
-        "gaps": "documents whose windows are not 0, 1, 2, …",
-    }
-    for name, message in messages.items():
-        if facts[name][0]:
-            yield Finding("documents, sequences", "links", f"{message}: {facts[name][0]}")
-    yield from _numbering("documents", "document_id", documents)
-    yield from _numbering("sequences", "sequence_id", sequences)
-    yield from _corpus_counts(dataset, documents, sequences)
+def _rule_checks(table: Table, frame: pl.LazyFrame) -> list[Check]:
+    """The table's rules, as far as the columns that they are about are there."""
+    present = set(frame.collect_schema().names())
+    rules = [(rule, pl.sql_expr(rule.wrong)) for rule in table.rules]
+    return [Check(r.name, wrong, r.message) for r, wrong in rules if set(wrong.meta.root_names()) <= present]
+
+
+def _whole_findings(dataset: Dataset, table: Table, sound: Mapping[str, list[Part]]) -> Iterator[Finding]:
+    """What is wrong with the table as a whole, or against another one."""
+    frame = _scan(dataset, sound[table.name])
+    if table.counted_by is not None:
+        yield from _numbering(table.name, table.counted_by, frame)
+    yield from _corpus_totals(dataset, table, frame)
+    for agreement in table.agreements:
+        if _whole(dataset, sound, agreement.table):
+            yield from _disagreements(dataset, table, agreement, sound)
 
 
 def _numbering(table: str, key: str, frame: pl.LazyFrame) -> Iterator[Finding]:
@@ -304,61 +276,51 @@ def _numbering(table: str, key: str, frame: pl.LazyFrame) -> Iterator[Finding]:
         )
 
 
-def _corpus_counts(dataset: Dataset, documents: pl.LazyFrame, sequences: pl.LazyFrame) -> Iterator[Finding]:
+def _corpus_totals(dataset: Dataset, table: Table, frame: pl.LazyFrame) -> Iterator[Finding]:
+    """Facts of the corpus in the manifest against what the table's rows come to."""
+    if not table.totals:
+        return
     corpus = section(dataset.manifest, "corpus")
-    counts = {
-        "documents": documents.select(pl.len()).collect().item(),
-        "sequences": sequences.select(pl.len()).collect().item(),
-        "tokens": sequences.select(pl.col("tokens").cast(pl.Int64).sum()).collect().item(),
-        "content_tokens": documents.select(pl.col("tokens").sum()).collect().item(),
-    }
-    for name, count in counts.items():
-        if corpus.get(name) not in (None, count):
-            yield Finding(MANIFEST, "corpus", f"{name}: {corpus[name]} in the manifest, {count} in the tables")
+    counts = frame.select(pl.sql_expr(sql).cast(pl.Int64).alias(name) for name, sql in table.totals.items()).collect()
+    for name in table.totals:
+        if corpus.get(name) not in (None, counts[name][0]):
+            yield Finding(
+                MANIFEST, "corpus", f"{name}: {corpus[name]} in the manifest, {counts[name][0]} in the tables"
+            )
 
 
-def _profile_sums(dataset: Dataset, heads: Part, profiles: Part) -> Iterator[Finding]:
-    """What the profiles of a shard add up to, against the rows of its heads."""
-    head = ["stack", "layer", "head"]
-    rows = pl.col("query_rows").cast(pl.Float64)
-    self_attention = pl.col("stack") != "cross"
-    totals = (
-        _scan(dataset, [heads])
-        .group_by(head)
-        .agg(
-            rows=rows.sum(),
-            mass=(rows * (1 - pl.col("mass_sink").fill_null(0))).sum(),
-            entropy=(rows * pl.col("entropy_nats")).sum(),
-            distance=(rows * pl.col("distance_tokens")).sum(),
+def _disagreements(
+    dataset: Dataset, table: Table, agreement: Agreement, sound: Mapping[str, list[Part]]
+) -> Iterator[Finding]:
+    """Where two tables disagree: shard by shard for what is written by shard, else over all of the rows."""
+    if table.kind == "plan":
+        yield from _compare(
+            dataset, agreement, sound[table.name], sound[agreement.table], f"{table.name}, {agreement.table}"
         )
+        return
+    others = {Path(part.path).name: part for part in sound[agreement.table]}
+    for part in sound[table.name]:
+        other = others.pop(Path(part.path).name, None)
+        if other is None:
+            yield Finding(part.path, agreement.name, f"no {agreement.table} of the same shard")
+        else:
+            yield from _compare(dataset, agreement, [part], [other], part.path)
+    for other in others.values():
+        yield Finding(other.path, agreement.name, f"no {table.name} of the same shard")
+
+
+def _compare(
+    dataset: Dataset, agreement: Agreement, these: list[Part], those: list[Part], where: str
+) -> Iterator[Finding]:
+    by = list(agreement.by)
+    this, that = (_scan(dataset, parts).filter(pl.sql_expr(agreement.only)) for parts in (these, those))
+    this = this.filter(pl.sql_expr(agreement.where)).group_by(by).agg(this=pl.sql_expr(agreement.this))
+    that = that.group_by(by).agg(that=pl.sql_expr(agreement.that))
+    both = that.join(this, on=by, how="full", coalesce=True).select(
+        this=pl.col("this").cast(pl.Float64).fill_null(0), that=pl.col("that").cast(pl.Float64)
     )
-    wanted = {
-        ("offset", "sum"): ("mass", self_attention),
-        ("received_by_position", "sum"): ("mass", pl.lit(True)),
-        ("max_weight", "count"): ("rows", pl.lit(True)),
-        ("entropy_by_position", "count"): ("rows", pl.lit(True)),
-        ("entropy_by_position", "sum"): ("entropy", pl.lit(True)),
-        ("distance_by_position", "sum"): ("distance", self_attention),
-    }
-    sums = (
-        _scan(dataset, [profiles])
-        .group_by(*head, "profile")
-        .agg(pl.col("sum").sum(), pl.col("count").sum())
-        .join(totals, on=head, how="full", coalesce=True)
-    )
-    checks = [
-        Check(
-            "profile sums",
-            (pl.col("profile") == profile)
-            & applies
-            & (
-                (pl.col(column) - pl.col(target)).abs()
-                > MASS_TOLERANCE * pl.max_horizontal(pl.col(target).abs(), pl.lit(1.0))
-            ),
-            f"the {column}s of {profile} do not add up to the {target} of {heads.path}",
-        )
-        for (profile, column), (target, applies) in wanted.items()
-    ]
-    checks.append(Check("profile sums", pl.col("profile").is_null(), f"no profile of a head of {heads.path}"))
-    checks.append(Check("profile sums", pl.col("rows").is_null(), f"a head that is not in {heads.path}"))
-    yield from _broken(profiles, sums, checks)
+    slack = agreement.tolerance * pl.max_horizontal(pl.col("that").abs(), pl.lit(1.0))
+    agrees = (pl.col("this") - pl.col("that")).abs() <= slack
+    bad = both.select((~agrees.fill_null(False)).sum()).collect(engine="streaming").item()
+    if bad:
+        yield Finding(where, agreement.name, f"{agreement.message}: {bad}")

@@ -1,4 +1,4 @@
-"""The data dictionary and the dataset card, written from the schema: `python -m extract.dictionary > data/README.md`."""
+"""The data dictionary and the dataset card, written from the tables: `python -m extract.dictionary > data/README.md`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from extract.schema import TABLES, Column, Table
-from extract.statistics.profiles import PROFILES
+from extract.tables import TABLES, Column, Table
 
 _GROUND_RULES = """\
 A sequence has n real tokens; padding is neither query nor key. Positions i (query) and j (key) count the real tokens from
@@ -37,14 +36,12 @@ def data_dictionary() -> str:
     """The whole dictionary as Markdown."""
     parts = [
         "# The data dictionary",
-        "Written by `make dictionary` from the catalogue in `extract/statistics/` and `extract/schema.py`; do not edit.",
+        "Written by `make dictionary` from the tables in `extract/tables/`; do not edit.",
         "## Ground rules",
         _GROUND_RULES,
         "## Privacy",
         _PRIVACY,
         *(_table(t) for t in TABLES.values()),
-        "### Profiles and their bins",
-        _rows(("profile", "bins", "sum", "count"), [(f"`{p.name}`", p.bins, p.sum, p.count) for p in PROFILES]),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -114,7 +111,8 @@ def _table(table: Table) -> str:
     rows = [_column(c, on_request=c.name in optional) for c in table.columns]
     order = ", ".join(f"`{n}`" for n in table.order)
     title = f"## `{table.name}`: one row per {table.row}\n\nSorted by {order} within a part."
-    return title + "\n\n" + _rows(("column", "type", "unit", "bounds", "formula", "meaning"), rows)
+    columns = _rows(("column", "type", "unit", "bounds", "formula", "meaning"), rows)
+    return "\n\n".join(part for part in (title, columns, table.notes) if part)
 
 
 def _column(column: Column, *, on_request: bool) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any
 
-from extract.schema import SCHEMA_VERSION, TABLES
 from extract.shapes import (
     Malformed,
     anything,
@@ -21,6 +20,7 @@ from extract.shapes import (
     share,
     text,
 )
+from extract.tables import SCHEMA_VERSION, TABLES
 
 _NAME = re.compile(r"[\w.-]+\.parquet", re.ASCII)
 _STACK = record({"stack": text, "layers": count, "heads": maybe(count)}, optional={"of_tokens": flag})
@@ -82,6 +82,7 @@ _MANIFEST = record(
         "software": mapping(text),
         "shards": count,
         "padding_waste": share,
+        "by_reference": mapping(every(text)),
     },
 )
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from extract.capture.batch import Batch
 from extract.capture.compiled import unwrapped
 from extract.capture.grid import sight_of
-from extract.capture.layout import Attention, Layout, Site
+from extract.capture.layout import Layout
 from extract.capture.modes import eval_mode, refuse_training
 from extract.capture.stacks import OF_TEXT
 from extract.capture.watch import watching
+from extract.collector import Collector, open_collector
 from extract.engines import Engine, choose
 from extract.engines.patches import Grid
 from extract.errors import CaptureError, Refusal, ResidualWarning
@@ -35,75 +35,8 @@ from extract.inputs import (
 )
 from extract.layouts import forget_layouts, layout_of
 from extract.packed import Part, unpacked
-from extract.schema import CLASS_MASSES, HEADS, PROFILES, RESIDUAL, Table
-from extract.statistics.attention import HeadQuantities, Values
-from extract.statistics.profiles import PROFILE_COLUMNS
-from extract.statistics.registry import Column
-from extract.statistics.sums import HeadSums
+from extract.tables import CLASS_MASSES, TABLES, Table, recorded_tables
 from extract.tokens import token_classes
-
-
-@dataclass
-class Measurements:
-    """What is known of some sequences: numbers only, nothing of the size of the model's states."""
-
-    heads: dict[Attention, np.ndarray] = field(default_factory=dict)  # [quantity, sequence, head]
-    residual: dict[Site, np.ndarray] = field(default_factory=dict)  # [column, sequence]
-    profiles: dict[Attention, np.ndarray] = field(default_factory=dict)  # [2, head, profile column]
-
-
-class Collector:
-    """An observer that keeps the sums of every observation, each at its sequence's place.
-
-    A batch counts when it is settled, and as a whole: one that failed half-way leaves nothing behind.
-    """
-
-    def __init__(self, sequences: int) -> None:
-        self.measured = Measurements()
-        self._sequences = sequences
-        self.at(range(sequences))
-
-    def at(self, places: Sequence[int] | np.ndarray) -> None:
-        """The batch that comes is of these sequences; what is left of one that failed is dropped."""
-        self._places = np.asarray(places)
-        self._heads: dict[Attention, HeadSums] = {}
-        self._residual: dict[Site, Tensor] = {}
-        self._copied: torch.cuda.Event | None = None
-
-    def heads(self, attention: Attention, sums: HeadSums) -> None:
-        self._heads[attention] = HeadSums(*map(self._sent_home, sums))
-
-    def residual(self, site: Site, values: Float[Tensor, "column batch"]) -> None:
-        self._residual[site] = self._sent_home(values)
-
-    def settle(self) -> None:
-        """Count the batch: its forward pass went through."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        settled, places = self.measured, self._places
-        for attention, (values, profiles) in self._heads.items():
-            shape = (len(values), self._sequences, attention.heads)
-            self._of(settled.heads, attention, shape)[:, places] = values.numpy()
-            total = settled.profiles.setdefault(attention, np.zeros(profiles.shape))
-            total += profiles.numpy()
-        for site, values in self._residual.items():
-            self._of(settled.residual, site, (len(values), self._sequences))[:, places] = values.numpy()
-        self.at(places)
-
-    def _sent_home(self, tensor: Tensor) -> Tensor:
-        """The tensor on the CPU. CUDA is not waited for until the batch is settled: the model goes on meanwhile."""
-        if tensor.device.type != "cuda":
-            return tensor.cpu()
-        home = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record(torch.cuda.current_stream(tensor.device))
-        return home
-
-    @staticmethod
-    def _of(held: dict[Any, np.ndarray], key: Any, shape: tuple[int, ...]) -> np.ndarray:
-        if key not in held:
-            held[key] = np.full(shape, np.nan)
-        return held[key]
 
 
 def measure(
@@ -111,10 +44,12 @@ def measure(
     *arguments: Any,
     tokenizer: Any = None,
     engine: str = "auto",
-    residual: bool = True,
+    tables: Collection[str] | None = None,
     **inputs: Any,
 ) -> dict[str, pa.Table]:
     """Measure one batch through any attention model: {"heads": …, "residual": …, "profiles": …} as Arrow tables.
+
+    tables: the names of those to measure; by default all that are not on request. Nothing else is computed.
 
     arguments, inputs: what the model's forward takes: `input_ids` Int[batch, token] with `attention_mask` Int[batch,
     token] where there is padding (left or right), `pixel_values`, the `src` of an nn.TransformerEncoder. An
@@ -127,40 +62,64 @@ def measure(
     given = named_inputs(model, arguments, inputs, options=_OPTIONS)
     model = measured_part(model, given)
     device = main_input(model, given).device
-    chosen = choose(engine, device=device.type)
+    chosen, wanted = choose(engine, device=device.type), _chosen_tables(tables)
     classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=device)
     batch_of(model, given, classes)  # what cannot be measured is refused before the model runs
     refuse_training(model, given)
     with eval_mode(model):
         try:
-            measured, layout = _measured(model, given, classes, engine=chosen, residual=residual)
+            collector, layout = _measured(model, given, classes, engine=chosen, tables=wanted)
         except CaptureError:
             if not forget_layouts(model):
                 raise
             # it changed in a way that nothing told: once more from the beginning
-            measured, layout = _measured(model, given, classes, engine=chosen, residual=residual)
-    if residual:
+            collector, layout = _measured(model, given, classes, engine=chosen, tables=wanted)
+    if any(table.needs(table.facts).residual for table in wanted):
         _warn_of_absent(layout)
-    return _tables(measured, layout, with_classes=classes is not None, residual=residual)
+    measured = collector.tables()
+    return {
+        name: table.drop_columns(["document_id"] if "document_id" in table.column_names else [])
+        for name, table in measured.items()
+    }
 
 
 # what `measure` takes besides a model's inputs
 _OPTIONS = tuple(n for n, p in inspect.signature(measure).parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
+def _chosen_tables(names: Collection[str] | None) -> tuple[Table, ...]:
+    if names is None:
+        return recorded_tables()
+    known = [table.name for table in TABLES.values() if table.recorder is not None]
+    for name in names:
+        if name not in known:
+            raise Refusal(
+                f"the tables that can be measured are {', '.join(known)}; {name!r} is not one; choose another"
+            )
+    return tuple(TABLES[name] for name in known if name in names)
+
+
 def _measured(
-    model: nn.Module, given: Mapping[str, Any], classes: Tensor | None, *, engine: Engine, residual: bool
-) -> tuple[Measurements, Layout]:
+    model: nn.Module, given: Mapping[str, Any], classes: Tensor | None, *, engine: Engine, tables: Iterable[Table]
+) -> tuple[Collector, Layout]:
     parts = parts_of(model, given)
     batches = [batch_of(model, part.inputs, classes) for part in parts]
     layout = layout_of(model, parts[0].inputs)
     _refuse_added_mask(model, layout, given)
-    collector = Collector(sum(len(part.places) for part in parts))
+    numbers = np.arange(sum(len(part.places) for part in parts))
+    collector = open_collector(
+        tables,
+        model,
+        layout,
+        sequence_ids=numbers,
+        document_ids=numbers,
+        without=frozenset(() if classes is not None else CLASS_MASSES),
+    )
     for part, batch in zip(parts, batches, strict=True):
-        collector.at(part.places)
+        collector.begin(part.places)
         found = _as_found(batch, model, layout, part.inputs)
-        observe(model, layout, part.inputs, batch=found, engine=engine, collector=collector, residual=residual)
-    return collector.measured, layout
+        observe(model, layout, part.inputs, batch=found, engine=engine, collector=collector)
+    return collector, layout
 
 
 def _warn_of_absent(layout: Layout) -> None:
@@ -243,96 +202,8 @@ def observe(
     batch: Batch,
     engine: Engine,
     collector: Collector,
-    residual: bool = True,
 ) -> None:
     """One watched forward pass; the collector counts it when it went through."""
-    with (
-        torch.inference_mode(),
-        watching(model, layout, batch=batch, engine=engine, observer=collector, residual=residual),
-    ):
+    with torch.inference_mode(), watching(model, layout, batch=batch, engine=engine, observer=collector):
         model(**inputs)
     collector.settle()
-
-
-def _tables(measured: Measurements, layout: Layout, *, with_classes: bool, residual: bool) -> dict[str, pa.Table]:
-    sequences = np.arange(next(iter(measured.heads.values())).shape[1])
-    tables = {
-        "heads": heads_table(measured, sequences, sequences).drop_columns(
-            ["document_id", *(() if with_classes else CLASS_MASSES)]
-        ),
-        "profiles": profiles_table(measured, shard=0),
-    }
-    if residual and layout.residual_refusal is None:
-        tables["residual"] = residual_table(measured, sequences, sequences).drop_columns(["document_id"])
-    return tables
-
-
-def heads_table(measured: Measurements, sequence_ids: np.ndarray, document_ids: np.ndarray) -> pa.Table:
-    """The `heads` rows of some sequences, sorted by stack, layer, head, sequence."""
-    blocks = sorted(measured.heads.items(), key=lambda item: (item[0].stack, item[0].layer))
-    keys = {"stack": [], "layer": [], "head": []}
-    for attention, _ in blocks:
-        rows = attention.heads * len(sequence_ids)
-        keys["stack"].append(np.full(rows, attention.stack))
-        keys["layer"].append(np.full(rows, attention.layer))
-        keys["head"].append(np.repeat(np.arange(attention.heads), len(sequence_ids)))
-    facts = {
-        c.name: np.concatenate([_computed(c, HeadQuantities(values)).T.ravel() for _, values in blocks])
-        for c in HEADS.facts
-    }
-    return _table(HEADS, _with_ids(keys, sequence_ids, document_ids) | facts)
-
-
-def _computed(column: Column[HeadQuantities, Values], quantities: HeadQuantities) -> Values:
-    assert column.compute is not None, "every fact of a head is computed"
-    return column.compute(quantities)
-
-
-def residual_table(measured: Measurements, sequence_ids: np.ndarray, document_ids: np.ndarray) -> pa.Table:
-    """The `residual` rows of some sequences, sorted by stack, layer, site, sequence."""
-    blocks = sorted(measured.residual.items(), key=lambda item: (item[0].stack, item[0].layer, item[0].name))
-    count = len(sequence_ids)
-    keys = {
-        "stack": [np.full(count, site.stack) for site, _ in blocks],
-        "layer": [np.full(count, site.layer) for site, _ in blocks],
-        "site": [np.full(count, site.name) for site, _ in blocks],
-    }
-    facts = {c.name: np.concatenate([values[n] for _, values in blocks]) for n, c in enumerate(RESIDUAL.facts)}
-    return _table(RESIDUAL, _with_ids(keys, sequence_ids, document_ids) | facts)
-
-
-def profiles_table(measured: Measurements, *, shard: int) -> pa.Table:
-    """The `profiles` rows of a shard, sorted by stack, layer, head, profile, bin; empty bins are left out."""
-    rows = [
-        (attention.stack, attention.layer, head, *PROFILE_COLUMNS[column], *sums[:, head, column])
-        for attention, sums in measured.profiles.items()
-        for head, column in np.argwhere(sums.any(0)).tolist()
-    ]
-    columns = list(zip(*sorted(rows), strict=True)) or [[] for _ in range(7)]
-    named = dict(
-        zip(("stack", "layer", "head", "profile", "bin", "sum", "count"), map(np.asarray, columns), strict=True)
-    )
-    return _table(PROFILES, {"shard": np.full(len(rows), shard)} | named)
-
-
-def _with_ids(
-    keys: Mapping[str, list[np.ndarray]], sequence_ids: np.ndarray, document_ids: np.ndarray
-) -> dict[str, np.ndarray]:
-    joined = {name: np.concatenate(parts) for name, parts in keys.items()}
-    repeats = len(next(iter(joined.values()))) // len(sequence_ids)
-    return {"sequence_id": np.tile(sequence_ids, repeats), "document_id": np.tile(document_ids, repeats)} | joined
-
-
-def _table(table: Table, columns: Mapping[str, np.ndarray]) -> pa.Table:
-    schema = table.schema()
-    return pa.table([_arrow(columns[f.name], f.type) for f in schema], schema=schema)
-
-
-def _arrow(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """Null where a value is undefined; neither NaN nor infinity is ever written."""
-    if pa.types.is_dictionary(kind):
-        return pa.array(values.tolist(), kind.value_type).cast(kind)
-    if pa.types.is_floating(kind):
-        values = values.astype(kind.to_pandas_dtype())
-    defined = np.isfinite(values)
-    return pa.array(np.where(defined, values, 0).astype(kind.to_pandas_dtype()), kind, mask=~defined)

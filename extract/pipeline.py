@@ -6,7 +6,7 @@ threads: they take turns at the model, so that one shard is in it while another 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -27,8 +27,8 @@ from extract.lock import Lock
 from extract.memory import keep_freed_memory, tokens_that_fit
 from extract.plan import Plan, read_shard
 from extract.resuming import begun, read_key
-from extract.schema import SCHEMA_VERSION
 from extract.store import ShardRecord, Store
+from extract.tables import SCHEMA_VERSION, Table, recorded_tables
 from extract.writing import manifest_of, planned_tables, write_shard
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Job:
     store: Store
     run: Mapping[str, Any]
     fed: Fed
+    tables: tuple[Table, ...] = ()  # that are recorded
     plan: Plan | None = None  # None: the dataset is finished
     lock: Lock | None = None  # on the folder, until the dataset is finished or the job is forgotten
 
@@ -184,9 +185,13 @@ def _refuse_options_of_texts(options: RunOptions) -> None:
         )
 
 
-def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
-    """Check the options, load and examine the model, take the output folder, plan the shards (or read the plan)."""
+def prepare(options: RunOptions, *, tables: Collection[str] = (), progress: Progress | None = None) -> Job:
+    """Check the options, load and examine the model, take the output folder, plan the shards (or read the plan).
+
+    `tables`: those on request that are written besides the ones of every run.
+    """
     say = progress or (lambda stage, done, total: None)
+    recorded = recorded_tables(tables)
     corpus = check(options)
     say("model", 0, None)
     encoder = load_encoder(
@@ -208,7 +213,8 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
     store = Store(options.out)
     batch_tokens = options.batch_tokens or _batch_tokens(store, fed, encoder.device, max_length)
     run = _run(options, encoder, corpus, engine.name, max_length, batch_tokens)
-    return begun(Job(options, encoder, engine, store, run, fed), corpus, max_length, say)
+    run["tables"] = [table.name for table in recorded]
+    return begun(Job(options, encoder, engine, store, run, fed, recorded), corpus, max_length, say)
 
 
 def measure_shards(
@@ -246,6 +252,7 @@ def measure_shard(job: Job, shard: int, *, progress: Callable[[int, int], None] 
         images=fed.images,
         special=fed.special,
         padding_matters=fed.padding_matters,
+        tables=job.tables,
     )
     tables, facts = measured_tables(instrument, sequences, shard=shard, progress=progress)
     tables |= planned_tables(job, sequences, documents)

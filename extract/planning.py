@@ -53,7 +53,7 @@ _DOCUMENTS = pa.schema(
         "source": pa.string(),
         "digest": pa.string(),
         "characters": pa.int64(),
-        "tokens": pa.int64(),
+        "content_tokens": pa.int64(),
         "sequences": pa.int64(),
         "dropped_reason": pa.string(),
     }
@@ -371,7 +371,7 @@ class _Spool:
             "source": document.source,
             "digest": self._digest(content),
             "characters": characters,
-            "tokens": tokens,
+            "content_tokens": tokens,
             "sequences": sequences,
             "dropped_reason": reason,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,23 +17,17 @@ from extract.batching import batches, padded_positions
 from extract.capture.batch import Batch, Tokens
 from extract.capture.layout import Layout
 from extract.capture.probe import drawn_alike
+from extract.collector import Collector, open_collector
 from extract.encoder import Encoder
 from extract.engines import Engine
 from extract.engines.visibility import Axis
 from extract.errors import Refusal, first_line
 from extract.fed import TEXT, TYPES, Images, takes
 from extract.inputs import MASK_OF
-from extract.measurement import (
-    Collector,
-    Measurements,
-    has_others_among_text,
-    heads_table,
-    observe,
-    profiles_table,
-    residual_table,
-)
+from extract.measurement import has_others_among_text, observe
 from extract.memory import is_out_of_memory, let_go
 from extract.planning import SpecialTokens
+from extract.tables import Table, recorded_tables
 
 Progress = Callable[[int, int], None]
 # one batch keeps a machine busy, and may be as large as its memory allows
@@ -53,6 +47,7 @@ class Instrument:
     images: Images | None = None  # what sequences are, if not ids
     special: SpecialTokens | None = None  # what token types follow from, where the model is given them
     padding_matters: bool = False  # to what the model gives of a sequence
+    tables: tuple[Table, ...] = field(default_factory=recorded_tables)
 
 
 class _Row(NamedTuple):
@@ -75,17 +70,19 @@ def measured_tables(
     planned = _planned(instrument, lengths)
     sequence_ids, document_ids = (sequences[n].to_numpy() for n in ("sequence_id", "document_id"))
     done = _told(progress, lengths, document_ids.tolist()) if progress else (lambda chosen: None)
+    collector = open_collector(
+        instrument.tables,
+        instrument.encoder.model,
+        instrument.layout,
+        sequence_ids=sequence_ids,
+        document_ids=document_ids,
+        shard=shard,
+    )
     with _ONE_AT_A_TIME:
-        measured = _measured(instrument, rows, planned, done)
-    tables = {
-        "heads": heads_table(measured, sequence_ids, document_ids),
-        "profiles": profiles_table(measured, shard=shard),
-    }
-    if instrument.layout.residual_refusal is None:
-        tables["residual"] = residual_table(measured, sequence_ids, document_ids)
+        _measure_batches(instrument, rows, planned, collector, done)
     # of the batches as planned: a day on which memory was short leaves the same manifest
     positions = padded_positions(lengths, planned)
-    return tables, {"positions": positions, "padded": positions - sum(lengths)}
+    return collector.tables(), {"positions": positions, "padded": positions - sum(lengths)}
 
 
 def _planned(instrument: Instrument, lengths: Sequence[int]) -> list[list[int]]:
@@ -123,16 +120,19 @@ def _rows(instrument: Instrument, sequences: pa.Table) -> list[_Row]:
     ]
 
 
-def _measured(
-    instrument: Instrument, sequences: Sequence[_Row], planned: Sequence[list[int]], done: Callable[[list[int]], None]
-) -> Measurements:
-    """The sums of all sequences. A batch that does not fit into memory is done again in halves."""
-    collector = Collector(len(sequences))
+def _measure_batches(
+    instrument: Instrument,
+    sequences: Sequence[_Row],
+    planned: Sequence[list[int]],
+    collector: Collector,
+    done: Callable[[list[int]], None],
+) -> None:
+    """Measure every batch. One that does not fit into memory is done again in halves."""
     waiting = deque(planned)
     while waiting:
         chosen = waiting.popleft()
         rows = [sequences[n] for n in chosen]
-        collector.at(chosen)
+        collector.begin(chosen)
         try:
             _observe(instrument, rows, collector)
         except Exception as error:
@@ -145,7 +145,6 @@ def _measured(
             waiting.extendleft((chosen[middle:], chosen[:middle]))
         else:
             done(chosen)
-    return collector.measured
 
 
 def _observe(instrument: Instrument, rows: list[_Row], collector: Collector) -> None:

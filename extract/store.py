@@ -30,8 +30,8 @@ from extract.files import write_atomically as write_atomically
 from extract.files import write_json as write_json
 from extract.lock import Lock, refuse_busy, release_lock, take_lock
 from extract.manifest import PART, check_manifest
-from extract.schema import TABLES
 from extract.shapes import Malformed, count, mapping, record, sha256
+from extract.tables import TABLES
 
 MANIFEST = "manifest.json"
 CARD = "README.md"

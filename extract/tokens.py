@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8
 
-from extract.statistics.attention import TOKEN_CLASSES
+from extract.engines.quantities import TOKEN_CLASSES
 from extract.vocabulary import special_ids, vocabulary_entries
 
 

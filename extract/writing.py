@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from extract.schema import DOCUMENTS, SCHEMA_VERSION, SEQUENCES, TABLES, Table
+from extract.collector import left_to_reference
 from extract.store import Part, ShardRecord, Store
+from extract.tables import SCHEMA_VERSION, TABLES, Table
 from extract.tokens import class_sizes
 
 if TYPE_CHECKING:
@@ -32,10 +33,8 @@ _KEPT: Mapping[str, frozenset[str]] = {
 
 def planned_tables(job: Job, sequences: pa.Table, documents: pa.Table) -> dict[str, pa.Table]:
     """A shard's sequences and documents, as far as the dataset may tell of them."""
-    return {
-        "sequences": _conformed(SEQUENCES, sequences, optional=_KEPT[job.options.tokens]),
-        "documents": _conformed(DOCUMENTS, documents),
-    }
+    planned, kept = {"sequences": sequences, "documents": documents}, _KEPT[job.options.tokens]
+    return {name: _conformed(TABLES[name], rows, optional=kept) for name, rows in planned.items()}
 
 
 def write_shard(
@@ -69,12 +68,19 @@ def manifest_of(job: Job, plan: Plan, records: list[ShardRecord]) -> dict[str, A
         "software": {"python": platform.python_version()}
         | {name: version(name) for name in (*_SOFTWARE, *(("pillow",) if job.fed.images else ()))},
         "engine": job.engine.name,
+        "by_reference": _left_to_reference(job),
         "device": job.run["device"],
         "dtype": job.run["dtype"],
         "shards": plan.shards,
         "padding_waste": padded / positions if positions else 0.0,
         "tables": {name: _table_facts(name, records) for name in TABLES if any(name in r.parts for r in records)},
     }
+
+
+def _left_to_reference(job: Job) -> dict[str, list[str]]:
+    images = job.fed.images
+    has_grids = images is not None and bool(images.grids)
+    return left_to_reference(job.tables, job.layout, job.engine, absent=() if has_grids else ("grid",))
 
 
 def _reader_facts(job: Job) -> dict[str, Any]:
@@ -146,5 +152,5 @@ def _table_facts(name: str, records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def _conformed(table: Table, rows: pa.Table, *, optional: frozenset[str] = frozenset()) -> pa.Table:
-    schema = table.schema(optional=optional)
+    schema = table.schema(optional=optional & table.optional)
     return rows.select(schema.names).cast(schema)

@@ -18,8 +18,8 @@ from flows.streams import end_with_reader, flush_output, make_streams_safe, outl
 
 if TYPE_CHECKING:
     from analysis.query import Format
-    from extract.schema import Table
-    from extract.statistics.registry import Column
+    from extract.tables import Table
+    from extract.tables.column import Column
 
 FAILED, BAD_USAGE, FINDING = 1, 2, 3
 
@@ -256,7 +256,7 @@ def stats(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A column or a table. [default: all]")] = None,
 ) -> None:
     """Show the catalogue: each column's formula, unit, bounds and reference."""
-    from extract.schema import TABLES
+    from extract.tables import TABLES
 
     if name is None:
         _list_columns(TABLES.values())

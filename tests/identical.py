@@ -1,7 +1,7 @@
 """Proof by identical numbers: the same runs by two versions of attlas, compared bit for bit.
 
-    python -m tests.identical write TREE FOLDER     by the version whose source tree that is
-    python -m tests.identical compare OLD NEW       exit status 1 where a number differs
+    python -m tests.identical write TREE FOLDER [RUN …]   by the version whose source tree that is; all runs by default
+    python -m tests.identical compare OLD NEW             exit status 1 where a number differs
 
 Models and corpora are made once, in FOLDER/../identical-inputs. Columns that have been renamed are compared under their
 new names; what only one version has is listed.
@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -41,6 +41,7 @@ _OPTIONS = {
     "reference": ("--model", "demo", "--corpus", "demo", "--limit", "4", "--max-length", "64", "--engine", "reference"),
     "vit": ("--model", "{inputs}/vit", "--corpus", "{inputs}/images", "--shard-sequences", "2"),
 }
+_RUNS = (*_OPTIONS, "left-padded")
 _CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
@@ -101,16 +102,20 @@ def make_inputs(folder: Path) -> Path:
     return folder
 
 
-def write(tree: Path, folder: Path) -> None:
-    """Every run, by the version in a source tree."""
+def write(tree: Path, folder: Path, chosen: Sequence[str]) -> None:
+    """The chosen runs, by the version in a source tree."""
     inputs = make_inputs(folder.parent / "identical-inputs")
     package = "attlas." if (tree / "attlas").is_dir() else ""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{tree}{os.pathsep}{Path(__file__).parents[1]}"}
     for name, options in _OPTIONS.items():
+        if name not in chosen:
+            continue
         given = [option.format(inputs=inputs) for option in options]
         command = [sys.executable, "-c", _COMMAND_LINE.format(package=package), "run", *given, "--out", folder / name]
         subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
         print(f"{name}: written")
+    if "left-padded" not in chosen:
+        return
     (folder / "left-padded").mkdir(parents=True, exist_ok=True)
     code = _LEFT_PADDED.format(package=package)
     subprocess.run([sys.executable, "-c", code, folder / "left-padded"], cwd=tree, env=environment, check=True)
@@ -120,7 +125,7 @@ def write(tree: Path, folder: Path) -> None:
 def compare(old: Path, new: Path) -> int:
     """Print, for every table of every run, whether all columns of both are the same bit for bit; how many tables are not."""
     wrong = 0
-    for run in (*_OPTIONS, "left-padded"):
+    for run in (run for run in _RUNS if (old / run).is_dir() and (new / run).is_dir()):
         for name, table in _tables(old / run):
             after = dict(_tables(new / run)).get(name)
             told = "absent" if after is None else _differences(_renamed(name, table), after)
@@ -165,8 +170,8 @@ def _bits(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["write"] and len(sys.argv) == 4:
-        write(Path(sys.argv[2]).resolve(), Path(sys.argv[3]).resolve())
+    if sys.argv[1:2] == ["write"] and len(sys.argv) >= 4:
+        write(Path(sys.argv[2]).resolve(), Path(sys.argv[3]).resolve(), sys.argv[4:] or _RUNS)
     elif sys.argv[1:2] == ["compare"] and len(sys.argv) == 4:
         sys.exit(min(compare(Path(sys.argv[2]), Path(sys.argv[3])), 1))
     else:

@@ -111,6 +111,7 @@ def head_columns(
         **concentration_columns(p, rows),
         **distance_columns(p, visible, rows),
         "distance_patches": None if grid is None else distance_patches(p, *grid, measured=rows),
+        "mass_patches": None if grid is None else mass_patches(p, *grid, measured=rows),
         **mass_columns(p, rows, sink),
         **class_columns(p, rows, classes),
         **repetition_columns(p, rows, tokens),
@@ -170,6 +171,13 @@ def distance_patches(
             far = math.fsum(float(p[i, j]) * math.hypot(row - r, column - c) for j, (r, c) in place.items())
             means.append(far / mass)
     return mean(means)
+
+
+def mass_patches(p: Floats, rows: int, columns: int, prefix: int, *, measured: list[int] | None = None) -> float | None:
+    """Mean mass of patch queries on patch keys, of the rows that `distance_patches` is the mean over."""
+    patches = range(prefix, prefix + rows * columns)
+    masses = [math.fsum(float(p[i, j]) for j in patches) for i in patches if measured is None or i in measured]
+    return mean(mass for mass in masses if mass > 0)
 
 
 def mass_where(p: Floats, rows: list[int], where: Bools) -> float | None:
@@ -238,7 +246,7 @@ def write_columns(
     p: Floats, visible: Bools, rows: list[int], *, v: Floats | None, w_o: Floats | None, context: Floats | None
 ) -> Columns:
     """What the head writes: the context before W_O, the update after, and how much of it comes from the first key."""
-    columns: Columns = {"context_norm": None, "update_norm": None, "value_weighted_first": None}
+    columns: Columns = {"context_norm": None, "output_norm": None, "value_weighted_first": None}
     if context is None and v is not None:
         v = np.asarray(v, dtype=np.float64)
         # Visible keys only, so that whatever stands in an invisible value (NaN included) can't be multiplied by 0.
@@ -249,7 +257,7 @@ def write_columns(
         context = np.asarray(context, dtype=np.float64)
         columns["context_norm"] = mean(float(np.linalg.norm(context[i])) for i in rows)
     if context is not None and w_o is not None:
-        columns["update_norm"] = mean(float(np.linalg.norm(context[i] @ w_o)) for i in rows)
+        columns["output_norm"] = mean(float(np.linalg.norm(context[i] @ w_o)) for i in rows)
     if v is not None and w_o is not None:
         weighted = norm_weighted(p, visible, rows, v=v, w_o=w_o)
         columns["value_weighted_first"] = ratio(float(weighted[:, 0].sum()), float(weighted.sum()))
@@ -362,14 +370,14 @@ def cosines(a: Floats, b: Floats) -> float | None:
 
 def update_columns(x: Floats | None, update: Floats | None, after: Floats) -> Columns:
     columns: Columns = dict.fromkeys(
-        ("stream_norm", "update_norm", "update_ratio", "update_cosine", "step_cosine", "norm_gain")
+        ("stream_norm", "update_norm", "update_ratio", "update_cosine", "step_cosine", "stream_gain")
     )
     if update is not None:
         columns["update_norm"] = mean(norms(update))
     if x is not None:
         columns["stream_norm"] = mean(norms(x))
         columns["step_cosine"] = cosines(x, after)
-        columns["norm_gain"] = mean_ratio(norms(after), norms(x))
+        columns["stream_gain"] = mean_ratio(norms(after), norms(x))
     if x is not None and update is not None:
         columns["update_ratio"] = mean_ratio(norms(update), norms(x))
         columns["update_cosine"] = cosines(x, update)
@@ -402,7 +410,7 @@ def outlier_columns(after: Floats) -> Columns:
 
 def norm_reading_columns(norm_input: Floats | None, norm_output: Floats | None, *, kind: str, eps: float) -> Columns:
     """What the norm at this site computed: μ, √(σ² + ε) (or rms), and the gain of γ and β."""
-    columns: Columns = {"layer_norm_mean": None, "layer_norm_std": None, "layer_norm_gain": None}
+    columns: Columns = {"norm_mean": None, "norm_scale": None, "norm_output_gain": None}
     if kind not in ("layer", "rms"):
         raise ValueError(f'a norm is "layer" or "rms"; got {kind!r}')
     if norm_input is None:
@@ -410,11 +418,11 @@ def norm_reading_columns(norm_input: Floats | None, norm_output: Floats | None, 
     stream = np.asarray(norm_input, dtype=np.float64)
     centres = stream.mean(axis=1) if kind == "layer" else np.zeros(len(stream))
     spreads = np.array([math.sqrt(((row - c) ** 2).mean() + eps) for row, c in zip(stream, centres, strict=True)])
-    columns["layer_norm_mean"] = mean(centres) if kind == "layer" else None
-    columns["layer_norm_std"] = mean(spreads)
+    columns["norm_mean"] = mean(centres) if kind == "layer" else None
+    columns["norm_scale"] = mean(spreads)
     if norm_output is not None:
         bare = [(row - c) / r if r else row * 0 for row, c, r in zip(stream, centres, spreads, strict=True)]
-        columns["layer_norm_gain"] = mean_ratio(norms(norm_output), norms(np.array(bare)))
+        columns["norm_output_gain"] = mean_ratio(norms(norm_output), norms(np.array(bare)))
     return columns
 
 

@@ -9,10 +9,14 @@ from jaxtyping import _import_hook, install_import_hook
 # compiled modules are left out: numba and Triton read a function's own source and signature
 CHECKED = (
     "extract.capture",
+    "extract.collector",
     "extract.engines.cpu",
+    "extract.engines.observations",
     "extract.engines.patches",
+    "extract.engines.profiles",
     "extract.engines.reference",
     "extract.engines.rows",
+    "extract.engines.sums",
     "extract.engines.visibility",
     "extract.fed",
     "extract.images",
@@ -21,10 +25,7 @@ CHECKED = (
     "extract.memory",
     "extract.packed",
     "extract.shard",
-    "extract.statistics.attention",
-    "extract.statistics.profiles",
-    "extract.statistics.residual",
-    "extract.statistics.sums",
+    "extract.tables",
     "extract.tokens",
 )
 
@@ -53,8 +54,7 @@ def check_shapes() -> None:
 
     # the catalogue's modules name torch for type checkers alone, so that commands start without it
     with patch("typing.TYPE_CHECKING", True):
-        import extract.statistics.profiles
-        import extract.statistics.residual  # noqa: F401
+        import extract.tables  # noqa: F401
 
 
 def checker(function):

@@ -50,8 +50,8 @@ def test_a_package_imports_only_what_it_may(package: str, forbidden: set[str]) -
     assert [(file, module) for file, module in found if top_of(module) in forbidden] == []
 
 
-def test_analysis_knows_only_the_store_the_schema_and_how_names_are_shown_of_extract() -> None:
-    allowed = ("extract.store", "extract.schema", "extract.printable")
+def test_analysis_knows_only_the_store_the_tables_and_how_names_are_shown_of_extract() -> None:
+    allowed = ("extract.store", "extract.tables", "extract.printable")
     wrong = [
         (file, module)
         for file, module in imports_within("analysis")

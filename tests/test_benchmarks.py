@@ -173,7 +173,7 @@ USUAL_KEYS = {
 # what the usual side leaves out: BERT has one stack and no learned sink, text has no patches, without padding
 # every row is measured, and a notebook has one shard
 NOT_USUAL = {
-    "heads": {"stack", "mass_sink", "distance_patches", "query_rows", "masked_rows", "nonfinite_rows"},
+    "heads": {"stack", "mass_sink", "distance_patches", "mass_patches", "query_rows", "masked_rows", "nonfinite_rows"},
     "residual": {"stack"},
     "profiles": {"stack", "shard"},
 }
@@ -215,6 +215,7 @@ def test_what_the_usual_way_leaves_out_of_heads_says_nothing(both_ways):
         "stack": {"encoder"},
         "mass_sink": {None},
         "distance_patches": {None},
+        "mass_patches": {None},
         "query_rows": {48},
         "masked_rows": {0},
         "nonfinite_rows": {0},

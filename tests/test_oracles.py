@@ -193,24 +193,24 @@ def test_writes_of_the_known_patterns():
     v, w_o = rng.standard_normal((5, 3)), rng.standard_normal((3, 4))
     own = oracles.head_columns(patterns.identity(5)[0], v=v, w_o=w_o)
     assert own["context_norm"] == near(np.linalg.norm(v, axis=1).mean())
-    assert own["update_norm"] == near(np.linalg.norm(v @ w_o, axis=1).mean())
+    assert own["output_norm"] == near(np.linalg.norm(v @ w_o, axis=1).mean())
     to_first = oracles.head_columns(patterns.first(5)[0], v=v, w_o=w_o)
     assert to_first["context_norm"] == near(np.linalg.norm(v[0]))
     assert to_first["value_weighted_first"] == near(1)
     flat = oracles.head_columns(patterns.uniform(5)[0], v=v, w_o=w_o)
     written = np.linalg.norm(v @ w_o, axis=1)
     assert flat["value_weighted_first"] == near(written[0] / written.sum())
-    assert flat["update_norm"] == near(np.linalg.norm(v.mean(axis=0) @ w_o))
+    assert flat["output_norm"] == near(np.linalg.norm(v.mean(axis=0) @ w_o))
 
 
-def test_update_norm_follows_from_the_gram_matrix():
+def test_output_norm_follows_from_the_gram_matrix():
     p, _, _ = random_scores(6, seed=9)
     rng = np.random.default_rng(9)
     v, w_o = rng.standard_normal((6, 3)), rng.standard_normal((3, 8))
     c = p @ v
     expected = np.sqrt(np.einsum("ia,ab,ib->i", c, w_o @ w_o.T, c)).mean()
-    assert oracles.head_columns(p, v=v, w_o=w_o)["update_norm"] == near(expected)
-    assert oracles.head_columns(p, context=c, w_o=w_o)["update_norm"] == near(expected)
+    assert oracles.head_columns(p, v=v, w_o=w_o)["output_norm"] == near(expected)
+    assert oracles.head_columns(p, context=c, w_o=w_o)["output_norm"] == near(expected)
 
 
 def test_a_sink_that_writes_nothing_has_no_value_weighted_mass():
@@ -255,7 +255,7 @@ def test_values_behind_the_mask_change_nothing():
     v[4] = np.nan
     dirty = oracles.head_columns(p, s, visible, v=v, w_o=w_o) | oracles.sample_columns(p, s, visible, v=v, w_o=w_o)
     same(clean, dirty)
-    assert dirty["update_norm"] is not None
+    assert dirty["output_norm"] is not None
 
 
 def test_nothing_measured_is_null_everywhere_but_in_the_counts():
@@ -344,11 +344,11 @@ def stream(n: int = 6, d: int = 5, *, seed: int = 20) -> np.ndarray:
 @pytest.mark.parametrize(
     ("factor", "known"),
     [
-        (-1, {"update_ratio": 1, "update_cosine": -1, "norm_gain": 0, "step_cosine": None}),
-        (-0.5, {"update_ratio": 0.5, "update_cosine": -1, "norm_gain": 0.5, "step_cosine": 1}),
-        (1, {"update_ratio": 1, "update_cosine": 1, "norm_gain": 2, "step_cosine": 1}),
-        (3, {"update_ratio": 3, "update_cosine": 1, "norm_gain": 4, "step_cosine": 1}),
-        (0, {"update_ratio": 0, "update_cosine": None, "norm_gain": 1, "step_cosine": 1}),
+        (-1, {"update_ratio": 1, "update_cosine": -1, "stream_gain": 0, "step_cosine": None}),
+        (-0.5, {"update_ratio": 0.5, "update_cosine": -1, "stream_gain": 0.5, "step_cosine": 1}),
+        (1, {"update_ratio": 1, "update_cosine": 1, "stream_gain": 2, "step_cosine": 1}),
+        (3, {"update_ratio": 3, "update_cosine": 1, "stream_gain": 4, "step_cosine": 1}),
+        (0, {"update_ratio": 0, "update_cosine": None, "stream_gain": 1, "step_cosine": 1}),
     ],
 )
 def test_an_update_along_the_stream(factor, known):
@@ -416,20 +416,20 @@ def test_the_norm_reads_mean_and_deviation_and_has_no_gain_without_parameters():
     x, eps = stream(), 1e-5
     output = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + eps)
     columns = oracles.residual_columns(None, None, x, norm_input=x, norm_output=output, eps=eps)
-    assert columns["layer_norm_mean"] == near(x.mean())
-    assert columns["layer_norm_std"] == near(np.sqrt(x.var(axis=1) + eps).mean())
-    assert columns["layer_norm_gain"] == near(1)
+    assert columns["norm_mean"] == near(x.mean())
+    assert columns["norm_scale"] == near(np.sqrt(x.var(axis=1) + eps).mean())
+    assert columns["norm_output_gain"] == near(1)
     doubled = oracles.residual_columns(None, None, x, norm_input=x, norm_output=2 * output, eps=eps)
-    assert doubled["layer_norm_gain"] == near(2)
+    assert doubled["norm_output_gain"] == near(2)
 
 
 def test_an_rms_norm_has_no_mean():
     x, eps = stream(), 1e-6
     rms = np.sqrt((x**2).mean(axis=1, keepdims=True) + eps)
     columns = oracles.residual_columns(None, None, x, norm_input=x, norm_output=3 * x / rms, norm_kind="rms", eps=eps)
-    assert columns["layer_norm_mean"] is None
-    assert columns["layer_norm_std"] == near(rms.mean())
-    assert columns["layer_norm_gain"] == near(3)
+    assert columns["norm_mean"] is None
+    assert columns["norm_scale"] == near(rms.mean())
+    assert columns["norm_output_gain"] == near(3)
 
 
 def test_an_unknown_norm_is_refused():

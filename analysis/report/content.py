@@ -19,7 +19,7 @@ from analysis.kinds import head_kinds
 from analysis.manifest import section
 from analysis.residual import residual_through_depth
 from analysis.weighting import weighted_heads
-from extract.schema import CLASS_MASSES, TABLES
+from extract.tables import CLASS_MASSES, TABLES
 
 LAYER = ("stack", "layer")
 CLASSES = (*CLASS_MASSES, "mass_self")

@@ -21,7 +21,7 @@ from analysis.report.numbers import count, estimate, half_width, interval, perce
 from analysis.report.panels import RESIDUAL_PANELS, distance_panels, entropy_panels, residual_panels, some_layers
 from analysis.residual import SITES
 from extract.printable import printable
-from extract.schema import TABLES
+from extract.tables import TABLES
 
 _HERE = Path(__file__).parent
 # stops of the sequential scale, shallow to deep, as a sea chart has them; the dark page begins in the dark
@@ -65,7 +65,7 @@ MAPS = (
     Map("mass_induction", "Induction", "weight on what followed an earlier copy", "share"),
     Map("mutual_information_nats", "Mutual information", "how much the query decides where the head looks", "nats"),
     Map("received_max", "Strongest key", "largest mean weight that one key receives", "share"),
-    Map("update_norm", "Write", "norm of what the head adds to the stream", "norm"),
+    Map("output_norm", "Write", "norm of what the head adds to the stream", "norm"),
     Map("value_weighted_first", "Written from the first token", "its share of what the head writes", "share"),
 )
 TABLE_COLUMNS = (
@@ -82,7 +82,7 @@ TABLE_COLUMNS = (
     "mass_punctuation",
     "mass_same_token",
     "mutual_information_nats",
-    "update_norm",
+    "output_norm",
 )
 
 

@@ -12,7 +12,6 @@ from extract.capture.batch import Batch
 from extract.capture.layout import Layout
 from extract.engines.visibility import Axis, whole_axis
 from extract.errors import CaptureError
-from extract.statistics.residual_cpu import Segments
 
 
 class Rows:
@@ -25,12 +24,6 @@ class Rows:
     @cached_property
     def real(self) -> Bool[Tensor, "batch token"]:
         return self.axis.real
-
-    @cached_property
-    def segments(self) -> Segments:
-        from extract.statistics.residual_cpu import Segments
-
-        return Segments(self.axis.start, self.axis.length, self.axis.tokens)
 
 
 class Axes:

@@ -8,9 +8,9 @@ norm's output as well.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,19 +22,26 @@ from extract.capture.batch import Batch
 from extract.capture.layout import Attention, Layout, Site, Tap, Update
 from extract.capture.seam import first_tensor, read_tensor
 from extract.engines import buffers
+from extract.engines.observations import NormObservation, ResidualObservation
 from extract.engines.visibility import Axis
 from extract.errors import CaptureError
-from extract.statistics.residual import NormObservation, ResidualObservation, column_values
-from extract.statistics.residual_cpu import Passed
+
+if TYPE_CHECKING:
+    from extract.engines.needs import ResidualColumn
+    from extract.engines.residual_cpu import StatePass
 
 Observe = Callable[[Site, Float[Tensor, "column batch"]], None]
 
 
 class Stream:
-    """The residual sites of one watched forward pass, in plain torch on any device."""
+    """The residual sites of one watched forward pass, in plain torch on any device.
 
-    def __init__(self, layout: Layout, batch: Batch, observe: Observe) -> None:
+    `columns` are those that are asked for; they are observed in the order of their names.
+    """
+
+    def __init__(self, layout: Layout, batch: Batch, columns: Mapping[str, ResidualColumn], observe: Observe) -> None:
         self.sites = layout.sites
+        self.columns = {name: columns[name] for name in sorted(columns)}
         self.done = 0
         self._axes = Axes(layout, batch)
         self._observe = observe
@@ -117,7 +124,7 @@ class Stream:
             if not self._readers[used]:
                 self._held.pop(used, None)
 
-    def _of_heads(self, _site: Site, contexts: Tensor) -> Any:
+    def _of_heads(self, site: Site, contexts: Tensor) -> Any:  # noqa: ARG002 - a subclass uses it
         return _exact(contexts)
 
     def _taken(self, site: Site, rows: Rows) -> Any:
@@ -177,8 +184,16 @@ class Stream:
             parts = (after - stream - update, after, stream)
             off, total, x = (t.norm(dim=-1).where(rows.real, 0).norm() for t in parts)
             self._assert_identity(site, float(off), float(total + x))
-        contexts = self._taken(site, rows)
-        return column_values(ResidualObservation(rows.real, after, stream, update, self._norm(site), contexts))
+        observation = ResidualObservation(rows.real, after, stream, update, self._norm(site), self._taken(site, rows))
+        return self._stack({name: compute(observation) for name, compute in self.columns.items()}, after)
+
+    def _stack(self, values: Mapping[str, Any], like: Tensor) -> Float[Tensor, "column batch"]:
+        """The columns in their order, in float64; NaN where undefined."""
+        stacked = like.new_full((len(self.columns), like.shape[0]), torch.nan, dtype=torch.float64)
+        for place, name in enumerate(self.columns):
+            if values.get(name) is not None:
+                stacked[place] = torch.as_tensor(values[name])
+        return stacked
 
     def _assert_identity(self, site: Site, off: float, size: float) -> None:
         """x' = x + F(x), on every batch, to a few roundings of the model's own type."""
@@ -195,14 +210,17 @@ class CompiledStream(Stream):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        from extract.statistics import residual_cpu
+        from extract.engines import residual_cpu
 
         self._cpu = residual_cpu
+        self._compares_heads = any(name in residual_cpu.OF_HEADS for name in self.columns)
+        # columns that the compiled pass does not make, by their functions in plain torch
+        self._others = {name: compute for name, compute in self.columns.items() if name not in residual_cpu.MAKES}
         self._sites_after = {site.after: site for site in self.sites if site.after is not None}
         self._sites_of_norms = {site.norm.read: site for site in self.sites if site.norm is not None}
         # what a norm's reading gave: of the norm, by its tap; of the state, by its site
-        self._of_norms: dict[Tap, Passed] = {}
-        self._of_sites: dict[Site, Passed] = {}
+        self._of_norms: dict[Tap, StatePass] = {}
+        self._of_sites: dict[Site, StatePass] = {}
 
     @contextmanager
     def watched(self, model: nn.Module) -> Iterator[None]:
@@ -216,11 +234,12 @@ class CompiledStream(Stream):
                     stack.callback(delattr, module, "forward")
             yield
 
-    def _of_heads(self, _site: Site, contexts: Tensor) -> Any:
+    def _of_heads(self, site: Site, contexts: Tensor) -> Any:
         if contexts.dtype == torch.float64:
-            return super()._of_heads(_site, contexts)
-        rows = self._axes.rows(_site.stack, contexts.shape[0] * contexts.shape[2], contexts.device)
-        return self._cpu.of_heads(rows.segments, contexts.float())
+            return super()._of_heads(site, contexts)
+        rows = self._axes.rows(site.stack, contexts.shape[0] * contexts.shape[2], contexts.device)
+        compared = self._cpu.compare_heads(rows.axis, contexts.float()) if self._compares_heads else {}
+        return compared, _exact(contexts) if self._others else None
 
     def _normalizing(self, name: str, module: Any) -> Callable[[Tensor], Tensor]:
         """A norm's forward that measures what it reads."""
@@ -238,8 +257,8 @@ class CompiledStream(Stream):
             output = torch.from_numpy(buffers.empty(tuple(state.shape), np.float32))
             kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
             epsilon = torch.finfo(state.dtype).eps if module.eps is None else module.eps
-            passed = self._cpu.passed(
-                rows.segments,
+            passed = self._cpu.read_state(
+                rows.axis,
                 state,
                 stream,
                 update,
@@ -272,20 +291,31 @@ class CompiledStream(Stream):
             after = self._after(site, stream, update)
             if after.dtype == torch.float64:
                 return super()._values(site)
-            state = self._cpu.passed(rows.segments, after, stream, update)
+            state = self._cpu.read_state(rows.axis, after, stream, update)
         if site.stream is not None:
             self._assert_identity(site, state.off, state.size)
-        return self._cpu.assembled(state.stream, self._norm_values(site, rows), self._taken(site, rows))
+        compared, contexts = self._taken(site, rows) or ({}, None)
+        values = {**state.stream, **self._norm_columns(site, rows), **compared}
+        return self._stack(values | self._in_plain_torch(site, rows, contexts), rows.axis.start)
 
-    def _norm_values(self, site: Site, rows: Rows) -> Any:
+    def _in_plain_torch(self, site: Site, rows: Rows, contexts: Tensor | None) -> dict[str, Tensor | None]:
+        """The columns that the compiled pass does not make."""
+        if not self._others:
+            return {}
+        stream, update = self._step(site)
+        after = self._after(site, stream, update)
+        observation = ResidualObservation(rows.real, after, stream, update, self._norm(site), contexts)
+        return {name: compute(observation) for name, compute in self._others.items()}
+
+    def _norm_columns(self, site: Site, rows: Rows) -> Mapping[str, Any]:
         if site.norm is None:
-            return None
-        known = self._of_norms.pop(site.norm.read, None)
-        if known is None:
+            return {}
+        passed = self._of_norms.pop(site.norm.read, None)
+        if passed is None:
             norm = self._norm(site)
             assert norm is not None, "the site has a norm"
-            known = self._cpu.passed(rows.segments, norm.read, norm=norm)
-        return known.norm
+            passed = self._cpu.read_state(rows.axis, norm.read, norm=norm)
+        return passed.norm
 
 
 def _is_plain_norm(module: nn.Module) -> bool:

@@ -24,13 +24,15 @@ from extract.capture.seam import Request, read_tensor, replaced_sdpa, unheard
 from extract.capture.softmax import Finished, Product, Softmaxes, in_usual_order
 from extract.capture.stream import CompiledStream, Stream
 from extract.capture.writes import write_factors
-from extract.engines import Engine, reference
+from extract.engines import Engine
+from extract.engines.needs import Needs
+from extract.engines.observations import HeadObservation
 from extract.engines.patches import Grid
+from extract.engines.quantities import needs_of
 from extract.engines.rows import AttentionCall, Rows, ScoredCall
+from extract.engines.sums import HeadSums, head_quantity
 from extract.engines.visibility import Axis, Visibility, axis_of, keys_seen, see, whole_axis
 from extract.errors import CaptureError
-from extract.statistics.attention import OF_SCORES, OF_WHOLE_SEQUENCES, PLACE
-from extract.statistics.sums import HeadObservation, HeadSums
 
 # one name is replaced for the whole process, so one forward pass is watched at a time
 _WATCHING = threading.Lock()
@@ -40,11 +42,13 @@ _HIDDEN = 5000
 
 @runtime_checkable
 class Observer(Protocol):
-    """Takes observations as they are made."""
+    """Takes what a pass shows as it comes: what the observer `needs`, and nothing else."""
 
-    def heads(self, attention: Attention, sums: HeadSums) -> None: ...
+    needs: Needs
 
-    def residual(self, site: Site, values: Float[Tensor, "column batch"]) -> None: ...
+    def heads(self, attention: Attention, sums: HeadSums, calls: Sequence[HeadObservation]) -> None: ...
+
+    def residual(self, site: Site, columns: Float[Tensor, "column batch"]) -> None: ...
 
 
 @contextmanager
@@ -55,18 +59,20 @@ def watching(
     batch: Batch,
     engine: Engine,
     observer: Observer,
-    residual: bool = True,
 ) -> Iterator[None]:
     """Watch one forward pass made inside this context.
 
     Raises CaptureError when the pass shows other attention calls or residual sites than the layout has.
     """
-    with uncompiled():
-        factors = write_factors(model, layout)
+    needs = observer.needs
+    factors = {}
+    if "projection" in needs_of(needs.row_quantities):
+        with uncompiled():
+            factors = write_factors(model, layout)
     stream = None
-    if residual and layout.residual_refusal is None:
+    if needs.residual and layout.residual_refusal is None:
         kind = CompiledStream if engine.compiled else Stream
-        stream = kind(layout, batch, observer.residual)
+        stream = kind(layout, batch, needs.residual, observer.residual)
     watch = _Watch(layout, batch, engine, observer, factors, stream)
     with _WATCHING, ExitStack() as stack, uncompiled():
         if stream is not None:
@@ -130,7 +136,7 @@ class _Piece(NamedTuple):
 
     attention: Attention
     sums: HeadSums
-    axis: Axis
+    call: HeadObservation
     contexts: Float[Tensor, "batch head token head_width"]
 
 
@@ -177,9 +183,8 @@ class _Watch:
             token_ids=self._tokens(attention.queries).ids,
             grid=self._grid(attention, *query.shape[::2]),
         )
-        attend = reference.attend if call.visibility.crosses else self.engine.attend
         plain = _Plain(request, query)
-        output, rows = attend(call, plain.whole)
+        output, rows = self.engine.attend(call, plain.whole, self.observer.needs.row_quantities)
         self._observe(attention, call.visibility, rows, output)
         if not plain.made:
             output = plain.at_padding(output, call.visibility.queries)
@@ -213,7 +218,8 @@ class _Watch:
             token_ids=self._tokens(attention.queries).ids,
             grid=self._grid(attention, *made.scores.shape[::2]),
         )
-        self._observe(attention, visibility, self.engine.rows_of_scores(call, made.contexts), made.contexts)
+        rows = self.engine.rows_of_scores(call, made.contexts, self.observer.needs.row_quantities)
+        self._observe(attention, visibility, rows, made.contexts)
 
     @contextmanager
     def replays(self, model: nn.Module) -> Iterator[None]:
@@ -252,8 +258,10 @@ class _Watch:
             write=self.factors.get(number),
             token_ids=self._tokens(attention.queries).ids,
             grid=self._grid(attention, *pattern.shape[::2]),
+            weights_only=True,
         )
-        self._observe(attention, visibility, reference.rows_of_weights(call, of_tokens), contexts, unknown=OF_SCORES)
+        rows = self.engine.rows_of_scores(call, of_tokens, self.observer.needs.row_quantities)
+        self._observe(attention, visibility, rows, contexts)
 
     @contextmanager
     def pieces_of(self, model: nn.Module) -> Iterator[None]:
@@ -279,15 +287,15 @@ class _Watch:
                 f"the calls of a module are over all that it reads; those of {attention.module} are over "
                 f"{contexts.shape[-2]} tokens; the model changed its way since it was examined"
             )
+        profiles = [piece.sums.profiles for piece in pieces if piece.sums.profiles is not None]
         sums = HeadSums(
-            torch.cat([piece.sums.values for piece in pieces], 1),
-            torch.stack([piece.sums.profiles for piece in pieces]).sum(0),
+            torch.cat([piece.sums.values for piece in pieces], 1), torch.stack(profiles).sum(0) if profiles else None
         )
-        self.observer.heads(attention, _by_sequence(sums, self.batch.sequences, attention))
+        self._hand_over(attention, sums, [piece.call for piece in pieces])
         if self.stream is not None:
-            axis = (
-                pieces[0].axis if len(pieces) == 1 else whole_axis(len(contexts), contexts.shape[-2], contexts.device)
-            )
+            axis = pieces[0].call.visibility.queries
+            if len(pieces) > 1:
+                axis = whole_axis(len(contexts), contexts.shape[-2], contexts.device)
             self.stream.contexts(attention, axis, contexts)
 
     def _next(self, way: Way) -> Attention:
@@ -369,26 +377,22 @@ class _Watch:
         known = self._tokens(attention.queries).axis or self.own_axes.get((batch, queries))
         return known or whole_axis(batch, queries, keys.start.device)
 
-    def _observe(
-        self,
-        attention: Attention,
-        visibility: Visibility,
-        rows: Rows,
-        output: Tensor,
-        *,
-        unknown: Sequence[str] = (),
-    ) -> None:
-        observed = HeadObservation(rows, visibility, self._tokens(attention.keys).classes)
-        sums = self.engine.summed(observed)
-        sums.values[[PLACE[name] for name in unknown]] = torch.nan
+    def _observe(self, attention: Attention, visibility: Visibility, rows: Rows, output: Tensor) -> None:
+        needs = self.observer.needs
+        call = HeadObservation(rows, visibility, self._tokens(attention.keys).classes)
+        sums = self.engine.head_sums(call, needs.head_names, profiles=needs.profiles)
         if self.pieces is not None:
-            self.pieces.append(_Piece(attention, sums, visibility.queries, output))
+            self.pieces.append(_Piece(attention, sums, call, output))
             return
-        self.observer.heads(attention, _by_sequence(sums, self.batch.sequences, attention))
+        self._hand_over(attention, sums, [call])
         if self.stream is not None:
             axis = visibility.queries
             axis = axis if output.shape[-2] == axis.tokens else replace(axis, tokens=output.shape[-2])
             self.stream.contexts(attention, axis, output)
+
+    def _hand_over(self, attention: Attention, sums: HeadSums, calls: Sequence[HeadObservation]) -> None:
+        names = self.observer.needs.head_names
+        self.observer.heads(attention, _by_sequence(sums, names, self.batch.sequences, attention), calls)
 
 
 _UNKNOWN = Tokens(None)
@@ -408,21 +412,23 @@ def _visible(scores: Tensor) -> Bool[Tensor, "batch head query key"]:
     return ~(scores < least)  # what is not a number hides nothing
 
 
-def _by_sequence(sums: HeadSums, sequences: int, attention: Attention) -> HeadSums:
-    """Sums of sequences that the model has cut into windows, put together; what is no sum is not known then."""
-    pieces, rest = divmod(sums.values.shape[1], sequences)
+def _by_sequence(sums: HeadSums, names: Sequence[str], sequences: int, attention: Attention) -> HeadSums:
+    """Sums of sequences that the model has cut into windows, put together; what does not merge is not known then."""
+    windows, rest = divmod(sums.values.shape[1], sequences)
     if rest:
         raise CaptureError(
             f"a stack attends over as many rows as the batch has sequences, or over windows of them; layer "
             f"{attention.layer} of the {attention.stack} has {sums.values.shape[1]} rows for {sequences} sequences; give "
             "the inputs of one sequence at a time"
         )
-    if pieces == 1:
+    if windows == 1:
         return sums
-    values = sums.values.unflatten(1, (pieces, sequences) if attention.batch_last else (sequences, pieces))
+    values = sums.values.unflatten(1, (windows, sequences) if attention.batch_last else (sequences, windows))
     if attention.batch_last:
         values = values.transpose(1, 2)
     total = values.sum(2)
-    total[PLACE["score_max"]] = values[PLACE["score_max"]].amax(1)
-    total[[PLACE[name] for name in OF_WHOLE_SEQUENCES]] = torch.nan
+    for place, name in enumerate(names):
+        merge = head_quantity(name).merge
+        if merge != "sum":
+            total[place] = values[place].amax(1) if merge == "max" else torch.nan
     return HeadSums(total, sums.profiles)

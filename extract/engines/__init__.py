@@ -1,55 +1,132 @@
-"""Engines: the same primitives in several ways. An engine makes one attention call: its output and its `Rows`."""
+"""Engines: the same row quantities in several ways. An engine makes one attention call: its output and its `Rows`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from extract.engines.quantities import Fact, known_quantities, needs_of
 from extract.errors import Refusal
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
+    from extract.engines.observations import HeadObservation
     from extract.engines.rows import AttentionCall, Rows, ScoredCall
-    from extract.statistics.sums import HeadObservation, HeadSums
+    from extract.engines.sums import HeadSums
+
+    Call = TypeVar("Call", AttentionCall, ScoredCall)
+
+
+@dataclass(frozen=True)
+class FusedPass:
+    """Attention calls and their row quantities in one pass.
+
+    `makes` are the row quantities that it makes, where they are known of a call, of the calls that it `takes`.
+    """
+
+    makes: frozenset[str]
+    takes: Callable[[AttentionCall | ScoredCall], bool]
+    attend: Callable[[AttentionCall, Callable[[], Tensor]], tuple[Tensor, Rows]]
+    rows_of_scores: Callable[[ScoredCall, Tensor], Rows] | None = None  # None: it takes no call that is made already
 
 
 @dataclass(frozen=True)
 class Engine:
     """How attention calls are made and summed up.
 
-    `attend` is given a call and the way to make it as the model would, for what an engine leaves to it.
+    What its fused pass does not take or make is left to the reference engine, which makes everything.
     """
 
     name: str
-    attend: Callable[[AttentionCall, Callable[[], Tensor]], tuple[Tensor, Rows]]
-    rows_of_scores: Callable[[ScoredCall, Tensor], Rows]  # of a call that the model has made itself
-    summed: Callable[[HeadObservation], HeadSums]
+    fused: FusedPass | None
+    sum_rows: Callable[..., HeadSums]
     compiled: bool = False  # the residual stream is read by compiled code as well
     is_ready: Callable[[], bool] = lambda: True
     make_ready: Callable[[], None] = lambda: None  # what would otherwise be done in the first batch
 
+    def attend(
+        self, call: AttentionCall, call_original: Callable[[], Tensor], wanted: Collection[str]
+    ) -> tuple[Float[Tensor, "batch head query value_width"], Rows]:
+        """Output of an attention call, and those of the wanted row quantities that are known of it.
+
+        `call_original` makes the call as the model would, for what an engine leaves to it.
+        """
+        from extract.engines import reference
+
+        known = known_quantities(wanted, call.facts)
+        needed = _without_unneeded(call, known)
+        if self.fused is None or not self.fused.takes(needed):
+            return reference.attend(needed, call_original, known)
+        output, rows = self.fused.attend(needed, call_original)
+        return output, _complement(rows, needed, output, known)
+
+    def rows_of_scores(self, call: ScoredCall, output: Tensor, wanted: Collection[str]) -> Rows:
+        """Those of the wanted row quantities that are known of a call which the model has made itself."""
+        from extract.engines import reference
+
+        known = known_quantities(wanted, call.facts)
+        needed = _without_unneeded(call, known)
+        if self.fused is None or self.fused.rows_of_scores is None or not self.fused.takes(needed):
+            return reference.rows_of(needed, output, known)
+        return _complement(self.fused.rows_of_scores(needed, output), needed, output, known)
+
+    def head_sums(self, observation: HeadObservation, names: Sequence[str], *, profiles: bool = False) -> HeadSums:
+        """The named head quantities of an observation, and its profiles where asked for."""
+        return self.sum_rows(observation, names, profiles=profiles)
+
+    def left_to_reference(self, wanted: Collection[str]) -> list[str]:
+        """Those of the wanted row quantities that the reference engine makes in this one's stead."""
+        return [] if self.fused is None else sorted(set(wanted) - self.fused.makes)
+
+    def residual_left_to_reference(self, columns: Collection[str]) -> list[str]:
+        """Those of the residual columns that are computed in plain torch, not by the compiled pass."""
+        if not self.compiled:
+            return []
+        from extract.engines import residual_cpu
+
+        return sorted(set(columns) - residual_cpu.MAKES)
+
+
+def _without_unneeded(call: Call, known: Collection[str]) -> Call:
+    """The call without what nothing wanted needs, so that no engine works on it."""
+    fields: Mapping[Fact, str] = {"projection": "write", "token_ids": "token_ids", "grid": "grid"}
+    needs = needs_of(known)
+    return replace(call, **{field: None for fact, field in fields.items() if fact not in needs})
+
+
+def _complement(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, known: frozenset[str]) -> Rows:
+    """The known quantities: the engine's own, and what it did not make by the reference engine."""
+    from extract.engines import reference
+
+    made = {name: values for name, values in rows.quantities.items() if name in known}
+    others = known - made.keys()
+    if others:
+        made |= reference.rows_of(call, output, others, measured=rows.measured).quantities
+    return replace(rows, quantities=made)
+
 
 def _reference() -> Engine:
-    from extract.engines.reference import attend, rows_of_scores
-    from extract.statistics.sums import summed
+    from extract.engines import sums
 
-    return Engine("reference", attend, rows_of_scores, summed)
+    return Engine("reference", None, sums.head_sums)
 
 
 def _cpu() -> Engine:
-    from extract.engines import compiled
-    from extract.engines.cpu import attend, rows_of_scores
-    from extract.statistics import residual_cpu  # noqa: F401 - its kernels are made ready with the others
-    from extract.statistics.sums_cpu import summed
+    from extract.engines import (
+        compiled,
+        cpu,
+        residual_cpu,  # noqa: F401 - its kernels are made ready with the others
+        sums_cpu,
+    )
 
     return Engine(
         "cpu",
-        attend,
-        rows_of_scores,
-        summed,
+        FusedPass(cpu.MAKES, cpu.takes, cpu.attend, cpu.rows_of_scores),
+        sums_cpu.head_sums,
         compiled=True,
         is_ready=compiled.is_prepared,
         make_ready=compiled.prepare,
@@ -57,11 +134,9 @@ def _cpu() -> Engine:
 
 
 def _triton() -> Engine:
-    from extract.engines.reference import rows_of_scores
-    from extract.engines.triton import attend
-    from extract.statistics.sums import summed
+    from extract.engines import sums, triton
 
-    return Engine("triton", attend, rows_of_scores, summed)
+    return Engine("triton", FusedPass(triton.MAKES, triton.takes, triton.attend), sums.head_sums)
 
 
 _ENGINES: Mapping[str, Callable[[], Engine]] = {"reference": _reference, "cpu": _cpu, "triton": _triton}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections import namedtuple
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ _KERNELS: dict[str, Callable[[], Any]] = {}
 def array(kind: Any, dimensions: int) -> Any:
     """An array of any layout: one compilation serves them all."""
     return types.Array(kind, dimensions, "A")
+
+
+def places(names: Sequence[str]) -> Any:
+    """The place of each name among them, as an attribute: constants in compiled code."""
+    return namedtuple("Places", names)(*range(len(names)))
 
 
 def kernel(*arguments: Any, fast: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:

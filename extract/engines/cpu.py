@@ -1,8 +1,8 @@
-"""The cpu engine: one compiled pass per (sequence, head) that makes the output and every primitive.
+"""The cpu engine: one compiled pass per (sequence, head) that makes the output and the row quantities.
 
 It replaces the attention call, or reads the scores that a model has made itself. A few query rows at a time go against
-packed keys, become a pattern, are added up by key and by distance, and go against packed values; nothing larger than these rows is held, and keys that no row of them sees
-are not touched. It takes every call whose numbers are float32 or narrower; a float64 model goes to the reference engine.
+packed keys, become a pattern, are added up by key and by distance, and go against packed values; nothing larger than
+these rows is held, and keys that no row of them sees are not touched.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.engines import buffers, cpu_kernel, reference
+from extract.engines import buffers, cpu_kernel
 from extract.engines.cpu_kernel import QUANTITIES
+from extract.engines.quantities import known_quantities
 from extract.engines.rows import AttentionCall, Rows, ScoredCall
 
 # a sequence is cut into at most so many pieces of rows, none shorter than this: the cut follows from the shape alone, so
@@ -23,20 +24,30 @@ from extract.engines.rows import AttentionCall, Rows, ScoredCall
 _PIECES, _PIECE_ROWS = 8, 1024
 
 
-def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Rows]:
-    """Output and primitives of one attention call. Where a row is not measured, the output is the model's own."""
-    if call.query.dtype == torch.float64:
-        return reference.attend(call, plain)
-    asked = (call.query, call.key, call.value)
-    output, rows = _passed(call, *map(_narrow, asked), scores=_NO_BIAS, contexts=_NO_BIAS)
+MAKES = frozenset({*QUANTITIES, "received", "value_norm", "offsets", "same_token", "induction"})
+
+
+def takes(call: AttentionCall | ScoredCall) -> bool:
+    """Self-attention in float32 or less; of calls that the model has made, those without a sink whose values are known."""
+    if call.visibility.crosses:
+        return False
+    if isinstance(call, AttentionCall):
+        return call.query.dtype != torch.float64
+    without_sink = call.sinks is None and call.value is not None
+    return without_sink and call.scores.dtype != torch.float64 and not call.weights_only
+
+
+def attend(call: AttentionCall, call_original: Callable[[], Tensor]) -> tuple[Tensor, Rows]:
+    """Output and row quantities of one attention call. Where a row is not measured, the output is the model's own."""
+    given = (call.query, call.key, call.value)
+    output, rows = _passed(call, *map(_narrow, given), scores=_NO_BIAS, contexts=_NO_BIAS)
     whole = int(rows.measured.sum()) == call.query.shape[1] * int(call.visibility.keys.length.sum())
-    return (output.to(call.query.dtype) if whole else plain()), rows
+    return (output.to(call.query.dtype) if whole else call_original()), rows
 
 
 def rows_of_scores(call: ScoredCall, output: Tensor) -> Rows:
-    """The primitives of a call that the model has made, whose output this is."""
-    if call.scores.dtype == torch.float64 or call.sinks is not None or call.value is None or call.visibility.crosses:
-        return reference.rows_of_scores(call, output)
+    """The row quantities of a call that the model has made, whose output this is."""
+    assert call.value is not None, "it is taken only with values"
     batch, heads, tokens, _ = call.scores.shape
     query, key = (np.zeros((batch, n, tokens, 0), np.float32) for n in (heads, call.value.shape[1]))
     scores, contexts = _narrow(call.scores), _narrow(output)
@@ -52,7 +63,7 @@ def _passed(
     scores: np.ndarray,
     contexts: np.ndarray,
 ) -> tuple[Tensor, Rows]:
-    """One pass of the kernel over all rows: the contexts and the primitives."""
+    """One pass of the kernel over all rows: the contexts and the row quantities."""
     seen = call.visibility
     batch, heads, tokens, _ = query.shape
     width = value.shape[-1]
@@ -105,23 +116,11 @@ def _rows(
     looked_up: np.ndarray,
 ) -> Rows:
     """What the kernel has written, pieces of a head added up; what is not known of the call is left out."""
-    named = dict(zip(QUANTITIES, torch.from_numpy(quantities).unbind(), strict=True))
-    if call.sinks is None:
-        del named["sink"]
-    if call.write is None:
-        del named["update_norm"]
-    has_ids = call.token_ids is not None
-    same, induction = torch.from_numpy(looked_up.sum(0)).unbind()
-    return Rows(
-        measured=torch.from_numpy(measured),
-        **named,
-        received=torch.from_numpy(_added(received)),
-        offsets=torch.from_numpy(_added(offsets)),
-        value_norm=None if call.write is None else torch.from_numpy(value_norms),
-        same_token=same if has_ids else None,
-        induction=induction if has_ids else None,
-        patches=reference.patch_sums(call, torch.from_numpy(measured)),
-    )
+    made = dict(zip(QUANTITIES, torch.from_numpy(quantities).unbind(), strict=True))
+    made |= {"received": torch.from_numpy(_added(received)), "offsets": torch.from_numpy(_added(offsets))}
+    made["value_norm"] = torch.from_numpy(value_norms)
+    made |= zip(("same_token", "induction"), torch.from_numpy(looked_up.sum(0)).unbind(), strict=True)
+    return Rows(torch.from_numpy(measured), {name: made[name] for name in known_quantities(made, call.facts)})
 
 
 _NO_PAIRS = np.zeros((0, 0, 0, 0), np.bool_)

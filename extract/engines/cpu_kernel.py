@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from numba import boolean, float64, int32, int64, njit, prange, types
 from numba import float32 as f32
 
-from extract.engines.compiled import FAST, array, kernel, ln
-from extract.engines.rows import ROW_QUANTITIES
+from extract.engines.compiled import FAST, array, kernel, ln, places
 from extract.engines.simd import (
     AHEAD,
     AHEAD_SQUARED,
@@ -40,22 +39,22 @@ from extract.engines.simd import (
 
 LOG2_E = 1.4426950408889634
 _LN_2 = np.float32(0.6931471805599453)
-# places of the row quantities in the kernel's array
-QUANTITIES = (*ROW_QUANTITIES, "context_norm", "update_norm", "sink")
-(
-    _ENTROPY,
-    _COLLISION,
-    _MAX,
-    _DISTANCE,
-    _OFFSET,
-    _SPREAD,
-    _SCORE_MAX,
-    _SCORE_MEAN,
-    _SCORE_VARIANCE,
-    _CONTEXT_NORM,
-    _UPDATE_NORM,
-    _SINK,
-) = range(len(QUANTITIES))
+# the row quantities in the kernel's array
+QUANTITIES = (
+    "entropy",
+    "collision",
+    "max_weight",
+    "distance",
+    "offset",
+    "offset_std",
+    "score_max",
+    "score_mean",
+    "score_variance",
+    "context_norm",
+    "output_norm",
+    "sink",
+)
+_AT = places(QUANTITIES)
 # where a row's offset is so many times its spread, the spread is summed again about the offset: about the query it would
 # lose its digits
 _NARROW = 4
@@ -290,16 +289,16 @@ def _finish_rows(
         mean_below = sums[BELOW, r] * each
         variance = sums[BELOW_SQUARED, r] * each - mean_below * mean_below
         weights[r] = weight
-        out[_ENTROPY, r] = max(ln(total) - sums[SURPRISE, r] / total * _LN_2, f32(0))
-        out[_COLLISION, r] = sums[SQUARES, r] * weight * weight
-        out[_MAX, r] = weight
-        out[_DISTANCE, r] = sums[APART, r] * weight
-        out[_OFFSET, r] = offset
-        out[_SPREAD, r] = np.sqrt(max(sums[AHEAD_SQUARED, r] * weight - offset * offset, f32(0)))
-        out[_SCORE_MAX, r] = largest[r] * _LN_2
-        out[_SCORE_MEAN, r] = (largest[r] + mean_below) * _LN_2
-        out[_SCORE_VARIANCE, r] = max(variance, f32(0)) * (_LN_2 * _LN_2)
-        out[_SINK, r] = of_sink[r]
+        out[_AT.entropy, r] = max(ln(total) - sums[SURPRISE, r] / total * _LN_2, f32(0))
+        out[_AT.collision, r] = sums[SQUARES, r] * weight * weight
+        out[_AT.max_weight, r] = weight
+        out[_AT.distance, r] = sums[APART, r] * weight
+        out[_AT.offset, r] = offset
+        out[_AT.offset_std, r] = np.sqrt(max(sums[AHEAD_SQUARED, r] * weight - offset * offset, f32(0)))
+        out[_AT.score_max, r] = largest[r] * _LN_2
+        out[_AT.score_mean, r] = (largest[r] + mean_below) * _LN_2
+        out[_AT.score_variance, r] = max(variance, f32(0)) * (_LN_2 * _LN_2)
+        out[_AT.sink, r] = of_sink[r]
 
 
 @njit(fastmath=FAST, error_model="numpy")
@@ -494,14 +493,14 @@ def _settle(room: _Room, sink: np.float32, i: int, rows: int, measured: Bool[np.
             room.weights[r] = f32(0)
             room.rows[r, :] = f32(0)
             room.finished[:, r] = f32(0)
-        elif room.finished[_SPREAD, r] * f32(_NARROW) < abs(room.finished[_OFFSET, r]):
-            room.finished[_SPREAD, r] = _spread_about_offset(
+        elif room.finished[_AT.offset_std, r] * f32(_NARROW) < abs(room.finished[_AT.offset, r]):
+            room.finished[_AT.offset_std, r] = _spread_about_offset(
                 room.rows[r, ROWS:],
                 room.low[r],
                 room.high[r],
                 i + r,
                 room.weights[r],
-                room.finished[_OFFSET, r],
+                room.finished[_AT.offset, r],
                 room.of_sink[r],
             )
 
@@ -542,11 +541,11 @@ def _context_norms(room: _Room, write: Float32[np.ndarray, "tile value_width TIL
     wide = room.contexts.shape[1]
     squares_of_rows(room.contexts.ctypes.data, wide, wide, room.norms.ctypes.data)
     for r in range(ROWS):
-        room.finished[_CONTEXT_NORM, r] = np.sqrt(room.norms[r])
+        room.finished[_AT.context_norm, r] = np.sqrt(room.norms[r])
     if write.shape[0] > 0:
         _write_norms(room.contexts, write, room.written, room.norms)
         for r in range(ROWS):
-            room.finished[_UPDATE_NORM, r] = np.sqrt(room.norms[r])
+            room.finished[_AT.output_norm, r] = np.sqrt(room.norms[r])
 
 
 @njit(error_model="numpy", forceinline=True)

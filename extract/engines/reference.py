@@ -1,42 +1,292 @@
-"""The reference engine: plain torch, a block of rows at a time, on any device."""
+"""The reference engine: plain torch, a block of rows at a time, on any device.
+
+It makes every row quantity, each by a function of its own: of a block of the pattern (`OF_BLOCKS`) or of the call's
+contexts and values (`OF_CALLS`). Only what is asked for is computed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from extract.engines.patches import PatchSums
-from extract.engines.rows import ROW_QUANTITIES, AttentionCall, Rows, ScoredCall
-from extract.engines.visibility import Visibility, diagonal_sums, rows_per_block
+from extract.engines.patches import Grid, PatchSums
+from extract.engines.quantities import ROW_QUANTITIES
+from extract.engines.rows import AttentionCall, Rows, ScoredCall
+from extract.engines.visibility import diagonal_sums, rows_per_block
 
-# in the order in which a block gives them
-_ROW_NAMES = (*ROW_QUANTITIES, "sink")
-
-
-def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Rows]:
-    """The model's own output, and the primitives beside it."""
-    output = plain()
-    return output, rows(call, output)
+Call = AttentionCall | ScoredCall
 
 
-def rows(call: AttentionCall, output: Tensor) -> Rows:
-    """The primitives of one attention call with this output, in float32 (float64 for a float64 model)."""
-    sinks = None if call.sinks is None else call.sinks[None, :, None]
-    return _rows(call, _scores_of(call), sinks, output)
+def attend(
+    call: AttentionCall, call_original: Callable[[], Tensor], wanted: Collection[str]
+) -> tuple[Float[Tensor, "batch head query value_width"], Rows]:
+    """The model's own output, and the wanted row quantities beside it."""
+    output = call_original()
+    return output, rows_of(call, output, wanted)
 
 
-def rows_of_scores(call: ScoredCall, output: Tensor) -> Rows:
-    """The same where the model has made the scores."""
-    return _rows(call, _scores_of(call), call.sinks, output)
+def rows_of(
+    call: Call,
+    output: Float[Tensor, "batch head query value_width"],
+    wanted: Collection[str],
+    *,
+    measured: Bool[Tensor, "batch head query"] | None = None,
+) -> Rows:
+    """The wanted row quantities of an attention call with this output, in float32 (float64 for a float64 model).
+
+    `measured` says which rows are measured, where that is known already.
+    """
+    of_blocks = [name for name in wanted if name in OF_BLOCKS]
+    quantities: dict[str, Tensor] = {}
+    if of_blocks or measured is None:
+        measured, quantities = _sum_blocks(call, output, of_blocks, measured)
+    quantities |= {name: OF_CALLS[name](call, output, measured) for name in wanted if name in OF_CALLS}
+    return Rows(measured, quantities)
 
 
-def rows_of_weights(call: ScoredCall, output: Tensor) -> Rows:
-    """The same where no more than the weights is known, given in place of scores: their logarithms serve as those."""
-    weights_of = _scores_of(call)
-    return _rows(call, lambda rows, keys: weights_of(rows, keys).log(), call.sinks, output)
+def _sum_blocks(
+    call: Call, output: Tensor, names: Collection[str], given: Bool[Tensor, "batch head query"] | None
+) -> tuple[Bool[Tensor, "batch head query"], dict[str, Tensor]]:
+    """Which rows are measured, and quantities from block after block of the pattern."""
+    queries, keys = call.visibility.queries.tokens, call.visibility.keys.tokens
+    size = rows_per_block(output.shape[0] * output.shape[1] * keys)
+    scores_of = _scores_of(call)
+    measured: list[Tensor] = []
+    quantities: dict[str, Tensor] = {}
+    of_queries: dict[str, list[Tensor]] = {name: [] for name in names if ROW_QUANTITIES[name].axis == "query"}
+    for first in range(0, queries, size):
+        last = min(first + size, queries)
+        block = Block(call, scores_of, first, last, None if given is None else given[..., first:last])
+        measured.append(block.measured)
+        for name in names:
+            value = OF_BLOCKS[name](block)
+            if name in of_queries:
+                of_queries[name].append(value * block.measured)
+            else:
+                quantities[name] = _added(quantities.get(name), value, block, ROW_QUANTITIES[name].axis)
+    return torch.cat(measured, -1), quantities | {name: torch.cat(values, -1) for name, values in of_queries.items()}
+
+
+def _added(total: Tensor | None, value: Tensor, block: Block, axis: str) -> Tensor:
+    """The total with what a block gives of its keys, of its distances, or of the head."""
+    if axis == "head":
+        return value if total is None else total + value
+    queries, keys = block.call.visibility.queries.tokens, block.call.visibility.keys.tokens
+    if total is None:
+        total = value.new_zeros(*value.shape[:2], keys if axis == "key" else queries + keys - 1)
+    # of distances the first is that from the block's last row to its first key
+    first = block.keys.start + (0 if axis == "key" else queries - block.last)
+    total[..., first : first + value.shape[-1]] += value
+    return total
+
+
+class Block:
+    """Rows `first` … `last` − 1 of a call's pattern, over the keys that any of them sees; worked out as it is asked for."""
+
+    def __init__(
+        self,
+        call: Call,
+        scores_of: Callable[[slice, slice], Float[Tensor, "batch head row key"]],
+        first: int,
+        last: int,
+        measured: Bool[Tensor, "batch head row"] | None = None,
+    ) -> None:
+        self.call, self.first, self.last = call, first, last
+        self.rows = slice(first, last)
+        self._scores_of = scores_of
+        if measured is not None:
+            self.measured = measured
+
+    @cached_property
+    def keys(self) -> slice:
+        """Of a window no more than what it reaches; distances over an image are counted on whole rows."""
+        visibility = self.call.visibility
+        return slice(0, visibility.keys.tokens) if self.call.grid else visibility.reach(self.first, self.last)
+
+    @cached_property
+    def scores(self) -> Float[Tensor, "batch head row key"]:
+        """As the call has them, visible or not."""
+        return self._scores_of(self.rows, self.keys)
+
+    @cached_property
+    def visible(self) -> Bool[Tensor, "batch group row key"]:
+        return self.call.visibility.seen(self.first, self.last)[..., self.keys]
+
+    @cached_property
+    def measured(self) -> Bool[Tensor, "batch head row"]:
+        return self.visible.any(-1) & (self.scores.isfinite() | ~self.visible).all(-1)
+
+    @cached_property
+    def usable(self) -> Bool[Tensor, "batch head row key"]:
+        """Visible keys of measured rows."""
+        return self.visible & self.measured[..., None]
+
+    @cached_property
+    def usable_scores(self) -> Float[Tensor, "batch head row key"]:
+        """−∞ at other keys. A row without usable keys has zeros, so that nothing below is undefined; it is cleared later."""
+        return self.scores.where(self.usable, -torch.inf).where(self.measured[..., None], 0)
+
+    @cached_property
+    def largest(self) -> Float[Tensor, "batch head row"]:
+        return self.usable_scores.amax(-1)
+
+    @cached_property
+    def sinks(self) -> Float[Tensor, "batch head row"] | None:
+        sinks = self.call.sinks
+        if sinks is None:
+            return None
+        of_rows = sinks[None, :, None] if sinks.dim() == 1 else sinks
+        return of_rows.to(self.scores.dtype).expand(-1, -1, self.call.visibility.queries.tokens)[..., self.rows]
+
+    @cached_property
+    def shift(self) -> Float[Tensor, "batch head row"]:
+        """What is subtracted before exponentials are taken."""
+        return self.largest if self.sinks is None else torch.maximum(self.largest, self.sinks)
+
+    @cached_property
+    def below(self) -> Float[Tensor, "batch head row key"]:
+        return (self.usable_scores - self.shift[..., None]).where(self.usable, 0)
+
+    @cached_property
+    def weights(self) -> Float[Tensor, "batch head row key"]:
+        return self.below.exp() * self.usable
+
+    @cached_property
+    def sink_weight(self) -> Float[Tensor, "batch head row"]:
+        return torch.zeros_like(self.shift) if self.sinks is None else (self.sinks - self.shift).exp()
+
+    @cached_property
+    def total(self) -> Float[Tensor, "batch head row"]:
+        return (self.weights.sum(-1) + self.sink_weight).where(self.measured, 1)
+
+    @cached_property
+    def pattern(self) -> Float[Tensor, "batch head row key"]:
+        """Zero where a row is not measured."""
+        return self.weights / self.total[..., None]
+
+    @cached_property
+    def sink(self) -> Float[Tensor, "batch head row"]:
+        return self.sink_weight / self.total
+
+    @cached_property
+    def distances(self) -> Float[Tensor, "row key"]:
+        """d = j − i."""
+        visibility = self.call.visibility
+        return (visibility.keys.place[None, self.keys] - visibility.queries.place[self.rows, None]).to(
+            self.scores.dtype
+        )
+
+    @cached_property
+    def offset(self) -> Float[Tensor, "batch head row"]:
+        return (self.pattern * self.distances).sum(-1)
+
+    @cached_property
+    def keys_counted(self) -> Int[Tensor, "batch head row"]:
+        """Usable keys of each row, at least 1."""
+        return self.usable.sum(-1).clamp_min(1)
+
+    @cached_property
+    def score_mean(self) -> Float[Tensor, "batch head row"]:
+        return (self.usable_scores.where(self.usable, 0)).sum(-1) / self.keys_counted
+
+    @cached_property
+    def patch_sums(self) -> PatchSums:
+        grid: Grid | None = self.call.grid
+        assert grid is not None, "asked for where there is a grid"
+        sums = PatchSums.zero(self.scores)
+        sums.add(self.scores, self.visible, self.measured, grid, self.first)
+        return sums
+
+    @cached_property
+    def equal_tokens(self) -> tuple[Bool[Tensor, "batch row key"], Bool[Tensor, "batch row key"]]:
+        """Where j ≠ i has the query's token, and where j ≤ i follows another copy of it."""
+        ids, real = self.call.token_ids, self.call.visibility.keys.real
+        assert ids is not None, "asked for where there are ids"
+        place = torch.arange(ids.shape[1], device=ids.device)
+        same = (ids[:, self.rows, None] == ids[:, None, :]) & (place[None, :] != place[self.rows, None])
+        same = same & real[:, None, :]
+        after_copy = same.roll(1, dims=-1)
+        after_copy[..., 0] = False
+        return same, after_copy & (place[None, :] <= place[self.rows, None])
+
+
+def _entropy(block: Block) -> Tensor:
+    surprise = (block.pattern * block.below).sum(-1)
+    of_sink = block.sink_weight.log().where(block.sink_weight > 0, 0) * block.sink
+    return (block.total.log() - surprise - of_sink).clamp_min(0)
+
+
+def _offset_std(block: Block) -> Tensor:
+    """Centred before squaring: Σ p d² − (Σ p d)² loses all digits far from the query; the sink's mass is not in Σ p."""
+    squares = (block.pattern * (block.distances - block.offset[..., None]).square()).sum(-1)
+    return (squares + block.offset.square() * block.sink).sqrt()
+
+
+def _score_variance(block: Block) -> Tensor:
+    centred = (block.usable_scores - block.score_mean[..., None]).where(block.usable, 0)
+    return centred.square().sum(-1) / block.keys_counted
+
+
+def _mass_where(block: Block, chosen: Bool[Tensor, "batch row key"]) -> Float[Tensor, "batch head"]:
+    return (block.pattern * chosen[:, None, :, block.keys]).sum((-1, -2))
+
+
+def _patch_mass(block: Block) -> Float[Tensor, "batch head"]:
+    """Σ p over the patches that the block's patches see."""
+    grid = block.call.grid
+    assert grid is not None, "asked for where there is a grid"
+    begin, end = max(grid.prefix, block.first), min(grid.end, block.last)
+    rows, keys = slice(begin - block.first, max(begin, end) - block.first), slice(grid.prefix, grid.end)
+    return block.pattern[..., rows, keys].sum((-1, -2), dtype=torch.float64)
+
+
+OF_BLOCKS: dict[str, Callable[[Block], Tensor]] = {
+    "entropy": _entropy,
+    "collision": lambda block: block.pattern.square().sum(-1),
+    "max_weight": lambda block: block.pattern.amax(-1),
+    "distance": lambda block: (block.pattern * block.distances.abs()).sum(-1),
+    "offset": lambda block: block.offset,
+    "offset_std": _offset_std,
+    "score_max": lambda block: block.largest,
+    "score_mean": lambda block: block.score_mean,
+    "score_variance": _score_variance,
+    "sink": lambda block: block.sink,
+    "received": lambda block: block.pattern.sum(-2),
+    "offsets": lambda block: diagonal_sums(block.pattern),
+    "same_token": lambda block: _mass_where(block, block.equal_tokens[0]),
+    "induction": lambda block: _mass_where(block, block.equal_tokens[1]),
+    "patch_distance": lambda block: block.patch_sums.distance,
+    "patch_mass": _patch_mass,
+    "patch_rows": lambda block: block.patch_sums.rows,
+}
+
+
+def _context_norm(_call: Call, output: Tensor, measured: Tensor) -> Tensor:
+    return output.to(_exact(output)).norm(dim=-1).where(measured, 0)
+
+
+def _output_norm(call: Call, output: Tensor, measured: Tensor) -> Tensor:
+    assert call.write is not None, "asked for where the projection is known"
+    exact = _exact(output)
+    return (output.to(exact) @ call.write.to(exact)).norm(dim=-1).where(measured, 0)
+
+
+def _value_norm(call: Call, output: Tensor, _measured: Tensor) -> Tensor:
+    assert call.write is not None and call.value is not None, "asked for where both are known"
+    exact = _exact(output)
+    values = call.value.to(exact).repeat_interleave(output.shape[1] // call.value.shape[1], dim=1)
+    return (values @ call.write.to(exact)).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
+
+
+OF_CALLS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
+    "context_norm": _context_norm,
+    "output_norm": _output_norm,
+    "value_norm": _value_norm,
+}
 
 
 def output_of(call: AttentionCall) -> Float[Tensor, "batch head query value_width"]:
@@ -66,134 +316,16 @@ def _exact(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _rows(
-    call: AttentionCall | ScoredCall,
-    scores_of: Callable[[slice, slice], Float[Tensor, "batch head row key"]],
-    sinks: Float[Tensor, "#batch head #query"] | None,
-    output: Float[Tensor, "batch head query value_width"],
-) -> Rows:
-    batch, heads = output.shape[:2]
-    queries, keys = call.visibility.queries.tokens, call.visibility.keys.tokens
-    size = rows_per_block(batch * heads * keys)
-    received = output.new_zeros(batch, heads, keys, dtype=_exact(output))
-    offsets = received.new_zeros(batch, heads, queries + keys - 1)
-    looked_up = [received.new_zeros(batch, heads), received.new_zeros(batch, heads)]
-    patches = None if call.grid is None else PatchSums.zero(received)
-    measured, quantities = [], []
-    for first in range(0, queries, size):
-        last = min(first + size, queries)
-        # of a window no more than what it reaches; distances over an image are counted on whole rows
-        near = call.visibility.reach(first, last) if patches is None else slice(0, keys)
-        scores = scores_of(slice(first, last), near)
-        of_rows = None if sinks is None else sinks.to(scores.dtype).expand(-1, -1, queries)[..., first:last]
-        p, row_is_measured, row_quantities = _block(call.visibility, scores, of_rows, first, last, near)
-        measured.append(row_is_measured)
-        quantities.append(row_quantities)
-        received[..., near] += p.sum(-2)
-        if call.visibility.crosses:
-            continue
-        sums = diagonal_sums(p)
-        nearest = near.start - last + queries  # the distance from the last row to its first key, among all
-        offsets[..., nearest : nearest + sums.shape[-1]] += sums
-        if patches is not None and call.grid is not None:
-            patches.add(scores, call.visibility.seen(first, last), row_is_measured, call.grid, first)
-        if call.token_ids is not None:
-            chosen = _same_and_induction(call.token_ids, call.visibility.keys.real, first, last)
-            for total, where in zip(looked_up, chosen, strict=True):
-                total += (p * where[:, None, :, near]).sum((-1, -2))
-    named = dict(zip(_ROW_NAMES, torch.cat(quantities, -2).unbind(-1), strict=True))
-    if sinks is None:
-        del named["sink"]
-    known = call.token_ids is not None and not call.visibility.crosses
-    row_is_measured = torch.cat(measured, -1)
-    return Rows(
-        measured=row_is_measured,
-        **named,
-        **norms(call, output, row_is_measured),
-        received=received,
-        offsets=offsets,
-        same_token=looked_up[0] if known else None,
-        induction=looked_up[1] if known else None,
-        patches=patches,
-    )
-
-
-def patch_sums(call: AttentionCall | ScoredCall, measured: Bool[Tensor, "batch head query"]) -> PatchSums | None:
-    """How far the measured rows look, in patches, for engines that hold no scores: they are made once more, in blocks."""
-    if call.grid is None:
-        return None
-    scores_of = _scores_of(call)
-    sums = PatchSums.zero(measured)
-    size = rows_per_block(len(measured) * measured.shape[1] * call.visibility.keys.tokens)
-    for first in range(0, call.grid.tokens, size):
-        last = min(first + size, call.grid.tokens)
-        scores, seen = scores_of(slice(first, last), slice(None)), call.visibility.seen(first, last)
-        sums.add(scores, seen, measured[..., first:last], call.grid, first)
-    return sums
-
-
-def _scores_of(call: AttentionCall | ScoredCall) -> Callable[[slice, slice], Float[Tensor, "batch head row key"]]:
-    """Scores of some rows and keys, in float32 (float64 for a float64 model)."""
+def _scores_of(call: Call) -> Callable[[slice, slice], Float[Tensor, "batch head row key"]]:
+    """Scores of some rows and keys, in float32 (float64 for a float64 model); of weights alone their logarithms serve."""
     if isinstance(call, ScoredCall):
-        exact = _exact(call.scores)
-        return lambda rows, keys: call.scores[:, :, rows, keys].to(exact)
+        exact, given = _exact(call.scores), call.scores
+        if call.weights_only:
+            return lambda rows, keys: given[:, :, rows, keys].to(exact).log()
+        return lambda rows, keys: given[:, :, rows, keys].to(exact)
     heads = call.query.shape[1]
     key = call.key.to(_exact(call.query)).repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-1, -2)
     return lambda rows, keys: _scores(call, key, rows, keys)
-
-
-def norms(call: AttentionCall | ScoredCall, output: Tensor, measured: Tensor) -> dict[str, Tensor]:
-    """Sizes of the measured contexts and, where the projection is known, of what contexts and values write."""
-    exact = _exact(output)
-    contexts = output.to(exact)
-    of = {"context_norm": contexts.norm(dim=-1).where(measured, 0)}
-    if call.write is not None:
-        write = call.write.to(exact)
-        of["update_norm"] = (contexts @ write).norm(dim=-1).where(measured, 0)
-        if call.value is None:
-            return of
-        values = call.value.to(exact).repeat_interleave(contexts.shape[1] // call.value.shape[1], dim=1)
-        of["value_norm"] = (values @ write).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
-    return of
-
-
-def _block(
-    visibility: Visibility, scores: Tensor, sinks: Tensor | None, first: int, last: int, near: slice
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the rows first … last−1: their pattern over these keys (zero where not measured), which are measured, quantities."""
-    seen = visibility.seen(first, last)[..., near]
-    measured = seen.any(-1) & (scores.isfinite() | ~seen).all(-1)
-    usable = seen & measured[..., None]
-    # a row without usable keys gets one score of zero, so that nothing below is undefined, and is cleared at the end
-    scores = scores.where(usable, -torch.inf).where(measured[..., None], 0)
-    largest = scores.amax(-1)
-    shift = largest if sinks is None else torch.maximum(largest, sinks)
-    below = (scores - shift[..., None]).where(usable, 0)
-    weights = below.exp() * usable
-    sink_weight = torch.zeros_like(shift) if sinks is None else (sinks - shift).exp()
-    total = (weights.sum(-1) + sink_weight).where(measured, 1)
-    p, sink = weights / total[..., None], sink_weight / total
-    entropy = total.log() - (p * below).sum(-1) - (sink_weight.log().where(sink_weight > 0, 0) * sink)
-    count = usable.sum(-1).clamp_min(1)
-    mean = (scores.where(usable, 0)).sum(-1) / count
-    variance = ((scores - mean[..., None]).where(usable, 0).square()).sum(-1) / count
-    d = (visibility.keys.place[None, near] - visibility.queries.place[first:last, None]).to(p.dtype)
-    offset = (p * d).sum(-1)
-    # centred before squaring: Σ p d² − (Σ p d)² loses all digits far from the query; the sink's mass is not in Σ p
-    spread = (p * (d - offset[..., None]).square()).sum(-1) + offset.square() * sink
-    quantities = (
-        entropy.clamp_min(0),
-        p.square().sum(-1),
-        p.amax(-1),
-        (p * d.abs()).sum(-1),
-        offset,
-        spread.sqrt(),
-        largest,
-        mean,
-        variance,
-        sink,
-    )
-    return p, measured, torch.stack(quantities, -1) * measured[..., None]
 
 
 def _scores(call: AttentionCall, key: Tensor, rows: slice, keys: slice = slice(None)) -> Tensor:
@@ -203,14 +335,3 @@ def _scores(call: AttentionCall, key: Tensor, rows: slice, keys: slice = slice(N
     if call.visibility.bias is not None:
         scores = scores + call.visibility.bias[..., rows, keys].to(scores.dtype)
     return scores
-
-
-def _same_and_induction(ids: Tensor, real: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Where j ≠ i has the query's token, and where j ≤ i follows another copy of it."""
-    place = torch.arange(ids.shape[1], device=ids.device)
-    same = (
-        (ids[:, first:last, None] == ids[:, None, :]) & (place[None, :] != place[first:last, None]) & real[:, None, :]
-    )
-    after_copy = same.roll(1, dims=-1)
-    after_copy[..., 0] = False
-    return same, after_copy & (place[None, :] <= place[first:last, None])

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from extract.engines.patches import Grid, PatchSums
+from extract.engines.patches import Grid
+from extract.engines.quantities import ROW_QUANTITIES, Fact
 from extract.engines.visibility import Visibility
-
-# the fields of `Rows` that follow from a row's scores and places, in the order in which engines hold them
-ROW_QUANTITIES = (
-    "entropy",
-    "collision",
-    "max_weight",
-    "distance",
-    "offset",
-    "offset_std",
-    "score_max",
-    "score_mean",
-    "score_variance",
-)
 
 
 @dataclass(frozen=True)
@@ -44,45 +33,70 @@ class AttentionCall:
     token_ids: Int[Tensor, "batch token"] | None = None
     grid: Grid | None = None
 
+    @property
+    def facts(self) -> frozenset[Fact]:
+        """What the call has of what row quantities need."""
+        return frozenset({"scores", "values"}) | _facts(self)
+
 
 @dataclass(frozen=True)
 class ScoredCall:
-    """An attention call whose scores the model made itself, masked, biased and scaled, and put through its own softmax."""
+    """An attention call whose scores the model made itself, masked, biased and scaled, and put through its own softmax.
 
-    scores: Float[Tensor, "batch head query key"]  # or the weights alone, where no more is known
+    With `weights_only` no more is known than the pattern, which then stands in place of the scores.
+    """
+
+    scores: Float[Tensor, "batch head query key"]
     value: Float[Tensor, "batch key_head key value_width"] | None  # None where a key's is not the same for all queries
     visibility: Visibility
     sinks: Float[Tensor, "batch head query"] | None = None
     write: Float[Tensor, "head value_width value_width"] | None = None
     token_ids: Int[Tensor, "batch token"] | None = None
     grid: Grid | None = None
+    weights_only: bool = False
+
+    @property
+    def facts(self) -> frozenset[Fact]:
+        """What the call has of what row quantities need."""
+        facts = _facts(self)
+        if not self.weights_only:
+            facts |= {"scores"}
+        return facts if self.value is None else facts | {"values"}
+
+
+def _facts(call: AttentionCall | ScoredCall) -> frozenset[Fact]:
+    has: dict[Fact, bool] = {
+        "positions": not call.visibility.crosses,
+        "token_ids": call.token_ids is not None,
+        "projection": call.write is not None,
+        "sink": call.sinks is not None,
+        "grid": call.grid is not None,
+    }
+    return frozenset(fact for fact, is_there in has.items() if is_there)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Row quantities of one attention call, and its sums over rows, in float32 or better.
-
-    Where queries and keys are different tokens, what is about distance holds places' distances and means nothing.
+    """Row quantities of one attention call by name, in float32 or better; those that are not known are absent.
 
     A row that is not measured (padding, fully masked, non-finite scores) holds zero everywhere and adds to no sum.
     """
 
     measured: Bool[Tensor, "batch head query"]
-    entropy: Float[Tensor, "batch head query"]  # nats, the sink included
-    collision: Float[Tensor, "batch head query"]  # Σ p²
-    max_weight: Float[Tensor, "batch head query"]
-    distance: Float[Tensor, "batch head query"]  # Σ p·|d|
-    offset: Float[Tensor, "batch head query"]  # Σ p·d
-    offset_std: Float[Tensor, "batch head query"]
-    score_max: Float[Tensor, "batch head query"]  # over visible keys
-    score_mean: Float[Tensor, "batch head query"]
-    score_variance: Float[Tensor, "batch head query"]  # population
-    context_norm: Float[Tensor, "batch head query"]  # ‖c_i‖
-    received: Float[Tensor, "batch head key"]  # Σ_i p[i, key]
-    offsets: Float[Tensor, "batch head distance"]  # Σ_i p[i, i+d] at index d + queries − 1
-    update_norm: Float[Tensor, "batch head query"] | None = None  # ‖c_i W_O^h‖
-    value_norm: Float[Tensor, "batch head key"] | None = None  # ‖v_j W_O^h‖ at real keys
-    sink: Float[Tensor, "batch head query"] | None = None
-    same_token: Float[Tensor, "batch head"] | None = None  # Σ_i Σ_j≠i p, equal ids
-    induction: Float[Tensor, "batch head"] | None = None  # Σ_i Σ_j≤i p, id j−1 = id i, j−1 ≠ i
-    patches: PatchSums | None = None
+    quantities: Mapping[str, Float[Tensor, "batch head *place"]]
+
+    def __post_init__(self) -> None:
+        for name, values in self.quantities.items():
+            axis = ROW_QUANTITIES[name].axis
+            expected = (*self.measured.shape[:2], *((self.measured.shape[-1],) if axis == "query" else ()))
+            assert values.shape[: len(expected)] == expected, f"{name} is {[*values.shape]}, not {[*expected]}"
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.quantities[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.quantities
+
+    def get(self, name: str) -> Tensor | None:
+        """The quantity, or None where it is not known."""
+        return self.quantities.get(name)

@@ -9,7 +9,8 @@ Every sum so has one owner and one order: without atomics, the same call gives t
 diagonals of tiles, which costs two vectors of its size and nothing that grows with the square of the sequence.
 
 Tiles in which no row sees anything are not visited. Scores are products of the model's own type, summed in float32.
-What this engine does not take (float64, heads wider than 256) it leaves to the reference engine.
+What this engine does not take (float64, heads wider than 256) or make (norms of what heads write) is left to the
+reference engine.
 """
 
 # kernels are Triton's language, which only looks like Python to a type checker
@@ -25,15 +26,30 @@ import torch
 import triton
 import triton.language as tl
 
-from extract.engines import reference
-from extract.engines.rows import ROW_QUANTITIES, AttentionCall, Rows
+from extract.engines.quantities import known_quantities
+from extract.engines.rows import AttentionCall, Rows, ScoredCall
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# what a row comes to, in the order in which `_finished` gives it (the norm is found with the context): fields of Rows
-# by their names, and the two numbers that turn the row's scores into its pattern
-_QUANTITIES = (*ROW_QUANTITIES, "sink", "largest", "part", "context_norm")
+# what `_finished` gives of a row, in its order: row quantities, and the two numbers that turn the row's scores into its
+# pattern; the norm is found with the context
+_FINISHED = (
+    "entropy",
+    "collision",
+    "max_weight",
+    "distance",
+    "offset",
+    "offset_std",
+    "score_max",
+    "score_mean",
+    "score_variance",
+    "sink",
+    "largest",
+    "part",
+)
+_QUANTITIES = (*_FINISHED, "context_norm")
+MAKES = frozenset({*_QUANTITIES, "received", "offsets", "same_token", "induction"} - {"largest", "part"})
 _LARGEST = tl.constexpr(_QUANTITIES.index("largest"))
 _PART = tl.constexpr(_QUANTITIES.index("part"))
 _NORM = tl.constexpr(_QUANTITIES.index("context_norm"))
@@ -90,15 +106,21 @@ class _Scoring(NamedTuple):
     unit: float
 
 
-def attend(call: AttentionCall, plain: Callable[[], Tensor]) -> tuple[Tensor, Rows]:
-    """Output and primitives of one attention call. Where a row is not measured, the output is the model's own."""
+def takes(call: AttentionCall | ScoredCall) -> bool:
+    """Self-attention that is not made yet, in float32 or less, of heads that the kernels are made for."""
+    if isinstance(call, ScoredCall) or call.visibility.crosses:
+        return False
     widest, size = max(call.query.shape[-1], call.value.shape[-1]), call.query.element_size()
-    if size > 4 or widest > _WIDEST or call.scale <= 0:
-        return reference.attend(call, plain)
-    return attend_in_blocks(call, plain, _BLOCKS[size, max(32, triton.next_power_of_2(widest))])
+    return size <= 4 and widest <= _WIDEST and call.scale > 0
 
 
-def attend_in_blocks(call: AttentionCall, plain: Callable[[], Tensor], blocks: Blocks) -> tuple[Tensor, Rows]:
+def attend(call: AttentionCall, call_original: Callable[[], Tensor]) -> tuple[Tensor, Rows]:
+    """Output and row quantities of one attention call. Where a row is not measured, the output is the model's own."""
+    widest, size = max(call.query.shape[-1], call.value.shape[-1]), call.query.element_size()
+    return attend_in_blocks(call, call_original, _BLOCKS[size, max(32, triton.next_power_of_2(widest))])
+
+
+def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], blocks: Blocks) -> tuple[Tensor, Rows]:
     """`attend` with tiles of these sizes."""
     batch, heads, tokens, _ = call.query.shape
     lines = triton.cdiv(tokens, blocks.rows)
@@ -110,20 +132,10 @@ def attend_in_blocks(call: AttentionCall, plain: Callable[[], Tensor], blocks: B
         received, offsets = _sums(call, blocks, shared)
     # asked last: the answer waits for the device
     if bool(measured.sum() < heads * call.visibility.keys.length.sum()):
-        output = plain()
-    named = dict(zip(_QUANTITIES, quantities.unbind(), strict=True))
-    del named["largest"], named["part"]
-    if call.sinks is None:
-        del named["sink"]
-    return output, Rows(
-        measured=measured,
-        **(reference.norms(call, output, measured) | named),
-        received=received,
-        offsets=offsets,
-        same_token=None if call.token_ids is None else looked_up[0].sum(-1),
-        induction=None if call.token_ids is None else looked_up[1].sum(-1),
-        patches=reference.patch_sums(call, measured),
-    )
+        output = call_original()
+    made = dict(zip(_QUANTITIES, quantities.unbind(), strict=True)) | {"received": received, "offsets": offsets}
+    made |= zip(("same_token", "induction"), looked_up.sum(-1).unbind(), strict=True)
+    return output, Rows(measured, {name: made[name] for name in known_quantities(MAKES, call.facts)})
 
 
 def _shared(call: AttentionCall, blocks: Blocks) -> dict[str, Any]:
@@ -363,7 +375,7 @@ def _with_values(context, e, fade, value, b, h, keys, held, WIDTH: tl.constexpr,
 
 @triton.jit
 def _finished(moments, softmax, places, ok, sink_logit, unit):
-    """The row quantities, from the sums over all keys."""
+    """The row quantities, from the sums over all keys: those of _FINISHED, in that order."""
     count, mean, deviations = moments
     ahead, apart, _, spread = places
     largest, total, surprise, squares = softmax

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from extract.schema import SCHEMA_VERSION, TABLES
 from extract.store import Part, Store, file_sha256, read_json, write_json
+from extract.tables import SCHEMA_VERSION, TABLES
 from tests import oracles
 
 Floats = NDArray[np.float64]
@@ -150,7 +150,7 @@ def _corpus(
                 "source": f"made-up:{number}",
                 "digest": None,
                 "characters": tokens * 4,
-                "tokens": tokens,
+                "content_tokens": tokens,
                 "sequences": windows,
                 "dropped_reason": None if windows else "empty",
                 "shard": shard,
@@ -292,7 +292,7 @@ def _manifest(
             "documents": len(documents),
             "sequences": len(sequences),
             "tokens": sum(row["tokens"] for row in sequences),
-            "content_tokens": sum(row["tokens"] for row in documents),
+            "content_tokens": sum(row["content_tokens"] for row in documents),
             "dropped": {"empty": 1},
         },
         "software": {"attlas": "0.1.0", "python": "3.11"},

@@ -153,7 +153,7 @@ def test_defects_name_the_heads_that_have_them(folder: Path) -> None:
     [
         ("extremes", "nonfinite_rows", 3, "non-finite rows"),
         ("extremes", "score_max", 7000.0, "logits near the limit"),
-        ("heads", "update_norm", 1e-6, "dead head"),
+        ("heads", "output_norm", 1e-6, "dead head"),
         ("residual_extremes", "max_abs", 5000.0, "massive activations"),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_rule_whose_columns_were_not_measured_says_so(folder: Path) -> None:
     from dataclasses import replace
 
     evidence = collect_evidence(Dataset.open(folder))
-    blind = replace(evidence, heads=evidence.heads.with_columns(update_norm=pl.lit(None, dtype=pl.Float64)))
+    blind = replace(evidence, heads=evidence.heads.with_columns(output_norm=pl.lit(None, dtype=pl.Float64)))
     rules = rules_table(blind, find_defects(blind))
     assert rules.filter(pl.col("found").is_null())["defect"].to_list() == ["dead head"]
     assert rules.height == len(DEFECTS)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extract.schema import TABLES
 from extract.store import read_json, write_json
+from extract.tables import TABLES
 from flows.cli import exit_code
 from tests.analysis.synthetic import resealed, write_dataset
 

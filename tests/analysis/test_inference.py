@@ -30,7 +30,7 @@ GROUP BY stack, layer, head ORDER BY stack, layer, head
 """
 
 
-@pytest.mark.parametrize("column", ["entropy_nats", "distance_tokens", "mass_previous", "update_norm"])
+@pytest.mark.parametrize("column", ["entropy_nats", "distance_tokens", "mass_previous", "output_norm"])
 def test_mean_and_interval_equal_those_recomputed_from_parquet_alone(folder: Path, column: str) -> None:
     found = head_means(Dataset.open(folder), [column])
     # a bracket is a pattern to DuckDB; ? stands for any character

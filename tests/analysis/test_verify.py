@@ -214,44 +214,6 @@ def test_sequences_that_are_not_numbered_from_zero(dataset: Path) -> None:
     assert ("sequences", "keys") in checks(verify(dataset))
 
 
-# --- datasets of an earlier attlas
-
-
-def as_before(table: pa.Table) -> pa.Table:
-    """Without the class of white space, counts in 32 bits, and the text that said "seven"."""
-    if "mass_whitespace" in table.schema.names:
-        table = table.drop_columns(["mass_whitespace"])
-    fields = [f.with_type(pa.int32()) if f.name in COUNTS else f for f in table.schema]
-    fields = [f.with_metadata({"meaning": "the seven token classes"}) if f.name == "mass_bos" else f for f in fields]
-    return table.cast(pa.schema(fields))
-
-
-@pytest.fixture
-def earlier(dataset: Path) -> Path:
-    for name in ("documents", "sequences", "heads"):
-        for part in sorted((dataset / name).glob("*.parquet")):
-            rewrite(dataset, f"{name}/{part.name}", as_before)
-    return dataset
-
-
-def test_a_dataset_written_before_a_column_was_added_is_sound(earlier):
-    assert verify(earlier) == []
-
-
-def test_what_is_wrong_in_such_a_dataset_is_still_found(earlier):
-    rewrite(earlier, HEADS, with_column("mass_number", first_row(0.9)))
-    assert (HEADS, "class masses") in checks(verify(earlier))
-
-
-def test_such_a_dataset_has_its_report_without_the_column(earlier):
-    from analysis.dataset import Dataset
-    from analysis.report.content import gather
-
-    content = gather(Dataset.open(earlier))
-    assert content.heads["mass_whitespace"].is_null().all()
-    assert content.heads["mass_number"].is_not_null().any()
-
-
-def test_any_other_column_that_is_missing_is_found(dataset):
+def test_a_column_that_is_missing_is_found(dataset):
     rewrite(dataset, HEADS, lambda t: t.drop_columns(["mass_number"]))
     assert any("lacks mass_number" in f.message for f in verify(dataset))

@@ -98,7 +98,7 @@ def norm_quantities(call: Call) -> dict[str, Float[Tensor, "batch head token"]]:
 
     return {
         "context_norm": call.contexts.norm(dim=-1),
-        "update_norm": written(call.contexts),
+        "output_norm": written(call.contexts),
         "value_norm": written(call.value),
     }
 
@@ -108,7 +108,7 @@ def head_columns(of: Columns, classes: Int[Tensor, "batch token"]) -> dict[str, 
     n = classes.shape[-1]
     entropy, distance = of["entropy"].mean(-1), of["distance"].mean(-1)
     place = torch.arange(n, dtype=entropy.dtype)
-    means = ("collision", "max_weight", "offset", "offset_std", "context_norm", "update_norm")
+    means = ("collision", "max_weight", "offset", "offset_std", "context_norm", "output_norm")
     mean = {name: of[name].mean(-1) for name in means}
     received = of["received"] / n
     return {
@@ -128,7 +128,7 @@ def head_columns(of: Columns, classes: Int[Tensor, "batch token"]) -> dict[str, 
         **_received_columns(received, entropy),
         **{name: of[name] for name in ("score_max", "score_mean", "score_std")},
         "context_norm": mean["context_norm"],
-        "update_norm": mean["update_norm"],
+        "output_norm": mean["output_norm"],
         "value_weighted_first": _share_of_first(received * of["value_norm"]),
     }
 
@@ -194,7 +194,7 @@ def _step_columns(x: Tensor, size: Tensor, after: Tensor, after_size: Tensor) ->
         "update_ratio": (update_size / size).mean(-1),
         "update_cosine": ((x * update).sum(-1) / (size * update_size)).mean(-1),
         "step_cosine": ((x * after).sum(-1) / (size * after_size)).mean(-1),
-        "norm_gain": (after_size / size).mean(-1),
+        "stream_gain": (after_size / size).mean(-1),
     }
 
 
@@ -217,9 +217,9 @@ def _norm_columns(read: Tensor, wrote_size: Tensor, epsilon: float) -> dict[str,
     centred_size = (read - mean[..., None]).norm(dim=-1)
     divisor = (centred_size.square() / read.shape[-1] + epsilon).sqrt()
     return {
-        "layer_norm_mean": mean.mean(-1),
-        "layer_norm_std": divisor.mean(-1),
-        "layer_norm_gain": (wrote_size * divisor / centred_size).mean(-1),
+        "norm_mean": mean.mean(-1),
+        "norm_scale": divisor.mean(-1),
+        "norm_output_gain": (wrote_size * divisor / centred_size).mean(-1),
     }
 
 

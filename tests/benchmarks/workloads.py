@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from extract.batching import windows
 from extract.capture.batch import Batch, Tokens
+from extract.collector import open_collector
 from extract.corpus import open_corpus
 from extract.encoder import Encoder, load_encoder
 from extract.engines import choose
 from extract.engines.visibility import Axis
-from extract.measurement import Collector, Measurements, layout_of, observe
+from extract.measurement import layout_of, observe
 from extract.planning import special_tokens
+from extract.tables import recorded_tables
 from extract.tokens import token_classes
 
 
@@ -47,16 +49,16 @@ class Workload:
         return Batch(len(self.ids), {"input_ids": Tokens(axis, self.ids, torch.from_numpy(classes)[self.ids])})
 
 
-def measured_pass(work: Workload) -> Callable[[], Measurements]:
+def measured_pass(work: Workload) -> Callable[[], None]:
     """A forward pass with all that a run does per batch; columns and tables follow once per shard."""
     model, inputs, batch = work.model, work.inputs, work.batch
     layout = layout_of(model)
     engine = choose("auto")
-    collector = Collector(len(work.ids))
+    numbers = np.arange(len(work.ids))
+    collector = open_collector(recorded_tables(), model, layout, sequence_ids=numbers, document_ids=numbers)
 
-    def run() -> Measurements:
+    def run() -> None:
         observe(model, layout, inputs, batch=batch, engine=engine, collector=collector)
-        return collector.measured
 
     return run
 

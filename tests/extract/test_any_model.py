@@ -438,7 +438,7 @@ def test_a_batch_of_single_tokens_attends_to_itself_in_every_head(family, batch)
         known = {"mass_self": 1, "max_weight": 1, "entropy_nats": 0, "query_rows": 1, "mass_first": 1}
         assert_columns(row, known, f"{family} {row['layer']}")
         assert row["entropy_normalized"] is None and row["distance_vs_uniform"] is None
-        assert row["context_norm"] > 0 and row["update_norm"] > 0
+        assert row["context_norm"] > 0 and row["output_norm"] > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "bert", "roberta"])
@@ -508,7 +508,7 @@ def assert_half(stack: Any, x: torch.Tensor, s: np.ndarray, v: np.ndarray) -> No
     for row in rows:
         of = row["sequence_id"], row["head"]
         expected = oracles.head_columns(p[of], s[of], v=v[of], w_o=w_o[row["head"]])
-        rounded = {name: expected.pop(name) for name in ("context_norm", "update_norm")}
+        rounded = {name: expected.pop(name) for name in ("context_norm", "output_norm")}
         known = {name: value for name, value in expected.items() if name in row}
         assert_columns(row, known, f"sequence {of[0]} H{of[1]}")
         for name, value in rounded.items():

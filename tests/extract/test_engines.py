@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extract.engines import choose
+from extract.engines.observations import HeadObservation
+from extract.engines.profiles import PROFILE_COLUMNS
+from extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES
 from extract.engines.rows import AttentionCall, Rows, ScoredCall
 from extract.engines.visibility import Axis, see
-from extract.statistics.attention import QUANTITIES, TOKEN_CLASSES
-from extract.statistics.profiles import PROFILE_COLUMNS
-from extract.statistics.sums import HeadObservation
+from extract.tables import TABLES, needs_of
 from tests.properties import cases
 
 
@@ -103,18 +104,16 @@ def own_output(call: AttentionCall) -> torch.Tensor:
 
 
 def assert_rows_agree(got: Rows, expected: Rows, *, absolute: float, relative: float) -> None:
-    for field in dataclasses.fields(Rows):
-        a, b = getattr(got, field.name), getattr(expected, field.name)
-        if b is None or a is None:
-            assert a is b, field.name
-        elif b.dtype == torch.bool:
-            assert torch.equal(a, b), field.name
-        else:
-            torch.testing.assert_close(
-                a.double(), b.double(), atol=absolute, rtol=relative, msg=lambda m, n=field.name: f"{n}: {m}"
-            )
+    assert torch.equal(got.measured, expected.measured)
+    assert got.quantities.keys() == expected.quantities.keys()
+    for name, values in expected.quantities.items():
+        torch.testing.assert_close(
+            got[name].double(), values.double(), atol=absolute, rtol=relative, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
+ALL = frozenset(ROW_QUANTITIES)
+HEAD_NAMES = needs_of({"heads": TABLES["heads"].facts}).head_names
 CALLS = {
     "seed": st.integers(0, 2**31),
     "batch": st.integers(1, 3),
@@ -137,8 +136,8 @@ ALL_CALLS = CALLS | {
 
 def agrees_with_float64(engine: str, facts: dict) -> None:
     call = call_of(**facts)
-    exact = choose("reference").attend(doubled(call), lambda: own_output(call))[1]
-    output, rows = choose(engine).attend(call, lambda: own_output(call).float())
+    exact = choose("reference").attend(doubled(call), lambda: own_output(call), ALL)[1]
+    output, rows = choose(engine).attend(call, lambda: own_output(call).float(), ALL)
     # entropy of a row and its spread lose digits to float32 scores of this size; the columns' own tolerance is kept
     assert_rows_agree(rows, exact, absolute=2e-5 * max(1.0, facts["size"]), relative=1e-4)
     real = call.visibility.keys.real[:, None, :, None]
@@ -166,10 +165,10 @@ def scored(call: AttentionCall) -> ScoredCall:
 @cases(400, quick=60)
 def test_a_call_that_the_model_has_made_agrees_with_float64_and_is_left_as_it_is(engine, facts):
     call = call_of(**facts)
-    exact = choose("reference").attend(doubled(call), lambda: own_output(call))[1]
+    exact = choose("reference").attend(doubled(call), lambda: own_output(call), ALL)[1]
     made, contexts = scored(call), own_output(call).float().nan_to_num(7.0)
     before = made.scores.clone(), contexts.clone()
-    rows = choose(engine).rows_of_scores(made, contexts)
+    rows = choose(engine).rows_of_scores(made, contexts, ALL)
     assert_rows_agree(rows, exact, absolute=2e-5 * max(1.0, facts["size"]), relative=1e-4)
     assert torch.equal(made.scores, before[0]) and torch.equal(contexts, before[1])
 
@@ -178,13 +177,13 @@ def test_a_call_that_the_model_has_made_agrees_with_float64_and_is_left_as_it_is
 @cases(300, quick=60)
 def test_compiled_sums_are_those_of_plain_torch(facts, classes):
     call = call_of(**facts)
-    _, rows = choose("cpu").attend(call, lambda: own_output(call).float())
+    _, rows = choose("cpu").attend(call, lambda: own_output(call).float(), ALL)
     known = torch.randint(
         0, len(TOKEN_CLASSES), call.query.shape[::2], generator=torch.Generator().manual_seed(facts["seed"])
     )
     observed = HeadObservation(rows, call.visibility, known if classes else None)
-    got, expected = choose("cpu").summed(observed), choose("reference").summed(observed)
-    for name, a, b in zip(QUANTITIES, got.values, expected.values, strict=True):
+    got, expected = (choose(name).head_sums(observed, HEAD_NAMES, profiles=True) for name in ("cpu", "reference"))
+    for name, a, b in zip(HEAD_NAMES, got.values, expected.values, strict=True):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
     off = (got.profiles - expected.profiles).abs()
     # a share that lies on the edge of a bin to the last digit of float32 may fall on either side
@@ -198,9 +197,9 @@ def test_compiled_sums_are_those_of_plain_torch(facts, classes):
 def test_half_precision_is_measured_from_the_scores_that_the_model_computes(engine, kind):
     call = call_of(11, batch=2, heads=4, grouped=True, tokens=50, width=16, causal=True, size=1.0)
     rounded = dataclasses.replace(call, query=call.query.to(kind), key=call.key.to(kind), value=call.value.to(kind))
-    exact = choose("reference").attend(doubled(rounded), lambda: own_output(rounded))[1]
-    output, rows = choose(engine).attend(rounded, lambda: own_output(rounded).to(kind))
-    assert output.dtype == kind and rows.entropy.dtype == torch.float32
+    exact = choose("reference").attend(doubled(rounded), lambda: own_output(rounded), ALL)[1]
+    output, rows = choose(engine).attend(rounded, lambda: own_output(rounded).to(kind), ALL)
+    assert output.dtype == kind and rows["entropy"].dtype == torch.float32
     relative = torch.finfo(kind).eps  # the output is rounded to the model's type; context norms of `reference` with it
     assert_rows_agree(rows, exact, absolute=2e-5, relative=relative)
 
@@ -208,8 +207,8 @@ def test_half_precision_is_measured_from_the_scores_that_the_model_computes(engi
 def test_rows_of_a_long_sequence_are_the_same_in_pieces():
     """Beyond some length a head is cut into pieces of rows, whose sums are added."""
     call = call_of(2, batch=1, heads=2, grouped=False, tokens=2500, width=8, causal=True, size=2.0, write=True)
-    exact = choose("reference").attend(doubled(call), lambda: own_output(call))[1]
-    _, rows = choose("cpu").attend(call, lambda: own_output(call).float())
+    exact = choose("reference").attend(doubled(call), lambda: own_output(call), ALL)[1]
+    _, rows = choose("cpu").attend(call, lambda: own_output(call).float(), ALL)
     assert_rows_agree(rows, exact, absolute=1e-4, relative=1e-4)
 
 
@@ -220,13 +219,16 @@ def test_very_large_scores_stay_finite_and_exact(engine, size):
     rounded = call.query @ call.key.transpose(
         -1, -2
     )  # float32 scores carry an error of their own: compare what is robust
-    output, rows = choose(engine).attend(call, lambda: own_output(call).float())
+    output, rows = choose(engine).attend(call, lambda: own_output(call).float(), ALL)
     assert rounded.abs().max() > size
-    assert all(t.isfinite().all() for t in (rows.entropy, rows.score_max, rows.score_variance, rows.received, output))
-    exact = choose("reference").attend(doubled(call), lambda: own_output(call))[1]
-    torch.testing.assert_close(rows.score_max.double(), exact.score_max, rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(rows.score_mean.double(), exact.score_mean, rtol=1e-4, atol=size * 1e-5)
-    torch.testing.assert_close(rows.score_variance.double(), exact.score_variance, rtol=1e-4, atol=1e-3)
+    assert all(
+        t.isfinite().all()
+        for t in (rows["entropy"], rows["score_max"], rows["score_variance"], rows["received"], output)
+    )
+    exact = choose("reference").attend(doubled(call), lambda: own_output(call), ALL)[1]
+    torch.testing.assert_close(rows["score_max"].double(), exact["score_max"], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(rows["score_mean"].double(), exact["score_mean"], rtol=1e-4, atol=size * 1e-5)
+    torch.testing.assert_close(rows["score_variance"].double(), exact["score_variance"], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
@@ -236,14 +238,12 @@ def test_rows_with_non_finite_scores_are_left_out_and_counted(engine, poison):
     first = int(call.visibility.keys.start[0])
     call.query[0, 1, first] = poison
     marker = torch.full_like(call.value, 7.0)
-    output, rows = choose(engine).attend(call, lambda: marker)
+    output, rows = choose(engine).attend(call, lambda: marker, ALL)
     assert not rows.measured[0, 1, first]
     assert rows.measured.sum() == 2 * int(call.visibility.keys.length[0]) - 1
     assert output is marker
-    assert all(
-        getattr(rows, f.name).isfinite().all() for f in dataclasses.fields(Rows) if getattr(rows, f.name) is not None
-    )
-    torch.testing.assert_close(rows.received.sum(-1), rows.measured.sum(-1).float(), atol=1e-5, rtol=1e-5)
+    assert all(values.isfinite().all() for values in rows.quantities.values())
+    torch.testing.assert_close(rows["received"].sum(-1), rows.measured.sum(-1).float(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
@@ -254,8 +254,10 @@ def test_a_narrow_pattern_far_away_keeps_its_spread(engine):
     key[0, 0, :2] = 0.0
     zeros = torch.zeros(1, dtype=torch.int64)
     seen = see(None, causal=False, queries=Axis(zeros, zeros + tokens, tokens))
-    _, rows = choose(engine).attend(AttentionCall(query, key, torch.ones(1, 1, tokens, 4), seen, 1.0), lambda: query)
-    torch.testing.assert_close(rows.offset_std, torch.full_like(rows.offset_std, 0.5), atol=1e-5, rtol=1e-5)
+    _, rows = choose(engine).attend(
+        AttentionCall(query, key, torch.ones(1, 1, tokens, 4), seen, 1.0), lambda: query, ALL
+    )
+    torch.testing.assert_close(rows["offset_std"], torch.full_like(rows["offset_std"], 0.5), atol=1e-5, rtol=1e-5)
 
 
 def test_a_prefix_that_sees_itself_whole_is_not_taken_for_causal():

@@ -8,17 +8,21 @@ import pytest
 import torch
 
 from extract import measure
-from extract.engines.reference import rows
+from extract.engines.observations import HeadObservation
+from extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, known_quantities
+from extract.engines.reference import rows_of
 from extract.engines.rows import AttentionCall
+from extract.engines.sums import head_sums
 from extract.engines.visibility import Axis, see
 from extract.measurement import layout_of
-from extract.schema import HEADS
-from extract.statistics.attention import TOKEN_CLASSES, HeadQuantities
-from extract.statistics.sums import HeadObservation, summed
+from extract.tables import TABLES, needs_of
+from extract.tables.heads import HeadQuantities
 from extract.tokens import token_classes
 from tests import oracles
 from tests.extract.models import eager_patterns, tiny
 from tests.patterns import KNOWN, causal_uniform, first, identity, previous, uniform
+
+HEADS = TABLES["heads"]
 
 # the catalogue's tolerance for float32 models
 ABSOLUTE, RELATIVE = 1e-5, 1e-4
@@ -158,7 +162,7 @@ def test_pattern_columns_equal_the_oracle_in_every_family(family, padding):
 
 
 def _from_pattern(name: str) -> bool:
-    return name not in ("context_norm", "update_norm", "value_weighted_first")
+    return name not in ("context_norm", "output_norm", "value_weighted_first")
 
 
 @pytest.mark.parametrize("letter", "UCIPF")
@@ -171,8 +175,11 @@ def test_known_patterns_give_their_closed_forms(letter, n):
     mask = torch.where(torch.tensor(visible), scores, torch.finfo(torch.float32).min)
     seen = see(mask, causal=False, queries=Axis(zeros, zeros + n, n))
     flat = torch.zeros(1, 1, n, 4)
-    observed = summed(HeadObservation(rows(AttentionCall(flat, flat, flat, seen, 1.0), flat), seen))
-    quantities = HeadQuantities(observed.values.numpy())
+    call = AttentionCall(flat, flat, flat, seen, 1.0)
+    rows = rows_of(call, flat, known_quantities(ROW_QUANTITIES, call.facts))
+    names = needs_of({"heads": HEADS.facts}).head_names
+    observed = head_sums(HeadObservation(rows, seen), names, profiles=False)
+    quantities = HeadQuantities(names, observed.values.numpy())
     columns = {c.name: c.compute for c in HEADS.facts}
     checked = 0
     for name, closed in KNOWN.items():
@@ -192,7 +199,7 @@ def test_known_patterns_give_their_closed_forms(letter, n):
 def test_a_single_token_has_no_normalised_entropy_and_no_distance_ratio(demo):
     ids = torch.tensor([[2023]])
     (row, *_) = measure(demo.model, input_ids=ids)["heads"].to_pylist()
-    undefined = {"entropy_normalized", "distance_vs_uniform", "distance_patches", "mass_sink"}
+    undefined = {"entropy_normalized", "distance_vs_uniform", "distance_patches", "mass_patches", "mass_sink"}
     assert {name for name, value in row.items() if value is None} == undefined
     assert row["mass_self"] == row["max_weight"] == row["attended_keys"] == 1 and row["entropy_nats"] == 0
 

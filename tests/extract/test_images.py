@@ -29,6 +29,7 @@ from extract.measurement import layout_of
 from extract.pipeline import RunOptions, finish, measure_shard, measure_shards, prepare
 from tests.oracles import distance_patches
 
+OF_PATCHES = ("patch_distance", "patch_mass", "patch_rows")
 SIZE = 32
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -239,16 +240,17 @@ def test_known_patterns_look_as_far_as_is_known(engine):
     below[2 + place, 0] = 0
     p = torch.stack([uniform, to_self, to_class, below])[None]
     call = call_with(p, grid)
-    _, rows = choose(engine, device="cpu").attend(call, lambda: call.value)
-    assert rows.patches is not None
-    got = rows.patches.distance / rows.patches.rows
+    _, rows = choose(engine, device="cpu").attend(call, lambda: call.value, OF_PATCHES)
+    got = rows["patch_distance"] / rows["patch_rows"]
     expected = [distance_patches(x.double().numpy(), rows=3, columns=4, prefix=2) for x in p[0]]
     np.testing.assert_allclose(got[0], np.array(expected, float), rtol=1e-5, atol=1e-6)
     row, column = place // 4, place % 4
     np.testing.assert_allclose(got[0, 1], 0, atol=1e-6)
     np.testing.assert_allclose(got[0, 2], (row.square() + column.square()).double().sqrt().mean(), rtol=1e-5)
     np.testing.assert_allclose(got[0, 3], (8 * 1 + 4 * 2) / 12, rtol=1e-5)
-    assert rows.patches.rows.tolist() == [[12.0] * 4]
+    assert rows["patch_rows"].tolist() == [[12.0] * 4]
+    on_patches = [12 / 15, 1, 1e-3, 1]
+    np.testing.assert_allclose(rows["patch_mass"][0] / rows["patch_rows"][0], on_patches, rtol=1e-5)
 
 
 def test_rows_that_see_no_patch_or_are_not_measured_are_left_out():
@@ -338,7 +340,7 @@ def test_an_image_is_a_document_of_one_sequence(dataset, images):
     documents, sequences = table(dataset, "documents"), table(dataset, "sequences")
     assert documents["source"].to_list() == [d.source for d in open_corpus(str(images))]
     assert documents["characters"].null_count() == documents.height
-    assert documents["tokens"].to_list() == [16] * 7 + [0] * 3
+    assert documents["content_tokens"].to_list() == [16] * 7 + [0] * 3
     assert documents["sequences"].to_list() == [1] * 7 + [0] * 3
     assert sequences["document_id"].to_list() == list(range(7))
     assert sequences["tokens"].to_list() == [20] * 7
@@ -383,6 +385,7 @@ def test_the_numbers_are_those_of_the_model_on_the_preprocessed_image(dataset, f
             p = patterns[row["layer"]][0, row["head"]].double().numpy()
             expected = distance_patches(p, rows=4, columns=4, prefix=4)
             assert row["distance_patches"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            assert row["mass_patches"] == pytest.approx(p[4:20, 4:20].sum(-1).mean(), rel=1e-4)
             assert row["entropy_nats"] == pytest.approx(-(p * np.log(p)).sum(-1).mean(), rel=1e-4)
             assert row["query_rows"] == 20
 

@@ -33,10 +33,10 @@ class Tolerant(nn.Module):
         ("tokeniser", "did you mean tokenizer?"),
         ("Tokenizer", "did you mean tokenizer?"),
         ("engin", "did you mean engine?"),
-        ("residuals", "did you mean residual?"),
+        ("table", "did you mean tables?"),
         ("atention_mask", "did you mean attention_mask?"),
         ("attention_masks", "did you mean attention_mask?"),
-        ("per_token", "options are tokenizer, engine, residual"),
+        ("per_token", "options are tokenizer, engine, tables"),
         ("offset_mapping", ""),
     ],
 )

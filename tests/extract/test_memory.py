@@ -1,7 +1,9 @@
 """Batches fit into memory, and one that does not is done again in halves, with the same numbers."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,13 +12,16 @@ import torch
 
 from extract import memory, pipeline
 from extract.capture.layout import Attention, Site, Tap
+from extract.collector import Collector
 from extract.engines import Engine, choose
+from extract.engines.needs import Needs
+from extract.engines.sums import HeadSums
 from extract.errors import Refusal
-from extract.measurement import Collector, layout_of
+from extract.measurement import layout_of
 from extract.memory import bytes_per_token, free_on_host, is_out_of_memory, tokens_that_fit
 from extract.pipeline import RunOptions, finish, measure_shards, prepare
 from extract.shard import Instrument, measured_tables
-from extract.statistics.sums import HeadSums
+from extract.tables import Recorder
 from tests.extract.models import tiny
 
 CPU = torch.device("cpu")
@@ -130,20 +135,30 @@ def test_other_errors_are_not_taken_for_it():
     assert not is_out_of_memory(OSError("no space left on device"))
 
 
+def with_attend(engine: Engine, attend: Callable[..., Any]) -> Engine:
+    """The engine with another way to make attention calls."""
+
+    class Other(Engine):
+        def attend(self, *arguments: Any) -> Any:
+            return attend(*arguments)
+
+    return Other(**{field.name: getattr(engine, field.name) for field in fields(engine)})
+
+
 def narrow(engine: Engine, most: int, error: type[Exception] = torch.OutOfMemoryError) -> tuple[Engine, list[int]]:
     """An engine without memory for the second layer of more than `most` sequences, and the batches that had none."""
     before, failed = [0], list[int]()
 
-    def attend(call, plain):
+    def attend(call, call_original, wanted):
         sequences = call.query.shape[0]
         if sequences > most and before[0] == sequences:
             before[0] = 0
             failed.append(sequences)
             raise error("not enough memory")
         before[0] = sequences
-        return engine.attend(call, plain)
+        return engine.attend(call, call_original, wanted)
 
-    return replace(engine, attend=attend), failed
+    return with_attend(engine, attend), failed
 
 
 def sequences(lengths: list[int]) -> pa.Table:
@@ -209,31 +224,47 @@ def test_one_sequence_that_does_not_fit_is_refused_with_what_to_do(instrument):
 
 
 def test_any_other_error_ends_the_shard(instrument):
-    def broken(call, plain):
+    def broken(*arguments):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
         measured_tables(
-            replace(instrument, engine=replace(instrument.engine, attend=broken)), sequences([24, 24]), shard=0
+            replace(instrument, engine=with_attend(instrument.engine, broken)), sequences([24, 24]), shard=0
         )
+
+
+class Kept(Recorder):
+    """Notes what it is told to add."""
+
+    def __init__(self) -> None:
+        self.added: list[tuple[Any, list[int], float]] = []
+
+    def keep_heads(self, layer, sums, calls):
+        return {"sum": sums.values.sum()}
+
+    def keep_site(self, site, columns):
+        return {"sum": columns.sum()}
+
+    def add(self, place, sequences, kept):
+        self.added.append((place, sequences.tolist(), float(kept["sum"])))
 
 
 def test_a_batch_counts_once_and_as_a_whole():
     attention = Attention("encoder", 0, heads=2)
     site = Site("mlp", 0, after=Tap("mlp", 0, "output"))
     ones = torch.ones(3, 2, 2, dtype=torch.float64)
-    collector = Collector(4)
-    collector.at([0, 1])
-    collector.heads(attention, HeadSums(ones, ones))  # and then its pass fails
-    collector.at([3, 2])
-    collector.heads(attention, HeadSums(ones, ones))
+    kept = Kept()
+    collector = Collector([kept], Needs(), sequences=4)
+    collector.begin([0, 1])
+    collector.heads(attention, HeadSums(ones, ones), [])  # and then its pass fails
+    collector.begin([3, 2])
+    collector.heads(attention, HeadSums(ones, ones), [])
     collector.residual(site, torch.tensor([[7.0, 8.0]], dtype=torch.float64))
+    assert kept.added == []
     collector.settle()
-    measured = collector.measured
-    assert np.isnan(measured.heads[attention][:, :2]).all()
-    assert (measured.heads[attention][:, 2:] == 1).all()
-    assert (measured.profiles[attention] == 1).all()
-    np.testing.assert_equal(measured.residual[site], [[np.nan, np.nan, 8, 7]])
+    assert kept.added == [(attention, [3, 2], 12), (site, [3, 2], 15)]
+    collector.settle()
+    assert len(kept.added) == 2
 
 
 def options(tmp_path: Path, **changes) -> RunOptions:

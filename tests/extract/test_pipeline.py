@@ -12,8 +12,8 @@ import pytest
 
 from extract.errors import Refusal
 from extract.pipeline import RunOptions, finish, measure_shard, measure_shards, prepare
-from extract.schema import TABLES
 from extract.store import MANIFEST, WORK, file_sha256
+from extract.tables import TABLES
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the quick brown fox jumps again.",
@@ -133,9 +133,9 @@ def test_documents_and_sequences_account_for_everything(dataset):
     assert documents.filter(pl.col("dropped_reason").is_not_null())["document_id"].to_list() == [1]
     assert sum(manifest["corpus"]["dropped"].values()) == 1
     assert documents["sequences"].sum() == sequences.height == manifest["corpus"]["sequences"]
-    assert (sequences["tokens"] - sequences["special_tokens"]).sum() == documents["tokens"].sum()
+    assert (sequences["tokens"] - sequences["special_tokens"]).sum() == documents["content_tokens"].sum()
     assert heads.height == sequences.height * 6 * 12
-    unknown = heads["distance_vs_uniform"].null_count() + 2 * heads.height  # mass_sink and distance_patches
+    unknown = heads["distance_vs_uniform"].null_count() + 3 * heads.height  # mass_sink, distance_patches, mass_patches
     assert heads.null_count().sum_horizontal()[0] == unknown
     assert 0 <= manifest["padding_waste"] < 1
 

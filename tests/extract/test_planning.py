@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from extract.corpus import Document, open_corpus
 from extract.errors import Damaged, Refusal
 from extract.planning import Plan, make_plan, read_plan, read_shard, special_tokens
-from extract.schema import DOCUMENTS, SEQUENCES
+from extract.tables import TABLES
 
 KEY = b"a key of the test's own"
 TEXTS = ["One fish, two fish.", "naïve café 你好 🙂 end", "x", "Words " * 90, "  leading and trailing  "]
@@ -155,7 +155,7 @@ def test_windows_put_together_are_the_documents_ids(tokenizers, tmp_path, name, 
         assert len(s["token_ids"]) == s["tokens"] <= max_length
         found[s["document_id"]] += content
     assert found == expected
-    assert [d["tokens"] for d in documents] == [len(ids) for ids in expected]
+    assert [d["content_tokens"] for d in documents] == [len(ids) for ids in expected]
     assert [s["sequence_id"] for s in sequences] == list(range(plan.sequences))
     assert [s["shard"] for s in sequences] == [n // shard_sequences for n in range(plan.sequences)]
     assert [d["document_id"] for d in documents] == list(range(plan.documents)) == list(range(len(texts)))
@@ -168,7 +168,11 @@ def test_overlapping_windows_repeat_the_stride(minilm, tmp_path):
     sequences, documents = spooled(tmp_path, plan)
     assert [s["first_token"] for s in sequences] == [0, 6, 12, 18, 24, 30, 36, 42][: len(sequences)]
     assert [s["window"] for s in sequences] == list(range(len(sequences)))
-    assert sequences[-1]["first_token"] + sequences[-1]["tokens"] - 2 == documents[0]["tokens"] == plan.content_tokens
+    assert (
+        sequences[-1]["first_token"] + sequences[-1]["tokens"] - 2
+        == documents[0]["content_tokens"]
+        == plan.content_tokens
+    )
     assert documents[0]["sequences"] == plan.sequences == len(sequences)
 
 
@@ -354,7 +358,8 @@ def test_shards_are_written_while_the_corpus_is_read(minilm, tmp_path):
 
 def test_the_spool_casts_to_the_tables_of_the_contract(minilm, tmp_path):
     planned([*documents_of(TEXTS), Document("e", "", "empty")], minilm, tmp_path, digest_key=KEY, keep_text=True)
-    for rows, table in zip(read_shard(tmp_path, 0), (SEQUENCES, DOCUMENTS), strict=True):
+    tables = (TABLES[name] for name in ("sequences", "documents"))
+    for rows, table in zip(read_shard(tmp_path, 0), tables, strict=True):
         schema = table.schema(optional=table.optional)
         cast = rows.select(schema.names).cast(schema)
         assert cast.num_rows == rows.num_rows > 0

@@ -231,8 +231,8 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def update_norms(model) -> list[float | None]:
-    return measure(model, **batch())["heads"]["update_norm"].to_pylist()
+def output_norms(model) -> list[float | None]:
+    return measure(model, **batch())["heads"]["output_norm"].to_pylist()
 
 
 def of_modules(model) -> list[float]:
@@ -256,14 +256,14 @@ def of_modules(model) -> list[float]:
 @pytest.mark.parametrize("kind", LINEAR)
 def test_a_heads_update_is_what_the_projection_makes_of_its_contexts(kind):
     model = built(LINEAR[kind])
-    np.testing.assert_allclose(update_norms(model), of_modules(model), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(output_norms(model), of_modules(model), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", NOT_LINEAR)
 def test_what_is_no_linear_map_of_contexts_is_null_with_the_reason(kind):
     model = built(NOT_LINEAR[kind])
     tables = measure(model, **batch())
-    assert set(tables["heads"]["update_norm"].to_pylist()) == {None}
+    assert set(tables["heads"]["output_norm"].to_pylist()) == {None}
     assert set(tables["heads"]["value_weighted_first"].to_pylist()) == {None}
     described = layout_of(model, batch()).described["attention"]
     assert all(a["projection"] is None and "linear" in a["no_projection"] for a in described)
@@ -277,13 +277,13 @@ def test_the_norm_of_a_projection_in_a_sandwich_is_no_part_of_it():
         other.load_state_dict(
             {k.replace("out.0.", "out."): v for k, v in layer.state_dict().items() if "out.1" not in k}
         )
-    np.testing.assert_allclose(update_norms(model)[:HEADS], update_norms(bare)[:HEADS], rtol=1e-4)
+    np.testing.assert_allclose(output_norms(model)[:HEADS], output_norms(bare)[:HEADS], rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Bare, Adapted, Magnitude, Packed])
 def test_half_precision_projections_are_theirs_to_its_rounding(kind):
     model = built(kind).bfloat16()
-    np.testing.assert_allclose(update_norms(model), of_modules(model.float()), rtol=3e-2)
+    np.testing.assert_allclose(output_norms(model), of_modules(model.float()), rtol=3e-2)
 
 
 def switched(model):
@@ -335,9 +335,9 @@ def bound_by_a_hook(model):
 )
 def test_a_projection_that_has_changed_since_the_last_call_is_read_again(change):
     model = built(Adapted)
-    before = update_norms(model)
+    before = output_norms(model)
     change(model)
-    now = update_norms(model)
+    now = output_norms(model)
     assert now != before
     np.testing.assert_allclose(now, of_modules(model), rtol=1e-4)
 
@@ -348,6 +348,6 @@ def test_the_projection_of_torchs_own_attention_may_make_its_weight_of_others():
     plain = measure(layer, src=torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)))
     nn.utils.parametrizations.weight_norm(layer.self_attn.out_proj)
     made = measure(layer, src=torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)))
-    norms = [tables["heads"]["update_norm"].to_pylist() for tables in (plain, made)]
+    norms = [tables["heads"]["output_norm"].to_pylist() for tables in (plain, made)]
     assert None not in norms[0]
     np.testing.assert_allclose(*norms, rtol=1e-4)

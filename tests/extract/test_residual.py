@@ -8,16 +8,18 @@ import torch
 from extract import measure
 from extract.capture.batch import Batch, Tokens
 from extract.capture.watch import watching
+from extract.collector import Collector
 from extract.engines import choose
+from extract.engines.needs import Needs
 from extract.engines.visibility import Axis
 from extract.errors import CaptureError
-from extract.measurement import Collector, layout_of, observe
-from extract.schema import RESIDUAL
-from extract.statistics.residual import column_values
+from extract.measurement import layout_of, observe
+from extract.tables import TABLES
 from tests import oracles
 from tests.extract.models import tiny
 from tests.extract.test_heads import assert_columns, real_batch
 
+RESIDUAL = TABLES["residual"]
 FAMILIES = ["bert", "roberta", "distilbert", "albert", "electra", "gpt2", "llama", "mistral", "qwen2"]
 
 
@@ -124,7 +126,7 @@ def test_every_column_of_a_pre_norm_model_equals_the_oracle():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_identity_holds_from_the_columns_own_inputs_in_every_family(family, monkeypatch):
+def test_the_identity_holds_from_the_columns_own_inputs_in_every_family(family):
     """The columns are made from x, F and x' as three tensors that the model made; their sum is checked here once more."""
     model = tiny(family)
     layout = layout_of(model)
@@ -133,15 +135,14 @@ def test_the_identity_holds_from_the_columns_own_inputs_in_every_family(family, 
 
     checked = 0
 
-    def summing(observed):
+    def identity(observed):
         nonlocal checked
         if observed.stream is not None and observed.update is not None:
             torch.testing.assert_close(observed.stream + observed.update, observed.after, atol=1e-4, rtol=1e-4)
             assert observed.update.norm() > 0
             checked += 1
-        return column_values(observed)
+        return observed.mean(observed.after_norms)
 
-    monkeypatch.setattr("extract.capture.stream.column_values", summing)
     zeros = torch.zeros(2, dtype=torch.int64)
     observe(
         model,
@@ -149,7 +150,7 @@ def test_the_identity_holds_from_the_columns_own_inputs_in_every_family(family, 
         {"input_ids": ids},
         batch=Batch(2, {"input_ids": Tokens(Axis(zeros, zeros + 9, 9), ids)}),
         engine=choose("reference"),
-        collector=Collector(2),
+        collector=Collector([], Needs(residual={"identity": identity}), sequences=2),
     )
     assert checked == 2 * len(layout.attentions)
     names = [(s.layer, s.name) for s in layout.sites]
@@ -169,7 +170,7 @@ def test_a_layer_that_hides_from_the_seam_is_an_error_and_not_a_gap():
     batch = Batch(1, {"input_ids": Tokens(Axis(zeros, zeros + 8, 8))})
     with (
         pytest.raises(CaptureError, match="expected 3 patterns, got 2"),
-        watching(model, layout, batch=batch, engine=choose("reference"), observer=Collector(1), residual=False),
+        watching(model, layout, batch=batch, engine=choose("reference"), observer=Collector([], Needs(), sequences=1)),
         torch.inference_mode(),
     ):
         model(input_ids=torch.randint(2, 60, (1, 8)))
@@ -193,7 +194,14 @@ def test_a_broken_identity_is_an_error():
     batch = Batch(1, {"input_ids": Tokens(Axis(zeros, zeros + 8, 8))})
     inputs = {"input_ids": torch.randint(2, 60, (1, 8))}
     with pytest.raises(CaptureError, match=r"x' = x \+ F\(x\) must hold"):
-        observe(model, layout, inputs, batch=batch, engine=choose("reference"), collector=Collector(1))
+        observe(
+            model,
+            layout,
+            inputs,
+            batch=batch,
+            engine=choose("reference"),
+            collector=Collector([], RESIDUAL.needs(RESIDUAL.facts), sequences=1),
+        )
     assert "residual" in measure(model, **inputs), "examined again, the update is what is added now"
 
 
@@ -215,5 +223,5 @@ def test_weights_that_change_between_two_measurements_are_the_ones_that_count():
     with torch.no_grad():
         model.encoder.layer[2].attention.output.dense.weight.mul_(3)  # the last layer: its pattern stays as it is
     after = pl.DataFrame(measure(model, input_ids=ids)["heads"]).filter(pl.col("layer") == 2)
-    np.testing.assert_allclose(after["update_norm"].to_numpy(), 3 * before["update_norm"].to_numpy(), rtol=1e-5)
+    np.testing.assert_allclose(after["output_norm"].to_numpy(), 3 * before["output_norm"].to_numpy(), rtol=1e-5)
     np.testing.assert_array_equal(after["entropy_nats"].to_numpy(), before["entropy_nats"].to_numpy())

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extract.schema import TABLES
+from extract.tables import TABLES
 
 README = Path(__file__).parents[2] / "README.md"
 COUNTS = {
-    "documents": ("characters", "tokens", "sequences"),
+    "documents": ("characters", "content_tokens", "sequences"),
     "sequences": ("tokens", "special_tokens"),
     "heads": ("query_rows", "masked_rows", "nonfinite_rows"),
 }

@@ -15,11 +15,10 @@ from torch.nn import functional
 from extract import measure
 from extract.capture.layout import Layout
 from extract.measurement import layout_of
-from extract.schema import RESIDUAL
 from tests import oracles
 from tests.census.tiny import Built, build
 from tests.extract.test_heads import assert_columns
-from tests.extract.test_residual import states
+from tests.extract.test_residual import RESIDUAL, states
 
 
 class Place(NamedTuple):

@@ -18,7 +18,7 @@ from transformers import (
     XLNetTokenizer,
 )
 
-from extract.statistics.attention import TOKEN_CLASSES
+from extract.engines.quantities import TOKEN_CLASSES
 from extract.tokens import class_sizes, token_classes
 from extract.vocabulary import vocabulary_entries
 

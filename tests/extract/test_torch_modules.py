@@ -187,7 +187,7 @@ def expected_columns(
     v, w_o = heads.v[sequence, head][keys], heads.w_o[head]
     columns = (crossing_columns if crosses else oracles.head_columns)(p, s, visible, v=v, w_o=w_o)
     named = {name: value for name, value in columns.items() if name.removeprefix("mass_") not in oracles.TOKEN_CLASSES}
-    return {**named, "distance_patches": None}  # there are no patches
+    return {**named, "distance_patches": None, "mass_patches": None}  # there are no patches
 
 
 def assert_heads(tables, expected: Mapping[str, list[Heads]], *, queries=None, keys=None) -> None:
@@ -436,7 +436,7 @@ def test_the_residual_sites_of_an_encoder_equal_their_computation_by_hand(batch_
                 expected = oracles.residual_columns(**one, eps=encoder.layers[0].norm1.eps, contexts=contexts)
                 row = got[sequence, layer, name]
                 known = {column: value for column, value in expected.items() if column in row}
-                assert {"stream_norm", "update_norm", "layer_norm_std", "heads_cosine"} <= set(known)
+                assert {"stream_norm", "update_norm", "norm_scale", "heads_cosine"} <= set(known)
                 assert_columns(row, known, f"sequence {sequence} L{layer} {name}")
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from extract.collector import Collector
 from extract.errors import Refusal
 from extract.files import put_if_absent, write_atomically, write_json, write_sealed
-from extract.measurement import Measurements
 from extract.pipeline import SHARDS_UNDER_WAY, Job, RunOptions, finish, measure_shard, measure_shards, prepare
 from extract.store import Part, Store
+from tests.extract.test_memory import with_attend
 
 WORDS = "Every shard is one sequence here, and there is more than one of them to be measured. " * 12
 
@@ -106,7 +107,7 @@ def test_slow_writing_holds_the_model_up_and_memory_flat(corpus, tmp_path):
         with changed:
             changed.wait_for(lambda: len(measured) >= min(shard + 2, job.shards), 120)
         done = sum(job.store.read_record(n) is not None for n in range(job.shards))
-        sums = sum(type(value) is Measurements for value in gc.get_objects())
+        sums = sum(type(value) is Collector for value in gc.get_objects())
         held.append((sums, sum(table() is not None for table in tables), len(measured) - done))
 
     job = job_into(tmp_path / "out", corpus)
@@ -197,9 +198,9 @@ def test_a_file_where_the_folder_should_be_is_an_error_with_the_name(tmp_path, n
 def test_an_error_of_the_model_reaches_the_caller_too(corpus, tmp_path):
     job = job_into(tmp_path / "out", corpus)
 
-    def broken(call, plain):
+    def broken(*arguments):
         raise ArithmeticError("no numbers today")
 
     with pytest.raises(ArithmeticError, match="no numbers today"):
-        measure_shards(replace(job, engine=replace(job.engine, attend=broken)), job.remaining)
+        measure_shards(replace(job, engine=with_attend(job.engine, broken)), job.remaining)
     assert len(job.remaining) == job.shards

@@ -14,8 +14,8 @@ from analysis.info import describe
 from analysis.query import query
 from analysis.report import write_report
 from analysis.verify import verify
-from extract.schema import SCHEMA_VERSION
 from extract.store import MANIFEST, Refusal, open_dataset, parts_of
+from extract.tables import SCHEMA_VERSION
 from tests.analysis.synthetic import write_dataset
 
 DEEP = json.loads("[" * 300 + "]" * 300)

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from extract.encoder import load_encoder
-from extract.statistics.attention import TOKEN_CLASSES
+from extract.engines.quantities import TOKEN_CLASSES
 from tests.flows.conftest import PROSE, Ended
 
 pytestmark = pytest.mark.usefixtures("test_server")
@@ -115,7 +115,7 @@ def test_the_encoder_is_the_same_whether_the_decoder_is_fed_or_not(run):
     alone, _ = run("t5")
     beside, _ = run("t5", "--stacks", "all")
     both = [heads_of(d).filter(stack="encoder").sort("sequence_id", "layer", "head") for d in (alone, beside)]
-    for column in ("entropy_nats", "distance_tokens", "mass_word_start", "update_norm"):
+    for column in ("entropy_nats", "distance_tokens", "mass_word_start", "output_norm"):
         np.testing.assert_allclose(both[0][column], both[1][column], rtol=1e-4, atol=1e-5)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Generic, Literal, TypeVar
 
 # what a column is computed from, and what of it: an array or tensor whose shape the table's module states
@@ -28,6 +27,7 @@ class Column(Generic[Observation, Values]):
     bounds: tuple[float | str | None, float | str | None] = (None, None)
     reference: str = ""
     nullable: bool = False
+    signed: bool = False  # a key that may be negative
     compute: Callable[[Observation], Values] | None = None
 
     @property
@@ -78,7 +78,6 @@ def column(
     return record
 
 
-def columns_of(module: ModuleType | Mapping[str, Any]) -> tuple[Column[Any, Any], ...]:
-    """The columns that a module defines, in the order in which it defines them."""
-    names = vars(module) if isinstance(module, ModuleType) else module
-    return tuple(value for value in names.values() if isinstance(value, Column))
+def columns_of(names: Mapping[str, Any]) -> tuple[Column[Any, Any], ...]:
+    """The computed columns among a module's names, in the order in which it defines them."""
+    return tuple(value for value in names.values() if isinstance(value, Column) and value.compute is not None)

@@ -1,80 +1,41 @@
-"""The columns of `heads`: what one attention head did on one sequence.
+"""`heads`: what one attention head did on one sequence.
 
-Every function takes the `HeadQuantities` of some sequences and gives an array [sequence, head], NaN where undefined.
-Unless its formula says otherwise a column is the mean of a row quantity over the sequence's measured rows. p[i,j] is the
-pattern, s[i,j] the masked and scaled score, d = j − i, V_i the keys that row i may see, m_i = |V_i|.
+Every column is a function of the `HeadQuantities` of some sequences and gives an array [sequence, head], NaN where
+undefined. Unless its formula says otherwise a column is the mean of a row quantity over the sequence's measured rows.
+p[i,j] is the pattern, s[i,j] the masked and scaled score, d = j − i, V_i the keys that row i may see, m_i = |V_i|.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
-from extract.statistics.registry import column
+from extract.engines.needs import Needs
+from extract.engines.quantities import TOKEN_CLASSES
+from extract.tables.column import Column, column, columns_of
+from extract.tables.recording import DenseRecorder
+from extract.tables.table import DOCUMENT_ID, HEAD, LAYER, SEQUENCE_ID, STACK, Rule, Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Values = Float[np.ndarray, "sequence head"]
 
-
-TOKEN_CLASSES = ("bos", "separator", "special", "whitespace", "punctuation", "number", "word_start", "subword")
-CLASS_MASSES = tuple(f"mass_{name}" for name in TOKEN_CLASSES)  # their columns
-
-# sums over the measured rows of a head in a sequence, unless said otherwise; p is the pattern
-QUANTITIES = (
-    "rows",  # how many are measured
-    "several",  # of them, those that see two keys or more
-    "masked",  # rows that see none
-    "nonfinite",  # rows that see keys and are not measured
-    "entropy",
-    "entropy_squared",
-    "entropy_share",  # H_i / ln m_i, where a row sees several keys
-    "attended",  # exp H_i
-    "collision",
-    "max_weight",
-    "distance",
-    "offset",
-    "offset_std",
-    "uniform_distance",  # mean |d| over the visible keys
-    "context_norm",
-    "update_norm",
-    "sink",
-    "score_max",  # the largest, not a sum
-    "pairs",  # visible keys
-    "score",  # over visible pairs
-    "score_squared",
-    "self",  # Σ p at d = 0
-    "previous",
-    "next",
-    "backward",
-    "forward",
-    "first",  # Σ p on the first token
-    *TOKEN_CLASSES,  # Σ p on the keys of a class
-    "same_token",
-    "induction",
-    "received_entropy",  # of the mean row, the sink being one outcome
-    "received_max",  # the largest entry of the mean row
-    "received_max_key",  # and its position
-    "written_first",  # p ‖v W_O^h‖ on the first token
-    "written",  # on all keys
-    "patch_distance",  # Σ p·√(Δrow² + Δcolumn²) / Σ p over the keys that are patches, of the rows that are
-    "patch_rows",  # those that see any
-)
-PLACE = {name: place for place, name in enumerate(QUANTITIES)}
-# what the windows of one sequence do not add up to: it is about all of its keys at once
-OF_WHOLE_SEQUENCES = ("first", "written_first", "received_entropy", "received_max", "received_max_key")
-# what is not known where only the pattern is
-OF_SCORES = ("score_max", "score", "score_squared")
+CLASS_MASSES = tuple(f"mass_{name}" for name in TOKEN_CLASSES)  # the columns of the token classes
 
 
-@dataclass(frozen=True)
 class HeadQuantities:
-    """The quantities of one attention layer, float64; one that is not known is NaN."""
+    """The quantities of one attention layer by name, float64; one that is not known is NaN."""
 
-    values: Float[np.ndarray, "quantity sequence head"]
+    def __init__(self, names: Sequence[str], values: Float[np.ndarray, "quantity sequence head"]) -> None:
+        self._places = {name: place for place, name in enumerate(names)}
+        self._values = values
 
     def __getitem__(self, name: str) -> Values:
-        return self.values[PLACE[name]]
+        return self._values[self._places[name]]
 
     def mean(self, name: str) -> Values:
         """Mean over measured rows; NaN where there are none."""
@@ -84,6 +45,26 @@ class HeadQuantities:
     def ratio(part: Values, whole: Values) -> Values:
         """NaN where the whole is zero."""
         return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole != 0)
+
+
+class _Trace(HeadQuantities):
+    """Notes the names of the quantities that a column asks for."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Values:
+        self.asked.add(name)
+        return np.zeros((1, 1))
+
+
+def quantities_of(columns: Iterable[Column[HeadQuantities, Values]]) -> frozenset[str]:
+    """The head quantities that the columns are computed from."""
+    trace = _Trace()
+    for each in columns:
+        assert each.compute is not None, f"{each.name} is computed"
+        each.compute(trace)
+    return frozenset(trace.asked)
 
 
 @column(formula="mean of H_i = −Σ_j p ln p", unit="nats", bounds=(0, "ln n"), nullable=True)
@@ -148,7 +129,8 @@ def distance_vs_uniform(o: HeadQuantities) -> Values:
 
 @column(
     formula="mean of Σ_j p·√(Δrow² + Δcolumn²) / Σ_j p over rows i and keys j that are patches of an image, the class "
-    "token and registers left out; null where the grid of patches is not known (text, windows, cross)",
+    "token and registers left out, so that what falls on patches counts as the whole (mass_patches says how much that is); "
+    "null where the grid of patches is not known (text, windows, cross)",
     unit="patches",
     bounds=(0, "n−1"),
     reference="Raghu 2021",
@@ -157,6 +139,17 @@ def distance_vs_uniform(o: HeadQuantities) -> Values:
 def distance_patches(o: HeadQuantities) -> Values:
     """How far the head looks across the image: times the patch's size, the mean attention distance in pixels."""
     return o.ratio(o["patch_distance"], o["patch_rows"])
+
+
+@column(
+    formula="mean of Σ_j p over rows i and keys j that are patches of an image; null where distance_patches is",
+    bounds=(0, 1),
+    reference="Raghu 2021",
+    nullable=True,
+)
+def mass_patches(o: HeadQuantities) -> Values:
+    """Weight of patches in the rows of patches: times distance_patches, the distance that is not renormalised."""
+    return o.ratio(o["patch_mass"], o["patch_rows"])
 
 
 @column(formula="mean of p[i,i]", bounds=(0, 1), nullable=True)
@@ -317,9 +310,9 @@ def context_norm(o: HeadQuantities) -> Values:
 
 
 @column(formula="mean of ‖c_i W_O^h‖", bounds=(0, None), nullable=True)
-def update_norm(o: HeadQuantities) -> Values:
+def output_norm(o: HeadQuantities) -> Values:
     """The size of the head's own write into the residual stream; null where no output projection was found."""
-    return o.mean("update_norm")
+    return o.mean("output_norm")
 
 
 @column(
@@ -349,3 +342,45 @@ def masked_rows(o: HeadQuantities) -> Values:
 def nonfinite_rows(o: HeadQuantities) -> Values:
     """Rows whose scores overflowed or are NaN, left out of every mean."""
     return o["nonfinite"]
+
+
+class HeadRecorder(DenseRecorder):
+    """Keeps the head quantities of every layer; columns are worked out from them once per shard."""
+
+    def keep_heads(self, attention: Any, sums: Any, calls: Any) -> Mapping[str, Tensor]:
+        return {"values": sums.values}
+
+    def facts(self, values: np.ndarray) -> dict[str, Values]:
+        quantities = HeadQuantities(self.scope.needs.head_names, values)
+        return {c.name: c.compute(quantities) for c in self.scope.columns if c.compute is not None}
+
+
+def _sum_is_not_one(*names: str) -> str:
+    terms = " + ".join(f"CAST({name} AS DOUBLE)" for name in names)
+    return f"query_rows > 0 AND ABS({terms} + COALESCE(CAST(mass_sink AS DOUBLE), 0) - 1) > 1e-4"
+
+
+TABLE = Table(
+    name="heads",
+    row="sequence × stack × layer × head",
+    kind="dense",
+    keys=(SEQUENCE_ID, DOCUMENT_ID, STACK, LAYER, HEAD),
+    facts=columns_of(dict(globals())),
+    order=("stack", "layer", "head", "sequence_id"),
+    needs=lambda columns: Needs(head_quantities=quantities_of(columns)),
+    recorder=HeadRecorder,
+    outcome="mass_sink",
+    rules=(
+        Rule("class masses", _sum_is_not_one(*CLASS_MASSES), "the token classes do not sum to 1"),
+        Rule(
+            "masses",
+            _sum_is_not_one("mass_self", "mass_backward", "mass_forward"),
+            "self, backward and forward do not sum to 1",
+        ),
+        Rule(
+            "rows",
+            "of_tokens AND query_rows + masked_rows + nonfinite_rows <> n",
+            "measured, masked and non-finite rows are not the tokens",
+        ),
+    ),
+)

@@ -1,4 +1,4 @@
-"""The columns of `residual`, compiled: what `residual.column_values` works out, reading each state of the stream once.
+"""The columns of `residual`, compiled: what their functions in `tables/residual.py` give, reading each state once.
 
 Where the stream's norm is torch's own, the same pass makes the norm's output, since all that it needs is at hand.
 """
@@ -6,54 +6,52 @@ Where the stream's norm is torch's own, the same pass makes the norm's output, s
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float32, Float64, Int, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from numba import boolean, float32, float64, int64, njit, prange, types
 from torch import Tensor
 
-from extract.engines.compiled import FAST, kernel
-from extract.statistics.residual import COLUMNS, NormObservation
+from extract.engines.compiled import FAST, kernel, places
+from extract.engines.observations import NormObservation
+from extract.engines.visibility import Axis
 
-PLACE = {column.name: place for place, column in enumerate(COLUMNS)}
 # tokens of a sequence that one thread takes at a time: sums are added up in the same pieces on any number of threads
 _PIECE = 64
-# per-token quantities, in the order of their columns; the others are of the whole sequence
-_OF_STREAM = ("stream_norm", "update_norm", "update_ratio", "update_cosine", "step_cosine", "norm_gain", "outlier_ratio", "kurtosis")  # fmt: skip
-_OF_SEQUENCE = ("anisotropy", "max_abs", "outlier_dim")
-_OF_NORM = ("layer_norm_mean", "layer_norm_std", "layer_norm_gain")
-_OF_HEADS = ("heads_concat_norm", "heads_mean_norm", "heads_cosine")
-_STREAM, _NORM = len(_OF_STREAM), len(_OF_NORM)
+# means over tokens, then what is about a sequence as a whole
+_OF_TOKENS = ("stream_norm", "update_norm", "update_ratio", "update_cosine", "step_cosine", "stream_gain", "outlier_ratio", "kurtosis")  # fmt: skip
+_OF_STREAM = (*_OF_TOKENS, "anisotropy", "max_abs", "outlier_dim")
+_OF_NORM = ("norm_mean", "norm_scale", "norm_output_gain")
+OF_HEADS = ("heads_concat_norm", "heads_mean_norm", "heads_cosine")
+MAKES = frozenset({*_OF_STREAM, *_OF_NORM, *OF_HEADS})
+_STREAM, _HEADS = places(_OF_STREAM), places(OF_HEADS)
+_TOKEN = places((*_OF_TOKENS, *_OF_NORM))  # what is averaged over tokens
+# what is summed over the entries of one token, from which its quantities follow
+_SUMS = ("mean", "squares", "largest", "fourths", "stream_squares", "update_squares", "stream_update", "stream_after", "centred", "written")  # fmt: skip
+_RAW = places(_SUMS)
+_TOKENS, _NORMS, _TOKEN_SUMS, _COMPARED = len(_OF_TOKENS), len(_OF_NORM), len(_SUMS), len(OF_HEADS)
+_ALWAYS = np.array([getattr(_TOKEN, name) for name in ("stream_norm", "outlier_ratio", "kurtosis")])
+_WITH_UPDATE = np.array([getattr(_TOKEN, name) for name in _OF_TOKENS if name not in ("outlier_ratio", "kurtosis")])
+_WITH_NORM = np.array([getattr(_TOKEN, name) for name in _OF_NORM])
 _NOTHING = np.zeros((0, 0), np.float32)  # stands for states that are not given
-_COLUMNS_OF = {
-    kind: [PLACE[name] for name in names]
-    for kind, names in (("stream", _OF_STREAM + _OF_SEQUENCE), ("norm", _OF_NORM), ("heads", _OF_HEADS))
-}
+
+Columns = Mapping[str, Float64[np.ndarray, " batch"]]
 
 
 @dataclass(frozen=True)
-class Segments:
-    """Where each sequence's real tokens stand in its row of the batch."""
+class StatePass:
+    """What one pass over a state of the stream gives: columns of the state, and of the norm that reads it."""
 
-    start: Int[Tensor, " batch"]
-    length: Int[Tensor, " batch"]
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Passed:
-    """What one pass over a state of the stream gave."""
-
-    stream: Float[np.ndarray, "column batch"]
-    norm: Float[np.ndarray, "column batch"]
+    stream: Columns
+    norm: Columns
     off: float  # ‖x' − x − F‖ over all real tokens, 0 without x and F
     size: float  # ‖x'‖ + ‖x‖
 
 
-def passed(
-    segments: Segments,
+def read_state(
+    axis: Axis,
     after: Float[Tensor, "batch token width"],
     stream: Float[Tensor, "batch token width"] | None = None,
     update: Float[Tensor, "batch token width"] | None = None,
@@ -62,14 +60,14 @@ def passed(
     output: Float[Tensor, "batch token width"] | None = None,
     weight: Float[Tensor, " width"] | None = None,
     bias: Float[Tensor, " width"] | None = None,
-) -> Passed:
+) -> StatePass:
     """The quantities of a state and of the norm that reads it, float32 and contiguous.
 
     With `output` the norm (LayerNorm with this weight and bias) is computed into it; without, its `wrote` is read.
     """
-    batch, tokens, width = segments.start.shape[0], segments.tokens, after.shape[-1]
+    batch, tokens, width = axis.start.shape[0], axis.tokens, after.shape[-1]
     pieces = -(-tokens // _PIECE)
-    of_stream, of_norm = np.empty((len(_OF_STREAM + _OF_SEQUENCE), batch)), np.empty((_NORM, batch))
+    of_stream, of_norm = np.empty((len(_OF_STREAM), batch)), np.empty((_NORMS, batch))
     identity = np.empty((3, batch))
     wrote = output if output is not None else None if norm is None else norm.wrote
     _pass(
@@ -82,10 +80,10 @@ def passed(
         np.float32(0 if norm is None else norm.epsilon),
         norm is not None and norm.kind == "layer",
         output is not None,
-        segments.start.numpy(),
-        segments.length.numpy(),
+        axis.start.numpy(),
+        axis.length.numpy(),
         tokens,
-        np.empty((batch, pieces, _STREAM + _NORM, 2)),
+        np.empty((batch, pieces, _TOKENS + _NORMS, 2)),
         np.empty((batch, pieces, 2, width), np.float32),
         np.empty((batch, pieces, 3)),
         of_stream,
@@ -93,48 +91,29 @@ def passed(
         identity,
     )
     off, total, x = np.sqrt(identity.sum(1)).tolist()
+    norm_columns = dict(zip(_OF_NORM, of_norm, strict=True))
     if norm is not None and norm.kind == "rms":
-        of_norm[0] = math.nan
-    return Passed(of_stream, of_norm, off, total + x)
+        norm_columns["norm_mean"] = np.full(batch, math.nan)
+    return StatePass(dict(zip(_OF_STREAM, of_stream, strict=True)), norm_columns, off, total + x)
 
 
-def assembled(
-    stream: Float[np.ndarray, "stream_column batch"],
-    norm: Float[np.ndarray, "norm_column batch"] | None,
-    heads: Float[np.ndarray, "head_column batch"] | None,
-) -> Float[Tensor, "column batch"]:
-    """The columns of a site from its parts."""
-    values = np.full((len(COLUMNS), stream.shape[1]), math.nan)
-    for kind, part in (("stream", stream), ("norm", norm), ("heads", heads)):
-        if part is not None:
-            values[_COLUMNS_OF[kind]] = part
-    return torch.from_numpy(values)
-
-
-def of_heads(
-    segments: Segments, contexts: Float[Tensor, "batch head token head_width"]
-) -> Float[np.ndarray, "column batch"]:
+def compare_heads(axis: Axis, contexts: Float[Tensor, "batch head token head_width"]) -> Columns:
     """The columns that compare the contexts of an attention call's heads."""
     by_token = contexts.transpose(1, 2)
-    values = np.empty((len(_OF_HEADS), contexts.shape[0]))
-    pieces = -(-segments.tokens // _PIECE)
+    values = np.empty((_COMPARED, contexts.shape[0]))
+    pieces = -(-axis.tokens // _PIECE)
     _compare_heads(
         (by_token if by_token.is_contiguous() else by_token.contiguous()).numpy(),
-        segments.start.numpy(),
-        segments.length.numpy(),
-        np.empty((contexts.shape[0], pieces, len(_OF_HEADS), 2)),
+        axis.start.numpy(),
+        axis.length.numpy(),
+        np.empty((contexts.shape[0], pieces, _COMPARED, 2)),
         values,
     )
-    return values
+    return dict(zip(OF_HEADS, values, strict=True))
 
 
 def _flat(x: Float[Tensor, "*batch width"] | None) -> Float32[np.ndarray, "row width"]:
     return _NOTHING if x is None else x.reshape(-1, x.shape[-1]).contiguous().numpy()
-
-
-# what is summed over the entries of one token, from which its quantities follow
-_MEAN, _SQUARES, _LARGEST, _FOURTHS, _STREAM_SQUARES, _UPDATE_SQUARES, _STREAM_UPDATE, _STREAM_AFTER, _CENTRED, _WRITTEN = range(10)  # fmt: skip
-_RAW = 10
 
 
 @njit(error_model="numpy", fastmath=FAST)
@@ -171,8 +150,8 @@ def _sum_state(
         u = a[k] * per
         fourths += u * u * (u * u)
         units[k] += u
-    raw[_MEAN, t], raw[_SQUARES, t], raw[_FOURTHS, t] = total / float32(a.shape[0]), squares, fourths
-    raw[_LARGEST, t] = _keep_largest(a, largest)
+    raw[_RAW.mean, t], raw[_RAW.squares, t], raw[_RAW.fourths, t] = total / float32(a.shape[0]), squares, fourths
+    raw[_RAW.largest, t] = _keep_largest(a, largest)
     if not math.isfinite(squares):
         largest[:] = np.nan
 
@@ -194,7 +173,12 @@ def _sum_update(
         xa += x[k] * a[k]
         wrong = a[k] - x[k] - f[k]
         off += wrong * wrong
-    raw[_STREAM_SQUARES, t], raw[_UPDATE_SQUARES, t], raw[_STREAM_UPDATE, t], raw[_STREAM_AFTER, t] = xx, ff, xf, xa
+    raw[_RAW.stream_squares, t], raw[_RAW.update_squares, t], raw[_RAW.stream_update, t], raw[_RAW.stream_after, t] = (
+        xx,
+        ff,
+        xf,
+        xa,
+    )
     return off
 
 
@@ -221,7 +205,7 @@ def _sum_norm(
     written = float32(0)
     for k in range(a.shape[0]):
         written += wrote[k] * wrote[k]
-    raw[_CENTRED, t], raw[_WRITTEN, t] = squares, written
+    raw[_RAW.centred, t], raw[_RAW.written, t] = squares, written
 
 
 @njit(error_model="numpy", fastmath=FAST)
@@ -254,30 +238,31 @@ def _finish(
     """Quantities of some tokens from their sums, added up."""
     d = float32(width)
     for t in range(first, last):
-        values[0, t] = norm = np.sqrt(raw[_SQUARES, t])
-        values[6, t] = raw[_LARGEST, t] * np.sqrt(d) / norm
-        values[7, t] = raw[_FOURTHS, t] * d
-    for quantity in (0, 6, 7):
+        values[_TOKEN.stream_norm, t] = norm = np.sqrt(raw[_RAW.squares, t])
+        values[_TOKEN.outlier_ratio, t] = raw[_RAW.largest, t] * np.sqrt(d) / norm
+        values[_TOKEN.kurtosis, t] = raw[_RAW.fourths, t] * d
+    for quantity in _ALWAYS:
         _add(values[quantity], first, last, sums, quantity)
     if has_stream:
-        sums[0] = 0.0
+        sums[_TOKEN.stream_norm] = 0.0
         for t in range(first, last):
-            norm, stream, update = values[0, t], np.sqrt(raw[_STREAM_SQUARES, t]), np.sqrt(raw[_UPDATE_SQUARES, t])
-            values[5, t] = norm / stream
-            values[4, t] = _within_one(raw[_STREAM_AFTER, t] / (stream * norm))
-            values[3, t] = _within_one(raw[_STREAM_UPDATE, t] / (stream * update))
-            values[2, t] = update / stream
-            values[1, t] = update
-            values[0, t] = stream
-        for quantity in range(6):
+            norm = values[_TOKEN.stream_norm, t]
+            stream, update = np.sqrt(raw[_RAW.stream_squares, t]), np.sqrt(raw[_RAW.update_squares, t])
+            values[_TOKEN.stream_gain, t] = norm / stream
+            values[_TOKEN.step_cosine, t] = _within_one(raw[_RAW.stream_after, t] / (stream * norm))
+            values[_TOKEN.update_cosine, t] = _within_one(raw[_RAW.stream_update, t] / (stream * update))
+            values[_TOKEN.update_ratio, t] = update / stream
+            values[_TOKEN.update_norm, t] = update
+            values[_TOKEN.stream_norm, t] = stream
+        for quantity in _WITH_UPDATE:
             _add(values[quantity], first, last, sums, quantity)
     if has_norm:
         for t in range(first, last):
-            std = np.sqrt(raw[_CENTRED, t] / d + epsilon)
-            values[8, t] = raw[_MEAN, t]
-            values[9, t] = std
-            values[10, t] = np.sqrt(raw[_WRITTEN, t]) * std / np.sqrt(raw[_CENTRED, t])
-        for quantity in range(8, 11):
+            scale = np.sqrt(raw[_RAW.centred, t] / d + epsilon)
+            values[_TOKEN.norm_mean, t] = raw[_RAW.mean, t]
+            values[_TOKEN.norm_scale, t] = scale
+            values[_TOKEN.norm_output_gain, t] = np.sqrt(raw[_RAW.written, t]) * scale / np.sqrt(raw[_RAW.centred, t])
+        for quantity in _WITH_NORM:
             _add(values[quantity], first, last, sums, quantity)
 
 
@@ -340,7 +325,8 @@ def _pass(
         of_piece[:] = 0.0
         off[:] = 0.0
         vectors[b, piece] = float32(0)
-        raw, values = np.zeros((_RAW, _PIECE), np.float32), np.empty((_STREAM + _NORM, _PIECE), np.float32)
+        raw = np.zeros((_TOKEN_SUMS, _PIECE), np.float32)
+        values = np.empty((_TOKENS + _NORMS, _PIECE), np.float32)
         begin, end = piece * _PIECE, min((piece + 1) * _PIECE, tokens)
         low, high = max(begin, start[b]), max(begin, min(end, start[b] + length[b]))
         for t in range(begin, end):
@@ -348,18 +334,18 @@ def _pass(
             real = low <= t < high
             if real:
                 _sum_state(after[row], raw, t - begin, units, largest)
-                off[1] += raw[_SQUARES, t - begin]
+                off[1] += raw[_RAW.squares, t - begin]
                 if has_stream:
                     off[0] += _sum_update(after[row], stream[row], update[row], raw, t - begin)
-                    off[2] += raw[_STREAM_SQUARES, t - begin]
+                    off[2] += raw[_RAW.stream_squares, t - begin]
             elif makes_output and centred:
-                raw[_MEAN, t - begin] = after[row].sum() / float32(after.shape[1])
+                raw[_RAW.mean, t - begin] = after[row].sum() / float32(after.shape[1])
             if has_norm and (real or makes_output):
-                mean = raw[_MEAN, t - begin] if centred else float32(0)
+                mean = raw[_RAW.mean, t - begin] if centred else float32(0)
                 _sum_norm(after[row], mean, epsilon, wrote[row], weight, bias, makes_output, raw, t - begin)
         _finish(raw, low - begin, high - begin, after.shape[1], epsilon, has_stream, has_norm, values, of_piece)
     for b in prange(batch):
-        total = np.zeros((_STREAM + _NORM, 2))
+        total = np.zeros((_TOKENS + _NORMS, 2))
         whole = np.zeros(3)
         units, largest = np.zeros(after.shape[1]), np.zeros(after.shape[1], np.float32)
         for piece in range(pieces):
@@ -367,14 +353,14 @@ def _pass(
             whole += identities[b, piece]
             units += vectors[b, piece, 0]
             largest = np.maximum(largest, vectors[b, piece, 1])
-        for quantity in range(_STREAM):
+        for quantity in range(_TOKENS):
             of_stream[quantity, b] = total[quantity, 0] / total[quantity, 1]
-        for quantity in range(_NORM):
-            of_norm[quantity, b] = total[_STREAM + quantity, 0] / total[_STREAM + quantity, 1]
+        for quantity in range(_NORMS):
+            of_norm[quantity, b] = total[_TOKENS + quantity, 0] / total[_TOKENS + quantity, 1]
         n = np.float64(length[b])
-        of_stream[_STREAM, b] = ((units * units).sum() - n) / (n * (n - 1)) if n > 1 else np.nan
-        of_stream[_STREAM + 1, b] = largest.max()
-        of_stream[_STREAM + 2, b] = largest.argmax()
+        of_stream[_STREAM.anisotropy, b] = ((units * units).sum() - n) / (n * (n - 1)) if n > 1 else np.nan
+        of_stream[_STREAM.max_abs, b] = largest.max()
+        of_stream[_STREAM.outlier_dim, b] = largest.argmax()
         identity[:, b] = whole
 
 
@@ -399,7 +385,7 @@ def _compare_heads(
         b, piece = item // pieces, item % pieces
         of_piece = sums[b, piece]
         of_piece[:] = 0.0
-        of_token = np.empty((3, _PIECE), np.float32)
+        of_token = np.empty((_COMPARED, _PIECE), np.float32)
         added, units = np.empty(width, np.float32), np.empty(width, np.float32)
         begin = piece * _PIECE
         low, high = max(begin, start[b]), max(begin, min(begin + _PIECE, start[b] + length[b]))
@@ -421,10 +407,10 @@ def _compare_heads(
             for k in range(width):
                 mean += added[k] * added[k]
                 alike += units[k] * units[k]
-            of_token[0, t - begin] = np.sqrt(concat)
-            of_token[1, t - begin] = np.sqrt(mean) / float32(heads)
-            of_token[2, t - begin] = (alike - heads) / (heads * (heads - 1)) if heads > 1 else np.nan
-        for quantity in range(3):
+            of_token[_HEADS.heads_concat_norm, t - begin] = np.sqrt(concat)
+            of_token[_HEADS.heads_mean_norm, t - begin] = np.sqrt(mean) / float32(heads)
+            of_token[_HEADS.heads_cosine, t - begin] = (alike - heads) / (heads * (heads - 1)) if heads > 1 else np.nan
+        for quantity in range(_COMPARED):
             _add(of_token[quantity], low - begin, high - begin, of_piece, quantity)
     for b in range(batch):
         for quantity in range(values.shape[0]):

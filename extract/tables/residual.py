@@ -1,4 +1,4 @@
-"""The columns of `residual`: what one sublayer wrote into the residual stream on one sequence.
+"""`residual`: what one sublayer wrote into the residual stream on one sequence.
 
 x is the stream before the sublayer, F its update, x' = x + F the stream after it (before the next norm). Columns are
 means over the sequence's real tokens. At `embedding` and `final_norm` nothing is added: x' is the stream there, and the
@@ -9,61 +9,22 @@ undefined, or None.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from extract.statistics.registry import Column, column, columns_of
+import numpy as np
+
+from extract.engines.needs import Needs
+from extract.engines.observations import NormObservation, ResidualObservation
+from extract.tables.column import Column, column, columns_of
+from extract.tables.recording import DenseRecorder
+from extract.tables.table import DOCUMENT_ID, LAYER, SEQUENCE_ID, STACK, Table
 
 if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float
     from torch import Tensor
 
     PerSequence = Float[Tensor, " batch"]
-
-
-@dataclass(frozen=True)
-class NormObservation:
-    """What a normalisation layer read and wrote."""
-
-    read: Float[Tensor, "*batch token width"]
-    wrote: Float[Tensor, "*batch token width"]
-    kind: Literal["layer", "rms"]
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class ResidualObservation:
-    """The stream around one sublayer, in float32 or better."""
-
-    real: Bool[Tensor, "batch token"]
-    after: Float[Tensor, "batch token width"]
-    stream: Float[Tensor, "batch token width"] | None = None
-    update: Float[Tensor, "batch token width"] | None = None
-    norm: NormObservation | None = None
-    contexts: Float[Tensor, "batch head token head_width"] | None = None
-
-    def mean(self, values: Float[Tensor, "batch token"]) -> Float[Tensor, " batch"]:
-        """Mean over real tokens at which the value is defined; NaN where there is none."""
-        defined = self.real & values.isfinite()
-        return values.where(defined, 0).sum(-1) / defined.sum(-1)
-
-    @cached_property
-    def stream_norms(self) -> Float[Tensor, "batch token"] | None:
-        return None if self.stream is None else self.stream.norm(dim=-1)
-
-    @cached_property
-    def update_norms(self) -> Float[Tensor, "batch token"] | None:
-        return None if self.update is None else self.update.norm(dim=-1)
-
-    @cached_property
-    def after_norms(self) -> Float[Tensor, "batch token"]:
-        return self.after.norm(dim=-1)
-
-    @cached_property
-    def largest(self) -> Float[Tensor, "batch width"]:
-        """Largest |x'| of each dimension over the real tokens."""
-        return (self.after.abs() * self.real[..., None]).amax(1)
 
 
 @column(formula="mean of ‖x‖", bounds=(0, None), nullable=True)
@@ -103,7 +64,7 @@ def step_cosine(o: ResidualObservation) -> PerSequence | None:
 
 
 @column(formula="mean of ‖x'‖ / ‖x‖", bounds=(0, None), nullable=True)
-def norm_gain(o: ResidualObservation) -> PerSequence | None:
+def stream_gain(o: ResidualObservation) -> PerSequence | None:
     """How much the sublayer grows the stream."""
     return None if o.stream_norms is None else o.mean(o.after_norms / o.stream_norms)
 
@@ -157,7 +118,7 @@ def kurtosis(o: ResidualObservation) -> PerSequence:
 
 
 @column(formula="mean of μ of the site's norm; null for RMSNorm", nullable=True)
-def layer_norm_mean(o: ResidualObservation) -> PerSequence | None:
+def norm_mean(o: ResidualObservation) -> PerSequence | None:
     """Mean entry that the norm subtracts: pre-norm, of the norm that reads x; post-norm, of the one that reads x'."""
     if o.norm is None or o.norm.kind == "rms":
         return None
@@ -165,13 +126,13 @@ def layer_norm_mean(o: ResidualObservation) -> PerSequence | None:
 
 
 @column(formula="mean of √(σ² + ε) (LayerNorm) or √(mean x² + ε) (RMSNorm)", bounds=(0, None), nullable=True)
-def layer_norm_std(o: ResidualObservation) -> PerSequence | None:
+def norm_scale(o: ResidualObservation) -> PerSequence | None:
     """What the norm divides by."""
     return None if o.norm is None else o.mean(_divisor(o.norm))
 
 
 @column(formula="mean of ‖output‖ / ‖normalised input without γ, β‖", bounds=(0, None), nullable=True)
-def layer_norm_gain(o: ResidualObservation) -> PerSequence | None:
+def norm_output_gain(o: ResidualObservation) -> PerSequence | None:
     """What the norm's own weights do to the size of the stream."""
     if o.norm is None:
         return None
@@ -212,15 +173,30 @@ def _divisor(norm: NormObservation) -> Float[Tensor, "*batch token"]:
     return (_centred(norm).square().mean(-1) + norm.epsilon).sqrt()
 
 
-COLUMNS: tuple[Column[ResidualObservation, PerSequence | None], ...] = columns_of(dict(globals()))
+class SiteRecorder(DenseRecorder):
+    """Keeps the columns of every site, which capture works out as each site is complete."""
+
+    def keep_site(self, site: Any, columns: Float[Tensor, "column batch"]) -> Mapping[str, Tensor]:
+        return {"values": columns}
+
+    def facts(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        places = {name: place for place, name in enumerate(self.scope.needs.residual_names)}
+        return {c.name: values[places[c.name]] for c in self.scope.columns}
 
 
-def column_values(o: ResidualObservation) -> Float[Tensor, "column batch"]:
-    """Every column of an observation, in float64; NaN where undefined."""
-    values = o.after.new_full((len(COLUMNS), o.after.shape[0]), math.nan).double()
-    for place, each in enumerate(COLUMNS):
-        assert each.compute is not None, "every fact of a site is computed"
-        value = each.compute(o)
-        if value is not None:
-            values[place] = value
-    return values
+TABLE = Table(
+    name="residual",
+    row="sequence × stack × layer × site",
+    kind="dense",
+    keys=(
+        SEQUENCE_ID,
+        DOCUMENT_ID,
+        STACK,
+        LAYER,
+        Column(name="site", dtype="stack", formula="embedding | attention | cross_attention | mlp | final_norm"),
+    ),
+    facts=columns_of(dict(globals())),
+    order=("stack", "layer", "site", "sequence_id"),
+    needs=lambda columns: Needs(residual={c.name: c.compute for c in columns if c.compute is not None}),
+    recorder=SiteRecorder,
+)

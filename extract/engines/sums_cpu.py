@@ -2,74 +2,133 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 from numba import boolean, float32, float64, int64, njit, prange, types
 
-from extract.engines.compiled import FAST, array, exp, kernel, ln
+from extract.engines import sums
+from extract.engines.compiled import FAST, array, exp, kernel, ln, places
 from extract.engines.cpu_kernel import QUANTITIES as ROW_ARRAYS
-from extract.statistics import sums
-from extract.statistics.attention import PLACE, QUANTITIES, TOKEN_CLASSES
-from extract.statistics.profiles import (
+from extract.engines.observations import HeadObservation
+from extract.engines.profiles import (
     COLUMN_OF_BIN,
     HISTOGRAM_BINS,
     LARGEST_DOUBLING_BIN,
     PROFILE_COLUMNS,
     doubling_bin_edges,
 )
-from extract.statistics.sums import HeadObservation, HeadSums
+from extract.engines.quantities import TOKEN_CLASSES
+from extract.engines.sums import HeadSums, head_quantity
 
+# the head quantities that the kernel makes; others are left to plain torch
+MAKES = (
+    "rows",
+    "several",
+    "masked",
+    "nonfinite",
+    "entropy",
+    "entropy_squared",
+    "entropy_share",
+    "attended",
+    "collision",
+    "max_weight",
+    "distance",
+    "offset",
+    "offset_std",
+    "uniform_distance",
+    "context_norm",
+    "output_norm",
+    "sink",
+    "score_max",
+    "pairs",
+    "score",
+    "score_squared",
+    "self",
+    "previous",
+    "next",
+    "backward",
+    "forward",
+    "first",
+    "received_entropy",
+    "received_max",
+    "received_max_key",
+    "written_first",
+    "written",
+)
+_AT, _ROW = places(MAKES), places(ROW_ARRAYS)
 # columns of bin 0 of each profile
 _OFFSET, _ENTROPY, _MAX_WEIGHT = (COLUMN_OF_BIN[name, 0] for name in ("offset", "entropy", "max_weight"))
 _ENTROPY_AT, _DISTANCE_AT, _RECEIVED_AT = (
     COLUMN_OF_BIN[f"{name}_by_position", 0] for name in ("entropy", "distance", "received")
 )
-_CLASSES = len(TOKEN_CLASSES)
 # float64: numba makes it of a float and a float32, where NumPy's stubs say float32
 _Sum = float | np.floating
 _ABSENT = torch.zeros(0, 0, 0)  # stands for a quantity that is not known
+# row quantities that the kernel reads whether they are known or not
+_ALWAYS_READ = ("entropy", "max_weight", "distance", "score_max", "score_mean", "score_variance")
 _NO_CLASSES = torch.zeros(0, 0, dtype=torch.int64)
 
 
-def summed(o: HeadObservation) -> HeadSums:
-    """The sums of an observation on the CPU; a mask with holes, or float64, is left to plain torch."""
-    rows, seen = o.rows, o.visibility
-    if (
-        seen.crosses
-        or seen.allowed is not None
-        or rows.entropy.dtype != torch.float32
-        or rows.entropy.device.type != "cpu"
-    ):
-        return sums.summed(o)
-    batch, heads, tokens = rows.entropy.shape
-    values = np.empty((len(QUANTITIES), batch, heads))
+def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> HeadSums:
+    """The named head quantities and the profiles of an observation on the CPU.
+
+    A mask with holes, cross-attention and float64 are left to plain torch, and so is each quantity that is not compiled.
+    """
+    measured = o.rows.measured
+    is_float32 = all(values.dtype == torch.float32 for name, values in o.rows.quantities.items() if name in ROW_ARRAYS)
+    if o.visibility.crosses or o.visibility.allowed is not None or not is_float32 or measured.device.type != "cpu":
+        return sums.head_sums(o, names, profiles=profiles)
+    compiled, of_classes, of_profiles = _compiled_sums(o)
+    made = dict(zip((*MAKES, *TOKEN_CLASSES), (*compiled, *of_classes), strict=True))
+    values = np.full((len(names), *compiled.shape[1:]), np.nan)
+    for place, name in enumerate(names):
+        quantity = head_quantity(name)
+        if quantity.is_known(o):
+            values[place] = made[name] if name in made else quantity.compute(o).numpy()
+    return HeadSums(torch.from_numpy(values), torch.from_numpy(of_profiles) if profiles else None)
+
+
+def _compiled_sums(
+    o: HeadObservation,
+) -> tuple[
+    Float64[np.ndarray, "quantity batch head"],
+    Float64[np.ndarray, "class batch head"],
+    Float64[np.ndarray, "2 head column"],
+]:
+    """Head quantities in the order of MAKES, the sums of token classes, and profiles."""
+    rows, visibility = o.rows, o.visibility
+    batch, heads, tokens = rows.measured.shape
+    values, of_classes = np.empty((len(MAKES), batch, heads)), np.empty((len(TOKEN_CLASSES), batch, heads))
     profiles = np.empty((2, heads, len(PROFILE_COLUMNS)))
-    quantities = [getattr(rows, name) for name in ROW_ARRAYS]
+    nothing = torch.zeros(rows.measured.shape)
+
+    def array_of(name: str, otherwise: torch.Tensor) -> np.ndarray:
+        known = rows.get(name)
+        return (otherwise if known is None else known.contiguous()).numpy()
+
     _sum_up(
         rows.measured.contiguous().numpy(),
-        tuple((_ABSENT if t is None else t.contiguous()).numpy() for t in quantities),
-        rows.received.contiguous().numpy(),
-        rows.offsets.contiguous().numpy(),
-        (_ABSENT if rows.value_norm is None else rows.value_norm.contiguous()).numpy(),
-        seen.keys.start.numpy(),
-        seen.keys.length.numpy(),
-        *(t.expand(batch, -1, tokens).contiguous().numpy() for t in (seen.first, seen.last, seen.uniform_distance)),
+        tuple(array_of(name, nothing if name in _ALWAYS_READ else _ABSENT) for name in ROW_ARRAYS),
+        array_of("received", nothing),
+        array_of("offsets", torch.zeros(batch, heads, 2 * tokens - 1)),
+        array_of("value_norm", _ABSENT),
+        visibility.keys.start.numpy(),
+        visibility.keys.length.numpy(),
+        *(
+            t.expand(batch, -1, tokens).contiguous().numpy()
+            for t in (visibility.first, visibility.last, visibility.uniform_distance)
+        ),
         (_NO_CLASSES if o.classes is None else o.classes).numpy(),
         np.log(np.arange(tokens + 2).clip(2)).astype(np.float32),
         _EDGES,
         values,
+        of_classes,
         profiles,
     )
-    if rows.same_token is not None and rows.induction is not None:
-        values[PLACE["same_token"]] = rows.same_token.numpy()
-        values[PLACE["induction"]] = rows.induction.numpy()
-    for name in ("patch_distance", "patch_rows"):
-        values[PLACE[name]] = np.nan
-    if rows.patches is not None:
-        values[PLACE["patch_distance"]] = rows.patches.distance.numpy()
-        values[PLACE["patch_rows"]] = rows.patches.rows.numpy()
-    return HeadSums(torch.from_numpy(values), torch.from_numpy(profiles))
+    return values, of_classes, profiles
 
 
 # position before which each doubling bin ends: 1, 2, 3, 5, 9, …
@@ -139,16 +198,19 @@ def _sum_rows(
     edges: Int64[np.ndarray, " bin"],
     steps: Int64[np.ndarray, " step"],
     profile: Float64[np.ndarray, "2 column"],
-) -> tuple[_Sum, ...]:
-    """Sums over rows, in the order of QUANTITIES; row profiles; and how many pairs begin and end at each distance.
+    out: Float64[np.ndarray, " quantity"],
+) -> None:
+    """Sums over rows into `out`; row profiles; and how many pairs begin and end at each distance.
 
     A row that is not measured holds zeros.
     """
     n = measured.shape[0]
-    entropy, distance = _of_rows(quantities[0], b, h, first, n), _of_rows(quantities[3], b, h, first, n)
-    largest = _of_rows(quantities[2], b, h, first, n)
-    score_max, score_mean = _of_rows(quantities[6], b, h, first, n), _of_rows(quantities[7], b, h, first, n)
-    score_variance = _of_rows(quantities[8], b, h, first, n)
+    entropy = _of_rows(quantities[_ROW.entropy], b, h, first, n)
+    distance = _of_rows(quantities[_ROW.distance], b, h, first, n)
+    largest = _of_rows(quantities[_ROW.max_weight], b, h, first, n)
+    score_max = _of_rows(quantities[_ROW.score_max], b, h, first, n)
+    score_mean = _of_rows(quantities[_ROW.score_mean], b, h, first, n)
+    score_variance = _of_rows(quantities[_ROW.score_variance], b, h, first, n)
     rows, several, masked, nonfinite, pairs = 0, 0, 0, 0, 0
     squared, attended, uniform, score, score_squared = 0.0, 0.0, 0.0, 0.0, 0.0
     for i in range(n):
@@ -169,7 +231,7 @@ def _sum_rows(
     top = np.float32(-np.inf)
     for i in range(n):
         top = max(top, score_max[i] if measured[i] else top)
-    outcomes = 1 if quantities[11].shape[0] > 0 else 0
+    outcomes = 1 if quantities[_ROW.sink].shape[0] > 0 else 0
     shares = np.empty(n, np.float32)
     total_share = 0.0
     for i in range(n):
@@ -189,29 +251,20 @@ def _sum_rows(
     _sum_by_position(entropy, edges, profile[0], _ENTROPY_AT)
     _sum_by_position(distance, edges, profile[0], _DISTANCE_AT)
     _sum_by_position(measured, edges, profile[1], _ENTROPY_AT)
-    return (
-        np.float64(rows),
-        np.float64(several),
-        np.float64(masked),
-        np.float64(nonfinite),
-        _total(entropy),
-        squared,
-        total_share,
-        attended,
-        _total(_of_rows(quantities[1], b, h, first, n)),
-        _total(largest),
-        _total(distance),
-        _total(_of_rows(quantities[4], b, h, first, n)),
-        _total(_of_rows(quantities[5], b, h, first, n)),
-        uniform,
-        _total(_of_rows(quantities[9], b, h, first, n)),
-        _total(_of_rows(quantities[10], b, h, first, n)),
-        _total(_of_rows(quantities[11], b, h, first, n)),
-        np.float64(top),
-        np.float64(pairs),
-        score,
-        score_squared,
-    )
+    out[_AT.rows], out[_AT.several], out[_AT.masked], out[_AT.nonfinite] = rows, several, masked, nonfinite
+    out[_AT.entropy], out[_AT.entropy_squared], out[_AT.entropy_share] = _total(entropy), squared, total_share
+    out[_AT.attended] = attended
+    out[_AT.collision] = _total(_of_rows(quantities[_ROW.collision], b, h, first, n))
+    out[_AT.max_weight] = _total(largest)
+    out[_AT.distance] = _total(distance)
+    out[_AT.offset] = _total(_of_rows(quantities[_ROW.offset], b, h, first, n))
+    out[_AT.offset_std] = _total(_of_rows(quantities[_ROW.offset_std], b, h, first, n))
+    out[_AT.uniform_distance] = uniform
+    out[_AT.context_norm] = _total(_of_rows(quantities[_ROW.context_norm], b, h, first, n))
+    out[_AT.output_norm] = _total(_of_rows(quantities[_ROW.output_norm], b, h, first, n))
+    out[_AT.sink] = _total(_of_rows(quantities[_ROW.sink], b, h, first, n))
+    out[_AT.score_max] = top
+    out[_AT.pairs], out[_AT.score], out[_AT.score_squared] = pairs, score, score_squared
 
 
 @njit(error_model="numpy", fastmath=FAST)
@@ -220,7 +273,8 @@ def _sum_offsets(
     steps: Int64[np.ndarray, " step"],
     edges: Int64[np.ndarray, " bin"],
     profile: Float64[np.ndarray, "2 column"],
-) -> tuple[float, float, float, float, float]:
+    out: Float64[np.ndarray, " quantity"],
+) -> None:
     """Self, previous, next, backward, forward; and the offset profile, mass and opportunity."""
     n = steps.shape[0] // 2
     middle = offsets.shape[0] // 2
@@ -250,7 +304,8 @@ def _sum_offsets(
             backward += down
         begin = end
     previous, following = (behind[1], ahead[1]) if n > 1 else (np.float32(0), np.float32(0))
-    return np.float64(ahead[0]), np.float64(previous), np.float64(following), backward, forward
+    out[_AT.self], out[_AT.previous], out[_AT.next] = ahead[0], previous, following
+    out[_AT.backward], out[_AT.forward] = backward, forward
 
 
 @njit(error_model="numpy", fastmath=FAST)
@@ -263,8 +318,9 @@ def _sum_keys(
     edges: Int64[np.ndarray, " bin"],
     profile: Float64[np.ndarray, "2 column"],
     of_class: Float64[np.ndarray, " class"],
-) -> tuple[_Sum, _Sum, _Sum, _Sum, _Sum, _Sum]:
-    """First; then the mean row's entropy, largest and its place, and what is written on the first key and on all."""
+    out: Float64[np.ndarray, " quantity"],
+) -> None:
+    """Mass on the first key and by class; the mean row's entropy, largest and its place; what is written, first and all."""
     n = received.shape[0]
     _sum_by_position(received, edges, profile[0], _RECEIVED_AT)
     _sum_by_position(np.ones(n, np.float32), edges, profile[1], _RECEIVED_AT)
@@ -286,10 +342,14 @@ def _sum_keys(
     written = 0.0 if value_norm.shape[0] > 0 else np.nan
     for j in range(value_norm.shape[0]):
         written += np.float64(received[j]) * value_norm[j]
-    written_first = np.float64(received[0]) * value_norm[0] if value_norm.shape[0] > 0 else np.nan
+    out[_AT.first] = received[0]
+    out[_AT.written] = written
+    out[_AT.written_first] = np.float64(received[0]) * value_norm[0] if value_norm.shape[0] > 0 else np.nan
     if rows == 0:
-        return np.float64(received[0]), np.nan, np.nan, np.nan, written_first, written
-    return np.float64(received[0]), max(entropy, 0.0), largest / rows, np.float64(place), written_first, written
+        out[_AT.received_entropy], out[_AT.received_max], out[_AT.received_max_key] = np.nan, np.nan, np.nan
+    else:
+        out[_AT.received_entropy] = max(entropy, 0.0)
+        out[_AT.received_max], out[_AT.received_max_key] = largest / rows, np.float64(place)
 
 
 @kernel(
@@ -306,6 +366,7 @@ def _sum_keys(
     array(int64, 2),
     types.Array(float32, 1, "C"),
     types.Array(int64, 1, "C"),
+    array(float64, 3),
     array(float64, 3),
     array(float64, 3),
     fast=True,
@@ -325,6 +386,7 @@ def _sum_up(
     ln_of: Float32[np.ndarray, " outcomes"],
     edges: Int64[np.ndarray, " bin"],
     values: Float64[np.ndarray, "quantity batch head"],
+    of_classes: Float64[np.ndarray, "class batch head"],
     profiles: Float64[np.ndarray, "2 head column"],
 ) -> None:
     # one head at a time, its sequences in order: sums come out the same on any number of threads
@@ -336,7 +398,7 @@ def _sum_up(
             rows = slice(first, first + n)
             steps = np.zeros(2 * n, np.int64)
             out = values[:, b, h]
-            of_rows = _sum_rows(
+            _sum_rows(
                 measured[b, h, rows],
                 quantities,
                 b,
@@ -349,25 +411,20 @@ def _sum_up(
                 edges,
                 steps,
                 profile,
+                out,
             )
-            of_offsets = _sum_offsets(offsets[b, h], steps, edges, profile)
-            place = len(of_rows) + len(of_offsets) + 1
-            of_keys = _sum_keys(
+            _sum_offsets(offsets[b, h], steps, edges, profile, out)
+            _sum_keys(
                 received[b, h, rows],
                 _of_rows(value_norm, b, h, first, n),
                 classes[b, rows] if classes.shape[0] > 0 else classes[:0, 0],
-                of_rows[0],
-                of_rows[16],
+                out[_AT.rows],
+                out[_AT.sink],
                 edges,
                 profile,
-                out[place : place + _CLASSES],
+                of_classes[:, b, h],
+                out,
             )
-            for number, value in enumerate(of_rows + of_offsets + (of_keys[0],)):
-                out[number] = value
-            place += _CLASSES
-            out[place : place + 2] = np.nan  # same token and induction, which the engine sums
-            for number, value in enumerate(of_keys[1:]):
-                out[place + 2 + number] = value
         profile[1, _DISTANCE_AT : _DISTANCE_AT + edges.shape[0]] = profile[
             1, _ENTROPY_AT : _ENTROPY_AT + edges.shape[0]
         ]

@@ -1,0 +1,119 @@
+"""Between a forward pass and the tables: every recorder is asked what it keeps, and gets it once the pass went through."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from extract.capture.layout import Attention, Layout, Site
+from extract.engines import Engine
+from extract.engines.needs import Needs
+from extract.engines.observations import HeadObservation
+from extract.engines.quantities import ROW_QUANTITIES, Fact
+from extract.engines.sums import HeadSums
+from extract.tables import Recorder, Scope, Table, needs_of
+
+_Kept = tuple[Recorder, Any, dict[str, Tensor]]
+
+
+class Collector:
+    """Hands what a pass shows to the recorders of tables.
+
+    A batch counts when it is settled, and as a whole: one that failed half-way leaves nothing behind.
+    """
+
+    def __init__(self, recorders: Sequence[Recorder], needs: Needs, *, sequences: int) -> None:
+        self.needs = needs
+        self._recorders = recorders
+        self.begin(range(sequences))
+
+    def begin(self, sequences: Sequence[int] | np.ndarray) -> None:
+        """The next batch has these sequences of the shard; what is left of one that failed is dropped."""
+        self._sequences = np.asarray(sequences)
+        self._kept: list[_Kept] = []
+        self._copied: torch.cuda.Event | None = None
+
+    def heads(self, attention: Attention, sums: HeadSums, calls: Sequence[HeadObservation]) -> None:
+        for recorder in self._recorders:
+            self._take(recorder, attention, recorder.keep_heads(attention, sums, calls))
+
+    def residual(self, site: Site, columns: Float[Tensor, "column batch"]) -> None:
+        for recorder in self._recorders:
+            self._take(recorder, site, recorder.keep_site(site, columns))
+
+    def settle(self) -> None:
+        """Count the batch: its forward pass went through."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        for recorder, place, kept in self._kept:
+            recorder.add(place, self._sequences, {name: tensor.numpy() for name, tensor in kept.items()})
+        self.begin(self._sequences)
+
+    def tables(self) -> dict[str, pa.Table]:
+        """The rows of every table."""
+        return {recorder.table.name: recorder.to_arrow() for recorder in self._recorders}
+
+    def _take(self, recorder: Recorder, place: Any, kept: Mapping[str, Tensor] | None) -> None:
+        if kept is not None:
+            self._kept.append((recorder, place, {name: self._bring_home(tensor) for name, tensor in kept.items()}))
+
+    def _bring_home(self, tensor: Tensor) -> Tensor:
+        """The tensor on the CPU. CUDA is not waited for until the batch is settled: the model goes on meanwhile."""
+        if tensor.device.type != "cuda":
+            return tensor.cpu()
+        home = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(tensor.device))
+        return home
+
+
+def open_collector(
+    tables: Iterable[Table],
+    model: nn.Module,
+    layout: Layout,
+    *,
+    sequence_ids: np.ndarray,
+    document_ids: np.ndarray,
+    shard: int = 0,
+    without: frozenset[str] = frozenset(),
+) -> Collector:
+    """A collector for the tables that this model has and this shard holds; `without` names columns to leave out."""
+    chosen = [table for table in tables if is_recorded(table, layout, shard=shard)]
+    columns = {t.name: tuple(c for c in t.facts if c.name not in without) for t in chosen}
+    needs = needs_of(columns)
+    recorders = []
+    for table in chosen:
+        scope = Scope(sequence_ids, document_ids, columns[table.name], needs, model, layout, shard)
+        assert table.recorder is not None, f"{table.name} is recorded"
+        recorders.append(table.recorder(table, scope))
+    return Collector(recorders, needs, sequences=len(sequence_ids))
+
+
+def is_recorded(table: Table, layout: Layout, *, shard: int) -> bool:
+    """Whether the table has rows of a shard: one of the residual stream needs a model whose stream can be read."""
+    if table.recorder is None or (table.kind == "static" and shard > 0):
+        return False
+    return layout.residual_refusal is None or not table.needs(table.facts).residual
+
+
+def left_to_reference(
+    tables: Iterable[Table], layout: Layout, engine: Engine, *, absent: Collection[Fact]
+) -> dict[str, list[str]]:
+    """Row quantities and residual columns that the engine leaves to the reference engine; nothing where it makes all.
+
+    `absent` are facts that no attention call of the model has: what needs them is never made.
+    """
+    chosen = [table for table in tables if is_recorded(table, layout, shard=0)]
+    needs = needs_of({table.name: table.facts for table in chosen})
+    rows = [name for name in needs.row_quantities if not set(ROW_QUANTITIES[name].needs) & set(absent)]
+    left = {
+        "rows": engine.left_to_reference(rows),
+        "residual": engine.residual_left_to_reference(needs.residual),
+    }
+    return {what: names for what, names in left.items() if names}

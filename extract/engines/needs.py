@@ -1,0 +1,56 @@
+"""What is asked of a forward pass: quantities of heads and rows by name, and columns of the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from extract.engines.observations import ResidualObservation
+
+    ResidualColumn = Callable[[ResidualObservation], Float[Tensor, " batch"] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a table, or all tables together, need of a pass: nothing else is computed.
+
+    `rows` are the row quantities that are needed for themselves, not as parts of head quantities. `residual` are the
+    columns of residual sites, each with the function that gives it.
+    """
+
+    head_quantities: frozenset[str] = frozenset()
+    rows: frozenset[str] = frozenset()
+    profiles: bool = False
+    residual: Mapping[str, ResidualColumn] = field(default_factory=dict)
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            head_quantities=self.head_quantities | other.head_quantities,
+            rows=self.rows | other.rows,
+            profiles=self.profiles or other.profiles,
+            residual={**self.residual, **other.residual},
+        )
+
+    @cached_property
+    def head_names(self) -> tuple[str, ...]:
+        """The head quantities in the order in which a pass gives them."""
+        return tuple(sorted(self.head_quantities))
+
+    @cached_property
+    def residual_names(self) -> tuple[str, ...]:
+        """The columns of sites in the order in which a pass gives them."""
+        return tuple(sorted(self.residual))
+
+    @cached_property
+    def row_quantities(self) -> frozenset[str]:
+        """All row quantities that engines are asked for."""
+        from extract.engines.sums import PROFILE_ROWS, row_quantities_for
+
+        of_profiles = frozenset(PROFILE_ROWS) if self.profiles else frozenset()
+        return self.rows | row_quantities_for(self.head_quantities) | of_profiles

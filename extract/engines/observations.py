@@ -1,0 +1,96 @@
+"""What the forward pass shows of one attention call and of one residual site, for the tables to take what they keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from extract.engines.rows import Rows
+    from extract.engines.visibility import Visibility
+
+
+@dataclass(frozen=True)
+class HeadObservation:
+    """One attention call: its row quantities, who sees whom, and the classes of the keys' tokens."""
+
+    rows: Rows
+    visibility: Visibility
+    classes: Int[Tensor, "batch key"] | None = None  # index into TOKEN_CLASSES; anything at padding
+
+    @cached_property
+    def count(self) -> Float[Tensor, "batch head"]:
+        """How many rows are measured."""
+        return self.rows.measured.sum(-1).double()
+
+    @cached_property
+    def visible_keys(self) -> Float[Tensor, "batch head query"]:
+        """m_i of measured rows, 0 of others."""
+        return (self.visibility.visible * self.rows.measured).double()
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, "batch head query"]:
+        return self.rows["entropy"].double()
+
+    @cached_property
+    def entropy_share(self) -> Float[Tensor, "batch head query"]:
+        """H_i / ln m_i of rows that see two keys or more, 0 of others; a learned sink is one more outcome."""
+        outcomes = self.visible_keys + ("sink" in self.rows)
+        return (self.entropy * (self.visible_keys >= 2) / outcomes.clamp_min(2).log()).clamp_max(1)
+
+    @cached_property
+    def received(self) -> Float[Tensor, "batch head key"]:
+        return self.rows["received"].double()
+
+    @cached_property
+    def mean_row(self) -> Float[Tensor, "batch head key"]:
+        """p̄_j = mean_i p[i,j]; NaN where no row is measured."""
+        return self.received / self.count[..., None]
+
+
+@dataclass(frozen=True)
+class NormObservation:
+    """What a normalisation layer read and wrote."""
+
+    read: Float[Tensor, "*batch token width"]
+    wrote: Float[Tensor, "*batch token width"]
+    kind: Literal["layer", "rms"]
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class ResidualObservation:
+    """The stream around one sublayer, in float32 or better."""
+
+    real: Bool[Tensor, "batch token"]
+    after: Float[Tensor, "batch token width"]
+    stream: Float[Tensor, "batch token width"] | None = None
+    update: Float[Tensor, "batch token width"] | None = None
+    norm: NormObservation | None = None
+    contexts: Float[Tensor, "batch head token head_width"] | None = None
+
+    def mean(self, values: Float[Tensor, "batch token"]) -> Float[Tensor, " batch"]:
+        """Mean over real tokens at which the value is defined; NaN where there is none."""
+        defined = self.real & values.isfinite()
+        return values.where(defined, 0).sum(-1) / defined.sum(-1)
+
+    @cached_property
+    def stream_norms(self) -> Float[Tensor, "batch token"] | None:
+        return None if self.stream is None else self.stream.norm(dim=-1)
+
+    @cached_property
+    def update_norms(self) -> Float[Tensor, "batch token"] | None:
+        return None if self.update is None else self.update.norm(dim=-1)
+
+    @cached_property
+    def after_norms(self) -> Float[Tensor, "batch token"]:
+        return self.after.norm(dim=-1)
+
+    @cached_property
+    def largest(self) -> Float[Tensor, "batch width"]:
+        """Largest |x'| of each dimension over the real tokens."""
+        return (self.after.abs() * self.real[..., None]).amax(1)

@@ -1,1 +1,0 @@
-"""The catalogue: every column of every measured table, each a function in a record."""
