@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import os
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
@@ -21,6 +25,7 @@ config: Any = numba_config  # its attributes are made at run time
 # sums may be reordered and contracted, but infinities and NaN keep their meaning: they mark rows to leave out
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 _KERNELS: dict[str, Callable[[], Any]] = {}
+_compiles_here = False  # in a process that does nothing else
 
 
 def array(kind: Any, dimensions: int) -> Any:
@@ -42,10 +47,13 @@ def kernel(*arguments: Any, fast: bool = False) -> Callable[[Callable[..., None]
 
         @cache
         def made() -> Callable[..., None]:
+            if not kernel_cache.is_kept(name):
+                _compile_elsewhere()
             return kernel_cache.compiled(
                 name, lambda keeps: njit(types.void(*arguments), cache=keeps, **options)(function)
             )
 
+        made.__module__ = function.__module__
         _KERNELS[name] = made
 
         @wraps(function)
@@ -63,6 +71,37 @@ def prepare() -> None:
     _share_threads()  # first: loading a kernel starts numba's threads, as many as there are cores
     for made in _KERNELS.values():
         made()
+
+
+def compile_modules(modules: Sequence[str]) -> None:
+    """Compile every kernel of these modules in this process, so that the cache keeps them."""
+    global _compiles_here
+    _compiles_here = True
+    for module in modules:
+        importlib.import_module(module)
+    prepare()
+
+
+def _compile_elsewhere() -> None:
+    """Compile the kernels that are not kept in a process of its own; where that fails, they are compiled in this one.
+
+    What numba has just compiled runs a copy of each parallel loop that was optimised apart from the one that it keeps: float
+    sums differ in their last digits. So that the first run on a machine gives the bytes of all others, what was kept is
+    loaded, and nothing is run by the process that compiled it.
+    """
+    missing = [name for name in _KERNELS if not kernel_cache.is_kept(name)]
+    modules = sorted({_KERNELS[name].__module__ for name in missing} - {"__main__"})
+    if _compiles_here or not modules or not sys.executable or not kernel_cache.has_room():
+        return
+    code = f"import sys; from {__name__} import compile_modules; compile_modules(sys.argv[1:])"
+    environment = {
+        **os.environ,
+        **kernel_cache.environment(),
+        "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
+    }
+    subprocess.run(
+        [sys.executable, "-c", code, *modules], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
 
 
 def is_prepared() -> bool:

@@ -31,6 +31,7 @@ from extract.files import discard, open_regular, write_atomically
 
 _config: Any = numba_config  # its attributes are made at run time
 _DIGEST = hashlib.sha256().digest_size
+_temporary: tempfile.TemporaryDirectory[str] | None = None  # where the user's cache can't be written
 _compiling = threading.RLock()  # numba's folder is one setting for all threads
 
 
@@ -81,25 +82,57 @@ def _kept(name: str) -> bytes | None:
     return packed if digest == _digest(name, packed) else None
 
 
+def has_room() -> bool:
+    """Whether there is a folder for compiled code: the user's cache, or else one of this process alone, with a warning."""
+    global _temporary
+    try:
+        if os.access(_writable_folder(), os.W_OK):
+            return True
+        reason: object = "the folder can't be written"
+    except OSError as error:
+        reason = error
+    _warn_that_nothing_is_kept(reason)
+    try:
+        _temporary = tempfile.TemporaryDirectory(prefix="attlas-kernels-")
+    except OSError:
+        return False
+    return True
+
+
+def environment() -> dict[str, str]:
+    """What tells another process to keep its compiled code where this one looks for it."""
+    return {} if _temporary is None else {"NUMBA_CACHE_DIR": _temporary.name}
+
+
+def _writable_folder() -> Path:
+    """The cache's folder, made where there is none. Raises OSError where it can't be, or is not this user's alone."""
+    folder = cache_folder()
+    if folder is None:
+        raise PermissionError("there is no home")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not _is_private(folder):
+        raise PermissionError(f"{folder} is not this user's alone")
+    return folder
+
+
 def _keep(name: str, packed: bytes) -> None:
     """Put what was compiled in the place of what there is. A warning says why nothing can be kept, and goes on."""
-    folder = cache_folder()
     try:
-        if folder is None:
-            raise PermissionError("there is no home")
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not _is_private(folder):
-            raise PermissionError(f"{folder} is not this user's alone")
+        folder = _writable_folder()
         path = folder / f"{name}.kernel"
         if path.is_dir():
             discard(path)
         write_atomically(path, _digest(name, packed) + packed)
     except OSError as error:
-        warnings.warn(
-            f"every process compiles the engine anew, since what is compiled can't be kept: {error}; "
-            "set NUMBA_CACHE_DIR to a folder that can be written",
-            stacklevel=2,
-        )
+        _warn_that_nothing_is_kept(error)
+
+
+def _warn_that_nothing_is_kept(reason: object) -> None:
+    warnings.warn(
+        f"every process compiles the engine anew, since what is compiled can't be kept: {reason}; "
+        "set NUMBA_CACHE_DIR to a folder that can be written",
+        stacklevel=3,
+    )
 
 
 def _packed(folder: Path) -> bytes:
@@ -130,7 +163,7 @@ def _is_ours(status: os.stat_result) -> bool:
 
 def cache_folder() -> Path | None:
     """Where code of these sources, for this machine, is kept; None where there is no home."""
-    home = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    home = environment().get("NUMBA_CACHE_DIR") or os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(home or Path.home() / ".cache") / "attlas" / _key()
     except RuntimeError:  # a user without a home
@@ -145,6 +178,6 @@ def _key() -> str:
     target = context.codegen().magic_tuple()
     versions = (numba.__version__, version("llvmlite"), platform.python_implementation(), platform.python_version())
     digest = hashlib.sha256(repr((str(extract), target, versions)).encode())
-    for source in sorted([*extract.glob("engines/*.py"), *extract.glob("statistics/*.py")]):
+    for source in sorted(extract.glob("engines/*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

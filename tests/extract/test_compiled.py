@@ -63,3 +63,35 @@ def test_compiling_leaves_torchs_number_of_threads(tmp_path: Path) -> None:
     set_ = {"PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "3", "XDG_CACHE_HOME": str(tmp_path)}
     ended = subprocess.run([sys.executable, script], env={**os.environ, **set_}, capture_output=True, text=True)
     assert ended.stdout == "1 1\n", ended.stderr
+
+
+STATES = """
+import sys, warnings, numpy as np, torch
+from extract.engines.observations import NormObservation
+from extract.engines.residual_cpu import read_state
+from extract.engines.visibility import Axis
+
+warnings.simplefilter("ignore")
+generator = torch.Generator().manual_seed(0)
+state, start, length = torch.randn(2, 100, 384, generator=generator), torch.tensor([0, 0]), torch.tensor([100, 31])
+output = torch.empty_like(state)
+norm = NormObservation(state, output, "layer", 1e-12)
+columns = read_state(Axis(start, length, 100), state, norm=norm, output=output)
+sys.stdout.buffer.write(output.numpy().tobytes() + b"".join(c.tobytes() for c in columns.norm.values()))
+"""
+
+
+@pytest.mark.slow
+def test_the_process_that_finds_no_compiled_code_computes_the_same_bytes_as_others(tmp_path: Path) -> None:
+    """What numba has just compiled is another optimisation of the same loop than what it keeps."""
+
+    def computed(**places: str) -> bytes:
+        kept = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+        environment = {**kept, "PYTHONPATH": str(ROOT), **places}
+        return subprocess.run(
+            [sys.executable, "-c", STATES], env=environment, stdout=subprocess.PIPE, check=True
+        ).stdout
+
+    first, second = (computed(XDG_CACHE_HOME=str(tmp_path)) for _ in range(2))
+    assert len(first) > 300_000 and first == second
+    assert computed(NUMBA_CACHE_DIR="/proc/nothing") == first, "where nothing can be kept"
