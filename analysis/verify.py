@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import polars as pl
 import polars.selectors as cs
@@ -17,8 +16,9 @@ from analysis.integrity import integrity, strays, totals
 from analysis.manifest import section
 from analysis.parts import first_line
 from analysis.report.numbers import plural
+from analysis.scanning import scan_parts
 from extract.schema import CLASS_MASSES, TABLES, Table
-from extract.store import MANIFEST, Part
+from extract.store import MANIFEST, Location, Part, name_of
 
 ALWAYS = ("documents", "sequences", "heads", "profiles")  # residual needs a model whose stream can be seen
 MASS_TOLERANCE = 1e-4
@@ -38,9 +38,9 @@ class Check:
     message: str
 
 
-def verify(folder: Path | str) -> list[Finding]:
+def verify(location: Location) -> list[Finding]:
     """Everything that is wrong with a dataset; an empty list for a sound one. Refusal where there is no dataset."""
-    return findings_in(Dataset.open(folder))
+    return findings_in(Dataset.open(location))
 
 
 def findings_in(dataset: Dataset) -> list[Finding]:
@@ -78,9 +78,9 @@ def _contents(dataset: Dataset, sound: Mapping[str, list[Part]]) -> Iterator[Fin
         links = _links(dataset, _scan(dataset, sound["documents"]), sequences)
         yield from _readable("documents, sequences", links)
     if all(_whole(dataset, sound, table) for table in ("heads", "profiles")):
-        profiles = {Path(part.path).name: part for part in sound["profiles"]}
+        profiles = {name_of(part.path): part for part in sound["profiles"]}
         for heads in sound["heads"]:
-            beside = profiles.get(Path(heads.path).name)
+            beside = profiles.get(name_of(heads.path))
             if beside is None:
                 yield Finding(heads.path, "profile sums", "no profiles of the same shard")
             else:
@@ -101,8 +101,7 @@ def _whole(dataset: Dataset, sound: Mapping[str, list[Part]], table: str) -> boo
 
 
 def _scan(dataset: Dataset, parts: Iterable[Part]) -> pl.LazyFrame:
-    paths = [dataset.root / part.path for part in parts]
-    return pl.scan_parquet(paths, glob=False, hive_partitioning=False).with_columns(cs.categorical().cast(pl.String))
+    return scan_parts(dataset.storage, parts).with_columns(cs.categorical().cast(pl.String))
 
 
 def _part_findings(dataset: Dataset, table: Table, part: Part, sequences: pl.LazyFrame | None) -> Iterator[Finding]:
