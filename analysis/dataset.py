@@ -18,7 +18,7 @@ from extract.store import Location, Part, Refusal, Storage, is_key, open_dataset
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a finished run has written: where it is stored, and its manifest."""
+    """The storage of a finished run and its manifest."""
 
     storage: Storage
     manifest: Mapping[str, Any]

@@ -52,14 +52,14 @@ def read_footer(storage: Storage, key: str) -> Footer:
 
 
 def size_of(storage: Storage, key: str) -> int:
-    """The bytes of a part; DamagedPart where there is none."""
+    """The size of a part in bytes; DamagedPart if there is no such file."""
     try:
         with storage.open(key) as file:
             return file.seek(0, os.SEEK_END)
     except FileNotFoundError as error:
         raise DamagedPart("there is no such file") from error
     except OSError as error:
-        raise DamagedPart(f"it is no file that can be read ({first_line(error)})") from error
+        raise DamagedPart(f"it is no readable file ({first_line(error)})") from error
 
 
 def unreadable_rows(storage: Storage, key: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Parts as Polars and Arrow read them: where they are, and of each no more than is asked for."""
+"""Scans Parquet parts in place, with Polars or Arrow, reading only the columns and row groups that are needed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def scan_parts(storage: Storage, parts: Iterable[Part]) -> pl.LazyFrame:
-    """The rows of parts of one schema, part by part."""
+    """The rows of parts with a common schema."""
     sources = [storage.source(part.path) for part in parts]
     if _are_local(sources):
         return pl.scan_parquet(sources, glob=False, hive_partitioning=False)
-    # of a file that is not local Polars reads everything, Arrow the ranges that it needs
+    # Polars reads Python files whole; Arrow reads only the ranges it needs
     return pl.scan_pyarrow_dataset(_dataset(sources))
 
 
 def arrow_dataset(storage: Storage, parts: Iterable[Part], schema: pa.Schema) -> arrow.Dataset:
-    """The same rows as a dataset of Arrow."""
+    """The rows of parts as an Arrow dataset."""
     return _dataset([storage.source(part.path) for part in parts], schema)
 
 

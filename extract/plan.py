@@ -96,7 +96,7 @@ def _read_spool(storage: Storage, shard: int, digest: str | None) -> bytes:
 
 
 def write_spool(storage: Storage, shard: int, sequences: pa.Table, documents: pa.Table) -> str:
-    """Write a shard's spool; gives its SHA-256."""
+    """Write a shard's spool; returns its SHA-256."""
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     for table in (sequences, documents):

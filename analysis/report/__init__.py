@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def write_report(location: Location, out: Path | str | None = None) -> Path | str:
-    """Write the report of a finished dataset as one self-contained HTML page: `out`, or report.html beside the tables.
+    """Write the report of a finished dataset as one self-contained HTML page, by default report.html beside its tables.
 
-    Gives where the page is; that is no path where the dataset is in an object store.
+    Returns the path of the page, or its URL in an object store.
     """
     from analysis.damage import damage_refused
     from analysis.dataset import Dataset

@@ -1,7 +1,7 @@
-"""Where datasets are: local folders and object stores behind one interface, and a dataset's objects in them.
+"""Dataset storage: local folders and object stores behind one interface, and the parts of a dataset on top of it.
 
-`interface` is what a storage must do, `local` and `objects` do it, `opening` chooses. `layout` has the key of everything,
-`parts`, `records`, `manifest`, `claim` and `work` each read and write one kind of it, and `dataset` puts them together.
+`interface` defines a storage; `local` and `objects` implement it; `opening` opens one. `layout` defines all keys; `parts`,
+`records`, `manifest`, `claim` and `work` each cover one kind of object; `dataset` combines them.
 """
 
 from extract.errors import Refusal as Refusal

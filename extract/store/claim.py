@@ -1,4 +1,4 @@
-"""Whose dataset it is: the run that took the storage, until the end and after."""
+"""Which run a dataset belongs to: a storage is claimed by one run and never by another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from extract.store.sealed import get_sealed, sealed
 
 
 def held_run(storage: Storage) -> dict[str, Any] | None:
-    """The parameters of the run that the storage holds, finished or not. Refuses what can't tell them any more."""
+    """The parameters of the run in a storage, finished or not. Refuses if they are damaged beyond recovery."""
     try:
         unfinished = get_sealed(storage, RUN)
     except Damaged as error:
@@ -29,7 +29,7 @@ def held_run(storage: Storage) -> dict[str, Any] | None:
 
 
 def refuse_foreign(storage: Storage) -> None:
-    """Refuse a place that is no folder, or a folder that holds something and no run."""
+    """Refuse a file in the folder's place, and a folder that holds something other than a run."""
     try:
         names = storage.names() or ()
     except NotADirectoryError as error:
@@ -48,7 +48,7 @@ def refuse_foreign(storage: Storage) -> None:
 
 
 def _is_only_an_unfinished_claim(storage: Storage, names: Sequence[str]) -> bool:
-    """A run that was killed while it took the folder leaves no more than a lock or a temporary file in _work."""
+    """Whether there is only what a run leaves if it is killed while claiming: a lock or a temporary file in _work."""
     if list(names) != [WORK]:
         return False
     try:
@@ -59,9 +59,9 @@ def _is_only_an_unfinished_claim(storage: Storage, names: Sequence[str]) -> bool
 
 
 def claim(storage: Storage, run: Mapping[str, Any]) -> bool:
-    """Take the storage for this run: True where it was nobody's, False where it is this run's already.
+    """Claim a storage for a run; True if it was free, False if this run has claimed it before.
 
-    Refuses a storage that holds another run or something else. Of several runs at once, one takes it.
+    Refuses a storage that holds another run or something else. Of several concurrent runs, one succeeds.
     """
     refuse_foreign(storage)
     is_new = held_run(storage) is None and storage.put_if_absent(RUN, sealed(run))
@@ -70,7 +70,7 @@ def claim(storage: Storage, run: Mapping[str, Any]) -> bool:
 
 
 def refuse_another(storage: Storage, run: Mapping[str, Any]) -> None:
-    """Refuse a storage that holds a run which is not this one, with what differs."""
+    """Refuse a storage that holds a different run, naming the differences."""
     held = held_run(storage)
     differences = [] if held is None else _differences(held, json.loads(json.dumps(run)))
     if differences:

@@ -1,4 +1,4 @@
-"""A dataset in its storage, as a run writes it and as everyone reads it."""
+"""A dataset in its storage, as runs write it and readers open it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EE
 
 @dataclass(frozen=True)
 class Store:
-    """One dataset and the storage that holds nothing else."""
+    """One dataset, alone in its storage."""
 
     storage: Storage
 
@@ -35,36 +35,36 @@ class Store:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest, or None where there is none. Refuses one that is damaged or of another version, by its key."""
+        """The manifest, or None if there is none. Refuses a damaged one, naming the key, and one of another version."""
         return read_manifest(self.storage)
 
     @property
     def exists(self) -> bool:
-        """Whether the storage is there, if only as an empty folder."""
+        """Whether the storage exists, possibly as an empty folder."""
         return self.storage.names() is not None
 
     def held_run(self) -> dict[str, Any] | None:
-        """The parameters of the run that the storage holds, finished or not. Refuses what can't tell them any more."""
+        """The parameters of the run in the storage, finished or not. Refuses if they are damaged beyond recovery."""
         return claim.held_run(self.storage)
 
     def refuse_foreign(self) -> None:
-        """Refuse a place that is no folder, or a folder that holds something and no run."""
+        """Refuse a file in the folder's place, and a folder that holds something other than a run."""
         claim.refuse_foreign(self.storage)
 
     def refuse_another(self, run: Mapping[str, Any]) -> None:
-        """Refuse a storage that holds a run which is not this one, with what differs."""
+        """Refuse a storage that holds a different run, naming the differences."""
         claim.refuse_another(self.storage, run)
 
     def claim(self, run: Mapping[str, Any]) -> bool:
-        """Take the storage for this run: True where it was nobody's, False where it is this run's already."""
+        """Claim the storage for a run; True if it was free, False if this run has claimed it before."""
         return claim.claim(self.storage, run)
 
     def refuse_busy(self) -> None:
-        """Refuse a storage that another process or thread writes into now."""
+        """Refuse a storage that another process or thread is writing to."""
         refuse_busy(self.storage, LOCK)
 
     def lock(self) -> Lock:
-        """Keep everyone else from writing into the storage; refused where somebody does, and where nobody may."""
+        """Lock the storage against other writers; refused if it is locked or cannot be written."""
         try:
             return take_lock(self.storage, LOCK)
         except OSError as error:
@@ -75,7 +75,7 @@ class Store:
             ) from error
 
     def unlock(self) -> None:
-        """Release the storage's lock if this thread holds it."""
+        """Release the lock if this thread holds it."""
         release_lock(self.storage, LOCK)
 
     def write_part(self, table: str, shard: int, rows: pa.Table) -> Part:
@@ -83,46 +83,46 @@ class Store:
 
     @property
     def has_records(self) -> bool:
-        """Whether shards of the run were done before."""
+        """Whether the run has measured shards before."""
         return records.has_records(self.storage)
 
     def write_record(self, record: ShardRecord) -> None:
         records.write_record(self.storage, record)
 
     def read_record(self, shard: int) -> ShardRecord | None:
-        """The record of a finished shard whose parts are all there in their sizes, else None."""
+        """The record of a shard, or None unless it is sound and all its parts exist with the recorded sizes."""
         return records.read_record(self.storage, shard)
 
     def discard_damaged(self, shard: int, *, spool: str) -> None:
-        """Remove a shard's record unless its parts are those that were written, from the spool of this SHA-256."""
+        """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256."""
         records.discard_damaged(self.storage, shard, spool=spool)
 
     def discard_beyond(self, shards: int) -> None:
-        """Remove parts and records of shards that the plan does not have: those of a plan that was lost."""
+        """Delete parts and records of shards beyond the plan, left by an earlier plan that was lost."""
         work.discard_beyond(self.storage, shards)
 
     def clear_obstacles(self) -> None:
-        """Make room for what is written at the end and for records; refuses what is not ours to remove."""
+        """Make way for the card and the records; refuses if something that must not be deleted is in the way."""
         work.clear_obstacles(self.storage)
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a work area: a run that is not finished, or was not tidied."""
+        """Whether there is a work area: the run is unfinished, or was killed before it cleaned up."""
         return work.has_work(self.storage)
 
     def clear_work(self) -> None:
-        """Remove what only an unfinished run needs, token ids among it, and temporary files of killed writers."""
+        """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers."""
         work.clear_work(self.storage)
 
     def finish(self, manifest: Mapping[str, Any], card: str) -> None:
-        """Make the dataset exist: the card, then the manifest; the work area goes."""
+        """Make the dataset exist: write the card, then the manifest, and delete the work area."""
         self.storage.put(CARD, card.encode())
         self.storage.put(MANIFEST, as_json(dict(manifest)))
         self.clear_work()
 
 
 def open_dataset(location: Location) -> tuple[Storage, dict[str, Any]]:
-    """A finished dataset's storage and its manifest, whose shape is checked. Raises Refusal for anything else."""
+    """The storage and the checked manifest of a finished dataset. Raises Refusal for anything else."""
     storage = open_storage(location)
     if not _is_there(storage):
         raise Refusal(f"a dataset is a folder; there is none at {storage.place()}; give the --out of a finished run")

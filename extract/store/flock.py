@@ -29,7 +29,7 @@ _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def flock(path: Path) -> Callable[[], None] | None:
-    """Lock the file; gives the function that releases it, or None where another process or thread holds it."""
+    """Lock the file; returns the function that unlocks it, or None if another process or thread holds the lock."""
     descriptor = _opened(path)
     try:
         if _is_locked(descriptor, exclusively=True) and _is_still_there(descriptor, path):
@@ -43,7 +43,7 @@ def flock(path: Path) -> Callable[[], None] | None:
 
 
 def flock_holder(path: Path) -> str | None:
-    """Who holds the lock of the file, in words; None where nobody does. Nothing is created."""
+    """A description of who holds the lock; None if it is free. Creates nothing."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:  # there is none

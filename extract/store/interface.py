@@ -1,9 +1,9 @@
-"""What a dataset is stored in: objects that have a key, and appear whole or not at all.
+"""The storage interface: objects addressed by key, each written whole or not at all.
 
-A key is text with forward slashes, such as `heads/shard-00000.parquet`. A folder is what keys share before a slash: an
-object store has no others, a file system may hold empty ones, and things that are neither folders nor regular files.
+A key is a string with forward slashes, such as `heads/shard-00000.parquet`. A folder is a prefix of keys that ends before a
+slash. A file system may also hold empty folders, symbolic links and special files; an object store has only objects.
 
-What fails is an OSError that names the place; an object that isn't there is a FileNotFoundError, or None where so said.
+Failures are OSErrors that name the full place. Reading a missing object raises FileNotFoundError unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -18,82 +18,82 @@ _AT_ONCE = 1 << 22
 
 
 class Storage(ABC):
-    """A folder or an object store."""
+    """A local folder or an object store."""
 
     @abstractmethod
     def place(self, key: str = "") -> str:
-        """Where an object is, in full, as the user knows it; without a key, where the storage is."""
+        """The full path or URL of an object, for messages; without a key, that of the storage."""
 
     @abstractmethod
     def put(self, key: str, content: bytes) -> None:
-        """Write a whole object, durably; where that fails, what was there stays."""
+        """Write an object durably and atomically; on failure the previous one stays."""
 
     @abstractmethod
     def put_if_absent(self, key: str, content: bytes) -> bool:
-        """Write a whole object unless there is one of that key: of all who try at once, one gets True."""
+        """Create an object if the key is free, atomically; of several concurrent callers exactly one gets True."""
 
     @abstractmethod
     def writing(self, key: str) -> AbstractContextManager[BinaryIO]:
-        """A file to write an object to, of any size; it takes its place when the block ends without an error."""
+        """A writable file for an object of any size, which appears when the block ends without an error."""
 
     @abstractmethod
     def get(self, key: str) -> bytes | None:
-        """The whole object, or None where there is nothing. Raises Damaged where something else is in its place."""
+        """The content of an object, or None if there is none. Raises Damaged if something else has its name."""
 
     @abstractmethod
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        """So many bytes of an object, all of which it has."""
+        """A range of bytes, which must lie within the object."""
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """An object to read from, at any place in it."""
+        """A readable, seekable file over an object."""
 
     @abstractmethod
     def source(self, key: str) -> str | BinaryIO:
-        """What a Parquet reader is given: the name of a local file, else a file that fetches the ranges it is asked for."""
+        """What to give a Parquet reader: the path of a local file, or else a file that fetches only the ranges read."""
 
     @abstractmethod
     def size(self, key: str) -> int | None:
-        """The bytes of an object that is the storage's own, as no symbolic link is; None where there is no such object."""
+        """The size of an object in bytes; None if there is none, or a symbolic link in its place."""
 
     @abstractmethod
     def list(self, folder: str = "") -> Iterator[str]:
-        """The keys of all objects below a folder, in order."""
+        """The keys of all objects below a folder, sorted."""
 
     @abstractmethod
     def names(self, folder: str = "") -> Sequence[str] | None:
-        """All that lies right in a folder, whatever it is, in order; None where nothing is there.
+        """The names of everything directly inside a folder, sorted; None if nothing is there.
 
-        Raises NotADirectoryError where something else than a folder is.
+        Raises NotADirectoryError if there is something other than a folder.
         """
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object, or whatever lies in its place, if there is any."""
+        """Delete an object or whatever else has its name; a missing one is no error."""
 
     @abstractmethod
     def clear(self, folder: str) -> None:
-        """Remove a folder and all that is in it, as far as that is possible."""
+        """Delete a folder and everything in it; errors are ignored."""
 
     @abstractmethod
     def remove_if_empty(self) -> None:
-        """Remove the storage's own folder unless it holds something."""
+        """Delete the root folder if it is empty."""
 
     @abstractmethod
     def refuse_obstacle(self, key: str) -> None:
-        """Refuse what lies where this object or its folder will be written and is not ours to remove."""
+        """Refuse if something that must not be deleted is in the way of writing this object."""
 
     @abstractmethod
     def try_lock(self, key: str) -> Callable[[], None] | None:
-        """Take the lock of this key; gives the function that releases it, or None where another holds it."""
+        """Try to take a lock; returns the function that releases it, or None if someone else holds it."""
 
     @abstractmethod
     def lock_holder(self, key: str) -> str | None:
-        """Who holds the lock of this key, in words; None where nobody does."""
+        """A description of who holds a lock; None if it is free."""
 
     @abstractmethod
     def identity(self, key: str) -> str:
-        """Text that is the same for two storages of this process just where they mean the same object."""
+        """A name for an object that two storages of this process share only if they reach the same object."""
 
 
 def sha256_of(storage: Storage, key: str) -> str:
@@ -106,5 +106,5 @@ def sha256_of(storage: Storage, key: str) -> str:
 
 
 def is_key(text: str) -> bool:
-    """Whether text can be a key: it leads nowhere else, and there is one way to write it."""
+    """Whether text is a valid key: relative, normalised, and inside the storage."""
     return "\0" not in text and all(segment not in ("", ".", "..") for segment in text.split("/"))

@@ -1,13 +1,13 @@
-"""Where everything of a dataset is: the keys of its objects.
+"""The layout of a dataset: the keys of its objects.
 
 manifest.json            written last: without it there is no dataset
 README.md                the dataset card
-report.html              the report, where it is written beside the tables
+report.html              the report, if written beside the tables
 heads/shard-00000.parquet …
 _work/                   plan, spools and shard records of an unfinished run; gone when it is finished
 
-Whose dataset it is stands in _work/run.json, which is created and never changed; one run writes at a time, by a lock. All
-else in _work can be made again, and is where it is damaged.
+_work/run.json says which run the dataset belongs to; it is created once and never changed. A lock keeps all but one run from
+writing. Everything else in _work can be made again, and is, if it is damaged.
 """
 
 MANIFEST = "manifest.json"
@@ -18,8 +18,8 @@ RUN = f"{WORK}/run.json"
 LOCK = f"{WORK}/lock"
 PLAN = f"{WORK}/plan.json"
 RECORDS = f"{WORK}/records"
-SPOOL = "shard-"  # how the name of a spool begins
-TEMPORARY = ".tmp"  # how the name of a file ends that is still being written
+SPOOL = "shard-"  # prefix of the names of spools
+TEMPORARY = ".tmp"  # suffix of files that are still being written
 
 
 def part_key(table: str, shard: int) -> str:
@@ -40,6 +40,6 @@ def name_of(key: str) -> str:
 
 
 def shard_in(name: str, *, before: str = "", after: str) -> int | None:
-    """The shard's number in a name, between what stands before and after it; None where the name is another."""
+    """The shard number in a name of this form, or None if the name has another form."""
     number = name.removeprefix(before).removesuffix(after)
     return int(number) if name == f"{before}{number}{after}" and number.isdecimal() else None

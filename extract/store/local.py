@@ -1,4 +1,4 @@
-"""A storage that is a folder of a file system."""
+"""Storage in a local folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from extract.store.interface import Storage, is_key
 
 @dataclass(frozen=True)
 class LocalFolder(Storage):
-    """Keys are paths below a folder, which need not be there yet. Reading follows symbolic links; writing replaces them."""
+    """Keys are paths below `root`, which need not exist yet. Reads follow symbolic links; writes replace them."""
 
     root: Path
 
@@ -50,7 +50,7 @@ class LocalFolder(Storage):
         try:
             return open_regular(self._path(key))
         except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:  # no file can have that name
+            if error.errno == errno.ENAMETOOLONG:  # no such file can exist
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.place(key)) from error
             raise
 
@@ -103,7 +103,7 @@ class LocalFolder(Storage):
 
     def _path(self, key: str) -> Path:
         if key and not is_key(key):
-            raise ValueError(f"a key is names with slashes between them; got {key!r}")
+            raise ValueError(f"a key is a relative path with forward slashes; got {key!r}")
         return self.root / key
 
 

@@ -1,6 +1,6 @@
-"""One writer at a time in a dataset: which thread of this process holds which lock.
+"""One writer per dataset: the locks that this process holds, and which thread owns each.
 
-What keeps processes apart is the storage's: the kernel's lock on a file, or an object that is created once.
+The storage keeps processes apart, by the kernel's lock on a file or by an object that is created once.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Lock:
 
 
 def take_lock(storage: Storage, key: str) -> Lock:
-    """Lock a storage by the lock of this key, or refuse it where another process or thread holds that.
+    """Take a storage's lock; refused if another process or thread holds it.
 
-    A thread that holds the lock already gets the same one again.
+    A thread that already holds the lock gets the same one again.
     """
     name = storage.identity(key)
     for attempt in range(_TRIES):
@@ -67,7 +67,7 @@ def take_lock(storage: Storage, key: str) -> Lock:
 
 
 def refuse_busy(storage: Storage, key: str) -> None:
-    """Refuse a storage whose lock another process or thread holds; nothing is created."""
+    """Refuse a storage whose lock another process or thread holds; creates nothing."""
     with _taking:
         held = _held.get(storage.identity(key))
         holder = None if held is not None and held.is_ours else storage.lock_holder(key)

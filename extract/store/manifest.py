@@ -1,4 +1,4 @@
-"""The manifest: it is written last, makes the dataset exist, and has the shape that every reader may rely on."""
+"""The manifest, which is written last and makes the dataset exist, and the shape that every reader may rely on."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ _MANIFEST = record(
 
 
 def read_manifest(storage: Storage) -> dict[str, Any] | None:
-    """The manifest, or None where there is none. Refuses one that is damaged, by its key, or of another version."""
+    """The manifest, or None if there is none. Refuses a damaged one, naming the key, and one of another version."""
     try:
         manifest = get_json(storage, MANIFEST)
         if manifest is not None:

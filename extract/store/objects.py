@@ -1,7 +1,7 @@
-"""A storage in an object store: S3 and what else `obstore` opens, or its store in memory.
+"""Storage in an object store: S3 and whatever else `obstore` opens, or its store in memory.
 
-An object store has no folders and no locks. A lock is an object that is created once and says who did; one who is killed
-leaves it, and whoever knows that it was killed may delete it.
+Object stores have no locks. A lock is an object that only one caller can create and that says who did. A killed process
+leaves its lock behind; the refusal names the object to delete.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from extract.store.ranges import RangeReader
 
 
 class ObjectStorage(Storage):
-    """The objects of a store of `obstore`; `address` is how users know it."""
+    """Objects in an `obstore` store; `address` is its URL, for messages."""
 
     def __init__(self, store: obstore.store.ObjectStore, address: str = "memory://") -> None:
         self._store = store
-        self._address = address if address.endswith("/") else f"{address}/"
+        self._address = address if address.endswith("://") else address.rstrip("/")
 
     def place(self, key: str = "") -> str:
-        return self._address + key
+        return f"{self._address.removesuffix('/')}/{key}" if key else self._address
 
     def put(self, key: str, content: bytes) -> None:
         with self._named(key, "written"):
@@ -47,7 +47,7 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def writing(self, key: str) -> Iterator[BinaryIO]:
-        # a writer that is not closed leaves no object
+        # without close() no object appears
         with self._named(key, "written"):
             writer = obstore.open_writer(self._store, _checked(key))
             yield cast(BinaryIO, writer)
@@ -101,20 +101,20 @@ class ObjectStorage(Storage):
             obstore.delete(self._store, keys)
 
     def remove_if_empty(self) -> None:
-        """An empty folder is none."""
+        """Object stores have no empty folders."""
 
     def refuse_obstacle(self, key: str) -> None:
-        """An object takes the place of another."""
+        """Any object may be replaced."""
 
     def try_lock(self, key: str) -> Callable[[], None] | None:
         ours = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}".encode()
-        # a client that asked twice, since it got no answer, is refused by what it has created itself
+        # a client that retried after a lost response is refused because of the object it created itself
         if not self.put_if_absent(key, ours) and self.get(key) != ours:
             return None
         if self.put_if_absent(key, ours):
             raise Refusal(
-                "an object store must create an object only where there is none, when asked to (If-None-Match); "
-                f"{self.place()} creates it again; give another store"
+                f"an object store must support conditional creation (If-None-Match); {self.place()} ignores the "
+                "condition; use another store"
             )
         return partial(self._unlock, key, ours)
 
@@ -137,16 +137,18 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def _named(self, key: str, done: str) -> Iterator[None]:
-        """Errors of the store as OSError, with the place that the user knows."""
+        """Turn errors of the store into OSErrors that name the full place."""
         try:
             yield
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"there is no {self.place(key)}") from error
+            if done == "read":
+                raise FileNotFoundError(f"there is no {self.place(key)}") from error
+            raise OSError(f"{self.place(key)} can't be {done}: {first_line(error)}") from error
         except BaseError as error:
             raise OSError(f"{self.place(key)} can't be {done}: {first_line(error)}") from error
 
 
 def _checked(key: str) -> str:
     if not is_key(key):
-        raise ValueError(f"a key is names with slashes between them; got {key!r}")
+        raise ValueError(f"a key is a relative path with forward slashes; got {key!r}")
     return key

@@ -1,4 +1,4 @@
-"""From what a user names to a storage."""
+"""Opens the storage that a user names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ELSEWHERE = {"file": "give the folder's path", "memory": "give an ObjectStorage
 
 
 def open_storage(location: Location) -> Storage:
-    """The storage at a location: a folder's path, the address of an object store (`s3://…`), or a storage itself."""
+    """The storage at a location: the path of a folder, the URL of an object store (`s3://…`), or a storage as it is."""
     if isinstance(location, Storage):
         return location
     if isinstance(location, str) and "://" in location:
@@ -25,10 +25,10 @@ def open_storage(location: Location) -> Storage:
 
 
 def _object_storage(address: str) -> Storage:
-    rule = f"an address is that of an object store, such as s3://bucket/folder; {address}"
+    rule = f"the URL of a dataset is that of an object store, such as s3://bucket/folder; {address}"
     way_out = _ELSEWHERE.get(address.partition("://")[0])
     if way_out:
-        raise Refusal(f"{rule} is none; {way_out}")
+        raise Refusal(f"{rule} is not; {way_out}")
     try:
         from obstore.store import from_url
 
@@ -37,15 +37,15 @@ def _object_storage(address: str) -> Storage:
         raise Refusal(f"{rule} needs the package obstore to open it; pip install obstore") from error
     try:
         return ObjectStorage(from_url(address), address)
-    except Exception as error:  # of obstore, whatever it makes of an address and of the environment's credentials
-        raise Refusal(f"{rule} can't be opened ({first_line(error)}); check the address and the credentials") from error
+    except Exception as error:  # obstore raises many types, from URLs, settings and credentials
+        raise Refusal(f"{rule} can't be opened ({first_line(error)}); check the URL and the credentials") from error
 
 
 def read_json(file: Path) -> Any | None:
-    """The value of a JSON file, or None where there is none, for tools that look at a local dataset. Raises Damaged."""
+    """The value of a local JSON file, or None if there is none, for tools that inspect a dataset. Raises Damaged."""
     return get_json(LocalFolder(file.parent), file.name)
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write a JSON file as a dataset's are, for tools that change a local dataset."""
+    """Write a local JSON file as datasets do, for tools that edit a dataset."""
     LocalFolder(file.parent).put(file.name, as_json(value))

@@ -1,4 +1,4 @@
-"""The Parquet parts of a dataset's tables: one of each table for each shard."""
+"""The Parquet parts of a dataset: one per table and shard."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Part:
 
 
 class _Counted(io.RawIOBase):
-    """Writes to another file, and knows the size and the SHA-256 of what was written."""
+    """A file that passes writes on to another one and keeps their total size and SHA-256."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def write_part(storage: Storage, table: str, shard: int, rows: pa.Table) -> Part
 
 
 def part_of(raw: Mapping[str, Any]) -> Part:
-    """A part as a manifest or a record describes it."""
+    """A part from its description in a manifest or record."""
     return Part(raw["path"], raw["rows"], raw["bytes"], raw["sha256"])
 
 
@@ -87,13 +87,13 @@ def is_as_written(storage: Storage, part: Part) -> bool:
 
 
 def refuse_obstacles(storage: Storage, shard: int) -> None:
-    """Refuse what lies in the way of a shard's parts."""
+    """Refuse if something is in the way of a shard's parts."""
     for table in TABLES:
         storage.refuse_obstacle(part_key(table, shard))
 
 
 def discard_parts_beyond(storage: Storage, shards: int) -> None:
-    """Remove the parts of shards that the plan does not have: those of a plan that was lost."""
+    """Delete the parts of shards beyond the plan, left by an earlier plan that was lost."""
     for table in TABLES:
         for name in _names(storage, table):
             number = shard_in(name, before="shard-", after=".parquet")

@@ -1,4 +1,4 @@
-"""An object as a file that fetches what is read of it, and nothing else."""
+"""A file over an object that fetches only the ranges that are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class RangeReader(io.RawIOBase):
-    """A file of so many bytes; `fetch(start, length)` gives some of them."""
+    """A read-only, seekable file of `size` bytes; `fetch(start, length)` returns a range of them."""
 
     def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
         super().__init__()

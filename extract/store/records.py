@@ -1,4 +1,4 @@
-"""The records of a run's shards: a shard that has one is done."""
+"""Shard records: a shard that has one is done."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RECORD = record(
 
 
 def has_records(storage: Storage) -> bool:
-    """Whether shards of the run were done before."""
+    """Whether the run has measured shards before."""
     return storage.names(RECORDS) is not None
 
 
@@ -40,7 +40,7 @@ def write_record(storage: Storage, done: ShardRecord) -> None:
 
 
 def read_record(storage: Storage, shard: int) -> ShardRecord | None:
-    """The record of a finished shard whose parts are all there in their sizes, else None."""
+    """The record of a shard, or None unless it is sound and all its parts exist with the recorded sizes."""
     try:
         raw = get_sealed(storage, record_key(shard))
         if raw is None:
@@ -56,9 +56,9 @@ def read_record(storage: Storage, shard: int) -> ShardRecord | None:
 
 
 def discard_damaged(storage: Storage, shard: int, *, spool: str) -> None:
-    """Remove a shard's record unless its parts are those that were written, from the spool of this SHA-256.
+    """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256.
 
-    Refuses what lies in the way of the parts that will be written then.
+    Refuses if something is in the way of the parts, which will then be written again.
     """
     found = read_record(storage, shard)
     if found is not None and found.spool == spool and all(is_as_written(storage, p) for p in found.parts.values()):
@@ -68,7 +68,7 @@ def discard_damaged(storage: Storage, shard: int, *, spool: str) -> None:
 
 
 def discard_records_beyond(storage: Storage, shards: int) -> None:
-    """Remove the records of shards that the plan does not have: those of a plan that was lost."""
+    """Delete the records of shards beyond the plan, left by an earlier plan that was lost."""
     for name in storage.names(RECORDS) or ():
         number = shard_in(name, after=".json")
         if number is not None and number >= shards:
@@ -76,7 +76,7 @@ def discard_records_beyond(storage: Storage, shards: int) -> None:
 
 
 def clear_way_for_records(storage: Storage) -> None:
-    """Remove what is where the folder of the records will be, and is no folder."""
+    """Delete whatever has the name of the records' folder and is not a folder."""
     try:
         storage.names(RECORDS)
     except NotADirectoryError:

@@ -1,6 +1,6 @@
-"""JSON objects of a storage, read as if anything could have happened to them since they were written.
+"""JSON in a storage, parsed defensively: a file may have been damaged or edited since it was written.
 
-A sealed one holds its own digest, so that a reader can tell whether anything in it was changed.
+A sealed object carries its own digest, so that a reader notices any change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def as_json(value: Any) -> bytes:
 
 
 def get_json(storage: Storage, key: str) -> Any | None:
-    """The value of a JSON object, or None where there is no such object. Raises Damaged."""
+    """The value of a JSON file, or None if there is none. Raises Damaged."""
     content, name = storage.get(key), name_of(key)
     if content is None:
         return None
@@ -36,7 +36,7 @@ def get_json(storage: Storage, key: str) -> Any | None:
             json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} is JSON; this one is not ({first_line(error)})") from error
-    if value is None:  # which says here that there is no object
+    if value is None:  # None stands for a missing file
         raise Damaged(f"{name} holds nothing but null")
     if is_nested_beyond(value, _LEVELS) or has_infinity(value):
         raise Damaged(f"{name} is not what was written (it is nested too deep, or a number in it is infinite)")
@@ -56,7 +56,7 @@ def sealed(value: Mapping[str, Any]) -> bytes:
 
 
 def get_sealed(storage: Storage, key: str) -> dict[str, Any] | None:
-    """An object as it was sealed, or None where there is no such object. Raises Damaged."""
+    """A sealed object, unchanged since it was written, or None if there is none. Raises Damaged."""
     value = get_json(storage, key)
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""Which versions of the schema this attlas reads. The version is the manifest's; its other keys depend on it."""
+"""Schema versions: which ones this attlas reads, and how to read the others."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from extract.errors import Refusal
 from extract.schema import SCHEMA_VERSION
 from extract.shapes import Malformed
 
-# a dataset of one of these is read by what its manifest and its parts say, whatever columns have been added since
+# datasets of these versions are read by what their manifests and parts say; columns added since are null
 READABLE = (SCHEMA_VERSION,)
 _RELEASE = re.compile(r"\d[\w.+-]{0,30}", re.ASCII)
 
 
 def check_version(manifest: Mapping[str, Any], place: str) -> None:
-    """Refuse a manifest of a version that this attlas does not read, with the way to read it; Malformed if it has none."""
+    """Refuse a manifest of a version that this attlas does not read, saying how to read it. Malformed for a non-version."""
     version = manifest["schema_version"]
     wanted = f"{' or '.join(map(str, READABLE))}, which this attlas reads"
     if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < 1 << 63:
@@ -32,7 +32,7 @@ def check_version(manifest: Mapping[str, Any], place: str) -> None:
 
 
 def _written_by(manifest: Mapping[str, Any]) -> str | None:
-    """The attlas that wrote a dataset, where the manifest says so and it reads like a release."""
+    """The release of attlas that wrote a manifest, if stated and plausible."""
     software = manifest.get("software")
     release = software.get("attlas") if isinstance(software, dict) else None
     return release if isinstance(release, str) and _RELEASE.fullmatch(release) else None

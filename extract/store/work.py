@@ -1,4 +1,4 @@
-"""The work area of an unfinished run: made ready when a run begins or goes on, gone when it ends."""
+"""The work area of an unfinished run: prepared when a run begins or resumes, deleted when it finishes."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from extract.store.records import clear_way_for_records, discard_records_beyond
 
 
 def has_work(storage: Storage) -> bool:
-    """Whether there is a work area, or something in its place."""
+    """Whether there is a work area, or something else of its name."""
     return WORK in (storage.names() or ())
 
 
 def clear_obstacles(storage: Storage) -> None:
-    """Make room for what is written at the end and for records; refuses what is not ours to remove."""
+    """Make way for the card and the records; refuses if something that must not be deleted is in the way."""
     storage.refuse_obstacle(CARD)
     clear_way_for_records(storage)
 
 
 def discard_beyond(storage: Storage, shards: int) -> None:
-    """Remove parts and records of shards that the plan does not have: those of a plan that was lost."""
+    """Delete parts and records of shards beyond the plan, left by an earlier plan that was lost."""
     discard_records_beyond(storage, shards)
     discard_parts_beyond(storage, shards)
 
 
 def clear_work(storage: Storage) -> None:
-    """Remove what only an unfinished run needs, token ids among it, and temporary files of killed writers."""
+    """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers."""
     storage.clear(WORK)
     written_to = {"", *TABLES}
     for key in storage.list():

@@ -18,7 +18,7 @@ class Forgetful(ObjectStorage):
 
 
 def test_a_store_that_ignores_the_condition_is_refused_by_name() -> None:
-    with pytest.raises(Refusal, match=r"If-None-Match\); memory:// creates it again; give another store"):
+    with pytest.raises(Refusal, match=r"If-None-Match\); memory:// ignores the condition; use another store"):
         Store(Forgetful(MemoryStore())).lock()
 
 

@@ -24,8 +24,8 @@ def test_an_address_is_opened_by_obstore() -> None:
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("memory://", "memory:// is none; give an ObjectStorage over obstore's MemoryStore"),
-        ("file:///tmp/x", "file:///tmp/x is none; give the folder's path"),
+        ("memory://", "memory:// is not; give an ObjectStorage over obstore's MemoryStore"),
+        ("file:///tmp/x", "file:///tmp/x is not; give the folder's path"),
         ("gopher://host/x", "gopher://host/x can't be opened"),
     ],
 )

@@ -133,7 +133,7 @@ def test_a_key_leads_nowhere_else(storage: Storage, key: str) -> None:
     assert not is_key(key)
     if key:
         for use in (storage.get, storage.size, storage.open, storage.delete, lambda k: storage.put(k, b"x")):
-            with pytest.raises(ValueError, match="a key is names with slashes between them"):
+            with pytest.raises(ValueError, match="a key is a relative path with forward slashes"):
                 use(key)
         assert list(storage.list()) == []
 
