@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import polars as pl
@@ -12,22 +11,23 @@ import polars.selectors as cs
 import pyarrow as pa
 
 from analysis.parts import DamagedPart, common_schema, kind_of, misfits
-from extract.store import Part, Refusal, open_dataset, parts_of
+from analysis.scanning import scan_parts
+from extract.store import Location, Part, Refusal, Storage, is_key, open_dataset, parts_of
 from extract.tables import TABLES
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The folder of a finished run and its manifest."""
+    """The storage of a finished run and its manifest."""
 
-    root: Path
+    storage: Storage
     manifest: Mapping[str, Any]
     _schemas: dict[str, pa.Schema] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, folder: Path | str) -> Dataset:
+    def open(cls, location: Location) -> Dataset:
         """Open a finished dataset; raises Refusal for an unfinished or foreign folder, and for a damaged manifest."""
-        return cls(*open_dataset(folder))
+        return cls(*open_dataset(location))
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -38,14 +38,10 @@ class Dataset:
         if table not in self.manifest["tables"]:
             raise Refusal(f"this dataset has the tables {', '.join(self.tables)}; {table!r} is not one; choose another")
         parts = list(parts_of(self.manifest, table))
-        for path in (PurePosixPath(part.path) for part in parts):
-            if path.is_absolute() or ".." in path.parts:
-                raise Refusal(f"a part lies inside its dataset; the manifest names {str(path)!r}; restore the manifest")
+        for part in parts:
+            if not is_key(part.path):
+                raise Refusal(f"a part lies inside its dataset; the manifest names {part.path!r}; restore the manifest")
         return parts
-
-    def part_paths(self, table: str) -> list[Path]:
-        """The files of a table."""
-        return [self.root / part.path for part in self.parts(table)]
 
     def part_schema(self, table: str) -> pa.Schema:
         """The schema that all parts of a table have; refuses parts that are missing, damaged or of different schemas."""
@@ -58,7 +54,7 @@ class Dataset:
         if not parts:
             return TABLES[table].schema() if table in TABLES else pa.schema([])
         try:
-            schema = common_schema(self.root, parts)
+            schema = common_schema(self.storage, parts)
         except DamagedPart as damage:
             raise self.refusal(str(damage)) from damage
         wrong = next(misfits(TABLES[table], schema), None) if table in TABLES else None
@@ -69,7 +65,7 @@ class Dataset:
     def refusal(self, what: str) -> Refusal:
         """The refusal of a dataset that is not whole."""
         return Refusal(
-            f"a dataset is as its manifest says; {self.root} is not: {what}; run attlas verify, and restore or measure again"
+            f"a dataset is as its manifest says; {self.storage.place()} is not: {what}; run attlas verify, and restore or measure again"
         )
 
     def scan(self, table: str, *, finite: bool = True) -> pl.LazyFrame:
@@ -80,10 +76,10 @@ class Dataset:
         """
         if table in TABLES and table not in self.manifest["tables"]:
             return empty(table)
-        schema, paths = self.part_schema(table), self.part_paths(table)
-        if not paths:
+        schema, parts = self.part_schema(table), self.parts(table)
+        if not parts:
             return empty(table)
-        rows = pl.scan_parquet(paths, glob=False, hive_partitioning=False)
+        rows = scan_parts(self.storage, parts)
         if table not in TABLES:
             return rows.with_columns(cs.categorical().cast(pl.String))
         wanted = empty(table, optional=TABLES[table].optional & set(schema.names)).collect_schema()

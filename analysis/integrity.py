@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 
 from analysis.dataset import Dataset
-from analysis.parts import DamagedPart, first_line, read_footer
+from analysis.parts import DamagedPart, first_line, read_footer, size_of
 from analysis.report.numbers import plural
-from extract.store import CARD, MANIFEST, WORK, Part, file_sha256, parts_of
+from extract.store import CARD, MANIFEST, WORK, Part, Storage, parts_of, sha256_of
 from extract.tables import TABLES, Table
 
 
@@ -31,8 +29,7 @@ class Finding:
 def strays(dataset: Dataset) -> Iterator[Finding]:
     named = {part.path for table in dataset.tables for part in parts_of(dataset.manifest, table)}
     tables = {*dataset.tables, *TABLES}
-    for path in sorted(p for p in dataset.root.rglob("*") if p.is_file()):
-        name = path.relative_to(dataset.root).as_posix()
+    for name in dataset.storage.list():
         if name in named or name in (MANIFEST, CARD):
             continue
         if name.split("/")[0] == WORK:
@@ -53,13 +50,15 @@ def totals(dataset: Dataset, table: str) -> Iterator[Finding]:
 
 def integrity(dataset: Dataset, table: str, part: Part) -> Iterator[Finding]:
     """What can be said of one file without looking at its rows."""
-    path = dataset.root / part.path
-    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that no file system takes
+    storage = dataset.storage
+    try:
+        size = size_of(storage, part.path)
+    except DamagedPart:
         yield Finding(part.path, "missing part", "the manifest names it; there is no such file")
         return
     try:
-        yield from _bytes(path, part)
-        footer = read_footer(path)
+        yield from _bytes(storage, part, size)
+        footer = read_footer(storage, part.path)
     except (DamagedPart, OSError) as error:
         yield Finding(part.path, "unreadable", first_line(error))
         return
@@ -69,13 +68,12 @@ def integrity(dataset: Dataset, table: str, part: Part) -> Iterator[Finding]:
         yield from (Finding(part.path, "schema", text) for text in _schema_differences(TABLES[table], footer.schema))
 
 
-def _bytes(path: Path, part: Part) -> Iterator[Finding]:
-    size = path.stat().st_size
+def _bytes(storage: Storage, part: Part, size: int) -> Iterator[Finding]:
     if size != part.bytes:
         yield Finding(
             part.path, "size", f"{plural(part.bytes, 'byte')} in the manifest, {plural(size, 'byte')} on disk"
         )
-    elif (digest := file_sha256(path)) != part.sha256:
+    elif (digest := sha256_of(storage, part.path)) != part.sha256:
         yield Finding(part.path, "checksum", f"SHA-256 {part.sha256[:12]}… in the manifest, {digest[:12]}… on disk")
 
 

@@ -6,12 +6,11 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from extract.store import Part
+from extract.store import Part, Storage
 from extract.tables import Table
 
 # what a part of the contract never reaches: a row takes bits of its own, and even constant columns pack less than that
@@ -35,17 +34,15 @@ class Footer:
     schema: pa.Schema
 
 
-def read_footer(path: Path) -> Footer:
+def read_footer(storage: Storage, key: str) -> Footer:
     """The footer of a part; DamagedPart for what is no file, no Parquet, or unpacks beyond all measure."""
-    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that no file system takes
-        raise DamagedPart("there is no such file" if not os.path.lexists(path) else "it is no file")
+    size = size_of(storage, key)
     try:
-        file = pq.ParquetFile(path, memory_map=False)
+        file = pq.ParquetFile(storage.source(key), memory_map=False)
         with file:
             metadata, schema = file.metadata, file.schema_arrow
     except Exception as error:  # whatever a library makes of foreign bytes
         raise DamagedPart(f"it cannot be read as Parquet ({first_line(error)})") from error
-    size = path.stat().st_size
     unpacked = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     if metadata.num_rows > _ROWS_PER_BYTE * size:
         raise DamagedPart(f"it claims {metadata.num_rows:,} rows in {size:,} bytes")
@@ -54,10 +51,21 @@ def read_footer(path: Path) -> Footer:
     return Footer(metadata.num_rows, schema)
 
 
-def unreadable_rows(path: Path) -> str | None:
+def size_of(storage: Storage, key: str) -> int:
+    """The size of a part in bytes; DamagedPart if there is no such file."""
+    try:
+        with storage.open(key) as file:
+            return file.seek(0, os.SEEK_END)
+    except FileNotFoundError as error:
+        raise DamagedPart("there is no such file") from error
+    except OSError as error:
+        raise DamagedPart(f"it is no readable file ({first_line(error)})") from error
+
+
+def unreadable_rows(storage: Storage, key: str) -> str | None:
     """Why the rows of a part can't be read to their end; None where they can."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(storage.source(key)) as file:
             for _ in file.iter_batches():
                 pass
     except Exception as error:  # whatever a library makes of foreign bytes
@@ -65,12 +73,12 @@ def unreadable_rows(path: Path) -> str | None:
     return None
 
 
-def common_schema(root: Path, parts: list[Part]) -> pa.Schema:
+def common_schema(storage: Storage, parts: list[Part]) -> pa.Schema:
     """The schema that all parts of a table have; DamagedPart where they are not what the manifest says."""
     schemas = []
     for part in parts:
         try:
-            footer = read_footer(root / part.path)
+            footer = read_footer(storage, part.path)
         except DamagedPart as damage:
             raise DamagedPart(f"{part.path}: {damage}") from damage
         if footer.rows != part.rows:

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -25,7 +24,8 @@ from analysis.parts import first_line, unreadable_rows
 from analysis.result import FORMATS as FORMATS
 from analysis.result import Format as Format
 from analysis.result import write_result as write_result
-from extract.store import Refusal
+from analysis.scanning import arrow_dataset
+from extract.store import Location, Refusal
 
 if TYPE_CHECKING:
     import duckdb
@@ -36,12 +36,12 @@ _AS_TEXT = re.compile(r"\b(BLOB|BIT|INTERVAL|MAP|UNION|VARIANT|GEOMETRY|DATE|TIM
 _EXPLAIN = re.compile(r"\s*explain\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE)
 
 
-def query(folder: Path | str, sql: str, *, timeout_s: float = 60) -> pa.Table:
+def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
     """The result of one SELECT (or WITH, FROM, VALUES, DESCRIBE, SHOW, SUMMARIZE, EXPLAIN of one) over the tables.
 
     Raises Refusal for anything else, for SQL that DuckDB rejects, for a file, and for a query that runs too long.
     """
-    dataset = Dataset.open(folder)
+    dataset = Dataset.open(location)
     if not timeout_s > 0:
         raise Refusal(f"a query's time limit is above 0 seconds; got {timeout_s:g}; give a positive number")
     _refuse_other_statements(sql)
@@ -83,7 +83,7 @@ def _refuse_damage(dataset: Dataset, sql: str) -> None:
         for part in dataset.parts(table):
             for finding in integrity(dataset, table, part):
                 raise dataset.refusal(str(finding))
-            reason = unreadable_rows(dataset.root / part.path)
+            reason = unreadable_rows(dataset.storage, part.path)
             if reason is not None:
                 raise dataset.refusal(f"{part.path}: its rows cannot be read ({reason})")
 
@@ -137,12 +137,10 @@ def _connection(dataset: Dataset, sql: str) -> Iterator[duckdb.DuckDBPyConnectio
 
 def _rows(dataset: Dataset, table: str) -> arrow.Dataset | pa.Table:
     """The rows of a table where they lie; of parts that are missing or damaged a Refusal."""
-    import pyarrow.dataset as arrow
-
-    schema, paths = dataset.part_schema(table), dataset.part_paths(table)
-    if not paths:
+    schema, parts = dataset.part_schema(table), dataset.parts(table)
+    if not parts:
         return schema.empty_table() if len(schema) else pa.table({"nothing": pa.array([], pa.null())})
-    return arrow.dataset([str(path) for path in paths], format="parquet", schema=schema)
+    return arrow_dataset(dataset.storage, parts, schema)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import polars as pl
 import polars.selectors as cs
@@ -17,7 +16,8 @@ from analysis.integrity import integrity, strays, totals
 from analysis.manifest import section
 from analysis.parts import first_line
 from analysis.report.numbers import plural
-from extract.store import MANIFEST, Part
+from analysis.scanning import scan_parts
+from extract.store import MANIFEST, Location, Part, name_of
 from extract.tables import TABLES, Agreement, Table
 
 BOUND_TOLERANCE = 1e-4  # of float32 means, relative beyond 1
@@ -36,9 +36,9 @@ class Check:
     message: str
 
 
-def verify(folder: Path | str) -> list[Finding]:
+def verify(location: Location) -> list[Finding]:
     """Everything that is wrong with a dataset; an empty list for a sound one. Refusal where there is no dataset."""
-    return findings_in(Dataset.open(folder))
+    return findings_in(Dataset.open(location))
 
 
 def findings_in(dataset: Dataset) -> list[Finding]:
@@ -91,8 +91,7 @@ def _whole(dataset: Dataset, sound: Mapping[str, list[Part]], table: str) -> boo
 
 
 def _scan(dataset: Dataset, parts: Iterable[Part]) -> pl.LazyFrame:
-    paths = [dataset.root / part.path for part in parts]
-    return pl.scan_parquet(paths, glob=False, hive_partitioning=False).with_columns(cs.categorical().cast(pl.String))
+    return scan_parts(dataset.storage, parts).with_columns(cs.categorical().cast(pl.String))
 
 
 def _part_findings(dataset: Dataset, table: Table, part: Part, sequences: pl.LazyFrame | None) -> Iterator[Finding]:
@@ -298,9 +297,9 @@ def _disagreements(
             dataset, agreement, sound[table.name], sound[agreement.table], f"{table.name}, {agreement.table}"
         )
         return
-    others = {Path(part.path).name: part for part in sound[agreement.table]}
+    others = {name_of(part.path): part for part in sound[agreement.table]}
     for part in sound[table.name]:
-        other = others.pop(Path(part.path).name, None)
+        other = others.pop(name_of(part.path), None)
         if other is None:
             yield Finding(part.path, agreement.name, f"no {agreement.table} of the same shard")
         else:

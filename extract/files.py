@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from extract.errors import Damaged, first_line
-from extract.shapes import has_infinity, is_nested_beyond
-
-# far more than anything written here, far less than what a recursive reader can bear
-_LEVELS = 64
-_SEAL = "seal"
 
 
 @contextmanager
@@ -36,11 +30,22 @@ def written_whole(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise _named(error, path) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make new names in a folder durable, if the file system supports it."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _temporary(path: Path) -> Path:
@@ -59,61 +64,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a whole file or nothing, durably."""
     with written_whole(path) as temporary:
         temporary.write_bytes(content)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, as_json(value))
-
-
-def as_json(value: Any) -> bytes:
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return text.encode() + b"\n"
-
-
-def read_json(path: Path) -> Any | None:
-    """The file's value, or None where there is no such file. Raises Damaged."""
-    content = read_file(path)
-    if content is None:
-        return None
-    try:
-        value = json.loads(content.decode(), parse_constant=_refuse_constant)
-        if b"\\u" in content:
-            json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path.name} is JSON; this one is not ({first_line(error)})") from error
-    if value is None:  # which says here that there is no file
-        raise Damaged(f"{path.name} holds nothing but null")
-    if is_nested_beyond(value, _LEVELS) or has_infinity(value):
-        raise Damaged(f"{path.name} is not what was written (it is nested too deep, or a number in it is infinite)")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object with its own digest in it, so that a reader can tell whether anything in it was changed."""
-    write_atomically(path, sealed(value))
-
-
-def sealed(value: Mapping[str, Any]) -> bytes:
-    return as_json({**value, _SEAL: _digest(value)})
-
-
-def read_sealed(path: Path) -> dict[str, Any] | None:
-    """An object as it was sealed, or None where there is no such file. Raises Damaged."""
-    value = read_json(path)
-    if value is None:
-        return None
-    seal = value.pop(_SEAL, None) if isinstance(value, dict) else None
-    if seal != _digest(value):
-        raise Damaged(f"{path.name} is not as it was written (its seal does not fit)")
-    return value
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def put_if_absent(path: Path, content: bytes) -> bool:
@@ -139,6 +89,7 @@ def put_if_absent(path: Path, content: bytes) -> bool:
     finally:
         with suppress(OSError):
             temporary.unlink()
+    _sync_folder(path.parent)
     return True
 
 
@@ -150,6 +101,7 @@ def _create(path: Path, content: bytes) -> bool:
     except OSError as error:
         path.unlink(missing_ok=True)
         raise _named(error, path) from error
+    _sync_folder(path.parent)
     return True
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +23,10 @@ from extract.engines import Engine, choose
 from extract.errors import Refusal
 from extract.fed import Fed, Stacks, fed_images, fed_texts
 from extract.images import processor_digest
-from extract.lock import Lock
 from extract.memory import keep_freed_memory, tokens_that_fit
 from extract.plan import Plan, read_shard
 from extract.resuming import begun, read_key
-from extract.store import ShardRecord, Store
+from extract.store import Location, Lock, ShardRecord, Store
 from extract.tables import SCHEMA_VERSION, Table, recorded_tables
 from extract.writing import manifest_of, planned_tables, write_shard
 
@@ -53,7 +52,7 @@ class RunOptions:
 
     model: str
     corpus: str
-    out: Path
+    out: Location
     max_length: int | None = None  # default: the model's own, at most 512
     stride: int = 0
     limit: int | None = None
@@ -76,7 +75,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """A prepared run: the model in memory, the plan on disk."""
+    """A prepared run: the model in memory, the plan in the store."""
 
     options: RunOptions
     encoder: Encoder
@@ -128,7 +127,7 @@ class Job:
     def planned(self, shard: int) -> tuple[pa.Table, pa.Table]:
         """(sequences, documents) of a shard, as they were planned. Raises Damaged."""
         assert self.plan is not None, "a finished dataset has no plan"
-        return read_shard(self.store.work, shard, digest=self.plan.spools[shard])
+        return read_shard(self.store.storage, shard, digest=self.plan.spools[shard])
 
     def _count(self, name: str) -> int:
         if self.plan is not None:
@@ -153,7 +152,7 @@ def check(options: RunOptions) -> Corpus:
             raise Refusal(f"{name} must be at least {lowest}; got {value}; give a larger number")
     check_model_name(options.model, trust_remote_code=options.trust_remote_code)
     read_key(options.digest_key)
-    store = Store(options.out)
+    store = Store.at(options.out)
     store.refuse_foreign()
     store.refuse_busy()
     corpus = open_corpus(
@@ -210,7 +209,7 @@ def prepare(options: RunOptions, *, tables: Collection[str] = (), progress: Prog
     max_length = _max_length(options, encoder) if fed.images is None else fed.images.eye.tokens
     keep_freed_memory(longest=max_length)
     say("model", 1, 1)
-    store = Store(options.out)
+    store = Store.at(options.out)
     batch_tokens = options.batch_tokens or _batch_tokens(store, fed, encoder.device, max_length)
     run = _run(options, encoder, corpus, engine.name, max_length, batch_tokens)
     run["tables"] = [table.name for table in recorded]
@@ -259,10 +258,10 @@ def measure_shard(job: Job, shard: int, *, progress: Callable[[int, int], None] 
     return write_shard(job.store, shard, tables, facts, spool=job.plan.spools[shard])
 
 
-def finish(job: Job) -> Path:
-    """Write card and manifest once every shard is done; gives the dataset's folder."""
+def finish(job: Job) -> Location:
+    """Write card and manifest once every shard is done; gives where the dataset is."""
     if job.plan is None:
-        return job.store.root
+        return job.options.out
     records = [job.store.read_record(s) for s in range(job.plan.shards)]
     missing = [str(n) for n, r in enumerate(records) if r is None]
     if missing:
@@ -273,7 +272,7 @@ def finish(job: Job) -> Path:
     job.store.finish(manifest, dataset_card(manifest))
     if job.lock is not None:
         job.lock.release()
-    return job.store.root
+    return job.options.out
 
 
 def _max_length(options: RunOptions, encoder: Encoder) -> int:
@@ -318,7 +317,7 @@ def _run(
 ) -> dict[str, Any]:
     """What makes two runs the same run: their options and what these stand for."""
     left_out = {"out", "digest_key", "device", "dtype", "engine", "model", "corpus"}
-    return {k: v for k, v in asdict(options).items() if k not in left_out} | {
+    return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in left_out} | {
         "schema_version": SCHEMA_VERSION,
         "attlas": version("attlas"),
         "model": encoder.name,

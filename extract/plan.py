@@ -1,4 +1,4 @@
-"""A plan on disk: what the pass over the corpus found, and each shard's spool, from which it is measured.
+"""A stored plan: what the pass over the corpus found, and each shard's spool, from which it is measured.
 
 Both are checked against their SHA-256 whenever they are read: a shard is measured as it was planned, or planned again.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from extract.errors import Damaged, first_line
-from extract.files import discard, read_file, read_sealed, write_sealed
 from extract.shapes import Malformed, count, every, mapping, record, sha256
+from extract.store import Storage
+from extract.store.layout import PLAN, SPOOL, WORK, spool_key
+from extract.store.sealed import get_sealed, put_sealed
 
 Progress = Callable[[int, int], None]
-_PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,24 @@ _OF_A_PLAN = record(
 )
 
 
-def write_plan(folder: Path, plan: Plan) -> None:
-    write_sealed(folder / _PLAN, asdict(plan))
+def write_plan(storage: Storage, plan: Plan) -> None:
+    put_sealed(storage, PLAN, asdict(plan))
 
 
-def read_plan(folder: Path, *, progress: Progress | None = None) -> Plan | None:
+def read_plan(storage: Storage, *, progress: Progress | None = None) -> Plan | None:
     """The finished plan, or None where there is none yet, or where it or a spool of it is damaged.
 
     `progress` is told how many of the spools are checked, and how many there are.
     """
     try:
-        held = read_sealed(folder / _PLAN)
+        held = get_sealed(storage, PLAN)
         if held is None:
             return None
         _OF_A_PLAN(held, "")
         facts: dict[str, Any] = {**held, "spools": tuple(held["spools"])}
         plan = Plan(**facts)
         for shard, digest in enumerate(plan.spools):
-            _read_spool(folder, shard, digest)
+            _read_spool(storage, shard, digest)
             if progress is not None:
                 progress(shard + 1, plan.shards)
     except (Damaged, Malformed, TypeError):  # TypeError: keys that a plan does not have
@@ -76,31 +76,40 @@ def read_plan(folder: Path, *, progress: Progress | None = None) -> Plan | None:
     return plan if len(plan.spools) == plan.shards else None
 
 
-def read_shard(folder: Path, shard: int, *, digest: str | None = None) -> tuple[pa.Table, pa.Table]:
+def read_shard(storage: Storage, shard: int, *, digest: str | None = None) -> tuple[pa.Table, pa.Table]:
     """(sequences, documents) of a shard. Raises Damaged, also where the spool is not the one of this digest."""
-    with pa.BufferReader(_read_spool(folder, shard, digest)) as file:
+    with pa.BufferReader(_read_spool(storage, shard, digest)) as file:
         try:
             return pa.ipc.open_stream(file).read_all(), pa.ipc.open_stream(file).read_all()
         except (pa.ArrowException, OSError) as error:
-            raise Damaged(f"{spool_path(folder, shard)} is no spool ({first_line(error)})") from error
+            raise Damaged(f"{storage.place(spool_key(shard))} is no spool ({first_line(error)})") from error
 
 
-def _read_spool(folder: Path, shard: int, digest: str | None) -> bytes:
-    content = read_file(spool_path(folder, shard))
+def _read_spool(storage: Storage, shard: int, digest: str | None) -> bytes:
+    content = storage.get(spool_key(shard))
     if content is None or (digest is not None and hashlib.sha256(content).hexdigest() != digest):
         raise Damaged(
-            f"{spool_path(folder, shard)} is {'missing' if content is None else 'not as it was written'}; "
+            f"{storage.place(spool_key(shard))} is {'missing' if content is None else 'not as it was written'}; "
             "the same command plans again"
         )
     return content
 
 
-def clear_plan(folder: Path) -> None:
+def write_spool(storage: Storage, shard: int, sequences: pa.Table, documents: pa.Table) -> str:
+    """Write a shard's spool; returns its SHA-256."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    for table in (sequences, documents):
+        with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+            writer.write_table(table)
+    content = sink.getvalue().to_pybytes()
+    storage.put(spool_key(shard), content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def clear_plan(storage: Storage) -> None:
     """Remove a plan and what a pass that was killed has left; the plan first, so that it never stands alone."""
-    discard(folder / _PLAN)
-    for path in folder.glob("shard-*.arrow*"):
-        discard(path)
-
-
-def spool_path(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.arrow"
+    storage.delete(PLAN)
+    for name in storage.names(WORK) or ():
+        if name.startswith(SPOOL) and ".arrow" in name:
+            storage.delete(f"{WORK}/{name}")

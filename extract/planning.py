@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -20,12 +19,12 @@ import pyarrow as pa
 from extract.batching import windows
 from extract.corpus import Document, reason_kind, refuse_unreadable
 from extract.errors import Refusal
-from extract.files import write_atomically
 from extract.images import Eye, Unreadable
 from extract.plan import Plan as Plan
-from extract.plan import Progress, clear_plan, spool_path, write_plan
+from extract.plan import Progress, clear_plan, write_plan, write_spool
 from extract.plan import read_plan as read_plan
 from extract.plan import read_shard as read_shard
+from extract.store import Storage
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -89,7 +88,7 @@ def make_plan(
     corpus: Iterable[Document],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    folder: Path,
+    storage: Storage,
     max_length: int,
     stride: int = 0,
     shard_sequences: int,
@@ -98,14 +97,14 @@ def make_plan(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
-    """Read the corpus once, write each shard's spool into `folder` and last the plan. Raises Refusal.
+    """Read the corpus once, write each shard's spool into the storage and last the plan. Raises Refusal.
 
     Memory holds a shard and a batch of documents at most. `progress` is told the documents and tokens done so far.
     """
     special = special_tokens(tokenizer)
     _check_sizes(special.count, max_length, stride, shard_sequences)
-    clear_plan(folder)
-    spool = _Spool(folder, shard_sequences, digest_key, special, keep_text)
+    clear_plan(storage)
+    spool = _Spool(storage, shard_sequences, digest_key, special, keep_text)
     for batch in _document_batches(corpus):
         for document, encoded in zip(batch, _encoded(tokenizer, batch, keep_text), strict=True):
             if strict:
@@ -114,7 +113,7 @@ def make_plan(
         if progress is not None:
             progress(spool.documents, spool.tokens)
     plan = spool.finish()
-    write_plan(folder, plan)
+    write_plan(storage, plan)
     return plan
 
 
@@ -122,7 +121,7 @@ def make_image_plan(
     corpus: Iterable[Document],
     eye: Eye,
     *,
-    folder: Path,
+    storage: Storage,
     shard_sequences: int,
     digest_key: bytes | None,
     strict: bool = False,
@@ -132,8 +131,8 @@ def make_image_plan(
 
     Every image is made into pixels once here, so that what can't be used is known before the model sees any.
     """
-    clear_plan(folder)
-    spool = _Spool(folder, shard_sequences, digest_key)
+    clear_plan(storage)
+    spool = _Spool(storage, shard_sequences, digest_key)
     for document in corpus:
         data, reason = _usable(document, eye)
         if strict:
@@ -142,7 +141,7 @@ def make_image_plan(
         if progress is not None:
             progress(spool.documents, spool.tokens)
     plan = spool.finish()
-    write_plan(folder, plan)
+    write_plan(storage, plan)
     return plan
 
 
@@ -314,13 +313,13 @@ class _Spool:
 
     def __init__(
         self,
-        folder: Path,
+        storage: Storage,
         shard_sequences: int,
         key: bytes | None,
         special: SpecialTokens | None = None,
         keep_text: bool = False,
     ) -> None:
-        self.folder = folder
+        self.storage = storage
         self.shard_sequences = shard_sequences
         self.special = special
         self.key = key
@@ -421,14 +420,8 @@ class _Spool:
         return self.shard.sequence_table(self.special, keep_text=self.keep_text)
 
     def _write_shard(self) -> None:
-        sink = pa.BufferOutputStream()
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        for table in (self._sequence_table(), self.shard.document_table()):
-            with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
-                writer.write_table(table)
-        content = cast(bytes, sink.getvalue())
-        write_atomically(spool_path(self.folder, self.shard.number), content)
-        self.spools.append(hashlib.sha256(content).hexdigest())
+        digest = write_spool(self.storage, self.shard.number, self._sequence_table(), self.shard.document_table())
+        self.spools.append(digest)
         self.shard = _Shard(self.shard.number + 1)
 
     def finish(self) -> Plan:

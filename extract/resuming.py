@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from extract.errors import Refusal
 from extract.plan import Plan, read_plan
 from extract.planning import make_image_plan, make_plan
-from extract.store import Store
 
 if TYPE_CHECKING:
     from extract.corpus import Corpus
@@ -20,9 +18,9 @@ if TYPE_CHECKING:
 
 def begun(job: Job, corpus: Corpus, max_length: int, say: Progress) -> Job:
     """The job with its folder taken and locked and its shards planned; without a plan where all is done."""
-    store, was_there = job.store, job.options.out.exists()
+    store, was_there = job.store, job.store.exists
     store.refuse_another(job.run)
-    if store.manifest is not None and not store.work.exists():
+    if store.manifest is not None and not store.has_work:
         return job
     lock = store.lock()
     try:
@@ -40,15 +38,9 @@ def begun(job: Job, corpus: Corpus, max_length: int, say: Progress) -> Job:
     except BaseException:
         lock.release()
         if not was_there:
-            _remove_empty(store)
+            store.storage.remove_if_empty()
         raise
     return replace(job, plan=plan, lock=lock)
-
-
-def _remove_empty(store: Store) -> None:
-    """Remove a folder that was made for nothing."""
-    with suppress(OSError):
-        store.root.rmdir()
 
 
 def _plan(job: Job, corpus: Corpus, max_length: int, say: Progress) -> Plan:
@@ -56,7 +48,7 @@ def _plan(job: Job, corpus: Corpus, max_length: int, say: Progress) -> Plan:
     store = job.store
     store.clear_obstacles()
     was_begun = store.has_records
-    plan = read_plan(store.work)
+    plan = read_plan(store.storage)
     if plan is None:
         plan = _planned(job, corpus, max_length, lambda done, _: say("plan", done, None))
     say("plan", plan.documents, plan.documents)
@@ -71,7 +63,7 @@ def _plan(job: Job, corpus: Corpus, max_length: int, say: Progress) -> Plan:
 def _planned(job: Job, corpus: Corpus, max_length: int, progress: Callable[[int, int], None]) -> Plan:
     options, images = job.options, job.fed.images
     for_any: dict[str, Any] = {
-        "folder": job.store.work,
+        "storage": job.store.storage,
         "shard_sequences": options.shard_sequences,
         "digest_key": read_key(options.digest_key),
         "strict": options.strict,

@@ -20,7 +20,7 @@ def refuse_bad_paths(run: Run, *, run_file: Path | None = None) -> None:
     refuse_missing_model(run.model, trust_remote_code=run.trust_remote_code)
     if run.digest_key is not None:
         refuse_missing_key(run.digest_key)
-    Store(run.out).refuse_foreign()
+    Store.at(run.out).refuse_foreign()
 
 
 def refuse_bad_corpus(run: Run) -> None:

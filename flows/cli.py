@@ -329,7 +329,7 @@ def _show_summary(dataset: Path) -> None:
     console_for(sys.stdout).print(summary(dataset), crop=False)
 
 
-def _show_places(**places: Path) -> None:
+def _show_places(**places: Path | str) -> None:
     from extract.printable import printable
 
     for what, path in places.items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @flow(name="attlas-scheduled")
-def scheduled(run_file: Path) -> Path:
+def scheduled(run_file: Path) -> Path | str:
     """One scheduled run: the run file as it is now, into a folder named after the scheduled time."""
     # Prefect pickles a flow with all that it names; the display that `flows.measure` holds cannot be pickled
     from flows.measure import forget, measure

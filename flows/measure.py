@@ -33,7 +33,7 @@ _showing = threading.Lock()
 
 
 @flow(name="attlas", task_runner=two_at_a_time)
-def measure(run: Run) -> Path:
+def measure(run: Run) -> Path | str:
     """Measure a corpus with a model and report on it; what an earlier run finished is not done again."""
     log = get_run_logger()
     job = prepared(run)
@@ -88,7 +88,8 @@ def finished(run: Run) -> Path:
     from extract.pipeline import finish
 
     display.get().stage("finish", 0, None)
-    return finish(prepared(run))
+    finish(prepared(run))
+    return run.out
 
 
 @lru_cache(maxsize=1)
@@ -131,7 +132,7 @@ def advance(work: Work) -> None:
         display.get().advance(work)
 
 
-def measure_here(run: Run, *, show: Display) -> Path:
+def measure_here(run: Run, *, show: Display) -> Path | str:
     """Run the flow in this process; the model loads and the plan is made while Prefect's server starts."""
     with showing(show), resumable(run, show), starting_server() as server:
         if server:
@@ -156,7 +157,7 @@ def forget(run: Run) -> None:
     from extract.store import Store
 
     prepared.cache_clear()
-    Store(run.out).unlock()
+    Store.at(run.out).unlock()
 
 
 @contextmanager

@@ -88,8 +88,7 @@ def _matches(pattern: str, way: Path) -> bool:
 
 def _written() -> list[str]:
     """A file of each kind that a run writes, by its path in the dataset."""
-    from extract.store import CARD, MANIFEST, WORK, Store
+    from extract.store.layout import CARD, MANIFEST, REPORT, RUN, part_key, record_key
     from extract.tables import TABLES
 
-    parts = [Store(Path()).part_path(table, 0) for table in TABLES]
-    return [MANIFEST, CARD, "report.html", f"{WORK}/run.json", f"{WORK}/records/00000.json", *parts]
+    return [MANIFEST, CARD, REPORT, RUN, record_key(0), *(part_key(table, 0) for table in TABLES)]

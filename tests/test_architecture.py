@@ -62,6 +62,20 @@ def test_analysis_knows_only_the_store_the_tables_and_how_names_are_shown_of_ext
     assert wrong == []
 
 
+STORED = (
+    "extract/plan.py",
+    "extract/planning.py",
+    "extract/writing.py",
+    *(f"analysis/{n}.py" for n in ("damage", "dataset", "info", "integrity", "parts", "query", "scanning", "verify")),
+)
+
+
+@pytest.mark.parametrize("file", STORED)
+def test_what_a_dataset_holds_is_reached_through_its_storage(file: str) -> None:
+    paths = {"pathlib", "shutil", "glob", "tempfile", "extract.files"}
+    assert paths & set(imports_of(ROOT / file)) == set()
+
+
 def test_the_rules_see_relative_and_inner_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     inner = tmp_path / "analysis" / "report"

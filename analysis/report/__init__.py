@@ -8,32 +8,43 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from extract.store import Location
 
-def write_report(folder: Path | str, out: Path | str | None = None) -> Path:
-    """Write the report of a finished dataset as one self-contained HTML page; by default FOLDER/report.html."""
+
+def write_report(location: Location, out: Path | str | None = None) -> Path | str:
+    """Write the report of a finished dataset as one self-contained HTML page, by default report.html beside its tables.
+
+    Returns the path of the page, or its URL in an object store.
+    """
     from analysis.damage import damage_refused
     from analysis.dataset import Dataset
     from analysis.report.content import gather
     from analysis.report.page import render
-    from extract.store import Refusal, write_atomically
+    from extract.store import REPORT, LocalFolder, Refusal, write_atomically
 
-    dataset = Dataset.open(folder)
-    path = Path(out) if out is not None else dataset.root / "report.html"
-    if path.is_dir():
-        raise Refusal(f"a report is a file; {path} is a folder; give the name of a file in it")
+    dataset = Dataset.open(location)
+    storage = dataset.storage
+    if out is None:
+        storage.refuse_obstacle(REPORT)
+    elif Path(out).is_dir():
+        raise Refusal(f"a report is a file; {out} is a folder; give the name of a file in it")
     with damage_refused(dataset):
-        page = render(gather(dataset))
-    write_atomically(path, page.encode())
-    return path
+        page = render(gather(dataset)).encode()
+    if out is not None:
+        write_atomically(Path(out), page)
+        return Path(out)
+    storage.put(REPORT, page)
+    place = storage.place(REPORT)
+    return Path(place) if isinstance(storage, LocalFolder) else place
 
 
-def summary(folder: Path | str) -> RenderableType:
+def summary(location: Location) -> RenderableType:
     """What the report finds, as tables for a terminal."""
     from analysis.damage import damage_refused
     from analysis.dataset import Dataset
     from analysis.report.content import gather
     from analysis.report.terminal import tables
 
-    dataset = Dataset.open(folder)
+    dataset = Dataset.open(location)
     with damage_refused(dataset):
         return tables(gather(dataset))

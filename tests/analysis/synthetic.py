@@ -80,7 +80,7 @@ def write_dataset(
     random = np.random.default_rng(seed)
     document_rows, sequence_rows = _corpus(random, documents, lengths, shard_sequences)
     shards = max(row["shard"] for row in sequence_rows) + 1
-    store = Store(root)
+    store = Store.at(root)
     parts: dict[str, list[Part]] = {name: [] for name in TABLES}
     for shard in range(shards):
         own = [row for row in sequence_rows if row["shard"] == shard]
@@ -99,7 +99,7 @@ def rewrite(root: Path, part: str, change: Callable[[pa.Table], pa.Table]) -> No
     """Change the rows of a part and make the manifest fit the new file."""
     table = change(pq.read_table(root / part))
     name, number = part.split("/")[0], int(part[-13:-8])
-    Store(root).write_part(name, number, table)
+    Store.at(root).write_part(name, number, table)
     manifest = read_json(root / "manifest.json")
     assert manifest is not None
     entry = manifest["tables"][name]

@@ -281,4 +281,4 @@ def _rename_some_rows(root: Path, stack: str) -> None:
                 stack=pl.when(pl.col("head") == 1).then(pl.lit(stack)).otherwise(pl.col("stack").cast(pl.String))
             ).to_arrow()
             columns = [renamed[n].cast(rows.schema.field(n).type) for n in rows.column_names]
-            Store(root).write_part(table, int(path.stem[-5:]), type(rows).from_arrays(columns, schema=rows.schema))
+            Store.at(root).write_part(table, int(path.stem[-5:]), type(rows).from_arrays(columns, schema=rows.schema))

@@ -39,7 +39,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
-    return write_report(write_dataset(folder / "d", model_name="<script>window.hacked = 1</script>"))
+    return Path(write_report(write_dataset(folder / "d", model_name="<script>window.hacked = 1</script>")))
 
 
 @pytest.fixture(params=["light", "dark"])

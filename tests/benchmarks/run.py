@@ -95,14 +95,14 @@ def recording(model: nn.Module) -> Iterator[list[Inputs]]:
 
 def heads_bytes(dataset: Path) -> Result:
     """Bytes on disk per row of `heads`, against the same parts as pyarrow writes them when told nothing."""
-    root, manifest = open_dataset(dataset)
+    _, manifest = open_dataset(dataset)
     parts = list(parts_of(manifest, "heads"))
     rows = sum(part.rows for part in parts)
     plain = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part.parquet"
         for part in parts:
-            pq.write_table(pq.read_table(root / part.path), path)
+            pq.write_table(pq.read_table(dataset / part.path), path)
             plain += path.stat().st_size
     return Result(sum(part.bytes for part in parts) / rows, plain / rows, "bytes/row", note=f"{rows:,} rows")
 

@@ -87,7 +87,7 @@ def our_way(encoder: Encoder, ids: Int[Tensor, "batch token"], folder: Path) -> 
     def run() -> None:
         tables, _ = measured_tables(instrument, sequences, shard=0)
         for name, table in tables.items():
-            Store(folder).write_part(name, 0, table)
+            Store.at(folder).write_part(name, 0, table)
 
     return run
 

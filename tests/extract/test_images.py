@@ -149,7 +149,8 @@ def run(model: Path, images: Path, out: Path, **changes: Any) -> Path:
     asked: dict[str, Any] = {"shard_sequences": 3} | changes
     job = prepare(RunOptions(model=str(model), corpus=str(images), out=out, **asked))
     measure_shards(job, job.remaining)
-    return finish(job)
+    finish(job)
+    return out
 
 
 def table(dataset: Path, name: str) -> pl.DataFrame:

@@ -38,7 +38,8 @@ def run(corpus: Path, out: Path, **changes) -> Path:
     )
     job = prepare(options)
     measure_shards(job, job.remaining)
-    return finish(job)
+    finish(job)
+    return out
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from extract import planning
 from extract.corpus import Document, open_corpus
 from extract.errors import Damaged, Refusal
-from extract.planning import Plan, make_plan, read_plan, read_shard, special_tokens
+from extract.planning import Plan, make_plan, special_tokens
+from extract.store import WORK, LocalFolder
 from extract.tables import TABLES
 
 KEY = b"a key of the test's own"
@@ -76,8 +78,19 @@ def documents_of(texts: Iterable[str]) -> list[Document]:
 
 def planned(corpus, tokenizer, folder: Path, **options) -> Plan:
     return make_plan(
-        corpus, tokenizer, folder=folder, **{"max_length": 16, "shard_sequences": 4, "digest_key": None} | options
+        corpus,
+        tokenizer,
+        storage=LocalFolder(folder),
+        **{"max_length": 16, "shard_sequences": 4, "digest_key": None} | options,
     )
+
+
+def read_plan(folder: Path) -> Plan | None:
+    return planning.read_plan(LocalFolder(folder))
+
+
+def read_shard(folder: Path, shard: int) -> tuple[pa.Table, pa.Table]:
+    return planning.read_shard(LocalFolder(folder), shard)
 
 
 def spooled(folder: Path, plan: Plan) -> tuple[list[dict], list[dict]]:
@@ -86,7 +99,7 @@ def spooled(folder: Path, plan: Plan) -> tuple[list[dict], list[dict]]:
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    return {path.name: path.read_bytes() for path in sorted((folder / WORK).iterdir()) if path.is_file()}
 
 
 # --- special tokens
@@ -306,17 +319,17 @@ def test_a_plan_is_read_as_it_was_made(minilm, tmp_path):
 def test_a_plan_whose_file_or_spools_are_damaged_is_no_plan(minilm, tmp_path):
     plan = planned(documents_of(TEXTS), minilm, tmp_path)
     for name in ("plan.json", "shard-00000.arrow", f"shard-{plan.shards - 1:05d}.arrow"):
-        whole = (tmp_path / name).read_bytes()
+        whole = (tmp_path / WORK / name).read_bytes()
         for damaged in (b"", whole[:-20], whole.replace(b"0", b"1", 1) + b" ", b'{"shards": 3}'):
-            (tmp_path / name).write_bytes(damaged)
+            (tmp_path / WORK / name).write_bytes(damaged)
             assert read_plan(tmp_path) is None
-        (tmp_path / name).write_bytes(whole)
+        (tmp_path / WORK / name).write_bytes(whole)
     assert read_plan(tmp_path) == plan
 
 
 def test_a_damaged_spool_is_named(minilm, tmp_path):
     planned(documents_of(TEXTS), minilm, tmp_path)
-    spool = tmp_path / "shard-00000.arrow"
+    spool = tmp_path / WORK / "shard-00000.arrow"
     spool.write_bytes(spool.read_bytes()[:-40])
     with pytest.raises(Damaged, match=r"shard-00000\.arrow is no spool"):
         read_shard(tmp_path, 0)
@@ -330,14 +343,15 @@ def test_a_pass_that_stopped_leaves_no_plan_and_the_next_one_is_as_if_it_never_w
         yield from documents_of(["Words " * 10] * 600)
         raise KeyboardInterrupt
 
-    (tmp_path / "record.json").write_text("somebody else's")
+    (tmp_path / WORK).mkdir()
+    (tmp_path / WORK / "record.json").write_text("somebody else's")
     planned(documents_of(["old"]), minilm, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         planned(stopping(), minilm, tmp_path, shard_sequences=100)
     assert read_plan(tmp_path) is None
-    assert len(list(tmp_path.glob("shard-*"))) > 1
+    assert len(list((tmp_path / WORK).glob("shard-*"))) > 1
     planned(documents_of(TEXTS), minilm, tmp_path)
-    (tmp_path / "record.json").unlink()
+    (tmp_path / WORK / "record.json").unlink()
     planned(documents_of(TEXTS), minilm, tmp_path / "fresh")
     assert bytes_of(tmp_path) == bytes_of(tmp_path / "fresh")
 
@@ -347,7 +361,7 @@ def test_shards_are_written_while_the_corpus_is_read(minilm, tmp_path):
 
     def watched():
         for document in documents_of(["Words " * 20] * 2000):
-            seen.append(len(list(tmp_path.glob("shard-*"))))
+            seen.append(len(list((tmp_path / WORK).glob("shard-*"))))
             yield document
 
     plan = planned(watched(), minilm, tmp_path, shard_sequences=100)

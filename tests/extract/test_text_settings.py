@@ -43,7 +43,7 @@ def planned_ids(folder: Path, tmp_path: Path, text: str = SHOUTED, **options: An
     corpus = tmp_path / "text.txt"
     corpus.write_text(text)
     job = prepare(RunOptions(model=str(folder), corpus=str(corpus), out=tmp_path / "out", device="cpu", **options))
-    return read_shard(job.store.work, 0)[0]["token_ids"].to_pylist()
+    return read_shard(job.store.storage, 0)[0]["token_ids"].to_pylist()
 
 
 def their_ids(folder: Path, text: str = SHOUTED) -> list[int]:

@@ -199,7 +199,7 @@ def heads_of(folder: Path, tmp_path: Path, texts: list[str], **options) -> dict[
     job = prepare(run)
     measure_shards(job, job.remaining)
     finish(job)
-    rows = pq.read_table(job.store.root / "heads" / "shard-00000.parquet").to_pylist()
+    rows = pq.read_table(run.out / "heads" / "shard-00000.parquet").to_pylist()
     return {(row["sequence_id"], row["layer"], row["head"]): row for row in rows}
 
 

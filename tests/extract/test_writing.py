@@ -15,9 +15,9 @@ import pytest
 
 from extract.collector import Collector
 from extract.errors import Refusal
-from extract.files import put_if_absent, write_atomically, write_json, write_sealed
 from extract.pipeline import SHARDS_UNDER_WAY, Job, RunOptions, finish, measure_shard, measure_shards, prepare
-from extract.store import Part, Store
+from extract.store import LocalFolder, Part, Store, part_key
+from extract.store.sealed import put_sealed
 from tests.extract.test_memory import with_attend
 
 WORDS = "Every shard is one sequence here, and there is more than one of them to be measured. " * 12
@@ -64,7 +64,7 @@ class Watched(Store):
 
 
 def before_writing(job: Job, act: Callable[[int, pa.Table], object]) -> Job:
-    return replace(job, store=Watched(job.store.root, act))
+    return replace(job, store=Watched(job.store.storage, act))
 
 
 def test_the_records_are_those_of_a_run_in_turn_and_in_the_order_of_the_shards(corpus, one_after_the_other, tmp_path):
@@ -119,7 +119,7 @@ def test_slow_writing_holds_the_model_up_and_memory_flat(corpus, tmp_path):
 
 def test_an_error_of_the_writer_reaches_the_caller_and_the_shard_is_not_done(corpus, one_after_the_other, tmp_path):
     job = job_into(tmp_path / "out", corpus)
-    in_the_way = job.store.root / job.store.part_path("heads", 2)
+    in_the_way = tmp_path / "out" / part_key("heads", 2)
     in_the_way.mkdir(parents=True)
     with pytest.raises(OSError, match=r"heads/shard-00002\.parquet") as caught:
         measure_shards(job, job.remaining)
@@ -154,36 +154,42 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_run_goes_on_later(corpu
     with largest_file(too_large - 1), pytest.raises(OSError, match=r"heads/shard-0000\d\.parquet") as caught:
         measure_shards(job, job.remaining)
     assert caught.value.errno == errno.EFBIG
-    for name, content in contents(job.store.root).items():
+    for name, content in contents(tmp_path / "out").items():
         assert one_after_the_other.get(name, content) == content, name
         assert not name.endswith(".tmp")
     measure_shards(job, job.remaining)
     with largest_file(sizes["manifest.json"] - 1), pytest.raises(OSError, match=r"manifest\.json") as caught:
         finish(job)
     assert caught.value.errno == errno.EFBIG
-    assert not (job.store.root / "manifest.json").exists()
+    assert not (tmp_path / "out" / "manifest.json").exists()
     assert contents(finish(job_into(tmp_path / "out", corpus))) == one_after_the_other
 
 
-WRITERS: dict[str, Callable[[Path], object]] = {
-    "a file": lambda path: write_atomically(path, bytes(10_000)),
-    "JSON": lambda path: write_json(path, ["x" * 10_000]),
-    "a record": lambda path: write_sealed(path, {"x": "x" * 10_000}),
-    "a claim": lambda path: put_if_absent(path, bytes(10_000)),
+def in_pieces(storage: LocalFolder, key: str) -> None:
+    with storage.writing(key) as file:
+        for _ in range(10):
+            file.write(bytes(1_000))
+
+
+WRITERS: dict[str, Callable[[LocalFolder, str], object]] = {
+    "an object": lambda storage, key: storage.put(key, bytes(10_000)),
+    "in pieces": in_pieces,
+    "a record": lambda storage, key: put_sealed(storage, key, {"x": "x" * 10_000}),
+    "a claim": lambda storage, key: storage.put_if_absent(key, bytes(10_000)),
 }
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_file_that_cannot_be_written_whole_is_named_and_the_one_there_stays(tmp_path, name):
-    path = tmp_path / "folder" / "file"
+    storage, path = LocalFolder(tmp_path), tmp_path / "folder" / "file"
     with largest_file(5_000), pytest.raises(OSError, match=r"folder/file") as caught:
-        WRITERS[name](path)
+        WRITERS[name](storage, "folder/file")
     assert caught.value.errno == errno.EFBIG
     assert list(path.parent.iterdir()) == []
     path.write_text("before")
     if name != "a claim":
         with largest_file(5_000), pytest.raises(OSError, match=r"folder/file"):
-            WRITERS[name](path)
+            WRITERS[name](storage, "folder/file")
     assert [p.name for p in path.parent.iterdir()] == ["file"]
     assert path.read_text() == "before"
 
@@ -192,7 +198,7 @@ def test_a_file_that_cannot_be_written_whole_is_named_and_the_one_there_stays(tm
 def test_a_file_where_the_folder_should_be_is_an_error_with_the_name(tmp_path, name):
     (tmp_path / "folder").write_text("")
     with pytest.raises(OSError, match=r"folder/file"):
-        WRITERS[name](tmp_path / "folder" / "file")
+        WRITERS[name](LocalFolder(tmp_path), "folder/file")
 
 
 def test_an_error_of_the_model_reaches_the_caller_too(corpus, tmp_path):

@@ -66,14 +66,18 @@ def undamaged(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     return contents(finished(copied(job, tmp_path_factory.mktemp("undamaged") / "out")))
 
 
+def folder_of(job: Job) -> Path:
+    return Path(job.options.out)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def copied(job: Job, out: Path) -> Job:
     """The same run in a copy of its folder, its model as it is in memory."""
-    shutil.copytree(job.store.root, out)
-    return replace(job, store=Store(out), options=replace(job.options, out=out), plan=None, lock=None)
+    shutil.copytree(folder_of(job), out)
+    return replace(job, store=Store.at(out), options=replace(job.options, out=out), plan=None, lock=None)
 
 
 def finished(job: Job) -> Path:
@@ -82,19 +86,20 @@ def finished(job: Job) -> Path:
     again = begun(job, open_corpus(job.options.corpus), MAX_LENGTH, lambda *_: None)
     for shard in again.remaining:
         measure_shard(again, shard)
-    return finish(again)
+    finish(again)
+    return folder_of(again)
 
 
 def assert_same_or_refused(job: Job, name: str, what: str, undamaged: dict[str, bytes]) -> bool:
     """Resume; True where it came to the same bytes."""
-    path = job.store.root / name
+    path = folder_of(job) / name
     try:
         finished(job)
     except Refusal as refusal:
         assert path.name in str(refusal), (name, what)
         return False
-    assert contents(job.store.root) == undamaged, (name, what)
-    assert not any(p.is_symlink() for p in job.store.root.rglob("*")), (name, what)
+    assert contents(folder_of(job)) == undamaged, (name, what)
+    assert not any(p.is_symlink() for p in folder_of(job).rglob("*")), (name, what)
     return True
 
 
@@ -104,7 +109,7 @@ def kinds(job: Job) -> Iterator[str]:
     spools = [f"{WORK}/shard-{shard:05d}.arrow" for shard in (0, 1)]
     parts = [f"{table}/shard-{DONE[1]:05d}.parquet" for table in ("documents", "sequences", "heads", "profiles")]
     for name in (f"{WORK}/run.json", f"{WORK}/plan.json", f"{WORK}/lock", *records[:1], *spools, *parts):
-        assert (job.store.root / name).is_file(), name
+        assert (folder_of(job) / name).is_file(), name
         yield name
 
 
@@ -113,10 +118,10 @@ def resumed_after(names: Iterable[tuple[str, str]], job: Job, undamaged: dict[st
     same = set()
     for name, what in names:
         again = copied(job, out)
-        dict(damages(Path(name)))[what](again.store.root / name)
+        dict(damages(Path(name)))[what](folder_of(again) / name)
         if assert_same_or_refused(again, name, what, undamaged):
             same.add(what)
-        shutil.rmtree(again.store.root)
+        shutil.rmtree(folder_of(again))
     return same
 
 
@@ -153,16 +158,16 @@ def test_every_damage_to_every_file_that_can_be_made_again(
 
 def test_what_lies_in_the_way_of_folders_is_named(job: Job, undamaged: dict[str, bytes], tmp_path: Path) -> None:
     again = copied(job, tmp_path / "records")
-    shutil.rmtree(again.store.work / "records")
-    (again.store.work / "records").write_text("x")
+    shutil.rmtree(folder_of(again) / WORK / "records")
+    (folder_of(again) / WORK / "records").write_text("x")
     assert contents(finished(again)) == undamaged
     again = copied(job, tmp_path / "heads")
-    shutil.rmtree(again.store.root / "heads")
-    (again.store.root / "heads").write_text("x")
+    shutil.rmtree(folder_of(again) / "heads")
+    (folder_of(again) / "heads").write_text("x")
     with pytest.raises(Refusal, match=r"a folder is to be written at .*heads, where something else lies"):
         finished(again)
     again = copied(job, tmp_path / "card")
-    (again.store.root / CARD).mkdir()
+    (folder_of(again) / CARD).mkdir()
     with pytest.raises(Refusal, match=r"a file is to be written at .*README\.md, where a folder lies"):
         finished(again)
 
@@ -170,7 +175,7 @@ def test_what_lies_in_the_way_of_folders_is_named(job: Job, undamaged: dict[str,
 def test_a_shard_that_would_be_planned_otherwise_now_is_measured_again(job: Job, corpus: Path, tmp_path: Path) -> None:
     """A corpus of the same names and sizes is another corpus; its records don't fit once the plan is lost."""
     again = copied(job, tmp_path / "out")
-    (again.store.work / "plan.json").unlink()
+    (folder_of(again) / WORK / "plan.json").unlink()
     before = corpus.read_text()
     corpus.write_text(before.swapcase().replace("SHARD", "TABLE"))
     try:
@@ -182,7 +187,7 @@ def test_a_shard_that_would_be_planned_otherwise_now_is_measured_again(job: Job,
 
 def test_parts_of_shards_that_a_new_plan_does_not_have_go(job: Job, corpus: Path, tmp_path: Path) -> None:
     again = copied(job, tmp_path / "out")
-    (again.store.work / "plan.json").unlink()
+    (folder_of(again) / WORK / "plan.json").unlink()
     before = corpus.read_text()
     corpus.write_text("Few words." + " " * (len(before) - 10))
     try:
@@ -196,7 +201,7 @@ def test_parts_of_shards_that_a_new_plan_does_not_have_go(job: Job, corpus: Path
 def test_a_spool_that_comes_to_harm_while_shards_are_measured_is_named(job: Job, tmp_path: Path) -> None:
     again = copied(job, tmp_path / "out")
     begun_again = begun(again, open_corpus(again.options.corpus), MAX_LENGTH, lambda *_: None)
-    spool = again.store.work / "shard-00001.arrow"
+    spool = folder_of(again) / WORK / "shard-00001.arrow"
     spool.write_bytes(flipped(spool.read_bytes(), at=0.5))
     with pytest.raises(Damaged, match=r"shard-00001\.arrow is not as it was written; the same command plans again"):
         measure_shard(begun_again, 1)
@@ -219,7 +224,7 @@ def test_a_run_that_is_refused_while_it_plans_keeps_what_an_earlier_one_measured
     job: Job, undamaged: dict[str, bytes], corpus: Path, tmp_path: Path
 ) -> None:
     again = copied(job, tmp_path / "out")
-    (again.store.work / "plan.json").unlink()
+    (folder_of(again) / WORK / "plan.json").unlink()
     before = corpus.read_bytes()
     corpus.write_bytes(b" " * len(before))
     try:

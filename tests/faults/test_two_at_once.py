@@ -29,7 +29,7 @@ def racing(folder: Path, claim: Callable[[Store, int], object], *, threads: int)
     def tried(number: int) -> bool:
         start.wait()
         try:
-            claim(Store(folder), number)
+            claim(Store.at(folder), number)
         except Refusal:
             return False
         return True
@@ -42,7 +42,7 @@ def test_of_different_runs_in_threads_exactly_one_takes_a_folder(tmp_path: Path)
     for n in range(FOLDERS):
         folder = tmp_path / str(n)
         (winner,) = racing(folder, lambda store, number: store.claim({"run": number}), threads=4)
-        assert Store(folder).held_run() == {"run": winner}
+        assert Store.at(folder).held_run() == {"run": winner}
         assert [path.name for path in (folder / WORK).iterdir()] == ["run.json"]
 
 
@@ -71,7 +71,7 @@ sys.stdin.readline()
 won = []
 for n in range(int(sys.argv[2])):
     try:
-        Store(Path(sys.argv[1]) / str(n)).claim({"pid": os.getpid()})
+        Store.at(Path(sys.argv[1]) / str(n)).claim({"pid": os.getpid()})
         won.append(n)
     except Refusal:
         pass
@@ -109,16 +109,16 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from extract.store import Store
-lock = Store(Path(sys.argv[1])).lock()
+lock = Store.at(Path(sys.argv[1])).lock()
 print("locked", flush=True)
 time.sleep(600)
 """
 
 
 def test_a_lock_goes_with_the_process_that_is_killed(tmp_path: Path) -> None:
-    store = Store(tmp_path / "out")
+    store = Store.at(tmp_path / "out")
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(store.root)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDS, str(tmp_path / "out")], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as holder:
         try:
             assert holder.stdout
@@ -133,7 +133,7 @@ def test_a_lock_goes_with_the_process_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_thread_may_begin_again_and_another_may_not(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store.at(tmp_path)
     lock = store.lock()
     assert store.lock() is lock
     with ThreadPoolExecutor(1) as other, pytest.raises(Refusal, match="another thread of this process"):
@@ -149,7 +149,7 @@ def test_a_thread_may_begin_again_and_another_may_not(tmp_path: Path) -> None:
 
 
 def test_looking_whether_a_folder_is_busy_creates_nothing(tmp_path: Path) -> None:
-    Store(tmp_path / "out").refuse_busy()
+    Store.at(tmp_path / "out").refuse_busy()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -158,7 +158,7 @@ def test_what_lies_in_the_locks_place_goes(tmp_path: Path, lay: Callable[[Path],
     path = tmp_path / WORK / "lock"
     path.parent.mkdir()
     lay(path)
-    lock = Store(tmp_path).lock()
+    lock = Store.at(tmp_path).lock()
     assert path.is_file()
     lock.release()
 

@@ -1,12 +1,12 @@
-"""The shape of a manifest: what every reader of a dataset may rely on."""
+"""The manifest, which is written last and makes the dataset exist, and the shape that every reader may rely on."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from pathlib import PurePosixPath
 from typing import Any
 
+from extract.errors import Damaged, Refusal
 from extract.shapes import (
     Malformed,
     anything,
@@ -20,7 +20,11 @@ from extract.shapes import (
     share,
     text,
 )
-from extract.tables import SCHEMA_VERSION, TABLES
+from extract.store.interface import Storage, is_key
+from extract.store.layout import MANIFEST
+from extract.store.sealed import get_json
+from extract.store.versions import check_version
+from extract.tables import TABLES
 
 _NAME = re.compile(r"[\w.-]+\.parquet", re.ASCII)
 _STACK = record({"stack": text, "layers": count, "heads": maybe(count)}, optional={"of_tokens": flag})
@@ -87,18 +91,27 @@ _MANIFEST = record(
 )
 
 
-def check_manifest(manifest: Any) -> None:
+def read_manifest(storage: Storage) -> dict[str, Any] | None:
+    """The manifest, or None if there is none. Refuses a damaged one, naming the key, and one of another version."""
+    try:
+        manifest = get_json(storage, MANIFEST)
+        if manifest is not None:
+            _check(manifest, storage.place(MANIFEST))
+    except (Damaged, Malformed) as error:
+        raise Refusal(
+            f"a manifest is as attlas wrote it; {storage.place(MANIFEST)}: {error}; "
+            "restore the file from a copy, or measure again into another folder"
+        ) from error
+    return manifest
+
+
+def _check(manifest: Any, place: str) -> None:
     """Raise Malformed, naming the key, where a manifest is not of the shape that this version writes and reads."""
-    record({"schema_version": _schema_version})(manifest, "")
+    record({"schema_version": anything})(manifest, "")
+    check_version(manifest, place)
     _MANIFEST(manifest, "")
     for table, facts in manifest["tables"].items():
         _check_parts(table, [part["path"] for part in facts["parts"]])
-
-
-def _schema_version(value: Any, key: str) -> None:
-    if value != SCHEMA_VERSION or isinstance(value, bool | float):
-        shown = value if isinstance(value, int) and abs(value) < 1 << 63 else "another"
-        raise Malformed(key, f"{SCHEMA_VERSION}, which this attlas reads", f"{shown}; use the attlas that wrote it")
 
 
 def _check_parts(table: str, paths: list[str]) -> None:
@@ -107,8 +120,7 @@ def _check_parts(table: str, paths: list[str]) -> None:
     if table not in TABLES:
         raise Malformed("a key of tables", f"one of {', '.join(TABLES)}", repr(table))
     for path in paths:
-        pure = PurePosixPath(path)
-        if pure.is_absolute() or ".." in pure.parts:
+        if not is_key(path):
             raise Malformed(key, "parts inside the dataset (a part lies inside its dataset)", repr(path))
         folder, _, name = path.rpartition("/")
         if folder != table or not _NAME.fullmatch(name):

@@ -1,0 +1,29 @@
+"""Dataset storage: local folders and object stores behind one interface, and the parts of a dataset on top of it.
+
+`interface` defines a storage; `local` and `objects` implement it; `opening` opens one. `layout` defines all keys; `parts`,
+`records`, `manifest`, `claim` and `work` each cover one kind of object; `dataset` combines them.
+"""
+
+from extract.errors import Refusal as Refusal
+from extract.files import file_sha256 as file_sha256
+from extract.files import write_atomically as write_atomically
+from extract.store.dataset import Store as Store
+from extract.store.dataset import open_dataset as open_dataset
+from extract.store.interface import Storage as Storage
+from extract.store.interface import is_key as is_key
+from extract.store.interface import sha256_of as sha256_of
+from extract.store.layout import CARD as CARD
+from extract.store.layout import MANIFEST as MANIFEST
+from extract.store.layout import REPORT as REPORT
+from extract.store.layout import WORK as WORK
+from extract.store.layout import name_of as name_of
+from extract.store.layout import part_key as part_key
+from extract.store.local import LocalFolder as LocalFolder
+from extract.store.lock import Lock as Lock
+from extract.store.opening import Location as Location
+from extract.store.opening import open_storage as open_storage
+from extract.store.opening import read_json as read_json
+from extract.store.opening import write_json as write_json
+from extract.store.parts import Part as Part
+from extract.store.parts import parts_of as parts_of
+from extract.store.records import ShardRecord as ShardRecord

@@ -1,0 +1,140 @@
+"""A dataset in its storage, as runs write it and readers open it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from extract.errors import Refusal
+from extract.store import claim, parts, records, work
+from extract.store.interface import Storage
+from extract.store.layout import CARD, LOCK, MANIFEST
+from extract.store.lock import Lock, refuse_busy, release_lock, take_lock
+from extract.store.manifest import read_manifest
+from extract.store.opening import Location, open_storage
+from extract.store.parts import Part
+from extract.store.records import ShardRecord
+from extract.store.sealed import as_json
+
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+@dataclass(frozen=True)
+class Store:
+    """One dataset, alone in its storage."""
+
+    storage: Storage
+
+    @classmethod
+    def at(cls, location: Location) -> Store:
+        return cls(open_storage(location))
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, or None if there is none. Refuses a damaged one, naming the key, and one of another version."""
+        return read_manifest(self.storage)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the storage exists, possibly as an empty folder."""
+        return self.storage.names() is not None
+
+    def held_run(self) -> dict[str, Any] | None:
+        """The parameters of the run in the storage, finished or not. Refuses if they are damaged beyond recovery."""
+        return claim.held_run(self.storage)
+
+    def refuse_foreign(self) -> None:
+        """Refuse a file in the folder's place, and a folder that holds something other than a run."""
+        claim.refuse_foreign(self.storage)
+
+    def refuse_another(self, run: Mapping[str, Any]) -> None:
+        """Refuse a storage that holds a different run, naming the differences."""
+        claim.refuse_another(self.storage, run)
+
+    def claim(self, run: Mapping[str, Any]) -> bool:
+        """Claim the storage for a run; True if it was free, False if this run has claimed it before."""
+        return claim.claim(self.storage, run)
+
+    def refuse_busy(self) -> None:
+        """Refuse a storage that another process or thread is writing to."""
+        refuse_busy(self.storage, LOCK)
+
+    def lock(self) -> Lock:
+        """Lock the storage against other writers; refused if it is locked or cannot be written."""
+        try:
+            return take_lock(self.storage, LOCK)
+        except OSError as error:
+            if error.errno not in _NOT_WRITABLE:
+                raise
+            raise Refusal(
+                f"the output folder must be writable; {self.storage.place()}: {error.strerror}; give --out another folder"
+            ) from error
+
+    def unlock(self) -> None:
+        """Release the lock if this thread holds it."""
+        release_lock(self.storage, LOCK)
+
+    def write_part(self, table: str, shard: int, rows: pa.Table) -> Part:
+        return parts.write_part(self.storage, table, shard, rows)
+
+    @property
+    def has_records(self) -> bool:
+        """Whether the run has measured shards before."""
+        return records.has_records(self.storage)
+
+    def write_record(self, record: ShardRecord) -> None:
+        records.write_record(self.storage, record)
+
+    def read_record(self, shard: int) -> ShardRecord | None:
+        """The record of a shard, or None unless it is sound and all its parts exist with the recorded sizes."""
+        return records.read_record(self.storage, shard)
+
+    def discard_damaged(self, shard: int, *, spool: str) -> None:
+        """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256."""
+        records.discard_damaged(self.storage, shard, spool=spool)
+
+    def discard_beyond(self, shards: int) -> None:
+        """Delete parts and records of shards beyond the plan, left by an earlier plan that was lost."""
+        work.discard_beyond(self.storage, shards)
+
+    def clear_obstacles(self) -> None:
+        """Make way for the card and the records; refuses if something that must not be deleted is in the way."""
+        work.clear_obstacles(self.storage)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a work area: the run is unfinished, or was killed before it cleaned up."""
+        return work.has_work(self.storage)
+
+    def clear_work(self) -> None:
+        """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers."""
+        work.clear_work(self.storage)
+
+    def finish(self, manifest: Mapping[str, Any], card: str) -> None:
+        """Make the dataset exist: write the card, then the manifest, and delete the work area."""
+        self.storage.put(CARD, card.encode())
+        self.storage.put(MANIFEST, as_json(dict(manifest)))
+        self.clear_work()
+
+
+def open_dataset(location: Location) -> tuple[Storage, dict[str, Any]]:
+    """The storage and the checked manifest of a finished dataset. Raises Refusal for anything else."""
+    storage = open_storage(location)
+    if not _is_there(storage):
+        raise Refusal(f"a dataset is a folder; there is none at {storage.place()}; give the --out of a finished run")
+    manifest = read_manifest(storage)
+    if manifest is None:
+        state = "an unfinished run" if work.has_work(storage) else "no manifest.json"
+        raise Refusal(f"a dataset has a manifest; {storage.place()} holds {state}; finish it with the same attlas run")
+    return storage, manifest
+
+
+def _is_there(storage: Storage) -> bool:
+    try:
+        return storage.names() is not None
+    except NotADirectoryError:
+        return False

@@ -1,0 +1,118 @@
+"""Storage in a local folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from extract.errors import Refusal
+from extract.files import discard, open_regular, put_if_absent, read_file, write_atomically, written_whole
+from extract.store.flock import flock, flock_holder
+from extract.store.interface import Storage, is_key
+
+
+@dataclass(frozen=True)
+class LocalFolder(Storage):
+    """Keys are paths below `root`, which need not exist yet. Reads follow symbolic links; writes replace them."""
+
+    root: Path
+
+    def place(self, key: str = "") -> str:
+        return str(self._path(key))
+
+    def put(self, key: str, content: bytes) -> None:
+        write_atomically(self._path(key), content)
+
+    def put_if_absent(self, key: str, content: bytes) -> bool:
+        return put_if_absent(self._path(key), content)
+
+    @contextmanager
+    def writing(self, key: str) -> Iterator[BinaryIO]:
+        with written_whole(self._path(key)) as temporary, temporary.open("wb") as file:
+            yield file
+
+    def get(self, key: str) -> bytes | None:
+        return read_file(self._path(key))
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        with self.open(key) as file:
+            file.seek(start)
+            return file.read(length)
+
+    def open(self, key: str) -> BinaryIO:
+        try:
+            return open_regular(self._path(key))
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # no such file can exist
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.place(key)) from error
+            raise
+
+    def source(self, key: str) -> str:
+        return self.place(key)
+
+    def size(self, key: str) -> int | None:
+        try:
+            status = self._path(key).lstat()
+        except OSError:
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def list(self, folder: str = "") -> Iterator[str]:
+        paths = (Path(above, name) for above, _, files in os.walk(self._path(folder)) for name in files)
+        yield from (p.relative_to(self.root).as_posix() for p in sorted(paths) if p.is_file())
+
+    def names(self, folder: str = "") -> Sequence[str] | None:
+        path = self._path(folder)
+        if path.is_dir():
+            return sorted(entry.name for entry in path.iterdir())
+        if path.exists():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        return None
+
+    def delete(self, key: str) -> None:
+        discard(self._path(key))
+
+    def clear(self, folder: str) -> None:
+        shutil.rmtree(self._path(folder), ignore_errors=True)
+
+    def remove_if_empty(self) -> None:
+        with suppress(OSError):
+            self.root.rmdir()
+
+    def refuse_obstacle(self, key: str) -> None:
+        path = self._path(key)
+        _refuse_other(path.parent, is_folder=True)
+        _refuse_other(path, is_folder=False)
+
+    def try_lock(self, key: str) -> Callable[[], None] | None:
+        return flock(self._path(key))
+
+    def lock_holder(self, key: str) -> str | None:
+        return flock_holder(self._path(key))
+
+    def identity(self, key: str) -> str:
+        path = self._path(key)
+        return os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118 - realpath survives loops of links
+
+    def _path(self, key: str) -> Path:
+        if key and not is_key(key):
+            raise ValueError(f"a key is a relative path with forward slashes; got {key!r}")
+        return self.root / key
+
+
+def _refuse_other(path: Path, *, is_folder: bool) -> None:
+    """Refuse a path at which something else lies than the file or folder that will be written there."""
+    if path.is_symlink() and not path.exists():
+        is_free = not is_folder  # a broken link; a file takes its place
+    else:
+        is_free = not path.exists() or path.is_dir() == is_folder
+    if not is_free:
+        kind, came = ("folder", "something else") if is_folder else ("file", "a folder")
+        raise Refusal(f"a {kind} is to be written at {path}, where {came} lies; move it away and run again")

@@ -1,0 +1,51 @@
+"""Opens the storage that a user names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from extract.errors import Refusal, first_line
+from extract.store.interface import Storage
+from extract.store.local import LocalFolder
+from extract.store.sealed import as_json, get_json
+
+Location = str | os.PathLike[str] | Storage
+_ELSEWHERE = {"file": "give the folder's path", "memory": "give an ObjectStorage over obstore's MemoryStore"}
+
+
+def open_storage(location: Location) -> Storage:
+    """The storage at a location: the path of a folder, the URL of an object store (`s3://…`), or a storage as it is."""
+    if isinstance(location, Storage):
+        return location
+    if isinstance(location, str) and "://" in location:
+        return _object_storage(location)
+    return LocalFolder(Path(location))
+
+
+def _object_storage(address: str) -> Storage:
+    rule = f"the URL of a dataset is that of an object store, such as s3://bucket/folder; {address}"
+    way_out = _ELSEWHERE.get(address.partition("://")[0])
+    if way_out:
+        raise Refusal(f"{rule} is not; {way_out}")
+    try:
+        from obstore.store import from_url
+
+        from extract.store.objects import ObjectStorage
+    except ImportError as error:
+        raise Refusal(f"{rule} needs the package obstore to open it; pip install obstore") from error
+    try:
+        return ObjectStorage(from_url(address), address)
+    except Exception as error:  # obstore raises many types, from URLs, settings and credentials
+        raise Refusal(f"{rule} can't be opened ({first_line(error)}); check the URL and the credentials") from error
+
+
+def read_json(file: Path) -> Any | None:
+    """The value of a local JSON file, or None if there is none, for tools that inspect a dataset. Raises Damaged."""
+    return get_json(LocalFolder(file.parent), file.name)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a local JSON file as datasets do, for tools that edit a dataset."""
+    LocalFolder(file.parent).put(file.name, as_json(value))

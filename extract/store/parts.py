@@ -1,0 +1,108 @@
+"""The Parquet parts of a dataset: one per table and shard."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from extract.store.interface import Storage, sha256_of
+from extract.store.layout import part_key, shard_in
+from extract.tables import TABLES
+
+# nearly all of a part are the last digits of floats, which nothing packs: 3 gives 0.5 % more bytes, 15 gives 2 % less for
+# six times the time
+_LEVEL = 6
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Parquet file of a table."""
+
+    path: str  # its key
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class _Counted(io.RawIOBase):
+    """A file that passes writes on to another one and keeps their total size and SHA-256."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any, /) -> int:
+        self._file.write(content)
+        self.digest.update(content)
+        self.size += len(content)
+        return len(content)
+
+
+def write_part(storage: Storage, table: str, shard: int, rows: pa.Table) -> Part:
+    """Write one part. Floats are byte-stream-split, so zstd finds their common exponents."""
+    key = part_key(table, shard)
+    floats = [f.name for f in rows.schema if pa.types.is_floating(f.type)]
+    others = [f.name for f in rows.schema if not pa.types.is_floating(f.type)]
+    with storage.writing(key) as file:
+        counted = _Counted(file)
+        pq.write_table(
+            rows,
+            counted,
+            compression="zstd",
+            compression_level=_LEVEL,
+            use_dictionary=others,  # pyright: ignore[reportArgumentType]
+            use_byte_stream_split=floats,  # pyright: ignore[reportArgumentType]
+            store_schema=True,
+            row_group_size=1 << 17,
+        )
+    return Part(key, rows.num_rows, counted.size, counted.digest.hexdigest())
+
+
+def part_of(raw: Mapping[str, Any]) -> Part:
+    """A part from its description in a manifest or record."""
+    return Part(raw["path"], raw["rows"], raw["bytes"], raw["sha256"])
+
+
+def parts_of(manifest: Mapping[str, Any], table: str) -> Iterator[Part]:
+    """The parts of a table, in shard order."""
+    yield from map(part_of, manifest["tables"].get(table, {"parts": []})["parts"])
+
+
+def is_as_written(storage: Storage, part: Part) -> bool:
+    try:
+        return sha256_of(storage, part.path) == part.sha256
+    except OSError:
+        return False
+
+
+def refuse_obstacles(storage: Storage, shard: int) -> None:
+    """Refuse if something is in the way of a shard's parts."""
+    for table in TABLES:
+        storage.refuse_obstacle(part_key(table, shard))
+
+
+def discard_parts_beyond(storage: Storage, shards: int) -> None:
+    """Delete the parts of shards beyond the plan, left by an earlier plan that was lost."""
+    for table in TABLES:
+        for name in _names(storage, table):
+            number = shard_in(name, before="shard-", after=".parquet")
+            if number is not None and number >= shards:
+                storage.delete(f"{table}/{name}")
+
+
+def _names(storage: Storage, folder: str) -> list[str]:
+    try:
+        return list(storage.names(folder) or ())
+    except NotADirectoryError:
+        return []

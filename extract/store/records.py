@@ -1,0 +1,83 @@
+"""Shard records: a shard that has one is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from extract.errors import Damaged
+from extract.shapes import Malformed, count, mapping, record, sha256
+from extract.store.interface import Storage
+from extract.store.layout import RECORDS, part_key, record_key, shard_in
+from extract.store.manifest import PART
+from extract.store.parts import Part, is_as_written, part_of, refuse_obstacles
+from extract.store.sealed import get_sealed, put_sealed
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """Written after all parts of a shard are in place: the shard is done."""
+
+    shard: int
+    parts: Mapping[str, Part]
+    facts: Mapping[str, Any]  # counts that the manifest adds up
+    spool: str  # SHA-256 of what was measured: a shard planned otherwise is another shard
+
+
+_RECORD = record(
+    {"shard": count, "parts": mapping(PART), "facts": record({"positions": count, "padded": count}), "spool": sha256}
+)
+
+
+def has_records(storage: Storage) -> bool:
+    """Whether the run has measured shards before."""
+    return storage.names(RECORDS) is not None
+
+
+def write_record(storage: Storage, done: ShardRecord) -> None:
+    put_sealed(storage, record_key(done.shard), asdict(done))
+
+
+def read_record(storage: Storage, shard: int) -> ShardRecord | None:
+    """The record of a shard, or None unless it is sound and all its parts exist with the recorded sizes."""
+    try:
+        raw = get_sealed(storage, record_key(shard))
+        if raw is None:
+            return None
+        _RECORD(raw, "")
+    except (Damaged, Malformed):
+        return None
+    parts = {table: part_of(part) for table, part in raw["parts"].items()}
+    in_place = all(part.path == part_key(table, shard) for table, part in parts.items())
+    if raw["shard"] != shard or not in_place or any(storage.size(p.path) != p.bytes for p in parts.values()):
+        return None
+    return ShardRecord(shard, parts, raw["facts"], raw["spool"])
+
+
+def discard_damaged(storage: Storage, shard: int, *, spool: str) -> None:
+    """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256.
+
+    Refuses if something is in the way of the parts, which will then be written again.
+    """
+    found = read_record(storage, shard)
+    if found is not None and found.spool == spool and all(is_as_written(storage, p) for p in found.parts.values()):
+        return
+    storage.delete(record_key(shard))
+    refuse_obstacles(storage, shard)
+
+
+def discard_records_beyond(storage: Storage, shards: int) -> None:
+    """Delete the records of shards beyond the plan, left by an earlier plan that was lost."""
+    for name in storage.names(RECORDS) or ():
+        number = shard_in(name, after=".json")
+        if number is not None and number >= shards:
+            storage.delete(f"{RECORDS}/{name}")
+
+
+def clear_way_for_records(storage: Storage) -> None:
+    """Delete whatever has the name of the records' folder and is not a folder."""
+    try:
+        storage.names(RECORDS)
+    except NotADirectoryError:
+        storage.delete(RECORDS)

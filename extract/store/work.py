@@ -1,0 +1,35 @@
+"""The work area of an unfinished run: prepared when a run begins or resumes, deleted when it finishes."""
+
+from __future__ import annotations
+
+from extract.store.interface import Storage
+from extract.store.layout import CARD, TEMPORARY, WORK
+from extract.store.parts import discard_parts_beyond
+from extract.store.records import clear_way_for_records, discard_records_beyond
+from extract.tables import TABLES
+
+
+def has_work(storage: Storage) -> bool:
+    """Whether there is a work area, or something else of its name."""
+    return WORK in (storage.names() or ())
+
+
+def clear_obstacles(storage: Storage) -> None:
+    """Make way for the card and the records; refuses if something that must not be deleted is in the way."""
+    storage.refuse_obstacle(CARD)
+    clear_way_for_records(storage)
+
+
+def discard_beyond(storage: Storage, shards: int) -> None:
+    """Delete parts and records of shards beyond the plan, left by an earlier plan that was lost."""
+    discard_records_beyond(storage, shards)
+    discard_parts_beyond(storage, shards)
+
+
+def clear_work(storage: Storage) -> None:
+    """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers."""
+    storage.clear(WORK)
+    written_to = {"", *TABLES}
+    for key in storage.list():
+        if key.endswith(TEMPORARY) and key.rpartition("/")[0] in written_to:
+            storage.delete(key)
