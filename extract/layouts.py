@@ -16,7 +16,7 @@ from extract.capture.fingerprint import fingerprint, weights_state
 from extract.capture.layout import Layout
 from extract.capture.probe import hides_the_future
 from extract.capture.seam import same_values
-from extract.inputs import TEXT_INPUTS, probe_inputs, sequences_in
+from extract.model.inputs import TEXT_INPUTS, probe_inputs, sequences_in
 
 # kinds of inputs and states of a model that are remembered: one that changes all the time is no reason to keep them all
 _KEPT = 16

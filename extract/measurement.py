@@ -24,7 +24,8 @@ from extract.capture.watch import watching
 from extract.engines import Engine, choose
 from extract.engines.patches import Grid
 from extract.errors import CaptureError, Refusal, ResidualWarning
-from extract.inputs import (
+from extract.layouts import forget_layouts, layout_of
+from extract.model.inputs import (
     apart,
     batch_of,
     is_padded,
@@ -33,14 +34,13 @@ from extract.inputs import (
     one_by_one,
     sequences_in,
 )
-from extract.layouts import forget_layouts, layout_of
-from extract.packed import Part, unpacked
+from extract.model.packing import Part, unpacked
+from extract.model.token_classes import token_classes
 from extract.schema import CLASS_MASSES, HEADS, PROFILES, RESIDUAL, Table
 from extract.statistics.attention import HeadQuantities, Values
 from extract.statistics.profiles import PROFILE_COLUMNS
 from extract.statistics.registry import Column
 from extract.statistics.sums import HeadSums
-from extract.tokens import token_classes
 
 
 @dataclass

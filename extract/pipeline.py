@@ -18,13 +18,13 @@ import numpy as np
 
 from extract.corpus import Corpus, open_corpus
 from extract.dictionary import dataset_card
-from extract.encoder import Encoder, check_model_name, load_encoder
 from extract.engines import Engine, choose
 from extract.errors import Refusal
-from extract.fed import Fed, Stacks, fed_images, fed_texts
-from extract.images import processor_digest
 from extract.lock import Lock
 from extract.memory import keep_freed_memory, tokens_that_fit
+from extract.model.encoder import Encoder, check_model_name, load_encoder
+from extract.model.images import processor_digest
+from extract.model.measured_model import Fed, Stacks, fed_images, fed_texts
 from extract.plan import Plan, read_shard
 from extract.resuming import begun, read_key
 from extract.schema import SCHEMA_VERSION
@@ -137,7 +137,7 @@ class Job:
 
     @cached_property
     def token_classes(self) -> np.ndarray | None:
-        from extract.tokens import token_classes
+        from extract.model.token_classes import token_classes
 
         if self.options.tokens == "none" or self.encoder.tokenizer is None:
             return None

@@ -21,7 +21,7 @@ from extract.batching import windows
 from extract.corpus import Document, reason_kind, refuse_unreadable
 from extract.errors import Refusal
 from extract.files import write_atomically
-from extract.images import Eye, Unreadable
+from extract.model.images import Eye, Unreadable
 from extract.plan import Plan as Plan
 from extract.plan import Progress, clear_plan, spool_path, write_plan
 from extract.plan import read_plan as read_plan

@@ -17,12 +17,9 @@ from extract.batching import batches, padded_positions
 from extract.capture.batch import Batch, Tokens
 from extract.capture.layout import Layout
 from extract.capture.probe import drawn_alike
-from extract.encoder import Encoder
 from extract.engines import Engine
 from extract.engines.visibility import Axis
 from extract.errors import Refusal, first_line
-from extract.fed import TEXT, TYPES, Images, takes
-from extract.inputs import MASK_OF
 from extract.measurement import (
     Collector,
     Measurements,
@@ -33,6 +30,9 @@ from extract.measurement import (
     residual_table,
 )
 from extract.memory import is_out_of_memory, let_go
+from extract.model.encoder import Encoder
+from extract.model.inputs import MASK_OF
+from extract.model.measured_model import TEXT, TYPES, Images, takes
 from extract.planning import SpecialTokens
 
 Progress = Callable[[int, int], None]

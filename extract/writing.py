@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from extract.model.token_classes import class_sizes
 from extract.schema import DOCUMENTS, SCHEMA_VERSION, SEQUENCES, TABLES, Table
 from extract.store import Part, ShardRecord, Store
-from extract.tokens import class_sizes
 
 if TYPE_CHECKING:
     from extract.capture.layout import Attention

@@ -44,8 +44,8 @@ def refuse_bad_corpus(run: Run) -> None:
 
 def refuse_missing_model(model: str, *, trust_remote_code: bool = False) -> None:
     """Refuse a model that is nowhere, and a folder or file that can be seen to be no model."""
-    from extract.model_code import is_model_code
-    from extract.model_folder import check_model_name
+    from extract.model.folder import check_model_name
+    from extract.model.user_code import is_model_code
 
     if model == "demo":
         return

@@ -73,7 +73,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(scope="session")
 def demo():
     """The demo encoder, in float32 on the CPU."""
-    from extract.encoder import load_encoder
+    from extract.model.encoder import load_encoder
 
     return load_encoder("demo", device="cpu")
 

@@ -14,18 +14,18 @@ CHECKED = (
     "extract.engines.reference",
     "extract.engines.rows",
     "extract.engines.visibility",
-    "extract.fed",
-    "extract.images",
-    "extract.inputs",
+    "extract.model.measured_model",
+    "extract.model.images",
+    "extract.model.inputs",
     "extract.measurement",
     "extract.memory",
-    "extract.packed",
+    "extract.model.packing",
     "extract.shard",
     "extract.statistics.attention",
     "extract.statistics.profiles",
     "extract.statistics.residual",
     "extract.statistics.sums",
-    "extract.tokens",
+    "extract.model.token_classes",
 )
 
 

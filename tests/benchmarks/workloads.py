@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from extract.batching import windows
 from extract.capture.batch import Batch, Tokens
 from extract.corpus import open_corpus
-from extract.encoder import Encoder, load_encoder
 from extract.engines import choose
 from extract.engines.visibility import Axis
 from extract.measurement import Collector, Measurements, layout_of, observe
+from extract.model.encoder import Encoder, load_encoder
+from extract.model.token_classes import token_classes
 from extract.planning import special_tokens
-from extract.tokens import token_classes
 
 
 @dataclass(frozen=True)

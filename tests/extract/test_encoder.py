@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from extract import measure
-from extract.encoder import check_model_name, load_encoder
 from extract.errors import Refusal
+from extract.model.encoder import check_model_name, load_encoder
 from tests.extract.checkpoints import SPECIAL, VOCABULARY, model_of, save, tokenizer_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

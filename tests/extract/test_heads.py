@@ -12,10 +12,10 @@ from extract.engines.reference import rows
 from extract.engines.rows import AttentionCall
 from extract.engines.visibility import Axis, see
 from extract.measurement import layout_of
+from extract.model.token_classes import token_classes
 from extract.schema import HEADS
 from extract.statistics.attention import TOKEN_CLASSES, HeadQuantities
 from extract.statistics.sums import HeadObservation, summed
-from extract.tokens import token_classes
 from tests import oracles
 from tests.extract.models import eager_patterns, tiny
 from tests.patterns import KNOWN, causal_uniform, first, identity, previous, uniform

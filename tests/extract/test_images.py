@@ -18,14 +18,14 @@ from PIL import Image
 from extract import measure
 from extract.capture.grid import sight_of
 from extract.corpus import open_corpus
-from extract.encoder import load_encoder
 from extract.engines import choose
 from extract.engines.patches import Grid, PatchSums
 from extract.engines.rows import AttentionCall
 from extract.engines.visibility import see, whole_axis
 from extract.errors import Refusal
-from extract.images import Unreadable, decoded, pixels_of
 from extract.measurement import layout_of
+from extract.model.encoder import load_encoder
+from extract.model.images import Unreadable, decoded, pixels_of
 from extract.pipeline import RunOptions, finish, measure_shard, measure_shards, prepare
 from tests.oracles import distance_patches
 

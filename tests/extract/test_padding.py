@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from extract import measure
-from extract.fed import fed_texts
+from extract.model.measured_model import fed_texts
 from extract.shard import _planned
 from tests.census.through_run import tokenizer_of
 from tests.census.tiny import build

@@ -8,11 +8,11 @@ import pytest
 from tokenizers import normalizers
 from transformers import ByT5Tokenizer
 
-from extract.encoder import check_model_name, load_encoder
 from extract.errors import Refusal
+from extract.model.encoder import check_model_name, load_encoder
+from extract.model.text_settings import SETTINGS, in_folder, read_text_settings
 from extract.pipeline import RunOptions, finish, measure_shards, prepare
 from extract.planning import read_shard
-from extract.text_settings import SETTINGS, in_folder, read_text_settings
 from tests.extract.checkpoints import model_of, save, tokenizer_of
 
 TRANSFORMER, POOLING = "sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling"

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import XLNetConfig, XLNetModel, XLNetTokenizer
 
-from extract.encoder import load_encoder
 from extract.errors import Refusal
-from extract.fed import fed_texts
+from extract.model.encoder import load_encoder
+from extract.model.measured_model import fed_texts
+from extract.model.positions import max_positions
 from extract.pipeline import RunOptions, finish, measure_shards, prepare
 from extract.planning import special_tokens
-from extract.positions import max_positions
 from tests.extract.checkpoints import model_of, save, tokenizer_of
 from tests.oracles import head_columns
 

@@ -18,9 +18,9 @@ from transformers import (
     XLNetTokenizer,
 )
 
+from extract.model.token_classes import class_sizes, token_classes
+from extract.model.vocabulary import vocabulary_entries
 from extract.statistics.attention import TOKEN_CLASSES
-from extract.tokens import class_sizes, token_classes
-from extract.vocabulary import vocabulary_entries
 
 # one letter for each class
 LETTERS = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from extract.encoder import load_encoder
+from extract.model.encoder import load_encoder
 from extract.statistics.attention import TOKEN_CLASSES
 from tests.flows.conftest import PROSE, Ended
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from extract.errors import Refusal
-from extract.model_weights import read_json_object
+from extract.model.weights import read_json_object
 
 MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
 SETTINGS = (

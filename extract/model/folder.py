@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from extract.errors import Refusal
-from extract.model_code import check_model_code, is_model_code
-from extract.model_weights import Weights, check_weights, find_weights, read_json_object
-from extract.text_settings import MODULES, TextSettings, in_folder, read_text_settings
+from extract.model.text_settings import MODULES, TextSettings, in_folder, read_text_settings
+from extract.model.user_code import check_model_code, is_model_code
+from extract.model.weights import Weights, check_weights, find_weights, read_json_object
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _READ_WITH_THE_MODEL = (

@@ -12,14 +12,14 @@ import torch
 
 from extract.capture.compiled import unwrapped
 from extract.errors import Refusal
-from extract.fed import Reads, refuse_other_reader
-from extract.images import load_processor
-from extract.model_code import build_model, is_model_code, shown_name, try_out
-from extract.model_folder import check_model_name, find_model, is_path
-from extract.model_loading import Source, load_model
-from extract.positions import max_positions, tokenizer_length
-from extract.text_settings import Lookup, TextSettings, in_folder, read_text_settings
-from extract.tokenizer_loading import check_vocabulary, load_tokenizer
+from extract.model.folder import check_model_name, find_model, is_path
+from extract.model.images import load_processor
+from extract.model.loading import Source, load_model
+from extract.model.measured_model import Reads, refuse_other_reader
+from extract.model.positions import max_positions, tokenizer_length
+from extract.model.text_settings import Lookup, TextSettings, in_folder, read_text_settings
+from extract.model.tokenizer import check_vocabulary, load_tokenizer
+from extract.model.user_code import build_model, is_model_code, shown_name, try_out
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8
 
+from extract.model.vocabulary import special_ids, vocabulary_entries
 from extract.statistics.attention import TOKEN_CLASSES
-from extract.vocabulary import special_ids, vocabulary_entries
 
 
 def token_classes(tokenizer: Any) -> Int8[np.ndarray, " vocabulary"]:

@@ -16,7 +16,7 @@ from extract.capture.batch import Batch, Tokens
 from extract.capture.probe import PROBE_DECODER_TOKENS, PROBE_SEQUENCES, PROBE_TOKENS
 from extract.engines.visibility import axis_of, whole_axis
 from extract.errors import Refusal
-from extract.names import refuse_unknown_names
+from extract.model.input_names import refuse_unknown_names
 
 # the input that says which tokens of another are real
 MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}

@@ -20,9 +20,9 @@ from extract.capture.seam import first_tensor
 from extract.corpus.names import real_name
 from extract.engines.patches import Grid
 from extract.errors import CaptureError, Refusal, first_line
-from extract.images import Eye, pixels_of, read_again
-from extract.inputs import MASK_OF, PROBED, random_ids
 from extract.memory import is_out_of_memory
+from extract.model.images import Eye, pixels_of, read_again
+from extract.model.inputs import MASK_OF, PROBED, random_ids
 from extract.planning import SpecialTokens, special_tokens
 
 Stacks = Literal["encoder", "all"]

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from extract.errors import Refusal
-from extract.model_loading import in_short
+from extract.model.loading import in_short
 
 if TYPE_CHECKING:
-    from extract.text_settings import TextSettings
+    from extract.model.text_settings import TextSettings
 
 # how transformers says that a package is missing
 _NEEDS = re.compile(
