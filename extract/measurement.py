@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from extract.capture.batch import Batch
-from extract.capture.compiled import unwrapped
+from extract.capture.compiled import unwrap_model
 from extract.capture.grid import sight_of
 from extract.capture.layout import Attention, Layout, Site
 from extract.capture.modes import eval_mode, refuse_training
@@ -123,7 +123,7 @@ def measure(
     model's stream could not be read exactly. Raises Refusal for inputs that cannot be measured, CaptureError where a
     pattern does not show.
     """
-    model = unwrapped(model)
+    model = unwrap_model(model)
     given = named_inputs(model, arguments, inputs, options=_OPTIONS)
     model = measured_part(model, given)
     device = main_input(model, given).device

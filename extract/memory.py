@@ -115,7 +115,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _COMPLAINTS)
 
 
-def let_go(error: BaseException, device: torch.device) -> None:
+def release_memory(error: BaseException, device: torch.device) -> None:
     """Free what failed work still holds: in the frames that its error remembers, and in the device's cache."""
     traceback.clear_frames(error.__traceback__)
     gc.collect()

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from extract.batching import batches, padded_positions
 from extract.capture.batch import Batch, Tokens
 from extract.capture.layout import Layout
-from extract.capture.probe import drawn_alike
+from extract.capture.probe import fixed_rng
 from extract.engines import Engine
 from extract.engines.visibility import Axis
 from extract.errors import Refusal, first_line
@@ -29,7 +29,7 @@ from extract.measurement import (
     profiles_table,
     residual_table,
 )
-from extract.memory import is_out_of_memory, let_go
+from extract.memory import is_out_of_memory, release_memory
 from extract.model.encoder import Encoder
 from extract.model.inputs import MASK_OF
 from extract.model.measured_model import TEXT, TYPES, Images, takes
@@ -140,7 +140,7 @@ def _measured(
                 raise
             if len(rows) == 1:
                 raise _too_long(rows[0], instrument, error) from error
-            let_go(error, instrument.encoder.device)
+            release_memory(error, instrument.encoder.device)
             middle = len(chosen) // 2
             waiting.extendleft((chosen[middle:], chosen[:middle]))
         else:
@@ -152,7 +152,7 @@ def _observe(instrument: Instrument, rows: list[_Row], collector: Collector) -> 
     given = [row.given for row in rows]
     images = instrument.images
     inputs, batch = _batch(instrument, given) if images is None else _image_batch(instrument, images, given)
-    with drawn_alike():  # nothing random goes into a dataset
+    with fixed_rng():  # nothing random goes into a dataset
         observe(
             instrument.encoder.model,
             instrument.layout,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from extract.capture.compiled import unwrapped
+from extract.capture.compiled import unwrap_model
 from extract.errors import Refusal
 from extract.model.folder import check_model_name, find_model, is_path
 from extract.model.images import load_processor
@@ -133,7 +133,7 @@ def load_encoder(
 def _built(name: str, where: torch.device, dtype: torch.dtype | None, reads: Reads) -> Encoder:
     """The encoder that a user's function makes. Its file's digest stands where a revision does."""
     built = build_model(name, reads=reads)
-    model = unwrapped(built.model).eval()
+    model = unwrap_model(built.model).eval()
     model = model if dtype is None else model.to(dtype)
     refuse_other_reader(model, reads)
     if reads == "texts":
