@@ -25,16 +25,10 @@ from extract.engines import Engine, choose
 from extract.engines.patches import Grid
 from extract.errors import CaptureError, Refusal, ResidualWarning
 from extract.layouts import forget_layouts, layout_of
-from extract.model.inputs import (
-    apart,
-    batch_of,
-    is_padded,
-    main_input,
-    named_inputs,
-    one_by_one,
-    sequences_in,
-)
-from extract.model.packing import Part, unpacked
+from extract.model.arguments import bind_inputs
+from extract.model.inputs import batch_of, is_padded, main_input, sequence_count
+from extract.model.packing import BatchPart, split_packed_texts
+from extract.model.splitting import split_by_sequence, split_packed_images
 from extract.model.token_classes import token_classes
 from extract.schema import CLASS_MASSES, HEADS, PROFILES, RESIDUAL, Table
 from extract.statistics.attention import HeadQuantities, Values
@@ -124,7 +118,7 @@ def measure(
     pattern does not show.
     """
     model = unwrap_model(model)
-    given = named_inputs(model, arguments, inputs, options=_OPTIONS)
+    given = bind_inputs(model, arguments, inputs, options=_OPTIONS)
     model = measured_part(model, given)
     device = main_input(model, given).device
     chosen = choose(engine, device=device.type)
@@ -173,21 +167,21 @@ def _warn_of_absent(layout: Layout) -> None:
         warnings.warn(f"{what} is left out: {reason}", ResidualWarning, stacklevel=3)
 
 
-def parts_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Part]:
+def parts_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[BatchPart]:
     """The inputs as they are given to the model: at once, or apart.
 
     That is where texts are packed in a row, where a tower packs sequences together, and where padding of the text would
     stand between other tokens.
     """
-    texts = unpacked(model, inputs)
+    texts = split_packed_texts(model, inputs)
     if texts is not None:
         return texts
-    parts = apart(model, inputs)
-    if len(parts) == 1 and sequences_in(model, inputs) > 1:
+    parts = split_packed_images(model, inputs)
+    if len(parts) == 1 and sequence_count(model, inputs) > 1:
         if not _is_one_by_one(layout_of(model, inputs), inputs):
-            return [Part([*range(sequences_in(model, inputs))], parts[0])]
-        parts = one_by_one(model, inputs)
-    return [Part([number], part) for number, part in enumerate(parts)]
+            return [BatchPart([*range(sequence_count(model, inputs))], parts[0])]
+        parts = split_by_sequence(model, inputs)
+    return [BatchPart([number], part) for number, part in enumerate(parts)]
 
 
 def _refuse_added_mask(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> None:

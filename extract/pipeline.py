@@ -22,9 +22,10 @@ from extract.engines import Engine, choose
 from extract.errors import Refusal
 from extract.lock import Lock
 from extract.memory import keep_freed_memory, tokens_that_fit
-from extract.model.encoder import Encoder, check_model_name, load_encoder
+from extract.model.encoder import Encoder, load_encoder
+from extract.model.folder import check_model_name
 from extract.model.images import processor_digest
-from extract.model.measured_model import Fed, Stacks, fed_images, fed_texts
+from extract.model.measured_model import MeasuredModel, Stacks, examine_image_model, examine_text_model
 from extract.plan import Plan, read_shard
 from extract.resuming import begun, read_key
 from extract.schema import SCHEMA_VERSION
@@ -83,13 +84,13 @@ class Job:
     engine: Engine
     store: Store
     run: Mapping[str, Any]
-    fed: Fed
+    measured_model: MeasuredModel
     plan: Plan | None = None  # None: the dataset is finished
     lock: Lock | None = None  # on the folder, until the dataset is finished or the job is forgotten
 
     @property
     def layout(self) -> Layout:
-        return self.fed.layout
+        return self.measured_model.layout
 
     @property
     def complete(self) -> bool:
@@ -195,20 +196,22 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
         dtype=options.dtype,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
-        reads="images" if corpus.of_images else "texts",
+        modality="images" if corpus.of_images else "texts",
     )
     engine = choose(options.engine, device=encoder.device.type)
     if not engine.is_ready():
         say("engine", 0, None)
     engine.make_ready()
-    fed = _fed(options, encoder, corpus)
-    max_length = _max_length(options, encoder) if fed.images is None else fed.images.eye.tokens
+    measured_model = _measured_model(options, encoder, corpus)
+    max_length = (
+        _max_length(options, encoder) if measured_model.images is None else measured_model.images.preprocessing.tokens
+    )
     keep_freed_memory(longest=max_length)
     say("model", 1, 1)
     store = Store(options.out)
-    batch_tokens = options.batch_tokens or _batch_tokens(store, fed, encoder.device, max_length)
+    batch_tokens = options.batch_tokens or _batch_tokens(store, measured_model, encoder.device, max_length)
     run = _run(options, encoder, corpus, engine.name, max_length, batch_tokens)
-    return begun(Job(options, encoder, engine, store, run, fed), corpus, max_length, say)
+    return begun(Job(options, encoder, engine, store, run, measured_model), corpus, max_length, say)
 
 
 def measure_shards(
@@ -234,18 +237,19 @@ def measure_shard(job: Job, shard: int, *, progress: Callable[[int, int], None] 
 
     assert job.plan is not None, "a finished dataset has no shard to measure"
     sequences, documents = job.planned(shard)
-    fed, measured = job.fed, replace(job.encoder, model=job.fed.model)
+    measured_model = job.measured_model
+    encoder = replace(job.encoder, model=measured_model.model)
     batch_tokens = job.run["batch_tokens"]
     instrument = Instrument(
-        measured,
-        fed.layout,
+        encoder,
+        measured_model.layout,
         job.engine,
         batch_tokens,
         job.token_classes,
-        inputs=fed.inputs,
-        images=fed.images,
-        special=fed.special,
-        padding_matters=fed.padding_matters,
+        inputs=measured_model.inputs,
+        images=measured_model.images,
+        special=measured_model.special,
+        padding_matters=measured_model.padding_matters,
     )
     tables, facts = measured_tables(instrument, sequences, shard=shard, progress=progress)
     tables |= planned_tables(job, sequences, documents)
@@ -282,20 +286,22 @@ def _max_length(options: RunOptions, encoder: Encoder) -> int:
     return asked
 
 
-def _fed(options: RunOptions, encoder: Encoder, corpus: Corpus) -> Fed:
+def _measured_model(options: RunOptions, encoder: Encoder, corpus: Corpus) -> MeasuredModel:
     """What of the model is measured, and what it is given."""
     if corpus.folder is None:
-        return fed_texts(encoder.model, encoder.tokenizer, stacks=options.stacks, device=encoder.device)
-    return fed_images(encoder.model, encoder.processor, corpus.folder, device=encoder.device, dtype=encoder.dtype)
+        return examine_text_model(encoder.model, encoder.tokenizer, stacks=options.stacks, device=encoder.device)
+    return examine_image_model(
+        encoder.model, encoder.processor, corpus.folder, device=encoder.device, dtype=encoder.dtype
+    )
 
 
-def _batch_tokens(store: Store, fed: Fed, device: torch.device, max_length: int) -> int:
+def _batch_tokens(store: Store, measured_model: MeasuredModel, device: torch.device, max_length: int) -> int:
     """The batch's size where none was given: as the run was begun, whatever memory is free today; else what fits."""
     begun = (store.held_run() or {}).get("batch_tokens")
     if begun is not None:
         return begun
     most = CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
-    fitting = tokens_that_fit(fed.model, fed.layout, device, longest=max_length)
+    fitting = tokens_that_fit(measured_model.model, measured_model.layout, device, longest=max_length)
     return max(max_length, min(most, fitting or most))
 
 

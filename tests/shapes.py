@@ -14,18 +14,19 @@ CHECKED = (
     "extract.engines.reference",
     "extract.engines.rows",
     "extract.engines.visibility",
-    "extract.model.measured_model",
-    "extract.model.images",
-    "extract.model.inputs",
     "extract.measurement",
     "extract.memory",
+    "extract.model.images",
+    "extract.model.inputs",
+    "extract.model.measured_model",
     "extract.model.packing",
+    "extract.model.probe_inputs",
+    "extract.model.token_classes",
     "extract.shard",
     "extract.statistics.attention",
     "extract.statistics.profiles",
     "extract.statistics.residual",
     "extract.statistics.sums",
-    "extract.model.token_classes",
 )
 
 

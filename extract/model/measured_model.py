@@ -1,8 +1,7 @@
-"""What a run feeds a model: which part of it is measured, and which of its inputs are given."""
+"""The part of a model that a run measures, the inputs it is given, and its layout."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,220 +12,188 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from extract.capture.grid import PIXELS
+from extract.capture.grid import PIXELS, sight_of
 from extract.capture.layout import Layout
 from extract.capture.probe import trace_of
 from extract.capture.seam import first_tensor
 from extract.corpus.names import real_name
 from extract.engines.patches import Grid
 from extract.errors import CaptureError, Refusal, first_line
+from extract.layouts import layout_of
+from extract.measurement import grids_of, measured_part
 from extract.memory import is_out_of_memory
-from extract.model.images import Eye, pixels_of, read_again
-from extract.model.inputs import MASK_OF, PROBED, random_ids
+from extract.model.images import ImagePreprocessing, preprocess_image, read_planned_image
+from extract.model.inputs import MASK_OF
+from extract.model.modality import accepts_input, vision_part
+from extract.model.probe_inputs import PROBE_LENGTHS, random_ids
 from extract.planning import SpecialTokens, special_tokens
 
 Stacks = Literal["encoder", "all"]
-Reads = Literal["texts", "images"]
-TEXT = ("input_ids",)
-TYPES = "token_type_ids"
-# the main inputs of models that read no texts
-_OTHER_INPUTS = (PIXELS, "pixel_values_videos", "input_features", "input_values")
+TOKEN_INPUTS = ("input_ids",)
+TOKEN_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
-class Images:
-    """The images of a run: where they lie, how they are made into pixels, where their patches stand among tokens."""
+class ImageCorpus:
+    """The images of a run: their folder, how they become pixels, and where their patches are among the tokens."""
 
     folder: Path
-    eye: Eye
+    preprocessing: ImagePreprocessing
     grids: Mapping[str, Grid] = field(default_factory=dict)
 
     def pixels(self, name: str, sha256: str) -> Float[np.ndarray, "channel row column"]:
-        """Of the image of this readable name, which must be as it was planned. Raises Refusal."""
-        return self.eye.pixels(read_again(self.folder / real_name(name), sha256))
+        """The pixels of the image with this readable name. Raises Refusal if it has changed since it was planned."""
+        return self.preprocessing.pixels(read_planned_image(self.folder / real_name(name), sha256))
 
 
 @dataclass(frozen=True)
-class Fed:
-    """The part of a model that is measured, the inputs of it that hold a sequence, and its layout.
+class MeasuredModel:
+    """The measured part of a model, its layout, and its inputs that hold a sequence.
 
-    `special`: where the tokenizer's token types are given to it too, what they follow from. `padding_matters`: whether what
-    it gives of a sequence is changed by padding behind it.
+    `special` is set if the model is also given the tokenizer's token types. `padding_matters` is set if padding behind a
+    sequence changes the model's output for it.
     """
 
     model: nn.Module
     inputs: tuple[str, ...]
     layout: Layout
-    images: Images | None = None
+    images: ImageCorpus | None = None
     special: SpecialTokens | None = None
     padding_matters: bool = False
 
     @property
-    def named_inputs(self) -> list[str]:
-        """All that the model is given of a sequence, by name."""
-        types = [] if self.special is None else [TYPES]
+    def input_names(self) -> list[str]:
+        """Names of everything the model is given for a sequence."""
+        types = [] if self.special is None else [TOKEN_TYPES]
         return [*self.inputs, *(MASK_OF[name] for name in self.inputs if name in MASK_OF), *types]
 
 
-def refuse_other_reader(model: nn.Module, reads: Reads) -> None:
-    """Raise Refusal where the corpus is of images and the model reads none, or the other way round."""
-    read = getattr(model, "main_input_name", "input_ids")
-    if reads == "images" and _part_that_sees(model) is None:
-        raise Refusal(
-            f"a corpus of images needs a model that reads {PIXELS}; {type(model).__name__} reads {read}; "
-            "give texts, or a model of images"
-        )
-    if reads == "texts" and read in _OTHER_INPUTS:
-        raise Refusal(
-            f"a corpus of texts needs a model that reads input_ids; {type(model).__name__} reads {read}; "
-            + ("give images, or a model of texts" if read == PIXELS else "give a model of texts")
-        )
+def examine_text_model(model: nn.Module, tokenizer: Any, *, stacks: Stacks, device: torch.device) -> MeasuredModel:
+    """Examine a text model on random ids of its tokenizer. Raises Refusal if it needs more than token ids.
 
-
-def fed_texts(model: nn.Module, tokenizer: Any, *, stacks: Stacks, device: torch.device) -> Fed:
-    """An encoder–decoder model's encoder alone, or all of it with the same tokens for its decoder; else the model.
-
-    Examined on ids of the tokenizer, where the model itself does not say how many there are.
+    Of an encoder–decoder model, `stacks` selects the encoder alone, or all of it with the same tokens for its decoder.
     """
-    from extract.measurement import measured_part
-
-    both = stacks == "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    inputs = ("input_ids", "decoder_input_ids") if both else TEXT
-    given = [*inputs, *(MASK_OF[name] for name in inputs)]
-    part = measured_part(model, dict.fromkeys(given))
-    probe = _of_any_tokens(inputs, max(tokenizer.get_vocab().values(), default=0))
+    whole = stacks == "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    inputs = ("input_ids", "decoder_input_ids") if whole else TOKEN_INPUTS
+    part = measured_part(model, dict.fromkeys([*inputs, *(MASK_OF[name] for name in inputs)]))
+    probe = _random_text_inputs(inputs, max(tokenizer.get_vocab().values(), default=0))
     probe = {name: tensor.to(device) for name, tensor in probe.items()}
-    layout = _layout_of_texts(part, probe)
+    layout = _text_layout(part, probe)
     special = special_tokens(tokenizer)
-    typed = special.types is not None and takes(part, TYPES)
-    if typed:
-        _refuse_types_beyond(part, special)
-    padding = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    matters = _padding_matters(part, probe, padding)
-    return Fed(part, inputs, layout, special=special if typed else None, padding_matters=matters)
+    takes_types = special.types is not None and accepts_input(part, TOKEN_TYPES)
+    if takes_types:
+        _refuse_types_beyond_table(part, special)
+    padding_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    padding_matters = _padding_matters(part, probe, padding_id)
+    return MeasuredModel(
+        part, inputs, layout, special=special if takes_types else None, padding_matters=padding_matters
+    )
 
 
-def _padding_matters(model: nn.Module, inputs: Mapping[str, torch.Tensor], padding: int) -> bool:
-    """Whether padding behind texts changes what the model gives of their own tokens, as convolutions over tokens do."""
-    real = next(iter(inputs.values())).shape[1] * 2 // 3
+def examine_image_model(
+    model: nn.Module, processor: Any, folder: Path, *, device: torch.device, dtype: torch.dtype
+) -> MeasuredModel:
+    """Examine the vision part of a model on an image of noise from its own image processor. Raises Refusal."""
+    tower = vision_part(model)
+    assert tower is not None, "models without a vision part are refused on loading"
+    part = measured_part(tower, {PIXELS: None})
+    pixels = _noise_pixels(processor)
+    inputs = {PIXELS: torch.from_numpy(np.stack([pixels, pixels[:, ::-1].copy()])).to(device, dtype)}
+    layout = _image_layout(part, inputs)
+    sight = sight_of(part, layout, inputs)
+    if sight is None:
+        raise Refusal(
+            f"a run must know how many tokens an image becomes; {type(part).__name__} does not show them before its first "
+            "attention layer; measure it with extract.measure"
+        )
+    special = 0 if sight.grid is None else sight.tokens - sight.grid.patches
+    preprocessing = ImagePreprocessing(processor, pixels.shape, sight.tokens, special)
+    return MeasuredModel(part, (PIXELS,), layout, ImageCorpus(folder, preprocessing, grids_of(part, layout, inputs)))
+
+
+def _random_text_inputs(inputs: Sequence[str], largest_id: int) -> dict[str, torch.Tensor]:
+    """A few random ids for each input, without padding."""
+    ids = {name: random_ids(largest_id + 1, PROBE_LENGTHS[name]) for name in inputs}
+    return ids | {MASK_OF[name]: torch.ones_like(tensor) for name, tensor in ids.items()}
+
+
+def _padding_matters(model: nn.Module, inputs: Mapping[str, torch.Tensor], padding_id: int) -> bool:
+    """Whether padding changes the model's output for the tokens before it, as convolutions over tokens do."""
+    length = next(iter(inputs.values())).shape[1] * 2 // 3
     masks = MASK_OF.values()
     padded = {name: x.clone() for name, x in inputs.items()}
     for name, x in padded.items():
-        x[:, real:] = 0 if name in masks else padding
-    apart = {name: x[:, :real] for name, x in inputs.items()}
+        x[:, length:] = 0 if name in masks else padding_id
+    unpadded = {name: x[:, :length] for name, x in inputs.items()}
     batch = next(iter(inputs.values())).shape[0]
     try:
-        alone, among = (
-            first_tensor(trace_of(model, given, batch=batch, events=False).returned) for given in (apart, padded)
+        alone, before_padding = (
+            first_tensor(trace_of(model, given, batch=batch, events=False).returned) for given in (unpadded, padded)
         )
-    except Exception:  # whatever the model's code meets with at padding, it gets none
+    except Exception:  # code that fails on padding is given none
         return True
-    if alone is None or among is None or alone.dim() != 3 or alone.shape[1] != real or among.shape[1] <= real:
-        return False  # no state for each token to compare
-    rounding = max(1e-3, 8 * torch.finfo(alone.dtype).eps)
-    difference = (among[:, :real].double() - alone.double()).norm(dim=-1)
-    return bool((difference > rounding * alone.double().norm(dim=-1)).any())
+    if alone is None or before_padding is None or alone.dim() != 3:
+        return False  # no state per token to compare
+    if alone.shape[1] != length or before_padding.shape[1] <= length:
+        return False
+    tolerance = max(1e-3, 8 * torch.finfo(alone.dtype).eps)
+    difference = (before_padding[:, :length].double() - alone.double()).norm(dim=-1)
+    return bool((difference > tolerance * alone.double().norm(dim=-1)).any())
 
 
-def _refuse_types_beyond(model: nn.Module, special: SpecialTokens) -> None:
-    """A tokenizer's token types are rows of the model's table of them, where it has one."""
+def _refuse_types_beyond_table(model: nn.Module, special: SpecialTokens) -> None:
+    """Raise Refusal if the tokenizer's token types exceed the model's embedding table for them."""
     tables = (m for n, m in model.named_modules() if n.rpartition(".")[2] == "token_type_embeddings")
     rows = min((t.num_embeddings for t in tables if isinstance(t, torch.nn.Embedding)), default=None)
     largest = int(special.types_of(special.count + 1).max())
     if rows is not None and largest >= rows:
         raise Refusal(
-            f"token types are rows of the model's table of them; {type(model).__name__} has {rows}, and its tokenizer gives "
-            f"type {largest}; use the tokenizer that belongs to the model"
+            f"the model must have an embedding for every token type; {type(model).__name__} has {rows}, and its tokenizer "
+            f"gives type {largest}; use the tokenizer that belongs to the model"
         )
 
 
-def _layout_of_texts(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Layout:
-    """The layout by ids alone. Raises Refusal for a model that needs more, such as images beside its text."""
-    from extract.measurement import layout_of
-
+def _text_layout(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Layout:
+    """The layout on token ids alone. Raises Refusal for a model that needs more, such as images beside its text."""
     try:
         return layout_of(model, inputs)
     except (Refusal, CaptureError):
         raise
     except Exception as error:
-        said = None if is_out_of_memory(error) else _own_error(model, inputs)
-        if said is None:
+        reason = None if is_out_of_memory(error) else _own_failure(model, inputs)
+        if reason is None:
             raise
         raise Refusal(
-            f"a run gives a model of texts {' and '.join(name for name in inputs if name in PROBED)} alone; "
-            f"{type(model).__name__} fails with nothing else ({said}); save the part of it that reads text by itself, or "
-            "give extract.measure all of its inputs"
+            f"a run gives a text model {' and '.join(name for name in inputs if name in PROBE_LENGTHS)} alone; "
+            f"{type(model).__name__} fails without other inputs ({reason}); save the part of it that reads text, or pass "
+            "all of its inputs to extract.measure"
         ) from error
 
 
-def _own_error(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str | None:
-    """What the model itself says of these inputs; None if it takes them."""
+def _own_failure(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str | None:
+    """The model's own error on these inputs, outside of any observation; None if it runs."""
     try:
         with torch.inference_mode():
             model(**inputs)
-    except Exception as error:  # whatever its code meets with
+    except Exception as error:  # any error of the model's code
         return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 
-def _of_any_tokens(inputs: Sequence[str], largest_id: int) -> dict[str, torch.Tensor]:
-    """A few ids for each input, without padding."""
-    ids = {name: random_ids(largest_id + 1, PROBED[name]) for name in inputs}
-    return ids | {MASK_OF[name]: torch.ones_like(of_input) for name, of_input in ids.items()}
-
-
-def fed_images(model: nn.Module, processor: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Fed:
-    """The part of a model that sees, examined on an image of noise as its preprocessor makes it. Raises Refusal."""
-    from extract.capture.grid import sight_of
-    from extract.measurement import grids_of, measured_part
-
-    seeing = _part_that_sees(model)
-    assert seeing is not None, "refused before"
-    part = measured_part(seeing, {PIXELS: None})
-    pixels = _of_noise(processor)
-    inputs = {PIXELS: torch.from_numpy(np.stack([pixels, pixels[:, ::-1].copy()])).to(device, dtype)}
-    layout = _layout_for(part, inputs)
-    sight = sight_of(part, layout, inputs)
-    if sight is None:
-        raise Refusal(
-            f"a run counts the tokens that an image becomes; {type(part).__name__} does not show them before its first "
-            "attention layer; measure it with extract.measure"
-        )
-    special = 0 if sight.grid is None else sight.tokens - sight.grid.patches
-    eye = Eye(processor, pixels.shape, sight.tokens, special)
-    return Fed(part, (PIXELS,), layout, Images(folder, eye, grids_of(part, layout, inputs)))
-
-
-def _of_noise(processor: Any) -> Float[np.ndarray, "channel row column"]:
+def _noise_pixels(processor: Any) -> Float[np.ndarray, "channel row column"]:
     from PIL import Image
 
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
-    return pixels_of(processor, Image.fromarray(noise))
+    return preprocess_image(processor, Image.fromarray(noise))
 
 
-def _layout_for(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Layout:
-    from extract.measurement import layout_of
-
+def _image_layout(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Layout:
     try:
         return layout_of(model, inputs)
     except (Refusal, CaptureError):
         raise
     except (ValueError, RuntimeError) as error:
-        said = first_line(error)
         raise Refusal(
-            f"a model takes the pixels that its own preprocessor makes; {type(model).__name__} does not take "
-            f"{list(inputs[PIXELS].shape[1:])} ({said}); use the preprocessor_config.json that belongs to it"
+            f"a model must accept the pixels that its image processor makes; {type(model).__name__} does not accept "
+            f"{list(inputs[PIXELS].shape[1:])} ({first_line(error)}); use the preprocessor_config.json that belongs to it"
         ) from error
-
-
-def _part_that_sees(model: nn.Module) -> nn.Module | None:
-    """The outermost part whose main input is pixels: the model itself, or a tower of it."""
-    if not hasattr(model, "config") and takes(model, PIXELS):  # a module of the user's own
-        return model
-    parts = (m for m in model.modules() if getattr(m, "config", None) is not None)
-    return next((m for m in parts if getattr(m, "main_input_name", None) == PIXELS), None)
-
-
-def takes(model: nn.Module, name: str) -> bool:
-    """Whether the model's forward names this input."""
-    return name in inspect.signature(model.forward).parameters

@@ -1,8 +1,8 @@
-"""Texts packed side by side in a row, as trainers do to save padding, taken apart into the sequences that they are.
+"""Split rows in which several texts are packed side by side, as trainers do to save padding.
 
-Position ids that begin again say where a sequence ends, or a 4-d mask in blocks. Whether the model keeps them apart is
-asked of the model: it must attend to two of them side by side as it does to each alone. Otherwise the row is one sequence
-to it, and is measured as that.
+Position ids that start again mark where a text ends, and so does a 4-d mask in blocks. Whether the model keeps the texts
+apart is tested: it must attend in two neighbours side by side as it does in each alone. If it does not, the model treats
+the row as one sequence, and so does attlas.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing_extensions import TypeIs
 from extract.capture.probe import Call, trace_of
 from extract.engines.visibility import allows
 
-# tokens of either sequence that the model is asked about
-_ASKED = 8
-# what tells a kernel where the sequences are that begin in a row; nothing to one that is by itself
-_OF_KERNELS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_ONE_ROW = (
-    "the inputs hold several sequences in a row, but {} does not keep them apart, so each row is measured as one sequence; "
-    "use a 4-d attention_mask in blocks, or use_cache=False, since with a cache transformers does not see that rows are packed"
+# tokens of each of the two neighbours in the test
+_TESTED_TOKENS = 8
+# inputs that tell attention kernels where packed texts start, and mean nothing for a single text
+_KERNEL_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_NOT_SEPARATED = (
+    "the inputs pack several sequences into a row, but {} does not keep them apart, so each row is measured as one sequence; "
+    "use a 4-d attention_mask in blocks, or use_cache=False, since with a cache transformers does not detect packed rows"
 )
 
 
-class Part(NamedTuple):
-    """Inputs that are given to a model at once, and the places of their sequences among all of the batch."""
+class BatchPart(NamedTuple):
+    """Inputs that a model is given at once, and the indices of their sequences in the whole batch."""
 
     places: list[int]
     inputs: dict[str, Any]
@@ -39,104 +39,106 @@ class Part(NamedTuple):
 
 class _Sequence(NamedTuple):
     row: int
-    first: int
-    last: int  # past its last token
+    start: int
+    stop: int
 
 
-def unpacked(model: nn.Module, inputs: Mapping[str, Any]) -> list[Part] | None:
-    """The sequences of a packed batch, those of one length together; None where it is not packed.
+def split_packed_texts(model: nn.Module, inputs: Mapping[str, Any]) -> list[BatchPart] | None:
+    """Split a packed batch into its texts, grouped by length; None if it is not packed.
 
-    They are counted row by row, as they stand. Warns where a model does not keep them apart.
+    Texts are counted row by row. Warns if the model does not keep them apart.
     """
-    sequences = _sequences(inputs)
+    sequences = _packed_sequences(inputs)
     if sequences is None:
         return None
     if not _keeps_apart(model, inputs, sequences):
-        warnings.warn(_ONE_ROW.format(type(model).__name__), stacklevel=4)
+        warnings.warn(_NOT_SEPARATED.format(type(model).__name__), stacklevel=4)
         return None
     by_length: dict[int, list[int]] = {}
-    for number, (_, first, last) in enumerate(sequences):
-        by_length.setdefault(last - first, []).append(number)
-    return [Part(places, _cut(inputs, [sequences[n] for n in places])) for places in by_length.values()]
+    for number, sequence in enumerate(sequences):
+        by_length.setdefault(sequence.stop - sequence.start, []).append(number)
+    return [BatchPart(places, _cut(inputs, [sequences[n] for n in places])) for places in by_length.values()]
 
 
-def _sequences(inputs: Mapping[str, Any]) -> list[_Sequence] | None:
-    """Where they stand; None where every row holds one."""
+def _packed_sequences(inputs: Mapping[str, Any]) -> list[_Sequence] | None:
+    """The sequences in all rows; None if no row holds more than one."""
     ids, positions, mask = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or "decoder_input_ids" in inputs:
         return None
-    begins, real = torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool)
-    begins[:, 0] = True
+    starts, real = torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 0] = True
     if mask is None and isinstance(positions, torch.Tensor) and positions.dim() == 2:
-        begins[:, 1:] |= positions.diff(dim=1) != 1
-    elif _is_of_pairs(mask, ids.shape[1]):
+        starts[:, 1:] |= positions.diff(dim=1) != 1
+    elif _is_pair_mask(mask, ids.shape[1]):
         pairs = allows(mask).any(1)
-        begins, real = begins | _blocks(pairs), real & pairs.any(1)
+        starts, real = starts | _block_starts(pairs), real & pairs.any(1)
     else:
         return None
-    rows = enumerate([*row.nonzero().flatten().tolist(), ids.shape[1]] for row in begins)
-    is_real = real.tolist()  # else it is padding, which none sees
-    found = [_Sequence(row, *ends) for row, places in rows for ends in pairwise(places) if is_real[row][ends[0]]]
-    return found if len(found) > len(ids) else None
+    bounds = enumerate([*row.nonzero().flatten().tolist(), ids.shape[1]] for row in starts)
+    is_real = real.tolist()  # False for padding, which no query attends to
+    sequences = [_Sequence(row, *ends) for row, places in bounds for ends in pairwise(places) if is_real[row][ends[0]]]
+    return sequences if len(sequences) > len(ids) else None
 
 
-def _is_of_pairs(mask: Any, tokens: int) -> TypeIs[Tensor]:
+def _is_pair_mask(mask: Any, tokens: int) -> TypeIs[Tensor]:
+    """Whether this is a 4-d mask, boolean or additive, of queries and keys."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[-2:] != (tokens, tokens):
         return False
     return mask.dtype == torch.bool or mask.is_floating_point()
 
 
-def _blocks(pairs: Bool[Tensor, "batch query key"]) -> Bool[Tensor, "batch token"]:
-    """Tokens where a block of a mask begins: nothing before sees them or what follows, nor is it seen from there."""
+def _block_starts(pairs: Bool[Tensor, "batch query key"]) -> Bool[Tensor, "batch token"]:
+    """Tokens at which a block starts: no pair of a token before and one from there on is visible, in either direction."""
     pairs = pairs | pairs.transpose(1, 2)
     place = torch.arange(pairs.shape[-1], device=pairs.device)
-    reach = torch.where(pairs, place, -1).amax(-1).maximum(place).cummax(-1).values  # of a token and all before it
-    begins = torch.ones_like(reach, dtype=torch.bool)
-    begins[:, 1:] = reach[:, :-1] < place[1:]
-    return begins
+    # the last token visible from this one or any before it
+    reach = torch.where(pairs, place, -1).amax(-1).maximum(place).cummax(-1).values
+    starts = torch.ones_like(reach, dtype=torch.bool)
+    starts[:, 1:] = reach[:, :-1] < place[1:]
+    return starts
 
 
 def _keeps_apart(model: nn.Module, inputs: Mapping[str, Any], sequences: Sequence[_Sequence]) -> bool:
-    """Whether the model attends in two neighbours as it does in each: asked on the tokens about where one ends."""
+    """Whether the model attends in two neighbours as in each alone, tested on the tokens around their boundary."""
     one, other = next((a, b) for a, b in pairwise(sequences) if a.row == b.row)
-    one = one._replace(first=max(one.first, one.last - _ASKED))
-    other = other._replace(last=min(other.last, other.first + _ASKED))
-    both = _calls(model, inputs, _Sequence(one.row, one.first, other.last))
-    size = one.last - one.first
+    one = one._replace(start=max(one.start, one.stop - _TESTED_TOKENS))
+    other = other._replace(stop=min(other.stop, other.start + _TESTED_TOKENS))
+    both = _attention_calls(model, inputs, _Sequence(one.row, one.start, other.stop))
+    size = one.stop - one.start
     halves = (slice(None, size), slice(size, None))
     for half, sequence in zip(halves, (one, other), strict=True):
-        alone = _calls(model, inputs, sequence)
-        if len(alone) != len(both) or not all(_agrees(a, b, half) for a, b in zip(both, alone, strict=True)):
+        alone = _attention_calls(model, inputs, sequence)
+        if len(alone) != len(both) or not all(_same_pattern(a, b, half) for a, b in zip(both, alone, strict=True)):
             return False
     return True
 
 
-def _calls(model: nn.Module, inputs: Mapping[str, Any], sequence: _Sequence) -> list[Call]:
+def _attention_calls(model: nn.Module, inputs: Mapping[str, Any], sequence: _Sequence) -> list[Call]:
     return trace_of(model, _cut(inputs, [sequence]), batch=1, events=False).calls
 
 
-def _agrees(both: Call, alone: Call, half: slice) -> bool:
+def _same_pattern(both: Call, alone: Call, half: slice) -> bool:
     if both.pattern is None or alone.pattern is None or both.crosses:
         return False
-    seen = both.pattern[..., half, half]
-    return seen.shape == alone.pattern.shape and torch.allclose(seen, alone.pattern, rtol=1e-3, atol=1e-3)
+    block = both.pattern[..., half, half]
+    return block.shape == alone.pattern.shape and torch.allclose(block, alone.pattern, rtol=1e-3, atol=1e-3)
 
 
 def _cut(inputs: Mapping[str, Any], sequences: Sequence[_Sequence]) -> dict[str, Any]:
-    """What the inputs say of these sequences, which are of one length."""
+    """The inputs of these sequences, which must have the same length."""
+    return {name: _cut_value(value, inputs, sequences) for name, value in inputs.items() if name not in _KERNEL_INPUTS}
+
+
+def _cut_value(value: Any, inputs: Mapping[str, Any], sequences: Sequence[_Sequence]) -> Any:
     rows, tokens = inputs["input_ids"].shape
-
-    def of(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.dim() or len(value) not in (1, rows):
-            return value
-        of_each = []
-        for row, first, last in sequences:
-            of_row = value[row % len(value)][None]
-            if value.dim() == 4 and value.shape[-2:] == (tokens, tokens):
-                of_row = of_row[..., first:last, first:last]
-            elif value.dim() > 1 and value.shape[1] == tokens:
-                of_row = of_row[:, first:last]
-            of_each.append(of_row)
-        return torch.cat(of_each)
-
-    return {name: of(value) for name, value in inputs.items() if name not in _OF_KERNELS}
+    if not isinstance(value, torch.Tensor) or not value.dim() or len(value) not in (1, rows):
+        return value
+    pieces = []
+    for row, start, stop in sequences:
+        piece = value[row % len(value)][None]
+        if value.dim() == 4 and value.shape[-2:] == (tokens, tokens):
+            piece = piece[..., start:stop, start:stop]
+        elif value.dim() > 1 and value.shape[1] == tokens:
+            piece = piece[:, start:stop]
+        pieces.append(piece)
+    return torch.cat(pieces)

@@ -1,8 +1,8 @@
-"""What a sentence-transformers folder says, beside its tokenizer, of how texts become ids.
+"""Read the settings in a sentence-transformers folder that determine how texts become ids.
 
-sentence-transformers reads these files (6.2, `base/modules/transformer.py` and `base/model.py`): a settings file beside the
-transformer, config_sentence_transformers.json and modules.json. What changes ids or the encoder is honoured, or refused by
-name; what belongs to a single call of theirs, such as a prompt, is not applied and said.
+sentence-transformers 6.2 reads the same files (`base/modules/transformer.py`, `base/model.py`): a settings file beside the
+transformer, config_sentence_transformers.json and modules.json. attlas follows the settings that change ids or the encoder,
+or refuses them by name. Settings that apply to a single call there, such as a prompt, are not applied and become notes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SETTINGS = (
     "sentence_xlm-roberta_config.json",
     "sentence_xlnet_config.json",
 )
-# options of the library's own, each under its name of today, and those of earlier versions
+# sections of options: earlier names and today's
 _SECTIONS = {"tokenizer_args": "processor_kwargs", "model_args": "model_kwargs", "config_args": "config_kwargs"}
-_OF_LOADING = {
+_LOADING_OPTIONS = {
     "cache_dir",
     "code_revision",
     "force_download",
@@ -40,8 +40,8 @@ _OF_LOADING = {
     "use_auth_token",
     "use_fast",
 }
-# how weights are held and attention is computed: an attlas run says that itself
-_OF_RUNNING = {
+# how weights are stored and attention is computed, which attlas decides itself
+_RUNTIME_OPTIONS = {
     "add_pooling_layer",
     "attn_implementation",
     "device_map",
@@ -53,7 +53,7 @@ _OF_RUNNING = {
     "use_cache",
     "use_safetensors",
 }
-_OF_PADDING = {
+_PADDING_OPTIONS = {
     "logits_to_keep",
     "pad_to_multiple_of",
     "padding",
@@ -62,117 +62,136 @@ _OF_PADDING = {
     "return_tensors",
     "truncation",
 }
-_NEVER_FROM_A_FOLDER = {"auto_map", "gguf_file", "quantization_config", "subfolder", "transformers_weights"}
-_PER_CALL = ("query_length", "document_length", "query_expansion")
-_WITHOUT_EFFECT = {"module_output_name", "transformer_task", "unpad_inputs", "backend", *_PER_CALL, *_OF_LOADING}
-Lookup = Callable[[str], Path | None]
+_FORBIDDEN_OPTIONS = {"auto_map", "gguf_file", "quantization_config", "subfolder", "transformers_weights"}
+_PER_CALL_SETTINGS = ("query_length", "document_length", "query_expansion")
+_IGNORED_SETTINGS = {
+    "module_output_name",
+    "transformer_task",
+    "unpad_inputs",
+    "backend",
+    *_PER_CALL_SETTINGS,
+    *_LOADING_OPTIONS,
+}
+FileLookup = Callable[[str], Path | None]
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How texts become ids. `theirs`: the folder is one of sentence-transformers."""
+    """How texts become ids: the options of a sentence-transformers folder, or none for any other model."""
 
-    theirs: bool = False
+    from_sentence_transformers: bool = False
     lower_case: bool = False
     max_length: int | None = None
     tokenizer_options: Mapping[str, Any] = field(default_factory=dict)
     config_options: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()  # what the folder says and attlas does not do
+    notes: tuple[str, ...] = ()  # settings that attlas does not apply
 
 
-def in_folder(folder: Path) -> Lookup:
-    """Files of a folder."""
+def folder_lookup(folder: Path) -> FileLookup:
+    """Look up files in a folder by name."""
     return lambda name: folder / name if (folder / name).is_file() else None
 
 
-def read_text_settings(of_model: Lookup, of_root: Lookup) -> TextSettings:
-    """The settings, from the files beside the transformer and those of the whole folder. Raises Refusal."""
-    modules = of_root(MODULES)
-    file = next((found for name in SETTINGS if (found := of_model(name)) is not None), None)
-    notes = tuple(_notes_of_prompts(of_root(PROMPTS)))
+def read_text_settings(model_files: FileLookup, root_files: FileLookup) -> TextSettings:
+    """Read the settings beside the transformer and in the root of its folder. Raises Refusal."""
+    modules = root_files(MODULES)
+    file = next((path for name in SETTINGS if (path := model_files(name)) is not None), None)
+    notes = tuple(_prompt_notes(root_files(PROMPTS)))
     if file is None:
-        return TextSettings(theirs=modules is not None, notes=notes)
-    held = {_SECTIONS.get(name, name): value for name, value in read_json_object(file).items()}
-    sections = {name: _section(file, held.pop(name, None), name) for name in _SECTIONS.values()}
-    processing = _of_processing(file, _section(file, held.pop("processing_kwargs", None), "processing_kwargs"))
-    lower_case, length = held.pop("do_lower_case", False), held.pop("max_seq_length", None)
+        return TextSettings(from_sentence_transformers=modules is not None, notes=notes)
+    settings = {_SECTIONS.get(name, name): value for name, value in read_json_object(file).items()}
+    sections = {name: _section(file, settings.pop(name, None), name) for name in _SECTIONS.values()}
+    processing = _section(file, settings.pop("processing_kwargs", None), "processing_kwargs")
+    lengths = (
+        _processing_length(file, processing),
+        sections["processor_kwargs"].get("model_max_length"),
+        settings.pop("max_seq_length", None),
+    )
+    lower_case = settings.pop("do_lower_case", False)
     _check(file, "do_lower_case", lower_case, isinstance(lower_case, bool | None), "true or false")
     _refuse_model_options(file, sections["model_kwargs"])
-    if held.pop("tokenizer_name_or_path", None):
-        _refuse(file, "tokenizer_name_or_path", "a tokenizer lies in its model's folder", "copy it there")
-    length = next((n for n in (processing, sections["processor_kwargs"].get("model_max_length"), length) if n), None)
+    if settings.pop("tokenizer_name_or_path", None):
+        _refuse(file, "tokenizer_name_or_path", "a tokenizer must be in its model's folder", "copy it there")
+    length = next((n for n in lengths if n), None)
     _check(file, "max_seq_length", length, length is None or (type(length) is int and length > 0), "a whole number")
     return TextSettings(
-        theirs=True,
+        from_sentence_transformers=True,
         lower_case=bool(lower_case),
         max_length=length,
-        tokenizer_options=_passed_on(file, "processor_kwargs", sections["processor_kwargs"], {"model_max_length"}),
-        config_options=_passed_on(file, "config_kwargs", sections["config_kwargs"], _OF_RUNNING),
-        notes=(*notes, *_notes_of_settings(file, held)),
+        tokenizer_options=_forwarded(file, "processor_kwargs", sections["processor_kwargs"], {"model_max_length"}),
+        config_options=_forwarded(file, "config_kwargs", sections["config_kwargs"], _RUNTIME_OPTIONS),
+        notes=(*notes, *_settings_notes(file, settings)),
     )
 
 
-def _section(file: Path, held: Any, name: str) -> dict[str, Any]:
-    _check(file, name, held, held is None or isinstance(held, dict), "a JSON object")
-    return dict(held or {})
+def _section(file: Path, value: Any, name: str) -> dict[str, Any]:
+    _check(file, name, value, value is None or isinstance(value, dict), "a JSON object")
+    return dict(value or {})
 
 
-def _of_processing(file: Path, sections: Mapping[str, Any]) -> int | None:
-    """The longest text that options of the tokenizer's call say, refusing those that change ids otherwise."""
+def _processing_length(file: Path, sections: Mapping[str, Any]) -> int | None:
+    """The maximum length in the options for the tokenizer's call; refuses options that change ids in other ways."""
     length = None
     for name in ("common", "text"):
         options = _section(file, sections.get(name), name)
         length = options.pop("max_length", None) or length
-        for option in sorted(set(options) - _OF_PADDING):
-            _refuse(file, f"processing_kwargs.{name}.{option}", "attlas makes ids as the tokenizer does", "take it out")
+        for option in sorted(set(options) - _PADDING_OPTIONS):
+            _refuse(
+                file,
+                f"processing_kwargs.{name}.{option}",
+                "attlas uses the tokenizer's own defaults",
+                "remove the option",
+            )
     return length
 
 
 def _refuse_model_options(file: Path, options: Mapping[str, Any]) -> None:
-    for name in sorted(set(options) - _OF_LOADING - _OF_RUNNING):
+    for name in sorted(set(options) - _LOADING_OPTIONS - _RUNTIME_OPTIONS):
         _refuse(
             file,
             f"model_kwargs.{name}",
-            "a model is what its config.json and its weights say",
-            "write it into config.json",
+            "config.json and the weights alone define the model",
+            "move the option to config.json",
         )
 
 
-def _passed_on(file: Path, section: str, options: Mapping[str, Any], unused: set[str]) -> dict[str, Any]:
-    """The options that transformers is given, without those that say where and how to load."""
-    kept = {name: value for name, value in options.items() if name not in _OF_LOADING | unused}
-    for name in sorted(kept):
-        if name in _NEVER_FROM_A_FOLDER or name.endswith(("_file", "_path", "_class", "_type")):
-            _refuse(file, f"{section}.{name}", "a folder's settings name no other files or classes", "take it out")
-    return kept
+def _forwarded(file: Path, section: str, options: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
+    """The options to pass on to transformers, without those about where and how to load."""
+    forwarded = {name: value for name, value in options.items() if name not in _LOADING_OPTIONS | ignored}
+    for name in sorted(forwarded):
+        if name in _FORBIDDEN_OPTIONS or name.endswith(("_file", "_path", "_class", "_type")):
+            _refuse(
+                file, f"{section}.{name}", "a folder's settings can't name other files or classes", "remove the option"
+            )
+    return forwarded
 
 
-def _notes_of_settings(file: Path, held: Mapping[str, Any]) -> Iterator[str]:
-    if "message" in (held.get("modality_config") or {}):
-        yield f"{file.name} puts texts into a chat template; attlas measures them as they are"
-    asked = [name for name in _PER_CALL if held.get(name)]
-    if asked:
-        yield f"{file.name} says {', '.join(asked)}, of a single call; attlas measures every text alike"
-    unknown = sorted(set(held) - _WITHOUT_EFFECT - {"modality_config"})
+def _settings_notes(file: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+    if "message" in (settings.get("modality_config") or {}):
+        yield f"{file.name} puts texts into a chat template; attlas measures them without it"
+    per_call = [name for name in _PER_CALL_SETTINGS if settings.get(name)]
+    if per_call:
+        yield f"{file.name} sets {', '.join(per_call)} for single calls; attlas treats all texts alike"
+    unknown = sorted(set(settings) - _IGNORED_SETTINGS - {"modality_config"})
     if unknown:
-        yield f"{file.name} says {', '.join(unknown)}, which attlas does not know and leaves out"
+        yield f"{file.name} sets {', '.join(unknown)}, which attlas does not know and ignores"
 
 
-def _notes_of_prompts(file: Path | None) -> Iterator[str]:
-    held = {} if file is None else read_json_object(file)
-    name, prompts = held.get("default_prompt_name"), held.get("prompts") or {}
+def _prompt_notes(file: Path | None) -> Iterator[str]:
+    settings = {} if file is None else read_json_object(file)
+    name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
     prompt = prompts.get(name) if isinstance(prompts, dict) else None
     if name is not None and prompt:
         yield (
             f"{PROMPTS} puts the prompt {name!r}, {json.dumps(prompt, ensure_ascii=False)}, before every text; "
-            "attlas measures texts as they are; write it into the documents to measure it too"
+            "attlas measures texts without it; add it to the documents to measure it too"
         )
 
 
-def _check(file: Path, name: str, came: Any, right: bool, kind: str) -> None:
-    if not right:
-        raise Refusal(f"{name} in {file.name} is {kind}; that of {file.parent} says {came!r}; mend that place")
+def _check(file: Path, name: str, value: Any, valid: bool, kind: str) -> None:
+    if not valid:
+        raise Refusal(f"{name} in {file.name} must be {kind}; that of {file.parent} is {value!r}; correct it")
 
 
 def _refuse(file: Path, name: str, rule: str, remedy: str) -> NoReturn:
-    raise Refusal(f"{rule}; {file} says {name}; {remedy}")
+    raise Refusal(f"{rule}; {file} sets {name}; {remedy}")
