@@ -165,7 +165,7 @@ def check(options: RunOptions) -> Corpus:
         limit=options.limit,
         strict=options.strict,
     )
-    if corpus.of_images:
+    if corpus.has_images:
         _refuse_options_of_texts(options)
     return corpus
 
@@ -196,7 +196,7 @@ def prepare(options: RunOptions, *, progress: Progress | None = None) -> Job:
         dtype=options.dtype,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
-        modality="images" if corpus.of_images else "texts",
+        modality="images" if corpus.has_images else "texts",
     )
     engine = choose(options.engine, device=encoder.device.type)
     if not engine.is_ready():

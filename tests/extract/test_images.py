@@ -306,7 +306,7 @@ def test_unusable_images_raise_their_dropped_reason(data, reason):
 
 def test_the_documents_of_an_image_corpus_are_its_files(images):
     corpus = open_corpus(str(images))
-    assert corpus.of_images
+    assert corpus.has_images
     names = [d.source for d in corpus]
     assert names == [
         "a.png",
