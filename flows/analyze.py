@@ -1,4 +1,4 @@
-"""A finished dataset → its report."""
+"""The task that writes the report of a finished dataset."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 @task(name="report", cache_policy=NO_CACHE)
 def report(dataset: Path) -> Path:
-    """Write the dataset's report beside its tables."""
+    """Write the report to the folder of the dataset."""
     from analysis.report import write_report
 
     return write_report(dataset, None)
