@@ -1,19 +1,17 @@
 """The command line. Heavy imports are inside the commands, so that --help is fast."""
 
-import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from extract.errors import Refusal
-from flows.config import Run, choices, read_run
+from flows.config import read_run
+from flows.run_options import with_run_options
 from flows.streams import (
     exit_on_closed_pipe,
     flush_output,
@@ -24,8 +22,6 @@ from flows.streams import (
 
 if TYPE_CHECKING:
     from analysis.query import Format
-    from extract.schema import Table
-    from extract.statistics.registry import Column
 
 FAILED, BAD_USAGE, FINDING = 1, 2, 3
 
@@ -143,40 +139,7 @@ def _prepare_for_prefect() -> None:
     refuse_bad_settings()
 
 
-def _with_run_options(command: Any) -> Any:
-    """Give the command an option for each field of `Run`; options that are not set leave the run file's values."""
-    file = inspect.signature(command).parameters["run_file"]
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name))
-        for name in Run.model_fields
-    ]
-    command.__signature__ = inspect.Signature([file, *options])
-    command.__annotations__ = {"run_file": file.annotation} | {o.name: o.annotation for o in options}
-    return command
-
-
-def _option(name: str) -> Any:
-    field, flag = Run.model_fields[name], name.replace("_", "-")
-    kind = _option_type(field.annotation)
-    default = "" if field.is_required() or field.default in (None, False) else f" [default: {field.default}]"
-    text = f"{field.description}{default}"
-    if kind is bool:
-        return Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)]
-    metavar = "|".join(choices(name)) or {int: "N", Path: "PATH"}.get(kind, "NAME")
-    return Annotated[kind | None, typer.Option(f"--{flag}", help=text, metavar=metavar, show_default=False)]
-
-
-def _option_type(annotation: Any) -> type:
-    """The type of a field's values, such as int for `Annotated[int, …] | None`; str for a literal, which `Run` validates."""
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return str
-    if origin in (Union, UnionType):
-        return _option_type(next(a for a in get_args(annotation) if a is not type(None)))
-    return _option_type(get_args(annotation)[0]) if origin is Annotated else annotation
-
-
-app.command(name="run")(_with_run_options(run))
+app.command(name="run")(with_run_options(run))
 
 
 @app.command()
@@ -262,46 +225,14 @@ def stats(
 ) -> None:
     """Show the catalogue of columns: formula, unit, bounds and reference."""
     from extract.schema import TABLES
+    from flows.catalogue import describe_column, list_columns
 
     if name is None:
-        _list_columns(TABLES.values())
+        list_columns(TABLES.values())
     elif name in TABLES:
-        _list_columns([TABLES[name]])
+        list_columns([TABLES[name]])
     else:
-        _describe_column(name, TABLES.values())
-
-
-def _list_columns(tables: Iterable["Table"]) -> None:
-    for table in tables:
-        typer.echo(f"{table.name}: one row per {table.row}")
-        width = max(len(column.name) for column in table.columns)
-        for column in table.columns:
-            typer.echo(f"  {column.name:<{width}}  {column.formula}" + (f"  ({column.unit})" if column.unit else ""))
-        typer.echo()
-
-
-def _describe_column(name: str, tables: Iterable["Table"]) -> None:
-    matches = [(table, column) for table in tables for column in table.columns if column.name == name]
-    if not matches:
-        raise Refusal(f"the catalogue has no column {name!r}; {_near_columns(name, tables)}")
-    for table, column in matches:
-        typer.echo(f"{table.name}.{column.name}")
-        for label, text in _facts_of(column):
-            typer.echo(f"  {label:<9}  {text}")
-
-
-def _facts_of(column: "Column") -> list[tuple[str, str]]:
-    nullable = "where undefined or unknown" if column.nullable else "never"
-    facts = {"type": column.dtype, "null": nullable, **column.metadata}
-    return list(facts.items())
-
-
-def _near_columns(name: str, tables: Iterable["Table"]) -> str:
-    import difflib
-
-    names = sorted({column.name for table in tables for column in table.columns})
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [n for n in names if name in n][:5]
-    return f"did you mean {', '.join(near)}?" if near else "attlas stats lists all columns"
+        describe_column(name, TABLES.values())
 
 
 @app.command()

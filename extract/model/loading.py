@@ -138,12 +138,12 @@ def _hub_hint() -> str:
 def _mismatch(model: Any, report: Mapping[str, Any]) -> str | None:
     """The first disagreement between a model and its weights, as text; None if they agree."""
     name = type(model).__name__
-    shapes = {key: (saved, own) for key, saved, own in report["mismatched_keys"] if not _UNUSED.search(key)}
+    shapes = {key: (saved, expected) for key, saved, expected in report["mismatched_keys"] if not _UNUSED.search(key)}
     if shapes:
-        weight, (saved, own) = min(shapes.items())
+        weight, (saved, expected) = min(shapes.items())
         more = f" and {len(shapes) - 1} more" if len(shapes) > 1 else ""
         return (
-            f"weights must have the shapes that config.json states; {weight} of {name} should be {list(own)} and is saved "
+            f"weights must have the shapes that config.json states; {weight} of {name} should be {list(expected)} and is saved "
             f"as {list(saved)}{more}"
         )
     missing = [key for key in report["missing_keys"] if not _UNUSED.search(key)]

@@ -73,8 +73,8 @@ def examine_text_model(model: nn.Module, tokenizer: Any, *, stacks: Stacks, devi
 
     Of an encoder–decoder model, `stacks` selects the encoder alone, or all of it with the same tokens for its decoder.
     """
-    whole = stacks == "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    inputs = ("input_ids", "decoder_input_ids") if whole else TOKEN_INPUTS
+    with_decoder = stacks == "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    inputs = ("input_ids", "decoder_input_ids") if with_decoder else TOKEN_INPUTS
     part = measured_part(model, dict.fromkeys([*inputs, *(MASK_OF[name] for name in inputs)]))
     probe = _random_text_inputs(inputs, max(tokenizer.get_vocab().values(), default=0))
     probe = {name: tensor.to(device) for name, tensor in probe.items()}
@@ -130,7 +130,7 @@ def _padding_matters(model: nn.Module, inputs: Mapping[str, torch.Tensor], paddi
         alone, before_padding = (
             first_tensor(trace_of(model, given, batch=batch, events=False).returned) for given in (unpadded, padded)
         )
-    except Exception:  # code that fails on padding is given none
+    except Exception:  # a model that fails on padding is run without it
         return True
     if alone is None or before_padding is None or alone.dim() != 3:
         return False  # no state per token to compare
