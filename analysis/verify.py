@@ -196,7 +196,9 @@ def _symbolic_bounds(dataset: Dataset, table: Table, present: Collection[str]) -
     """Bounds in terms of the sequence's length n and the stream's width d; only where n counts keys and queries."""
     known = pl.col("of_tokens")  # what merges tokens changes its width as well
     n = pl.when(known).then(pl.col("n"))
-    outcomes = pl.col(table.outcome).is_not_null().cast(pl.Float64) if table.outcome in present else pl.lit(0.0)
+    outcomes = pl.lit(0.0)
+    if table.outcome is not None and table.outcome in present:
+        outcomes = pl.col(table.outcome).is_not_null().cast(pl.Float64)
     width = section(dataset.manifest, "model").get("width")
     d = pl.when(known).then(float(width)) if isinstance(width, int) else pl.lit(None, dtype=pl.Float64)
     symbols = {

@@ -1,22 +1,30 @@
-"""What the package refuses, as types that callers can tell apart."""
+"""Exception types that callers can tell apart, and pieces of their messages."""
+
+from collections.abc import Sequence
 
 
 class Refusal(ValueError):
-    """An input that is refused before any work; the message states the rule, what came, and what to do."""
+    """Input that is rejected before any work. The message states the rule, what was given, and what to do."""
 
 
 class CaptureError(RuntimeError):
-    """A model that does not show what was asked of it: a missed pattern, a broken residual identity."""
+    """A model that attlas cannot observe correctly: a missing attention pattern, a violated residual identity."""
 
 
 class ResidualWarning(UserWarning):
-    """The residual stream of a model, or of one of its stacks, could not be read exactly and is left out."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The residual stream of a model or of one of its stacks could not be read exactly and is left out."""
 
 
 class Damaged(ValueError):
-    """A file that is there and is not what was written; the message names it and says why."""
+    """A file that exists but is not what was written. The message names the file and the reason."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shortlist(names: Sequence[str]) -> str:
+    """The first three names and the number of the others, for messages."""
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")

@@ -16,7 +16,8 @@ from extract.capture.fingerprint import fingerprint, weights_state
 from extract.capture.layout import Layout
 from extract.capture.probe import hides_the_future
 from extract.capture.seam import same_values
-from extract.inputs import TEXT_INPUTS, probe_inputs, sequences_in
+from extract.model.inputs import TEXT_INPUTS, sequence_count
+from extract.model.probe_inputs import probe_inputs
 
 # kinds of inputs and states of a model that are remembered: one that changes all the time is no reason to keep them all
 _KEPT = 16
@@ -69,7 +70,7 @@ def _inputs_key(model: nn.Module, inputs: Mapping[str, Any] | None) -> frozenset
     names = frozenset({"input_ids"} if inputs is None else inputs) - {"attention_mask"}
     if inputs is not None and not hasattr(model, "config"):
         names = _kinds(inputs)
-    return names if inputs is None or names <= TEXT_INPUTS else names | {min(2, sequences_in(model, inputs))}
+    return names if inputs is None or names <= TEXT_INPUTS else names | {min(2, sequence_count(model, inputs))}
 
 
 def _kinds(inputs: Mapping[str, Any]) -> frozenset[Any]:

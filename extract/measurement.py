@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from extract.capture.batch import Batch
-from extract.capture.compiled import unwrapped
+from extract.capture.compiled import unwrap_model
 from extract.capture.grid import sight_of
 from extract.capture.layout import Layout
 from extract.capture.modes import eval_mode, refuse_training
@@ -24,19 +24,13 @@ from extract.collector import Collector, open_collector
 from extract.engines import Engine, choose
 from extract.engines.patches import Grid
 from extract.errors import CaptureError, Refusal, ResidualWarning
-from extract.inputs import (
-    apart,
-    batch_of,
-    is_padded,
-    main_input,
-    named_inputs,
-    one_by_one,
-    sequences_in,
-)
 from extract.layouts import forget_layouts, layout_of
-from extract.packed import Part, unpacked
+from extract.model.arguments import bind_inputs
+from extract.model.inputs import batch_of, is_padded, main_input, sequence_count
+from extract.model.packing import BatchPart, split_packed_texts
+from extract.model.splitting import split_by_sequence, split_packed_images
+from extract.model.token_classes import token_classes
 from extract.tables import CLASS_MASSES, TABLES, Table, recorded_tables
-from extract.tokens import token_classes
 
 
 def measure(
@@ -58,8 +52,8 @@ def measure(
     model's stream could not be read exactly. Raises Refusal for inputs that cannot be measured, CaptureError where a
     pattern does not show.
     """
-    model = unwrapped(model)
-    given = named_inputs(model, arguments, inputs, options=_OPTIONS)
+    model = unwrap_model(model)
+    given = bind_inputs(model, arguments, inputs, options=_OPTIONS)
     model = measured_part(model, given)
     device = main_input(model, given).device
     chosen, wanted = choose(engine, device=device.type), _chosen_tables(tables)
@@ -132,21 +126,21 @@ def _warn_of_absent(layout: Layout) -> None:
         warnings.warn(f"{what} is left out: {reason}", ResidualWarning, stacklevel=3)
 
 
-def parts_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Part]:
+def parts_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[BatchPart]:
     """The inputs as they are given to the model: at once, or apart.
 
     That is where texts are packed in a row, where a tower packs sequences together, and where padding of the text would
     stand between other tokens.
     """
-    texts = unpacked(model, inputs)
+    texts = split_packed_texts(model, inputs)
     if texts is not None:
         return texts
-    parts = apart(model, inputs)
-    if len(parts) == 1 and sequences_in(model, inputs) > 1:
+    parts = split_packed_images(model, inputs)
+    if len(parts) == 1 and sequence_count(model, inputs) > 1:
         if not _is_one_by_one(layout_of(model, inputs), inputs):
-            return [Part([*range(sequences_in(model, inputs))], parts[0])]
-        parts = one_by_one(model, inputs)
-    return [Part([number], part) for number, part in enumerate(parts)]
+            return [BatchPart([*range(sequence_count(model, inputs))], parts[0])]
+        parts = split_by_sequence(model, inputs)
+    return [BatchPart([number], part) for number, part in enumerate(parts)]
 
 
 def _refuse_added_mask(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> None:

@@ -18,12 +18,13 @@ import numpy as np
 
 from extract.corpus import Corpus, open_corpus
 from extract.dictionary import dataset_card
-from extract.encoder import Encoder, check_model_name, load_encoder
 from extract.engines import Engine, choose
 from extract.errors import Refusal
-from extract.fed import Fed, Stacks, fed_images, fed_texts
-from extract.images import processor_digest
 from extract.memory import keep_freed_memory, tokens_that_fit
+from extract.model.encoder import Encoder, load_encoder
+from extract.model.folder import check_model_name
+from extract.model.images import processor_digest
+from extract.model.measured_model import MeasuredModel, Stacks, examine_image_model, examine_text_model
 from extract.plan import Plan, read_shard
 from extract.resuming import begun, read_key
 from extract.store import Location, Lock, ShardRecord, Store
@@ -82,14 +83,14 @@ class Job:
     engine: Engine
     store: Store
     run: Mapping[str, Any]
-    fed: Fed
+    measured_model: MeasuredModel
     tables: tuple[Table, ...] = ()  # that are recorded
     plan: Plan | None = None  # None: the dataset is finished
     lock: Lock | None = None  # on the folder, until the dataset is finished or the job is forgotten
 
     @property
     def layout(self) -> Layout:
-        return self.fed.layout
+        return self.measured_model.layout
 
     @property
     def complete(self) -> bool:
@@ -137,7 +138,7 @@ class Job:
 
     @cached_property
     def token_classes(self) -> np.ndarray | None:
-        from extract.tokens import token_classes
+        from extract.model.token_classes import token_classes
 
         if self.options.tokens == "none" or self.encoder.tokenizer is None:
             return None
@@ -164,7 +165,7 @@ def check(options: RunOptions) -> Corpus:
         limit=options.limit,
         strict=options.strict,
     )
-    if corpus.of_images:
+    if corpus.has_images:
         _refuse_options_of_texts(options)
     return corpus
 
@@ -199,21 +200,23 @@ def prepare(options: RunOptions, *, tables: Collection[str] = (), progress: Prog
         dtype=options.dtype,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
-        reads="images" if corpus.of_images else "texts",
+        modality="images" if corpus.has_images else "texts",
     )
     engine = choose(options.engine, device=encoder.device.type)
     if not engine.is_ready():
         say("engine", 0, None)
     engine.make_ready()
-    fed = _fed(options, encoder, corpus)
-    max_length = _max_length(options, encoder) if fed.images is None else fed.images.eye.tokens
+    measured_model = _measured_model(options, encoder, corpus)
+    max_length = (
+        _max_length(options, encoder) if measured_model.images is None else measured_model.images.preprocessing.tokens
+    )
     keep_freed_memory(longest=max_length)
     say("model", 1, 1)
     store = Store.at(options.out)
-    batch_tokens = options.batch_tokens or _batch_tokens(store, fed, encoder.device, max_length)
+    batch_tokens = options.batch_tokens or _batch_tokens(store, measured_model, encoder.device, max_length)
     run = _run(options, encoder, corpus, engine.name, max_length, batch_tokens)
     run["tables"] = [table.name for table in recorded]
-    return begun(Job(options, encoder, engine, store, run, fed, recorded), corpus, max_length, say)
+    return begun(Job(options, encoder, engine, store, run, measured_model, recorded), corpus, max_length, say)
 
 
 def measure_shards(
@@ -239,18 +242,19 @@ def measure_shard(job: Job, shard: int, *, progress: Callable[[int, int], None] 
 
     assert job.plan is not None, "a finished dataset has no shard to measure"
     sequences, documents = job.planned(shard)
-    fed, measured = job.fed, replace(job.encoder, model=job.fed.model)
+    measured_model = job.measured_model
+    encoder = replace(job.encoder, model=measured_model.model)
     batch_tokens = job.run["batch_tokens"]
     instrument = Instrument(
-        measured,
-        fed.layout,
+        encoder,
+        measured_model.layout,
         job.engine,
         batch_tokens,
         job.token_classes,
-        inputs=fed.inputs,
-        images=fed.images,
-        special=fed.special,
-        padding_matters=fed.padding_matters,
+        inputs=measured_model.inputs,
+        images=measured_model.images,
+        special=measured_model.special,
+        padding_matters=measured_model.padding_matters,
         tables=job.tables,
     )
     tables, facts = measured_tables(instrument, sequences, shard=shard, progress=progress)
@@ -288,20 +292,22 @@ def _max_length(options: RunOptions, encoder: Encoder) -> int:
     return asked
 
 
-def _fed(options: RunOptions, encoder: Encoder, corpus: Corpus) -> Fed:
+def _measured_model(options: RunOptions, encoder: Encoder, corpus: Corpus) -> MeasuredModel:
     """What of the model is measured, and what it is given."""
     if corpus.folder is None:
-        return fed_texts(encoder.model, encoder.tokenizer, stacks=options.stacks, device=encoder.device)
-    return fed_images(encoder.model, encoder.processor, corpus.folder, device=encoder.device, dtype=encoder.dtype)
+        return examine_text_model(encoder.model, encoder.tokenizer, stacks=options.stacks, device=encoder.device)
+    return examine_image_model(
+        encoder.model, encoder.processor, corpus.folder, device=encoder.device, dtype=encoder.dtype
+    )
 
 
-def _batch_tokens(store: Store, fed: Fed, device: torch.device, max_length: int) -> int:
+def _batch_tokens(store: Store, measured_model: MeasuredModel, device: torch.device, max_length: int) -> int:
     """The batch's size where none was given: as the run was begun, whatever memory is free today; else what fits."""
     begun = (store.held_run() or {}).get("batch_tokens")
     if begun is not None:
         return begun
     most = CUDA_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
-    fitting = tokens_that_fit(fed.model, fed.layout, device, longest=max_length)
+    fitting = tokens_that_fit(measured_model.model, measured_model.layout, device, longest=max_length)
     return max(max_length, min(most, fitting or most))
 
 

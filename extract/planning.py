@@ -19,7 +19,7 @@ import pyarrow as pa
 from extract.batching import windows
 from extract.corpus import Document, reason_kind, refuse_unreadable
 from extract.errors import Refusal
-from extract.images import Eye, Unreadable
+from extract.model.images import ImagePreprocessing, Unreadable
 from extract.plan import Plan as Plan
 from extract.plan import Progress, clear_plan, write_plan, write_spool
 from extract.plan import read_plan as read_plan
@@ -119,7 +119,7 @@ def make_plan(
 
 def make_image_plan(
     corpus: Iterable[Document],
-    eye: Eye,
+    preprocessing: ImagePreprocessing,
     *,
     storage: Storage,
     shard_sequences: int,
@@ -134,10 +134,10 @@ def make_image_plan(
     clear_plan(storage)
     spool = _Spool(storage, shard_sequences, digest_key)
     for document in corpus:
-        data, reason = _usable(document, eye)
+        data, reason = _usable(document, preprocessing)
         if strict:
             refuse_unreadable(replace(document, dropped_reason=reason))
-        spool.add_image(document, data, reason, tokens=eye.tokens, special=eye.special)
+        spool.add_image(document, data, reason, tokens=preprocessing.tokens, special=preprocessing.special)
         if progress is not None:
             progress(spool.documents, spool.tokens)
     plan = spool.finish()
@@ -145,12 +145,12 @@ def make_image_plan(
     return plan
 
 
-def _usable(document: Document, eye: Eye) -> tuple[bytes | None, str | None]:
+def _usable(document: Document, preprocessing: ImagePreprocessing) -> tuple[bytes | None, str | None]:
     """(bytes, None) of an image that the model can be given, or (None, why it can't)."""
     assert document.file is not None, "a document of an image corpus is a file"
     try:
         data = document.file.read_bytes()
-        eye.pixels(data)
+        preprocessing.pixels(data)
     except OSError as error:
         return None, f"unreadable: {type(error).__name__}"
     except Unreadable as error:

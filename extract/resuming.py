@@ -61,7 +61,7 @@ def _plan(job: Job, corpus: Corpus, max_length: int, say: Progress) -> Plan:
 
 
 def _planned(job: Job, corpus: Corpus, max_length: int, progress: Callable[[int, int], None]) -> Plan:
-    options, images = job.options, job.fed.images
+    options, images = job.options, job.measured_model.images
     for_any: dict[str, Any] = {
         "storage": job.store.storage,
         "shard_sequences": options.shard_sequences,
@@ -70,7 +70,7 @@ def _planned(job: Job, corpus: Corpus, max_length: int, progress: Callable[[int,
         "progress": progress,
     }
     if images is not None:
-        return make_image_plan(corpus, images.eye, **for_any)
+        return make_image_plan(corpus, images.preprocessing, **for_any)
     return make_plan(
         corpus,
         job.encoder.tokenizer,

@@ -16,16 +16,17 @@ from jaxtyping import Int
 from extract.batching import batches, padded_positions
 from extract.capture.batch import Batch, Tokens
 from extract.capture.layout import Layout
-from extract.capture.probe import drawn_alike
+from extract.capture.probe import fixed_rng
 from extract.collector import Collector, open_collector
-from extract.encoder import Encoder
 from extract.engines import Engine
 from extract.engines.visibility import Axis
 from extract.errors import Refusal, first_line
-from extract.fed import TEXT, TYPES, Images, takes
-from extract.inputs import MASK_OF
 from extract.measurement import has_others_among_text, observe
-from extract.memory import is_out_of_memory, let_go
+from extract.memory import is_out_of_memory, release_memory
+from extract.model.encoder import Encoder
+from extract.model.inputs import MASK_OF
+from extract.model.measured_model import TOKEN_INPUTS, TOKEN_TYPES, ImageCorpus
+from extract.model.modality import accepts_input
 from extract.planning import SpecialTokens
 from extract.tables import Table, recorded_tables
 
@@ -43,8 +44,8 @@ class Instrument:
     engine: Engine
     batch_tokens: int
     classes: np.ndarray | None  # of every id of the vocabulary; None: neither classes nor ids are looked at
-    inputs: tuple[str, ...] = TEXT  # of the model, that a sequence is given to
-    images: Images | None = None  # what sequences are, if not ids
+    inputs: tuple[str, ...] = TOKEN_INPUTS  # of the model, that a sequence is given to
+    images: ImageCorpus | None = None  # what sequences are, if not ids
     special: SpecialTokens | None = None  # what token types follow from, where the model is given them
     padding_matters: bool = False  # to what the model gives of a sequence
     tables: tuple[Table, ...] = field(default_factory=recorded_tables)
@@ -140,7 +141,7 @@ def _measure_batches(
                 raise
             if len(rows) == 1:
                 raise _too_long(rows[0], instrument, error) from error
-            let_go(error, instrument.encoder.device)
+            release_memory(error, instrument.encoder.device)
             middle = len(chosen) // 2
             waiting.extendleft((chosen[middle:], chosen[:middle]))
         else:
@@ -151,7 +152,7 @@ def _observe(instrument: Instrument, rows: list[_Row], collector: Collector) -> 
     given = [row.given for row in rows]
     images = instrument.images
     inputs, batch = _batch(instrument, given) if images is None else _image_batch(instrument, images, given)
-    with drawn_alike():  # nothing random goes into a dataset
+    with fixed_rng():  # nothing random goes into a dataset
         observe(
             instrument.encoder.model,
             instrument.layout,
@@ -170,7 +171,9 @@ def _too_long(row: _Row, instrument: Instrument, error: Exception) -> Refusal:
     )
 
 
-def _image_batch(instrument: Instrument, images: Images, rows: list[tuple[str, str]]) -> tuple[dict[str, Any], Batch]:
+def _image_batch(
+    instrument: Instrument, images: ImageCorpus, rows: list[tuple[str, str]]
+) -> tuple[dict[str, Any], Batch]:
     """Pixels of the model's type, all of one shape: there is no padding."""
     pixels = np.stack([images.pixels(*row) for row in rows])
     (name,) = instrument.inputs
@@ -201,7 +204,9 @@ def _batch(instrument: Instrument, rows: list[np.ndarray]) -> tuple[dict[str, An
         # to each input an axis of its own: queries and keys that share one are the same tokens
         texts[name] = Tokens(Axis(torch.zeros_like(length), length, tokens), **known)
     # a decoder keeps no cache for tokens that never come
-    cached = getattr(getattr(encoder.model, "config", None), "use_cache", False) and takes(encoder.model, "use_cache")
+    cached = getattr(getattr(encoder.model, "config", None), "use_cache", False) and accepts_input(
+        encoder.model, "use_cache"
+    )
     return inputs | ({"use_cache": False} if cached else {}), Batch(len(rows), texts)
 
 
@@ -212,7 +217,7 @@ def _types(
     types = np.zeros((len(rows), tokens), np.int64)
     for place, row in enumerate(rows):
         types[place, : len(row)] = special.types_of(len(row))
-    return {TYPES: _on(instrument.encoder.device, types)}
+    return {TOKEN_TYPES: _on(instrument.encoder.device, types)}
 
 
 def _on(device: torch.device, values: np.ndarray) -> torch.Tensor:

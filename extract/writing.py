@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from extract.collector import left_to_reference
+from extract.model.token_classes import class_sizes
 from extract.store import Part, ShardRecord, Store
 from extract.tables import SCHEMA_VERSION, TABLES, Table
-from extract.tokens import class_sizes
 
 if TYPE_CHECKING:
     from extract.capture.layout import Attention
@@ -66,7 +66,7 @@ def manifest_of(job: Job, plan: Plan, records: list[ShardRecord]) -> dict[str, A
             "dropped": dict(Counter(plan.dropped)),
         },
         "software": {"python": platform.python_version()}
-        | {name: version(name) for name in (*_SOFTWARE, *(("pillow",) if job.fed.images else ()))},
+        | {name: version(name) for name in (*_SOFTWARE, *(("pillow",) if job.measured_model.images else ()))},
         "engine": job.engine.name,
         "by_reference": _left_to_reference(job),
         "device": job.run["device"],
@@ -78,22 +78,22 @@ def manifest_of(job: Job, plan: Plan, records: list[ShardRecord]) -> dict[str, A
 
 
 def _left_to_reference(job: Job) -> dict[str, list[str]]:
-    images = job.fed.images
+    images = job.measured_model.images
     has_grids = images is not None and bool(images.grids)
     return left_to_reference(job.tables, job.layout, job.engine, absent=() if has_grids else ("grid",))
 
 
 def _reader_facts(job: Job) -> dict[str, Any]:
     """What made the model's inputs out of documents: a tokenizer, or a preprocessor and what becomes of an image."""
-    images = job.fed.images
+    images = job.measured_model.images
     if images is None:
         return {"tokenizer": _tokenizer_facts(job)}
-    eye = images.eye
+    preprocessing = images.preprocessing
     facts = {
-        "preprocessor": type(eye.processor).__name__,
+        "preprocessor": type(preprocessing.processor).__name__,
         "digest": job.run["processor_digest"],
-        "pixels": list(eye.shape),
-        "tokens": eye.tokens,
+        "pixels": list(preprocessing.shape),
+        "tokens": preprocessing.tokens,
         "grids": {
             stack: {"rows": g.rows, "columns": g.columns, "first_patch": g.prefix} for stack, g in images.grids.items()
         },
@@ -107,7 +107,7 @@ def _tokenizer_facts(job: Job) -> dict[str, Any]:
     return {
         "name": type(tokenizer).__name__,
         "digest": job.run["tokenizer_digest"],
-        "inputs": job.fed.named_inputs,
+        "inputs": job.measured_model.input_names,
         "lower_case": job.encoder.settings.lower_case,
         "classes": None if classes is None else class_sizes(tokenizer, classes),
         "notes": list(job.encoder.settings.notes),
@@ -117,7 +117,7 @@ def _tokenizer_facts(job: Job) -> dict[str, Any]:
 def _model_facts(job: Job) -> dict[str, Any]:
     """`stack`, `layers` and `heads` are there where one number says it: one stack, whose layers have as many heads each."""
     layout = job.layout
-    grids = {} if job.fed.images is None else job.fed.images.grids
+    grids = {} if job.measured_model.images is None else job.measured_model.images.grids
     stacks = [_stack_facts(stack, layout.of(stack), is_grid=stack in grids) for stack in layout.stacks]
     single = stacks[0] if len(stacks) == 1 else dict.fromkeys(("stack", "layers", "heads"))
     return single | {
@@ -126,7 +126,7 @@ def _model_facts(job: Job) -> dict[str, Any]:
         "revision": job.encoder.revision,
         "weights_digest": job.run["weights_digest"],
         "architecture": type(job.encoder.model).__name__,
-        "measured": type(job.fed.model).__name__,
+        "measured": type(job.measured_model.model).__name__,
         "stacks": stacks,
         "width": layout.width,
         "parameters": sum(p.numel() for p in job.encoder.model.parameters()),

@@ -1,1 +1,1 @@
-"""What people and schedules start: the command line, the run file, the Prefect flows."""
+"""The entry points: command line, run files, Prefect flows."""

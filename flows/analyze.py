@@ -1,4 +1,4 @@
-"""A finished dataset → its report."""
+"""The task that writes the report of a finished dataset."""
 
 from pathlib import Path
 

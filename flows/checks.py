@@ -1,4 +1,4 @@
-"""What can be refused from names and paths alone, before a model is loaded or a server started."""
+"""Checks on names and paths, before a model is loaded or a server started."""
 
 import re
 from pathlib import Path
@@ -12,9 +12,9 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def refuse_bad_paths(run: Run, *, run_file: Path | None = None) -> None:
-    """Raise the first refusal that the run's paths give reason for."""
+    """Raise Refusal for the first problem with the paths of a run."""
     refuse_address(run.out)
-    # first, since an output folder in the wrong place is also one that holds something else, or spoils the corpus
+    # before the other checks, which would report an output folder in the wrong place less clearly
     refuse_overlaps(run, run_file=run_file)
     refuse_bad_corpus(run)
     refuse_missing_model(run.model, trust_remote_code=run.trust_remote_code)
@@ -24,7 +24,7 @@ def refuse_bad_paths(run: Run, *, run_file: Path | None = None) -> None:
 
 
 def refuse_bad_corpus(run: Run) -> None:
-    """Open local files as the run will, and close them; a hub is asked only by the run itself."""
+    """Open a local corpus as the run will. A hub corpus is checked by the run itself."""
     from extract.corpus import open_corpus
 
     if run.corpus.startswith("hub:"):
@@ -39,32 +39,33 @@ def refuse_bad_corpus(run: Run) -> None:
         strict=run.strict,
     )
     if run.digest_key is not None:
-        refuse_key_among(run.digest_key, run.corpus, [name for name, _ in corpus.files])
+        refuse_key_in_corpus(run.digest_key, run.corpus, [name for name, _ in corpus.files])
 
 
 def refuse_missing_model(model: str, *, trust_remote_code: bool = False) -> None:
-    """Refuse a model that is nowhere, and a folder or file that can be seen to be no model."""
-    from extract.model_code import is_model_code
-    from extract.model_folder import check_model_name
+    """Raise Refusal for a missing model, and for a folder or file that is not a model."""
+    from extract.model.folder import check_model_name
+    from extract.model.user_code import is_user_code
 
     if model == "demo":
         return
-    if Path(model).is_dir() or is_model_code(model):
+    if Path(model).is_dir() or is_user_code(model):
         check_model_name(model, trust_remote_code=trust_remote_code)
         return
     if Path(model).exists():
         raise Refusal(f"a model is a folder with config.json and safetensors; {model} is a file; give its folder")
     if not _HUB_NAME.fullmatch(model) or model.startswith("."):
-        raise Refusal(f"a model is a folder, a hub name or demo; there is no folder {model}; check the path")
+        raise Refusal(f"--model takes demo, a folder or a hub name; there is no folder {model}; check the path")
 
 
 def refuse_address(out: Path) -> None:
+    """Raise Refusal if the output folder is a URL."""
     if "://" in str(out) or re.match(r"\w{2,}:/", str(out)):
-        raise Refusal(f"the output is a local folder; {out} is an address; give a path and copy the dataset afterwards")
+        raise Refusal(f"the output must be a local folder; {out} is a URL; give a path and copy the dataset afterwards")
 
 
-def refuse_key_among(key: Path, corpus: str, names: list[str]) -> None:
-    """Refuse a digest key that is one of the corpus's documents."""
+def refuse_key_in_corpus(key: Path, corpus: str, names: list[str]) -> None:
+    """Raise Refusal if the digest key is one of the files of the corpus."""
     place, _ = place_of(corpus)
     folder = place if place is None or place.is_dir() else place.parent
     if folder is not None and key.resolve() in {(folder / name).resolve() for name in names if name.endswith(key.name)}:
@@ -72,5 +73,6 @@ def refuse_key_among(key: Path, corpus: str, names: list[str]) -> None:
 
 
 def refuse_missing_key(key: Path) -> None:
+    """Raise Refusal if the digest key does not exist."""
     if not key.is_file():
-        raise Refusal(f"a digest key is a file; there is none at {key}; make one: head -c 32 /dev/urandom > {key}")
+        raise Refusal(f"a digest key is a file; there is none at {key}; create one: head -c 32 /dev/urandom > {key}")

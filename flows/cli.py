@@ -1,25 +1,27 @@
-"""The command line. Heavy imports are inside the commands, so that help answers at once."""
+"""The command line. Heavy imports are inside the commands, so that --help is fast."""
 
-import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from extract.errors import Refusal
-from flows.config import Run, choices, read_run
-from flows.streams import end_with_reader, flush_output, make_streams_safe, outlive_reader, reported_if_unwritten
+from flows.config import read_run
+from flows.run_options import with_run_options
+from flows.streams import (
+    exit_on_closed_pipe,
+    flush_output,
+    ignore_closed_pipe,
+    make_streams_safe,
+    report_write_errors,
+)
 
 if TYPE_CHECKING:
     from analysis.query import Format
-    from extract.tables import Table
-    from extract.tables.column import Column
 
 FAILED, BAD_USAGE, FINDING = 1, 2, 3
 
@@ -36,32 +38,32 @@ Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="a finished dataset
 
 
 def main() -> None:
-    """Run a command; refusals exit 2, failures 1, each with one line that says what to do."""
-    # two thread pools (BLAS and the cpu engine) would spin against each other; read when torch loads its own
+    """Run a command. Refusals exit with 2 and failures with 1, both with a message that says what to do."""
+    # keeps the thread pools of BLAS and the cpu engine from spinning against each other; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     make_streams_safe()
-    end_with_reader()
+    exit_on_closed_pipe()
     code = exit_code(sys.argv[1:])
-    unwritten = flush_output()
-    if unwritten is not None and code == 0:
-        code = _said(unwritten, code=FAILED)
+    error = flush_output()
+    if error is not None and code == 0:
+        code = _report_error(error, code=FAILED)
     sys.exit(code)
 
 
 def exit_code(arguments: list[str]) -> int:
-    """What the command line `attlas ARGUMENTS` exits with; its messages go to standard error."""
+    """Run `attlas ARGUMENTS` and return its exit code; error messages go to standard error."""
     try:
         app(arguments)
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else FAILED
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else FAILED
     except Refusal as refusal:
-        return _said(refusal, code=BAD_USAGE)
+        return _report_error(refusal, code=BAD_USAGE)
     except Exception as failure:
-        return _said(failure, code=FAILED)
+        return _report_error(failure, code=FAILED)
     return 0
 
 
-def _said(error: Exception, *, code: int) -> int:
+def _report_error(error: Exception, *, code: int) -> int:
     from extract.printable import printable
 
     if _debug.on:
@@ -76,7 +78,7 @@ def _said(error: Exception, *, code: int) -> int:
 
 
 class _Debug:
-    """Whether tracebacks are wanted; set once, by the option."""
+    """Whether to show tracebacks, set by --debug."""
 
     on = False
 
@@ -98,37 +100,37 @@ def attlas(
         raise typer.Exit
 
 
-RunFile = Annotated[Path | None, typer.Argument(metavar="RUN.toml", help="A run file; the options go over it.")]
+RunFile = Annotated[Path | None, typer.Argument(metavar="RUN.toml", help="A run file; options take precedence.")]
 
 
-def run(run_file: RunFile = None, **given: Any) -> None:
-    """Measure a corpus with a model: a Parquet dataset and its report. An interrupted run goes on where it stopped."""
+def run(run_file: RunFile = None, **options: Any) -> None:
+    """Measure a corpus with a model and write a Parquet dataset and its report. An interrupted run continues."""
     from flows.checks import refuse_bad_paths
-    from flows.environment import quiet_defaults
+    from flows.environment import set_quiet_defaults
 
-    outlive_reader()
-    chosen = read_run(run_file, given)
-    refuse_bad_paths(chosen, run_file=run_file)
+    ignore_closed_pipe()
+    settings = read_run(run_file, options)
+    refuse_bad_paths(settings, run_file=run_file)
     if not _debug.on:
-        quiet_defaults()
+        set_quiet_defaults()
     _prepare_for_prefect()
-    if chosen.model == "demo" or Path(chosen.model).is_dir() or ".py:" in chosen.model:
-        # loading from disk is quick, and its bars would run through ours; a download's bar is wanted
+    if settings.model == "demo" or Path(settings.model).is_dir() or ".py:" in settings.model:
+        # loading from disk is fast, and its progress bars would interfere with ours; bars of downloads are useful
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from flows.measure import measure_here
+    from flows.measure import measure_locally
     from flows.progress import display_for_terminal
-    from flows.server import only_news_of_errors
+    from flows.server import show_only_errors
 
     if not _debug.on:
-        only_news_of_errors()
-    page = measure_here(chosen, show=display_for_terminal())
-    with reported_if_unwritten():
-        _show_summary(chosen.out)
-        _show_places(dataset=chosen.out, report=page)
+        show_only_errors()
+    page = measure_locally(settings, show=display_for_terminal())
+    with report_write_errors():
+        _show_summary(settings.out)
+        _show_paths(dataset=settings.out, report=page)
 
 
 def _prepare_for_prefect() -> None:
-    """Import Prefect, in an environment that suits it."""
+    """Set up the environment for Prefect and check its settings."""
     from flows.environment import prepare_environment, refuse_bad_settings
 
     note = prepare_environment()
@@ -137,41 +139,7 @@ def _prepare_for_prefect() -> None:
     refuse_bad_settings()
 
 
-def _with_options_of_a_run(command: Any) -> Any:
-    """Give the command one option per field of `Run`, unset by default, so that the run file's values stand."""
-    file = inspect.signature(command).parameters["run_file"]
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name))
-        for name in Run.model_fields
-    ]
-    command.__signature__ = inspect.Signature([file, *options])
-    command.__annotations__ = {"run_file": file.annotation} | {o.name: o.annotation for o in options}
-    return command
-
-
-def _option(name: str) -> Any:
-    field, flag = Run.model_fields[name], name.replace("_", "-")
-    kind = _plain_type(field.annotation)
-    default = "" if field.is_required() or field.default in (None, False) else f" [default: {field.default}]"
-    text = f"{field.description}{default}"
-    if kind is bool:
-        return Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)]
-    shown = {int: "N", Path: "PATH"}.get(kind, "NAME")
-    metavar = "|".join(choices(name)) or shown
-    return Annotated[kind | None, typer.Option(f"--{flag}", help=text, metavar=metavar, show_default=False)]
-
-
-def _plain_type(annotation: Any) -> type:
-    """int for `Annotated[int, …] | None`; str for a literal, whose values the run itself checks."""
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return str
-    if origin in (Union, UnionType):
-        return _plain_type(next(a for a in get_args(annotation) if a is not type(None)))
-    return _plain_type(get_args(annotation)[0]) if origin is Annotated else annotation
-
-
-app.command(name="run")(_with_options_of_a_run(run))
+app.command(name="run")(with_run_options(run))
 
 
 @app.command()
@@ -179,65 +147,65 @@ def report(
     dataset: Dataset,
     output: Annotated[Path | None, typer.Option(help="The page to write. [default: DIR/report.html]")] = None,
 ) -> None:
-    """Write the analyses as one self-contained HTML page, and show the key tables."""
+    """Write the analyses to one self-contained HTML page, and show the key tables."""
     from analysis.report import write_report
 
     page = write_report(dataset, output)
     _show_summary(dataset)
-    _show_places(report=page)
+    _show_paths(report=page)
 
 
 @app.command()
 def query(
     dataset: Dataset,
-    sql: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT over the tables, each a view of its name.")],
+    sql: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT statement; each table is a view.")],
     *,
     form: Annotated[
-        str, typer.Option("--format", metavar="table|csv|json|parquet", help="How to write the rows.")
+        str, typer.Option("--format", metavar="table|csv|json|parquet", help="The output format.")
     ] = "table",
-    output: Annotated[Path | None, typer.Option(help="A file instead of standard output.")] = None,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long the query may run.")] = 60.0,
+    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The maximum time of the query.")] = 60.0,
 ) -> None:
-    """Ask the dataset in SQL, read-only."""
-    written_as = _known_format(form, to_terminal=output is None and sys.stdout.isatty())
+    """Query the dataset with SQL, read-only."""
+    output_format = _output_format(form, to_terminal=output is None and sys.stdout.isatty())
     if timeout <= 0:
-        raise Refusal(f"--timeout must be more than 0 seconds; got {timeout:g}; give a longer one")
+        raise Refusal(f"--timeout must be more than 0 seconds; got {timeout:g}; use a longer one")
     from analysis.output import answer_file
     from analysis.query import query as rows_of
     from analysis.query import write_result
 
     with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
-        write_result(rows_of(dataset, sql, timeout_s=timeout), written_as, stream)
+        write_result(rows_of(dataset, sql, timeout_s=timeout), output_format, stream)
 
 
-def _known_format(form: str, *, to_terminal: bool) -> "Format":
+def _output_format(form: str, *, to_terminal: bool) -> "Format":
     from analysis.query import FORMATS
 
     if form not in FORMATS:
         raise Refusal(f"--format must be one of {', '.join(FORMATS)}; got {form!r}; choose one of them")
     if form == "parquet" and to_terminal:
-        raise Refusal("parquet is not for terminals; standard output is one; give --output FILE")
+        raise Refusal("parquet can't be written to a terminal; standard output is one; use --output FILE")
     return form
 
 
 @app.command()
 def info(dataset: Dataset) -> None:
-    """Show what a dataset holds and where it comes from."""
+    """Show the contents and provenance of a dataset."""
     from analysis.dataset import Dataset as Opened
     from analysis.info import describe
     from extract.printable import printable
 
     for title, facts in describe(Opened.open(dataset).manifest):
         typer.echo(title)
-        shown = [(printable(label), printable(value)) for label, value in facts]
-        width = max((len(label) for label, _ in shown), default=0)
-        for label, value in shown:
+        rows = [(printable(label), printable(value)) for label, value in facts]
+        width = max((len(label) for label, _ in rows), default=0)
+        for label, value in rows:
             typer.echo(f"  {label:<{width}}  {value}")
 
 
 @app.command()
 def verify(dataset: Dataset) -> None:
-    """Check checksums, schema, invariants and row counts; name every part that is wrong (exit code 3)."""
+    """Check checksums, schema, invariants and row counts, and list every problem (exit code 3)."""
     from analysis.report.numbers import plural
     from analysis.verify import verify as findings_in
     from extract.printable import printable
@@ -248,69 +216,41 @@ def verify(dataset: Dataset) -> None:
     if findings:
         typer.echo(f"{plural(len(findings), 'finding')} in {printable(dataset)}", err=True)
         raise typer.Exit(FINDING)
-    typer.echo(f"{printable(dataset)} is whole: every part as the manifest says, every invariant kept")
+    typer.echo(f"{printable(dataset)} is valid: all parts match the manifest, all invariants hold")
 
 
 @app.command()
 def stats(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A column or a table. [default: all]")] = None,
 ) -> None:
-    """Show the catalogue: each column's formula, unit, bounds and reference."""
+    """Show the catalogue of columns: formula, unit, bounds and reference."""
     from extract.tables import TABLES
+    from flows.catalogue import describe_column, list_columns
 
     if name is None:
-        _list_columns(TABLES.values())
+        list_columns(TABLES.values())
     elif name in TABLES:
-        _list_columns([TABLES[name]])
+        list_columns([TABLES[name]])
     else:
-        _describe_column(name, TABLES.values())
-
-
-def _list_columns(tables: Iterable["Table"]) -> None:
-    for table in tables:
-        typer.echo(f"{table.name}: one row per {table.row}")
-        width = max(len(column.name) for column in table.columns)
-        for column in table.columns:
-            typer.echo(f"  {column.name:<{width}}  {column.formula}" + (f"  ({column.unit})" if column.unit else ""))
-        typer.echo()
-
-
-def _describe_column(name: str, tables: Iterable["Table"]) -> None:
-    found = [(table, column) for table in tables for column in table.columns if column.name == name]
-    if not found:
-        raise Refusal(f"the catalogue has no column {name!r}; {_near_columns(name, tables)}")
-    for table, column in found:
-        typer.echo(f"{table.name}.{column.name}")
-        for label, text in _facts_of(column):
-            typer.echo(f"  {label:<9}  {text}")
-
-
-def _facts_of(column: "Column") -> list[tuple[str, str]]:
-    nullable = "where undefined or unknown" if column.nullable else "never"
-    facts = {"type": column.dtype, "null": nullable, **column.metadata}
-    return list(facts.items())
-
-
-def _near_columns(name: str, tables: Iterable["Table"]) -> str:
-    import difflib
-
-    names = sorted({column.name for table in tables for column in table.columns})
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [n for n in names if name in n][:5]
-    return f"did you mean {', '.join(near)}?" if near else "attlas stats lists them all"
+        describe_column(name, TABLES.values())
 
 
 @app.command()
 def serve(
     run_file: Annotated[
-        Path, typer.Argument(metavar="RUN.toml", help="The run; each time into a folder of its --out.")
+        Path, typer.Argument(metavar="RUN.toml", help="The run file; each run gets its own folder in its --out.")
     ],
     *,
-    cron: Annotated[str | None, typer.Option(metavar="EXPR", help="When, as five cron fields: '0 2 * * *'.")] = None,
-    interval: Annotated[float | None, typer.Option(metavar="SECONDS", help="How often.")] = None,
-    timezone: Annotated[str | None, typer.Option(metavar="ZONE", help="The zone of --cron. [default: UTC]")] = None,
+    cron: Annotated[
+        str | None, typer.Option(metavar="EXPR", help="The schedule as five cron fields, such as '0 2 * * *'.")
+    ] = None,
+    interval: Annotated[float | None, typer.Option(metavar="SECONDS", help="The time between runs.")] = None,
+    timezone: Annotated[
+        str | None, typer.Option(metavar="ZONE", help="The time zone of --cron. [default: UTC]")
+    ] = None,
 ) -> None:
-    """Put a run on Prefect's schedule and do its runs, until stopped."""
-    outlive_reader()
+    """Schedule a run with Prefect and execute it, until stopped."""
+    ignore_closed_pipe()
     read_run(run_file, {})
     _prepare_for_prefect()
     from flows.deploy import schedule_of
@@ -329,7 +269,7 @@ def _show_summary(dataset: Path) -> None:
     console_for(sys.stdout).print(summary(dataset), crop=False)
 
 
-def _show_places(**places: Path | str) -> None:
+def _show_paths(**places: Path | str) -> None:
     from extract.printable import printable
 
     for what, path in places.items():

@@ -1,4 +1,4 @@
-"""The run: every option of a measurement, once. The run file and the command line are both made from it."""
+"""The options of a run, defined once for the run file and the command line."""
 
 import difflib
 import os
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 BUILT_IN = ("demo", "random-repeats")
 
-# strict: TOML's `true` is no count, and a quoted "3" is no number
+# strict, so that TOML's `true` and a quoted "3" are not valid counts
 Count = Annotated[int, Field(strict=True, ge=1)]
 Switch = Annotated[bool, Field(strict=True)]
 
 
 def _readable(name: Any) -> Any:
-    """A name that is valid text, as all that Prefect keeps must be; the command line may give others."""
+    """The name as valid text, which Prefect requires; names from the command line may not be."""
     if not isinstance(name, str) or name.isascii():
         return name
     try:
@@ -37,11 +37,11 @@ def _readable(name: Any) -> Any:
 
 
 def _unescaped_tab(delimiter: Any) -> Any:
-    return "\t" if delimiter == r"\t" else delimiter  # a shell leaves it as it is typed
+    return "\t" if delimiter == r"\t" else delimiter  # shells do not expand it
 
 
 class Run(BaseModel, frozen=True, extra="forbid"):
-    """One measurement: a corpus, a model, a folder, and how. A field's description is its help text."""
+    """The options of one run. The description of a field is its help text."""
 
     model: Annotated[str, Field(min_length=1, description="a folder, a hub name, file.py:function, or demo")]
     corpus: Annotated[
@@ -49,79 +49,81 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         BeforeValidator(_readable),
         Field(
             min_length=1,
-            description="a text, JSONL, CSV or Parquet file or an image, a folder or glob of them, hub:NAME, or demo",
+            description="a text, JSONL, CSV, Parquet or image file, a folder or glob of them, hub:NAME, or demo",
         ),
     ]
-    out: Annotated[Path, Field(description="the dataset's folder: new, empty, or holding this same run")]
+    out: Annotated[Path, Field(description="the folder for the dataset: new, empty, or with this same run")]
     max_length: Annotated[
         Count | None,
-        Field(description="tokens in a sequence, special ones included; if unset the model's own, at most 512"),
+        Field(
+            description="maximum tokens in a sequence, including special ones; the model's own by default, at most 512"
+        ),
     ] = None
     stride: Annotated[
         int, Field(strict=True, ge=0, description="tokens by which the windows of a document overlap")
     ] = 0
-    limit: Annotated[Count | None, Field(description="measure only the first so many documents")] = None
+    limit: Annotated[Count | None, Field(description="maximum number of documents to measure")] = None
     tokens: Annotated[
         Literal["none", "classes", "ids", "text"],
-        Field(description="what the dataset may tell of the tokens; only ids and text reveal the corpus"),
+        Field(description="what the dataset contains about the tokens; only ids and text reveal the corpus"),
     ] = "classes"
     stacks: Annotated[
         Literal["encoder", "all"],
         Field(
-            description="of an encoder–decoder model: its encoder alone, or all of it, the decoder fed the same tokens"
+            description="the stacks of an encoder–decoder model to measure; all: with the same tokens for the decoder"
         ),
     ] = "encoder"
     text_column: Annotated[
         str,
-        Field(
-            min_length=1, description="the column or key that holds a document's text; meta.text for one inside another"
-        ),
+        Field(min_length=1, description="the column or key with a document's text; meta.text for a nested one"),
     ] = "text"
     unit: Annotated[
-        Literal["document", "paragraph", "line"], Field(description="what of a text file is one document")
+        Literal["document", "paragraph", "line"], Field(description="the unit of a text file that becomes one document")
     ] = "document"
     delimiter: Annotated[
         str | None,
         BeforeValidator(_unescaped_tab),
-        Field(description="what separates the fields of CSV and TSV; a comma and a tab if unset"),
+        Field(description="the field separator of CSV and TSV; a comma and a tab by default"),
     ] = None
     encoding: Annotated[
         str,
-        Field(description="of text, JSONL and CSV, such as utf-16 or cp1252; auto: a byte order mark's, else UTF-8"),
+        Field(description="of text, JSONL and CSV, such as utf-16 or cp1252; auto: by the byte order mark, else UTF-8"),
     ] = "auto"
     shard_sequences: Annotated[Count, Field(description="sequences in a shard, the unit of work and of resumption")] = (
         256
     )
     batch_tokens: Annotated[
-        Count | None, Field(description="padded tokens in a batch at most; chosen for the device if unset")
+        Count | None,
+        Field(description="maximum tokens in a batch, including padding; chosen for the device by default"),
     ] = None
     dtype: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16"], Field(description="in which precision the model runs")
+        Literal["auto", "float32", "float16", "bfloat16"], Field(description="the precision of the model")
     ] = "auto"
     device: Annotated[str, Field(min_length=1, description="auto, cpu, cuda or cuda:N")] = "auto"
     engine: Annotated[
         str,
         Field(
             min_length=1,
-            description="what computes the statistics: cpu, triton (on CUDA) or reference, which runs everywhere",
+            description="the engine for the statistics: cpu, triton (on CUDA), or reference, which runs everywhere",
         ),
     ] = "auto"
     digest_key: Annotated[
-        Path | None, Field(description="a file with the secret for document digests; without it there are none")
+        Path | None,
+        Field(description="a file with the secret for document digests; without it, documents have no digest"),
     ] = None
-    strict: Annotated[Switch, Field(description="end the run at the first bad document instead of dropping it")] = False
+    strict: Annotated[Switch, Field(description="stop at the first invalid document instead of dropping it")] = False
     trust_remote_code: Annotated[Switch, Field(description="run the Python code that comes with the model")] = False
     revision: Annotated[str | None, Field(min_length=1, description="the hub revision of the model")] = None
 
     def options(self) -> "RunOptions":
-        """The same run, as extraction takes it."""
+        """The options for `extract.pipeline`."""
         from extract.pipeline import RunOptions
 
         return RunOptions(**{**self.model_dump(), "corpus": self.corpus_to_open})
 
     @property
     def corpus_to_open(self) -> str:
-        """The corpus as the file system knows it: `corpus` is readable even where a file's name is no valid text."""
+        """The corpus by its name in the file system, which is not always valid text."""
         if os.path.lexists(self.corpus):
             return self.corpus
         from extract.corpus.names import real_name
@@ -130,92 +132,92 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
     @field_validator("out", "digest_key")
     @classmethod
-    def _without_detours(cls, path: Path | None) -> Path | None:
-        return path if path is None else without_detours(path)
+    def _normalized(cls, path: Path | None) -> Path | None:
+        return path if path is None else normalized_path(path)
 
 
-def without_detours(path: Path) -> Path:
-    """The same place without `..`, unless a symbolic link makes `a/..` something else than nothing."""
-    plain = Path(os.path.normpath(path))
+def normalized_path(path: Path) -> Path:
+    """The path without `..`, unless that changes its meaning because of a symbolic link."""
+    normalized = Path(os.path.normpath(path))
     try:
-        return plain if plain.resolve() == path.resolve() else path
-    except (OSError, RuntimeError):  # a loop of links, say: refused where it is opened
+        return normalized if normalized.resolve() == path.resolve() else path
+    except (OSError, RuntimeError):  # such as circular links; reported on opening the path
         return path
 
 
-def read_run(file: Path | None, given: Mapping[str, Any]) -> Run:
-    """The run that a run file describes, with what was given on the command line put over it.
+def read_run(file: Path | None, options: Mapping[str, Any]) -> Run:
+    """Read a run file, with the options of the command line taking precedence.
 
-    Relative paths in the file are relative to the file's folder, those given to the current one.
+    Relative paths in the file are relative to its folder; those on the command line, to the current folder.
     """
-    values = {} if file is None else _values_of(file)
-    given = {name: value for name, value in given.items() if value is not None}
-    return checked({**values, **given}, where=str(file) if file else "the command line")
+    values = {} if file is None else _file_values(file)
+    overrides = {name: value for name, value in options.items() if value is not None}
+    return validate_run({**values, **overrides}, where=str(file) if file else "the command line")
 
 
-def checked(values: Mapping[str, Any], *, where: str) -> Run:
-    """A valid run, or a refusal that names each wrong value in plain words."""
+def validate_run(values: Mapping[str, Any], *, where: str) -> Run:
+    """Validate the values of a run. Raises Refusal with a message for each invalid one."""
     try:
         return Run.model_validate(dict(values))
     except ValidationError as error:
-        complaints = "; ".join(_complaint(detail, where=where) for detail in error.errors())
-        raise Refusal(complaints) from None
+        messages = (_message(detail, where=where) for detail in error.errors())
+        raise Refusal("; ".join(messages)) from None
 
 
-def _values_of(file: Path) -> dict[str, Any]:
+def _file_values(file: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise Refusal(f"a run file is a TOML file; there is none at {file}; check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Refusal(f"a run file is TOML; {file} is not: {error}; mend that place") from None
+        raise Refusal(f"a run file must be valid TOML; {file} is not: {error}; correct it") from None
     except OSError as error:
-        raise Refusal(f"a run file is a readable TOML file; {file}: {error.strerror}; check the path") from None
-    return {name: _located(name, value, file.parent) for name, value in values.items()}
+        raise Refusal(f"a run file must be a readable file; {file}: {error.strerror}; check the path") from None
+    return {name: _relative_to_run_file(name, value, file.parent) for name, value in values.items()}
 
 
-def _located(name: str, value: Any, folder: Path) -> Any:
-    """The value, where it is a relative path, seen from the current folder instead of the run file's."""
+def _relative_to_run_file(name: str, value: Any, folder: Path) -> Any:
+    """The value, resolved against the run file's folder if it is a path."""
     if not isinstance(value, str):
         return value
-    there = folder / Path(value).expanduser()
+    path = folder / Path(value).expanduser()
     if name in ("out", "digest_key"):
-        return str(there)
+        return str(path)
     if name == "corpus" and value not in BUILT_IN and not value.startswith("hub:"):
-        return str(there)
-    # a model's name may look like a path: it is one where it says so, where the folder is there, or where it names code
-    looks_like_path = value.startswith(("./", "../", "~")) or there.is_dir() or ".py:" in value
+        return str(path)
+    # a hub name can look like a relative path; it is a path if it starts like one, exists, or names a Python file
+    looks_like_path = value.startswith(("./", "../", "~")) or path.is_dir() or ".py:" in value
     if name == "model" and value not in BUILT_IN and looks_like_path:
-        return str(there)
+        return str(path)
     return value
 
 
-def _complaint(detail: "ErrorDetails", *, where: str) -> str:
-    name, came, facts = str(detail["loc"][0]), detail["input"], detail.get("ctx", {})
+def _message(detail: "ErrorDetails", *, where: str) -> str:
+    name, value, context = str(detail["loc"][0]), detail["input"], detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
-            return f"{where} has no option {name!r}; {_nearest(name)}"
+            return f"{where} has no option {name!r}; {_suggestion(name)}"
         case "missing":
             meaning = Run.model_fields[name].description
-            return f"a run needs --{name}: {meaning}; none came; give it, or set {name} in the run file"
+            return f"a run needs --{name}: {meaning}; it is missing; add it, or set {name} in the run file"
         case "greater_than_equal":
-            return f"{name} must be at least {facts['ge']}; got {came}; give a number from {facts['ge']} on"
+            return f"{name} must be at least {context['ge']}; got {value}; use a larger number"
         case "literal_error":
-            return f"{name} must be one of {', '.join(choices(name))}; got {came!r}; choose one of them"
+            return f"{name} must be one of {', '.join(choices(name))}; got {value!r}; choose one of them"
         case "int_type":
-            return f"{name} must be a whole number; got {came!r}; write it without quotes or fraction"
+            return f"{name} must be a whole number; got {value!r}; write it without quotes or fraction"
         case "bool_type":
-            return f"{name} must be true or false; got {came!r}; write it without quotes"
+            return f"{name} must be true or false; got {value!r}; write it without quotes"
         case _:
-            return f"{name}: {detail['msg']}; got {came!r}; see attlas run --help"
+            return f"{name}: {detail['msg']}; got {value!r}; see attlas run --help"
 
 
-def _nearest(name: str) -> str:
+def _suggestion(name: str) -> str:
     near = difflib.get_close_matches(name.replace("-", "_"), Run.model_fields, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(Run.model_fields)}"
 
 
 def choices(name: str) -> tuple[str, ...]:
-    """The values that an option of few values allows; none for any other."""
+    """The allowed values of an option with a fixed set of them; empty for any other."""
     values = get_args(Run.model_fields[name].annotation)
     return values if values and all(isinstance(v, str) for v in values) else ()

@@ -1,4 +1,4 @@
-"""The database of a temporary server: a copy of one that was migrated before, since migrations take most of a start."""
+"""The database of a temporary server, copied from a template because migrations take most of the time to start."""
 
 import asyncio
 import contextlib
@@ -11,17 +11,17 @@ from flows.environment import cache_folder
 
 
 def provide_database(file: Path) -> None:
-    """Put an empty, migrated database there. The first server of a Prefect version leaves the template to the others.
+    """Create an empty, migrated database. The first server of a Prefect version saves it as the template for later ones.
 
-    Servers that start at once each migrate their own; the template appears whole, whoever comes last.
+    Servers that start at the same time each migrate their own database; the template is replaced atomically.
     """
     template = _template()
-    if template is not None and _copied(template, file):
+    if template is not None and _copy_template(template, file):
         return
     _migrate()
     if template is not None:
-        with contextlib.suppress(OSError, sqlite3.Error):  # a full disk, say: the next server migrates again
-            _keep(file, template)
+        with contextlib.suppress(OSError, sqlite3.Error):  # such as a full disk; the next server migrates again
+            _save_template(file, template)
 
 
 def _template() -> Path | None:
@@ -31,13 +31,13 @@ def _template() -> Path | None:
     return None if cache is None else cache / f"prefect-{prefect.__version__}.db"
 
 
-def _copied(template: Path, file: Path) -> bool:
-    """Copy the template, unless there is none or it is damaged."""
+def _copy_template(template: Path, file: Path) -> bool:
+    """Copy the template; returns False if there is none or it is damaged."""
     try:
         shutil.copyfile(template, file)
         with contextlib.closing(sqlite3.connect(file)) as database:
-            whole = database.execute("PRAGMA quick_check").fetchall() == [("ok",)]
-            if whole and database.execute("SELECT count(*) FROM alembic_version").fetchone()[0]:
+            intact = database.execute("PRAGMA quick_check").fetchall() == [("ok",)]
+            if intact and database.execute("SELECT count(*) FROM alembic_version").fetchone()[0]:
                 return True
     except (OSError, sqlite3.Error):
         pass
@@ -46,7 +46,7 @@ def _copied(template: Path, file: Path) -> bool:
 
 
 def _migrate() -> None:
-    """Make the tables of the database that Prefect's settings name."""
+    """Create the tables of the database in Prefect's settings."""
     from prefect.server.database import provide_database_interface
 
     async def create() -> None:
@@ -57,7 +57,7 @@ def _migrate() -> None:
     asyncio.run(create())
 
 
-def _keep(file: Path, template: Path) -> None:
+def _save_template(file: Path, template: Path) -> None:
     template.parent.mkdir(parents=True, exist_ok=True)
     temporary = template.with_name(f"{template.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""The schedule: the same flow, started by a Prefect server, a new dataset each time."""
+"""Scheduled runs: the same flow, started by a Prefect server, with a new dataset each time."""
 
 import os
 import secrets
@@ -11,7 +11,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from extract.errors import Refusal
-from flows.api import refuse_silent_api
+from flows.api import refuse_unreachable_server
 from flows.checks import refuse_bad_paths
 from flows.config import Run, read_run
 
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 
 @flow(name="attlas-scheduled")
 def scheduled(run_file: Path) -> Path | str:
-    """One scheduled run: the run file as it is now, into a folder named after the scheduled time."""
-    # Prefect pickles a flow with all that it names; the display that `flows.measure` holds cannot be pickled
-    from flows.measure import forget, measure
+    """Run the current run file, into a folder named after the scheduled time."""
+    # imported here, because Prefect pickles a flow with its globals, and the display of `flows.measure` can't be pickled
+    from flows.measure import measure, release_job
 
     run = run_at(run_file, flow_run.scheduled_start_time)
     refuse_bad_paths(run, run_file=run_file)
     try:
         return measure(run)
     finally:
-        forget(run)
+        release_job(run)
 
 
-def run_at(run_file: Path, moment: datetime) -> Run:
-    """The run of that moment. A dataset never changes, so each goes to OUT/<time>; a retry finds its own again."""
+def run_at(run_file: Path, time: datetime) -> Run:
+    """The run for a scheduled time, with its own folder OUT/<time>, which a retry uses again."""
     run = read_run(run_file, {})
     key = run.digest_key or digest_key_beside(run_file)
-    return run.model_copy(update={"out": run.out / folder_name(moment), "digest_key": key})
+    return run.model_copy(update={"out": run.out / folder_name(time), "digest_key": key})
 
 
-def folder_name(moment: datetime) -> str:
-    """The time as a folder's name, in UTC: sorted by name is sorted by time."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+def folder_name(time: datetime) -> str:
+    """The time in UTC as a folder name; the order of names is that of times."""
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
 
 
 def digest_key_beside(run_file: Path) -> Path:
-    """The run file's own digest key, made at first use, readable by its owner alone."""
+    """The digest key beside a run file, created on first use and readable by its owner only."""
     key = run_file.with_suffix(".digest-key")
     try:
         descriptor = os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -58,7 +58,7 @@ def digest_key_beside(run_file: Path) -> Path:
 
 
 def serve(run_file: Path, schedule: "Schedule") -> None:
-    """Hand the schedule to the Prefect server and run what it starts, until stopped."""
+    """Register the schedule with the Prefect server and execute its runs, until stopped."""
     from prefect.types.entrypoint import EntrypointType
 
     refuse_no_server()
@@ -68,39 +68,40 @@ def serve(run_file: Path, schedule: "Schedule") -> None:
         name=run_file.stem,
         schedule=schedule,
         parameters={"run_file": str(run_file)},
-        limit=1,  # two runs at once would only take the machine from each other
+        limit=1,  # two runs at the same time would only compete for the machine
         print_starting_message=False,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
 
 
 def schedule_of(*, cron: str | None, interval: float | None, timezone: str | None) -> "Schedule":
-    """The schedule, or a refusal of one that Prefect would not understand."""
+    """The Prefect schedule for these options. Raises Refusal if they are invalid."""
     from prefect.schedules import Cron, Interval
 
     if timezone is not None and timezone not in available_timezones():
-        raise Refusal(f"--timezone is a zone such as Europe/Berlin; got {timezone!r}; give one that exists")
+        raise Refusal(f"--timezone must be a time zone such as Europe/Berlin; got {timezone!r}; use an existing one")
     if (cron is None) == (interval is None):
-        came = "neither" if cron is None else "both"
-        raise Refusal(f"a schedule is --cron or --interval; got {came}; give one of them")
+        number = "neither" if cron is None else "both"
+        raise Refusal(f"a schedule is either --cron or --interval; got {number}; use one of them")
     if interval is not None:
         if interval < 1:
-            raise Refusal(f"--interval must be at least 1 second; got {interval:g}; give a longer one")
+            raise Refusal(f"--interval must be at least 1 second; got {interval:g}; use a longer one")
         return Interval(interval, timezone=timezone)
     try:
         return Cron(str(cron), timezone=timezone)
     except ValueError:
         raise Refusal(
-            f"--cron is five fields (minute hour day month weekday); got {cron!r}; for every night at two: '0 2 * * *'"
+            f"--cron must have five fields (minute hour day month weekday); got {cron!r}; for 2 a.m. daily, use '0 2 * * *'"
         ) from None
 
 
 def refuse_no_server() -> None:
+    """Raise Refusal if no permanent Prefect server is configured or it does not answer."""
     from prefect.settings import get_current_settings
 
     if not get_current_settings().api.url:
         raise Refusal(
-            "a schedule needs a Prefect server that keeps running; PREFECT_API_URL is not set; "
+            "a schedule needs a permanent Prefect server; PREFECT_API_URL is not set; "
             "start one with `prefect server start` and export PREFECT_API_URL=http://127.0.0.1:4200/api"
         )
-    refuse_silent_api()
+    refuse_unreachable_server()

@@ -1,4 +1,4 @@
-"""What a run sets in its own environment, before the libraries that read it are imported."""
+"""Set environment variables for a run, before the libraries that read them are imported."""
 
 import atexit
 import contextlib
@@ -20,49 +20,49 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_NO_PROXY = ("no_proxy", "NO_PROXY")  # the first one wins where both are set
+_NO_PROXY = ("no_proxy", "NO_PROXY")  # in order of precedence
 
 
 def prepare_environment() -> str | None:
-    """Set up proxies and homes; gives what the user should know of it, if anything."""
-    exempt_loopback()
-    return provide_homes()
+    """Set up proxies and home folders; returns a note for the user if a home can't be used."""
+    exempt_loopback_from_proxies()
+    return replace_missing_homes()
 
 
 def refuse_bad_settings() -> None:
-    """Refuse settings that Prefect itself does not take; it reads them when it is imported."""
+    """Import Prefect, which validates its settings, and raise Refusal if they are invalid."""
     from pydantic import ValidationError
 
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):  # where Prefect prints such an error before it raises it
+        with contextlib.redirect_stderr(output):  # Prefect prints the error as well
             import prefect.context  # noqa: F401
     except ValidationError as error:
         raise Refusal(
-            f"Prefect's settings must be such as it takes; {_complaint(error)}; "
+            f"Prefect's settings must be valid; {_problem(error)}; "
             "correct it in the environment or in Prefect's profile"
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise Refusal(
-            f"Prefect's settings must be such as it takes; a file of them is no TOML: {error}; "
+            f"Prefect's settings must be valid; a settings file is not TOML: {error}; "
             "correct profiles.toml in PREFECT_HOME, or prefect.toml here"
         ) from None
-    sys.stderr.write(said.getvalue())
+    sys.stderr.write(output.getvalue())
 
 
-def _complaint(error: "ValidationError") -> str:
-    """The first wrong setting, by the name of its variable where it is known, and why it is wrong."""
+def _problem(error: "ValidationError") -> str:
+    """The first invalid setting, by the name of its environment variable if possible, and the reason."""
     first = error.errors()[0]
-    why = first["msg"].removeprefix("Value error, ")
+    reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
-        return why
+        return reason
     section = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error.title.removesuffix("Settings"))
     name = "_".join(filter(None, ["PREFECT", section, *map(str, first["loc"])])).upper()
-    return f"{name} is {first['input']!r}: {why}"
+    return f"{name} is {first['input']!r}: {reason}"
 
 
-def quiet_defaults() -> None:
-    """For a run at a terminal: no analytics, and no log lines but errors. A user's own settings win."""
+def set_quiet_defaults() -> None:
+    """Disable analytics and all log messages but errors, unless the user has set them."""
     defaults = {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
@@ -75,18 +75,18 @@ def quiet_defaults() -> None:
         os.environ.setdefault(name, value)
 
 
-def exempt_loopback() -> None:
-    """Add this machine's own addresses to the hosts that are reached without a proxy."""
-    given = next((os.environ[name] for name in _NO_PROXY if name in os.environ), "")
-    hosts = [host.strip() for host in given.split(",") if host.strip()]
-    # `*` stands alone: within a list it is a host of that name
+def exempt_loopback_from_proxies() -> None:
+    """Add this machine's own addresses to NO_PROXY."""
+    configured = next((os.environ[name] for name in _NO_PROXY if name in os.environ), "")
+    hosts = [host.strip() for host in configured.split(",") if host.strip()]
+    # `*` works only by itself, not within a list
     value = "*" if "*" in hosts else ",".join([*hosts, *(host for host in _LOOPBACK if host not in hosts)])
     os.environ.update(dict.fromkeys(_NO_PROXY, value))
 
 
 @contextmanager
-def without_proxies() -> Iterator[None]:
-    """No proxy for any host. HTTP clients set up every proxy that is named, even one that they can't use or won't need."""
+def proxies_disabled() -> Iterator[None]:
+    """Disable proxies for all hosts. HTTP clients set up every configured proxy, even an unsupported or unneeded one."""
     before = {name: os.environ.get(name) for name in _NO_PROXY}
     os.environ.update(dict.fromkeys(_NO_PROXY, "*"))
     try:
@@ -99,28 +99,28 @@ def without_proxies() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def provide_homes() -> str | None:
-    """Put a temporary folder in the place of each home that is missing and can't be made; says which they were."""
+def replace_missing_homes() -> str | None:
+    """Use a temporary folder for each home that does not exist and can't be created; returns a note that lists them."""
     missing: list[str] = []
     home = _home()
-    if home is None or _is_out_of_reach(home):
-        # nothing is there that could be read, so that every library may have another
+    if home is None or _is_unusable(home):
+        # an unusable home has nothing to read, so all libraries can use another one
         os.environ["HOME"] = temporary_folder()
         missing.append(f"HOME ({'unset' if home is None else home})")
     for name, folder in _homes(Path.home()).items():
-        if _is_out_of_reach(folder):
+        if _is_unusable(folder):
             os.environ[name] = str(Path(temporary_folder(), name.lower()))
             missing.append(f"{name} ({folder})")
     if not missing:
         return None
     return (
-        f"{' and '.join(missing)} can't be written: a temporary folder is used instead, and what is downloaded or compiled "
-        "there is lost; to keep it, set PREFECT_HOME, XDG_CACHE_HOME (or NUMBA_CACHE_DIR) and HF_HOME to folders that can"
+        f"{' and '.join(missing)} can't be written: a temporary folder is used instead, and downloaded or compiled files are "
+        "lost; to keep them, set PREFECT_HOME, XDG_CACHE_HOME (or NUMBA_CACHE_DIR) and HF_HOME to writable folders"
     )
 
 
 def remove_temporary_folder() -> None:
-    """Remove what `temporary_folder` made; at exit this happens by itself."""
+    """Remove the temporary folder; also called at exit."""
     while _temporary:
         shutil.rmtree(_temporary.pop(), ignore_errors=True)
 
@@ -129,50 +129,50 @@ _temporary: list[str] = []
 
 
 def temporary_folder() -> str:
-    """A folder that goes when the process ends."""
+    """A folder that is removed when the process exits."""
     if not _temporary:
         try:
             _temporary.append(tempfile.mkdtemp(prefix="attlas-home-"))
         except OSError as error:
             raise Refusal(
-                f"a run needs a folder for temporary files; none can be written ({error.strerror}); set TMPDIR to one"
+                f"a run needs a folder for temporary files; none is writable ({error.strerror}); set TMPDIR to a writable one"
             ) from None
         atexit.register(remove_temporary_folder)
     return _temporary[0]
 
 
 def cache_folder() -> Path | None:
-    """The folder for what attlas keeps between runs; None where none can be written."""
+    """The folder for files that attlas keeps between runs; None if it is not writable."""
     home = _home()
     base = os.environ.get("XDG_CACHE_HOME") or (home / ".cache" if home else None)
     return Path(base) / "attlas" if base and _is_writable(Path(base)) else None
 
 
 def _homes(home: Path) -> dict[str, Path]:
-    """The folders that Prefect and the hub's libraries make for themselves, by the variable that names them."""
+    """The folders that Prefect and the hub's libraries create, by environment variable."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    named = {"PREFECT_HOME": home / ".prefect", "HF_HOME": cache / "huggingface"}
-    return {name: Path(os.environ.get(name) or default).expanduser() for name, default in named.items()}
+    defaults = {"PREFECT_HOME": home / ".prefect", "HF_HOME": cache / "huggingface"}
+    return {name: Path(os.environ.get(name) or default).expanduser() for name, default in defaults.items()}
 
 
 def _home() -> Path | None:
     try:
         return Path.home()
-    except RuntimeError:  # neither HOME nor an entry for the user
+    except RuntimeError:  # HOME is not set and the user is unknown
         return None
 
 
-def _is_out_of_reach(folder: Path) -> bool:
-    """Whether there is no such folder and none can be made. One that is there may be read, if nothing else."""
+def _is_unusable(folder: Path) -> bool:
+    """Whether a folder does not exist and can't be created. An existing one is at least readable."""
     return not _is_folder(folder) and not _is_writable(folder)
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether files can be put there, after making what is missing of the path. Nothing is made."""
-    there = next((place for place in (folder, *folder.absolute().parents) if _exists(place)), folder)
+    """Whether files can be written to a folder, once it exists. Does not create it."""
+    existing = next((place for place in (folder, *folder.absolute().parents) if _exists(place)), folder)
     try:
-        # asked by doing: permissions say nothing of read-only or special file systems
-        with tempfile.TemporaryDirectory(prefix=".attlas-", dir=there):
+        # permissions do not account for read-only or special file systems, so try it
+        with tempfile.TemporaryDirectory(prefix=".attlas-", dir=existing):
             return True
     except OSError:
         return False

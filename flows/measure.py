@@ -1,4 +1,4 @@
-"""The pipeline: plan the corpus, measure each shard, write the manifest, write the report."""
+"""The flow of a run: plan the corpus, measure each shard, write the manifest, write the report."""
 
 import os
 import signal
@@ -20,44 +20,44 @@ from flows.analyze import report
 from flows.config import Run
 from flows.environment import remove_temporary_folder
 from flows.progress import Display, Work, display
-from flows.server import prefect_through, starting_server
-from flows.streams import say
+from flows.server import prefect_connected, temporary_server
+from flows.streams import print_message
 
 if TYPE_CHECKING:
     from extract.pipeline import Job
 
 
-# one shard is in the model, which is in memory once, while the one before it is written; a third would only use memory
+# one shard is in the model while the previous one is written; a third would only use memory
 two_at_a_time = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=2))
-_showing = threading.Lock()
+_display_lock = threading.Lock()
 
 
 @flow(name="attlas", task_runner=two_at_a_time)
 def measure(run: Run) -> Path | str:
-    """Measure a corpus with a model and report on it; what an earlier run finished is not done again."""
+    """Measure a corpus with a model and write the report. Shards that an earlier run has finished are not repeated."""
     log = get_run_logger()
-    job = prepared(run)
+    job = open_job(run)
     log.info("%d of %d shards to measure, %d documents", len(job.remaining), job.shards, job.documents)
     if not job.complete:
         measure_shards(run, job)
-        finished(run)
+        write_manifest(run)
     page = report(run.out)
     log.info("dataset %s, report %s", run.out, page)
     return page
 
 
 def measure_shards(run: Run, job: "Job") -> None:
-    """Measure what remains; at the first shard that fails for good, stop: what is done stays done."""
+    """Measure the remaining shards, and stop at the first one that fails after all retries."""
     remaining = job.remaining
     done = sorted(set(range(job.shards)) - set(remaining))
     before = sum((work_in(job, shard) for shard in done), Work())
-    display.get().measuring(total=Work(job.shards, job.documents, job.tokens), before=before)
-    for future in as_completed(list(measured.map(unmapped(run), remaining))):
+    display.get().start_measuring(total=Work(job.shards, job.documents, job.tokens), before=before)
+    for future in as_completed(list(measure_shard.map(unmapped(run), remaining))):
         future.result()
 
 
-def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
-    """What the input, the model or a damaged spool is to blame for fails again; a full disk or a lost worker may not."""
+def is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
+    """Whether a failure may be temporary, such as a full disk or a lost worker, unlike errors of the input or the model."""
     error = state.result(raise_on_failure=False)
     return not isinstance(error, Refusal | CaptureError | Damaged)
 
@@ -67,56 +67,59 @@ def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
     task_run_name="shard {shard}",
     retries=2,
     retry_delay_seconds=[1, 10],
-    retry_condition_fn=worth_retrying,
+    retry_condition_fn=is_worth_retrying,
     cache_policy=NO_CACHE,
 )
-def measured(run: Run, shard: int) -> int:
-    """Measure one shard, in whichever process this is."""
-    from extract.pipeline import measure_shard
+def measure_shard(run: Run, shard: int) -> int:
+    """Measure one shard in this process."""
+    from extract import pipeline
 
-    job = prepared(run)
-    with work_shown() as shown:
-        measure_shard(job, shard, progress=lambda tokens, documents: shown(Work(0, documents, tokens)))
-    # what no batch has told: documents without a sequence, or all of them where another process measured the shard
-    advance(work_in(job, shard) - shown.done)
+    job = open_job(run)
+    with shown_work() as show:
+        pipeline.measure_shard(job, shard, progress=lambda tokens, documents: show(Work(0, documents, tokens)))
+    # the rest: documents without a sequence, or the whole shard if another process has measured it
+    advance(work_in(job, shard) - show.done)
     return shard
 
 
-@task(name="manifest", retries=2, retry_delay_seconds=[1, 10], retry_condition_fn=worth_retrying, cache_policy=NO_CACHE)
-def finished(run: Run) -> Path:
-    """Write the manifest: from now on there is a dataset."""
+@task(
+    name="manifest", retries=2, retry_delay_seconds=[1, 10], retry_condition_fn=is_worth_retrying, cache_policy=NO_CACHE
+)
+def write_manifest(run: Run) -> Path:
+    """Write the manifest, which completes the dataset."""
     from extract.pipeline import finish
 
     display.get().stage("finish", 0, None)
-    finish(prepared(run))
+    finish(open_job(run))
     return run.out
 
 
 @lru_cache(maxsize=1)
-def prepared(run: Run) -> "Job":
-    """The run's job: checked, planned, its model loaded once in this process."""
+def open_job(run: Run) -> "Job":
+    """Check and plan a run and load its model, once per process."""
     from extract.pipeline import prepare
 
     return prepare(run.options(), progress=display.get().stage)
 
 
 def work_in(job: "Job", shard: int) -> Work:
+    """The work of measuring a shard."""
     return Work(1, job.documents_in(shard), job.tokens_in(shard))
 
 
 @contextmanager
-def work_shown() -> Iterator["WorkShown"]:
-    """Show the work of each batch; take it back where the shard fails, since its next attempt counts it anew."""
-    shown = WorkShown()
+def shown_work() -> Iterator["ShownWork"]:
+    """Show the work of each batch, and subtract it again if the shard fails, because a retry counts it anew."""
+    work = ShownWork()
     try:
-        yield shown
+        yield work
     except BaseException:
-        advance(Work() - shown.done)
+        advance(Work() - work.done)
         raise
 
 
-class WorkShown:
-    """Shows work, and remembers how much."""
+class ShownWork:
+    """Shows work and keeps the sum."""
 
     def __init__(self) -> None:
         self.done = Work()
@@ -127,42 +130,42 @@ class WorkShown:
 
 
 def advance(work: Work) -> None:
-    """Show that so much more is done; displays count, and not for several threads at once."""
-    with _showing:
+    """Show more work as done; the lock is needed because displays keep counts."""
+    with _display_lock:
         display.get().advance(work)
 
 
-def measure_here(run: Run, *, show: Display) -> Path | str:
-    """Run the flow in this process; the model loads and the plan is made while Prefect's server starts."""
-    with showing(show), resumable(run, show), starting_server() as server:
+def measure_locally(run: Run, *, show: Display) -> Path | str:
+    """Run the flow in this process, loading the model and planning while Prefect's server starts."""
+    with using_display(show), stopped_by_ctrl_c(run, show), temporary_server() as server:
         if server:
             show.stage("server", 0, None)
         try:
-            job = prepared(run)
+            job = open_job(run)
             for note in job.encoder.settings.notes:
                 show.note(note)
             if job.complete:
-                show.note(f"{run.out} holds this run already, complete; only its report is written again")
+                show.note(f"{run.out} already contains this run, complete; only its report is written again")
                 return report.fn(run.out)
-            with prefect_through(server):
+            with prefect_connected(server):
                 if server:
                     show.stage("server", 1, 1)
                 return measure(run)
         finally:
-            forget(run)
+            release_job(run)
 
 
-def forget(run: Run) -> None:
-    """Let go of a run's model, and of the lock on its folder if this thread took it."""
+def release_job(run: Run) -> None:
+    """Release the model of a run, and the lock on its folder if this thread holds it."""
     from extract.store import Store
 
-    prepared.cache_clear()
+    open_job.cache_clear()
     Store.at(run.out).unlock()
 
 
 @contextmanager
-def showing(show: Display) -> Iterator[None]:
-    """Let this display show the run, and what libraries warn of meanwhile."""
+def using_display(show: Display) -> Iterator[None]:
+    """Show the run and the warnings of libraries on this display."""
     token = display.set(show)
     before = warnings.showwarning
     try:
@@ -175,14 +178,14 @@ def showing(show: Display) -> Iterator[None]:
 
 
 @contextmanager
-def resumable(run: Run, show: Display) -> Iterator[None]:
-    """Make Ctrl-C end the run at once: parts and records are atomic, so there is nothing to wait for."""
+def stopped_by_ctrl_c(run: Run, show: Display) -> Iterator[None]:
+    """Make Ctrl-C end the run immediately, which is safe because parts and records are written atomically."""
 
     def stop(_signal: int, _frame: Any) -> None:
         show.close()
-        say(f"\nstopped; what is measured is kept in {run.out}; the same command goes on from there")
+        print_message(f"\nstopped; finished shards are kept in {run.out}; the same command continues from there")
         remove_temporary_folder()
-        # the temporary server ends by itself when this process does
+        # the temporary server exits when this process does
         os._exit(130)
 
     before = signal.signal(signal.SIGINT, stop)

@@ -1,4 +1,4 @@
-"""What a run shows while it works: stages, documents, tokens per second, time left."""
+"""Show the progress of a run: stages, documents, tokens per second, time left."""
 
 import sys
 import time
@@ -10,23 +10,23 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from extract.printable import printable
-from flows.streams import say
+from flows.streams import print_message
 
 STAGES = {
     "server": "starting Prefect's temporary server",
     "model": "loading the model",
     "engine": "compiling the engine, once per machine (about half a minute)",
-    "plan": "cutting documents into sequences",
-    "check": "checking what an earlier run left",
+    "plan": "splitting documents into sequences",
+    "check": "checking the results of an earlier run",
     "finish": "writing the manifest",
     "report": "writing the report",
 }
-_LINE_EVERY_S = 5.0
+_LINE_INTERVAL_S = 5.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much there is, or how much of it is done."""
+    """An amount of work."""
 
     shards: int = 0
     documents: int = 0
@@ -41,10 +41,10 @@ class Work:
 
 @dataclass
 class Pace:
-    """Work done since a moment, and from it the speed and the time left; work of an earlier run is not speed."""
+    """The speed of a run and the time left, without the work that an earlier run has done."""
 
     total: Work
-    before: Work
+    before: Work  # done by an earlier run
     clock: Callable[[], float] = time.monotonic
     done: Work = field(init=False)
     started: float = field(init=False)
@@ -74,36 +74,36 @@ class Pace:
         return ", ".join(part for part in parts if part)
 
 
-def counted(number: int, noun: str) -> str:
-    """1 shard, 2,000 shards."""
+def count_of(number: int, noun: str) -> str:
+    """The number with the noun: 1 shard, 2,000 shards."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def duration(seconds: float) -> str:
-    """A length of time for people: 8 s, 3 min 20 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    """A readable duration: 8 s, 3 min 20 s, 2 h 05 min."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    return f"{total // 3600} h {total % 3600 // 60:02d} min"
 
 
 class Display(AbstractContextManager[Any], Protocol):
-    """Where a run's progress goes."""
+    """Shows the progress of a run."""
 
     def stage(self, name: str, done: int, total: int | None) -> None: ...
-    def measuring(self, *, total: Work, before: Work) -> None: ...
+    def start_measuring(self, *, total: Work, before: Work) -> None: ...
     def advance(self, work: Work) -> None: ...
     def note(self, text: str) -> None: ...
     def close(self) -> None: ...
 
 
-class Silence:
-    """Shows nothing: scheduled runs and workers speak through Prefect's log."""
+class SilentDisplay:
+    """Shows nothing. Scheduled runs and workers use Prefect's log instead."""
 
     def stage(self, name: str, done: int, total: int | None) -> None: ...
-    def measuring(self, *, total: Work, before: Work) -> None: ...
+    def start_measuring(self, *, total: Work, before: Work) -> None: ...
     def advance(self, work: Work) -> None: ...
     def note(self, text: str) -> None: ...
     def close(self) -> None: ...
@@ -117,44 +117,44 @@ class Silence:
         self.close()
 
 
-class Lines(Silence):
-    """Plain lines on standard error, for logs and pipes: a line when a stage begins, then one every few seconds."""
+class LineDisplay(SilentDisplay):
+    """Lines on standard error, for logs and pipes: one when a stage begins, then one every few seconds."""
 
     def __init__(self) -> None:
         self._stage, self._last, self._pace = "", 0.0, None
 
     def stage(self, name: str, done: int, total: int | None) -> None:
-        finished = total is not None and done >= total
-        if name != self._stage or (self._due() and not finished):
-            reached = f": {done:,}" + (f" of {total:,}" if total else "") if done else ""
-            self._say(STAGES.get(name, name) + reached)
+        is_complete = total is not None and done >= total
+        if name != self._stage or (self._due() and not is_complete):
+            amount = f": {done:,}" + (f" of {total:,}" if total else "") if done else ""
+            self._print(STAGES.get(name, name) + amount)
         self._stage = name
 
-    def measuring(self, *, total: Work, before: Work) -> None:
+    def start_measuring(self, *, total: Work, before: Work) -> None:
         self._pace = Pace(total, before)
-        amounts = ", ".join([counted(total.documents, "document"), counted(total.tokens, "token")])
-        self._say(f"measuring: {amounts} in {counted(total.shards, 'shard')}")
+        amounts = ", ".join([count_of(total.documents, "document"), count_of(total.tokens, "token")])
+        self._print(f"measuring: {amounts} in {count_of(total.shards, 'shard')}")
 
     def advance(self, work: Work) -> None:
         if self._pace is None:
             return
         self._pace.done += work
         if self._due() or self._pace.done.shards == self._pace.total.shards:
-            self._say(f"measuring: {self._pace.text}")
+            self._print(f"measuring: {self._pace.text}")
 
     def note(self, text: str) -> None:
-        self._say(printable(text))
+        self._print(printable(text))
 
     def _due(self) -> bool:
-        return time.monotonic() - self._last >= _LINE_EVERY_S
+        return time.monotonic() - self._last >= _LINE_INTERVAL_S
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._last = time.monotonic()
-        say(text)
+        print_message(text)
 
 
-class Bars(Silence):
-    """Bars on a terminal."""
+class BarDisplay(SilentDisplay):
+    """Progress bars on a terminal."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -181,7 +181,7 @@ class Bars(Silence):
         facts = f"{done:,}" if done > 1 else ""
         self._bars.update(self._rows[name], completed=done, total=total, facts=facts)
 
-    def measuring(self, *, total: Work, before: Work) -> None:
+    def start_measuring(self, *, total: Work, before: Work) -> None:
         self._pace = Pace(total, before)
         self._rows["measure"] = self._bars.add_task("measuring", total=total.tokens, completed=before.tokens, facts="")
 
@@ -200,10 +200,10 @@ class Bars(Silence):
         self._bars.stop()
 
 
-# a context variable, since Prefect's task threads run in a copy of the flow's context
-display: ContextVar[Display] = ContextVar("display", default=Silence())  # noqa: B039 - Silence holds nothing
+# a context variable, because Prefect runs tasks in threads with a copy of the flow's context
+display: ContextVar[Display] = ContextVar("display", default=SilentDisplay())  # noqa: B039 - it has no state
 
 
 def display_for_terminal() -> Display:
-    """Bars where somebody watches, plain lines otherwise."""
-    return Bars() if sys.stderr.isatty() else Lines()
+    """Progress bars if standard error is a terminal, lines otherwise."""
+    return BarDisplay() if sys.stderr.isatty() else LineDisplay()

@@ -1,4 +1,4 @@
-"""The process of a temporary server: `python -m flows.server_process LISTENER FOLDER`, a socket's number and its folder."""
+"""The process of a temporary server: `python -m flows.server_process LISTENER FOLDER`, with the descriptor of a socket."""
 
 import os
 import shutil
@@ -11,25 +11,25 @@ DATABASE = "prefect.db"
 
 
 def main(listener: socket.socket, folder: Path) -> None:
-    """Serve, from a new folder, until the run that started this process ends, or ends it; then remove the folder."""
+    """Serve from a new folder until the run that started this process exits or stops it; then remove the folder."""
     folder.mkdir(mode=0o700)
-    threading.Thread(target=_end_with_parent, args=[folder], daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=[folder], daemon=True).start()
     try:
-        import prefect.settings  # noqa: F401 - reads the user's settings, some of which lie in the current folder
+        import prefect.settings  # noqa: F401 - reads the user's settings, also from the current folder
 
         from flows.database import provide_database
 
-        os.chdir(folder)  # the database's address is relative, since a path may hold what an address can't
+        os.chdir(folder)  # the database URL is relative, because a path may contain characters that a URL can't
         provide_database(folder / DATABASE)
         _serve(listener)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end_with_parent(folder: Path) -> None:
-    """The other end of standard input is the run's: it closes with the run, however that ends."""
-    os.read(0, 1)  # not sys.stdin, whose lock the interpreter would wait for when it ends
-    for _ in range(100):  # the other threads may still write to it
+def _exit_with_parent(folder: Path) -> None:
+    """Exit when standard input is closed, which happens when the run exits in any way."""
+    os.read(0, 1)  # not sys.stdin, whose lock would block the interpreter's exit
+    for _ in range(100):  # other threads may still write to it
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             break

@@ -1,4 +1,4 @@
-"""Standard output and error that print anything, whatever they are connected to."""
+"""Make standard output and error robust against any character, closed streams and closed pipes."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 def make_streams_safe() -> None:
-    """Let no character, and no stream that the caller has closed, end a command."""
+    """Keep unencodable characters and closed streams from ending a command."""
     _fill_closed_descriptors()
     sys.stdout = sys.stdout or _stream(1)
     sys.stderr = sys.stderr or _stream(2)
@@ -19,7 +19,7 @@ def make_streams_safe() -> None:
 
 
 def _fill_closed_descriptors() -> None:
-    """Let no file that is opened later be 1 or 2, where libraries print to; a closed output is one that can't be written."""
+    """Reopen closed descriptors on the null device, so that no file opened later becomes standard output or error."""
     for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -34,34 +34,34 @@ def _stream(number: int) -> io.TextIOWrapper:
     return open(number, "w", encoding="utf-8", closefd=False)
 
 
-def end_with_reader() -> None:
-    """End without a word where the reader of the output goes away, as `head` does and every Unix filter then ends."""
+def exit_on_closed_pipe() -> None:
+    """Exit silently when the reader of a pipe goes away, as Unix filters do before `head`."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
-def outlive_reader() -> None:
-    """Go on where the reader of the output goes away: what the command leaves is on disk, and it uses sockets."""
+def ignore_closed_pipe() -> None:
+    """Continue when the reader of a pipe goes away: the command's results are on disk."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 def flush_output() -> OSError | None:
-    """Write what is buffered for standard output; gives the error where that fails, and drops it."""
+    """Flush standard output; returns the error if that fails, and discards the output."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        # else Python tries again at exit, and complains
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
+        # otherwise Python tries again at exit and prints the error
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
         return error
     return None
 
 
 @contextlib.contextmanager
-def reported_if_unwritten() -> Iterator[None]:
-    """Say where standard output can't be written, and go on: what the command was for is done."""
+def report_write_errors() -> Iterator[None]:
+    """Report errors of standard output on standard error and continue, because the command's work is done."""
     error: OSError | None = None
     try:
         yield
@@ -69,11 +69,11 @@ def reported_if_unwritten() -> Iterator[None]:
         error = raised
     error = flush_output() or error
     if error is not None and not isinstance(error, BrokenPipeError):
-        say(f"standard output can't be written ({error.strerror}); all else is done")
+        print_message(f"standard output can't be written ({error.strerror}); everything else is done")
 
 
-def say(text: str) -> None:
-    """A line on standard error, if it still goes anywhere."""
+def print_message(text: str) -> None:
+    """Print a line to standard error, ignoring errors."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

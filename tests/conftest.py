@@ -84,7 +84,7 @@ def _threads_as_before() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def demo():
     """The demo encoder, in float32 on the CPU."""
-    from extract.encoder import load_encoder
+    from extract.model.encoder import load_encoder
 
     return load_encoder("demo", device="cpu")
 

@@ -18,15 +18,16 @@ CHECKED = (
     "extract.engines.rows",
     "extract.engines.sums",
     "extract.engines.visibility",
-    "extract.fed",
-    "extract.images",
-    "extract.inputs",
     "extract.measurement",
     "extract.memory",
-    "extract.packed",
+    "extract.model.images",
+    "extract.model.inputs",
+    "extract.model.measured_model",
+    "extract.model.packing",
+    "extract.model.probe_inputs",
+    "extract.model.token_classes",
     "extract.shard",
     "extract.tables",
-    "extract.tokens",
 )
 
 

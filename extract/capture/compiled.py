@@ -23,10 +23,11 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
-def unwrapped(model: Any) -> nn.Module:
-    """The module inside torch.compile, DataParallel and DistributedDataParallel.
+def unwrap_model(model: Any) -> nn.Module:
+    """Return the module inside torch.compile, DataParallel and DistributedDataParallel.
 
-    Raises Refusal for what is no module, and for code without one: TorchScript, exported programs, shards of a model.
+    Raises Refusal for anything but a module, and for models that hold no Python code to run: TorchScript, exported
+    programs, shards of a model.
     """
     if not isinstance(model, nn.Module):
         raise Refusal(f"a model is a torch.nn.Module; got {type(model).__name__}; {_instead_of(model)}")

@@ -21,7 +21,7 @@ from torch import nn
 from extract.capture.interface import attending_by, configurations
 from extract.capture.layout import Attention, Layout
 from extract.capture.precision import types_to_examine, widened, widened_inputs
-from extract.capture.probe import LARGEST_PATTERN, PROBE_TOKENS, Call, Trace, drawn_alike, same, trace_of
+from extract.capture.probe import LARGEST_PATTERN, PROBE_TOKENS, Call, Trace, fixed_rng, same, trace_of
 from extract.capture.projection import NoProjection, Projection, find_projection
 from extract.capture.replay import find as find_by_replay
 from extract.capture.seam import first_tensor, is_stream, read_tensor
@@ -354,7 +354,7 @@ def _refuse_hidden_attention(model: nn.Module, inputs: Mapping[str, Any], silent
 
         return mixes
 
-    with ExitStack() as stack, torch.inference_mode(), drawn_alike():
+    with ExitStack() as stack, torch.inference_mode(), fixed_rng():
         for name in silent:
             module = model.get_submodule(name)
             if not any(isinstance(m, _MIXERS) for m in module.modules()):

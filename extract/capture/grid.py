@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from extract.capture.compiled import uncompiled
 from extract.capture.layout import Layout
-from extract.capture.probe import drawn_alike
+from extract.capture.probe import fixed_rng
 from extract.capture.seam import is_stream
 from extract.engines.patches import Grid
 
@@ -119,7 +119,7 @@ class _Seen:
 def _seen(model: nn.Module, attention: str, inputs: Mapping[str, Any]) -> _Seen | None:
     """Run the model up to an attention module; None where it does not come to it with these inputs."""
     seen = _Seen(tuple(inputs[PIXELS].shape))
-    with _hooked(model, attention, seen), torch.inference_mode(), drawn_alike(), uncompiled():
+    with _hooked(model, attention, seen), torch.inference_mode(), fixed_rng(), uncompiled():
         try:
             model(**inputs)
         except _Reached:

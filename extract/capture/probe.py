@@ -98,14 +98,14 @@ def trace_of(
             stack.enter_context(replaced_interface(model, probe.attend))
         stack.enter_context(Softmaxes(probe.finished))
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(drawn_alike())
+        stack.enter_context(fixed_rng())
         trace.returned = model(**inputs)
     return trace
 
 
 @contextmanager
-def drawn_alike() -> Iterator[None]:
-    """What a model draws at random in here is drawn alike every time, and the user's own numbers are left as they are."""
+def fixed_rng() -> Iterator[None]:
+    """Seed torch's random number generators with 0, and restore the caller's state afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield

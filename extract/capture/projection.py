@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from extract.capture.probe import Call, Event, Trace, drawn_alike, same
+from extract.capture.probe import Call, Event, Trace, fixed_rng, same
 from extract.capture.seam import has_matrix
 from extract.capture.states import norms_in
 
@@ -219,7 +219,7 @@ def _stored(module: nn.Module, shape: tuple[int, int], like: Tensor) -> list[Flo
 
 def _given(module: nn.Module, x: Float[Tensor, "1 token input"]) -> Float[Tensor, "token output"]:
     """What a module gives of contexts, by itself; one that takes no batch is given none."""
-    with torch.inference_mode(), drawn_alike():
+    with torch.inference_mode(), fixed_rng():
         try:
             given = module(x)
         except Exception:  # a module that takes rows

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from extract.capture.layout import Replayed
-from extract.capture.probe import Call, Trace, drawn_alike, hides_the_future
+from extract.capture.probe import Call, Trace, fixed_rng, hides_the_future
 from extract.capture.seam import first_tensor, has_matrix, is_stream, read_tensor
 from extract.engines.visibility import Axis, whole_axis
 from extract.errors import CaptureError
@@ -269,7 +269,7 @@ def find(model: nn.Module, inputs: Mapping[str, Any], trace: Trace) -> tuple[lis
     ids = [x for name, x in inputs.items() if name.endswith("input_ids") and x.dim() == 2]
     search = _Search(trace, {value.shape[1]: whole_axis(len(value), value.shape[1], value.device) for value in ids})
     attending = {name for call in trace.calls for name in call.inside}
-    with ExitStack() as stack, torch.inference_mode(), drawn_alike():
+    with ExitStack() as stack, torch.inference_mode(), fixed_rng():
         for name, module in model.named_modules():
             if name and name not in attending and 2 <= len(_linear(module)) <= _MOST_LINEAR:
                 stack.callback(module.register_forward_pre_hook(search.begins, with_kwargs=True).remove)

@@ -1,4 +1,4 @@
-"""The text column: a column's or key's name, or the dotted way to one inside another."""
+"""The text column: the name of a column or key, or a dotted path to a nested one."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ MISSING = object()
 
 
 def check_column(columns: Iterable[str], text_column: str, name: str, *, advice: str = "use --text-column") -> None:
-    """Raise Refusal where the text column is not there, or there twice."""
+    """Raise Refusal if the text column is missing or ambiguous."""
     existing = list(columns)
     if text_column not in existing:
-        raise Refusal(f"the text column must exist; {name} has no {text_column!r} but {', '.join(existing)}; {advice}")
+        raise Refusal(
+            f"the text column must exist; {name} has no {text_column!r}, only {', '.join(existing)}; {advice}"
+        )
     if existing.count(text_column) > 1:
         raise Refusal(
-            f"the text column must be one; {name} has {existing.count(text_column)} of the name {text_column!r}; rename them"
+            f"the text column must be unique; {name} has {existing.count(text_column)} named {text_column!r}; rename them"
         )
 
 
 def value_at(record: Mapping[str, Any], column: str) -> Any:
-    """The value of a key, or with dots of a key inside another; a key that is there as it stands wins. MISSING if none."""
+    """The value of a key or of a dotted path; a key with that exact name wins. MISSING if there is neither."""
     if column in record:
         return record[column]
-    for outer, inner in _ways_in(column):
+    for outer, inner in _path_splits(column):
         match record.get(outer, MISSING):
             case None:
                 return None
@@ -34,13 +36,14 @@ def value_at(record: Mapping[str, Any], column: str) -> Any:
     return MISSING
 
 
-def _ways_in(column: str) -> Iterator[tuple[str, str]]:
+def _path_splits(column: str) -> Iterator[tuple[str, str]]:
+    """All ways to split a dotted path into an outer key and the rest."""
     parts = column.split(".")
     return ((".".join(parts[:n]), ".".join(parts[n:])) for n in range(1, len(parts)))
 
 
 def columns_in(record: Mapping[str, Any]) -> Iterator[str]:
-    """The keys of a record, those of records inside it with dots."""
+    """The keys of a record, with dotted paths for nested ones."""
     for key, value in record.items():
         if isinstance(value, dict) and value:
             yield from (f"{key}.{inner}" for inner in columns_in(value))

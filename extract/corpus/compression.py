@@ -1,7 +1,7 @@
-"""Files as streams of bytes, whatever they are compressed with.
+"""Open files as streams of bytes, decompressed if necessary.
 
-The readers of bz2 and lzma end in silence where something else follows a compressed member, and those of gzip and
-LZ4 take a file of no bytes for one of no content: here both are damage.
+Python's readers for bz2 and lzma silently stop at trailing garbage, and those for gzip and LZ4 accept a file of zero bytes
+as empty content. Here both are errors.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-# what reading a file can raise; a file may have gone since it was listed
+# errors of reading a file, which may also have disappeared since it was listed
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
-_CHUNK = 1 << 16  # bytes
-_ZSTD_WINDOW_LOG = 31  # `zstd --long=31`, the longest there is; memory is only taken as far as the content goes
+_CHUNK_BYTES = 1 << 16
+_ZSTD_WINDOW_LOG = 31  # `zstd --long=31`, the maximum; memory is allocated only as the content needs it
 
 
 class DamagedStream(OSError):
-    """Compressed bytes that are not what they should be."""
+    """Invalid compressed data."""
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """The file's content, decompressed as its extension says."""
+    """Open a file for options, decompressed according to its extension."""
     match path.suffix.lower():
         case ".gz" | ".gzip":
-            _refuse_no_bytes(path)
+            _check_not_empty(path)
             return cast(BinaryIO, gzip.open(path))
         case ".bz2":
             return _open_members(path, bz2.BZ2Decompressor)
@@ -40,33 +40,33 @@ def open_bytes(path: Path) -> BinaryIO:
         case ".zst" | ".zstd":
             return _open_members(path, _zstd_decompressor)
         case ".lz4":
-            _refuse_no_bytes(path)
+            _check_not_empty(path)
             return io.BufferedReader(cast(io.RawIOBase, pa.input_stream(str(path), compression="lz4")))
     return path.open("rb")
 
 
-def _refuse_no_bytes(path: Path) -> None:
+def _check_not_empty(path: Path) -> None:
     if path.stat().st_size == 0:
-        raise EOFError("compressed content begins with a header; this file has no bytes")
+        raise EOFError("a compressed file begins with a header; this one has zero bytes")
 
 
 def _zstd_decompressor() -> Any:
-    from backports import zstd  # Python's own from 3.14 on
+    from backports import zstd  # part of Python since 3.14
 
     return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG})
 
 
-def _open_members(path: Path, new: Callable[[], Any]) -> BinaryIO:
-    return io.BufferedReader(_Members(path.open("rb"), new))
+def _open_members(path: Path, new_decompressor: Callable[[], Any]) -> BinaryIO:
+    return io.BufferedReader(_Members(path.open("rb"), new_decompressor))
 
 
 class _Members(io.RawIOBase):
-    """The content of compressed members (streams, frames), one after the other; zeros between and behind them are padding."""
+    """The content of consecutive compressed members (streams, frames), with zero padding between and after them."""
 
-    def __init__(self, file: BinaryIO, new: Callable[[], Any]) -> None:
-        self._file, self._new = file, new
-        self._given = file.read(_CHUNK)
-        self._member: Any = new()
+    def __init__(self, file: BinaryIO, new_decompressor: Callable[[], Any]) -> None:
+        self._file, self._new_decompressor = file, new_decompressor
+        self._input = file.read(_CHUNK_BYTES)
+        self._member: Any = new_decompressor()
 
     def readable(self) -> bool:
         return True
@@ -82,30 +82,30 @@ class _Members(io.RawIOBase):
             if content:
                 return len(content)
             if self._member.eof:
-                self._begin_next_member()
+                self._start_next_member()
         return 0
 
-    def _next_content(self, most: int) -> bytes:
+    def _next_content(self, limit: int) -> bytes:
         if self._member.eof:
             return b""
-        if self._member.needs_input and not self._given:
-            self._given = self._file.read(_CHUNK)
-            if not self._given:
-                raise EOFError("the compressed content ends before its end mark")
-        given, self._given = self._given, b""
+        if self._member.needs_input and not self._input:
+            self._input = self._file.read(_CHUNK_BYTES)
+            if not self._input:
+                raise EOFError("the compressed content ends before its end marker")
+        data, self._input = self._input, b""
         try:
-            return self._member.decompress(given, most)
+            return self._member.decompress(data, limit)
         except (OSError, EOFError, lzma.LZMAError, MemoryError):
             raise
-        except Exception as error:  # ZstdError, whose module is not there for those who don't need it
+        except Exception as error:  # ZstdError, whose module may not be imported
             raise DamagedStream(str(error)) from error
 
-    def _begin_next_member(self) -> None:
-        self._given = self._member.unused_data.lstrip(b"\0")
-        while not self._given:
-            chunk = self._file.read(_CHUNK)
+    def _start_next_member(self) -> None:
+        self._input = self._member.unused_data.lstrip(b"\0")
+        while not self._input:
+            chunk = self._file.read(_CHUNK_BYTES)
             if not chunk:
                 self._member = None
                 return
-            self._given = chunk.lstrip(b"\0")
-        self._member = self._new()
+            self._input = chunk.lstrip(b"\0")
+        self._member = self._new_decompressor()

@@ -1,4 +1,4 @@
-"""What every reader gives: a text, or the reason why there is none."""
+"""Documents and corpora, as all readers return them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from extract.errors import Refusal
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it came from; `text` is "" where it was dropped before it could be read, or is an image's `file`."""
+    """A text and its source, or the reason it was dropped. An image has no text but a `file`."""
 
     source: str
     text: str
@@ -24,17 +24,18 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, read as they are asked for; can be iterated again."""
+    """Documents in a fixed order, read lazily; can be iterated repeatedly."""
 
     name: str
     files: tuple[tuple[str, int], ...]
     read: Callable[[], Iterator[Document]] = field(repr=False)
-    folder: Path | None = None  # in which the files of a corpus of images lie
+    folder: Path | None = None  # that contains the images; None for texts
     limit: int | None = None
     strict: bool = False
 
     @property
-    def of_images(self) -> bool:
+    def has_images(self) -> bool:
+        """Whether the documents are images, not texts."""
         return self.folder is not None
 
     def __iter__(self) -> Iterator[Document]:
@@ -44,28 +45,28 @@ class Corpus:
             yield document
 
 
-def document_of(source: str, value: Any) -> Document:
-    """The document that a value of a text column is, dropped where it is no text that can be encoded."""
+def make_document(source: str, value: Any) -> Document:
+    """The document for a value of the text column, dropped if the value is not valid, non-empty text."""
     if not isinstance(value, str):
         return Document(source, "", f"not text ({'null' if value is None else type(value).__name__})")
     if not value:
         return Document(source, "", "empty")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON and UTF-16 can hold and UTF-8 can't
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON and UTF-16 can represent and UTF-8 can't
         return Document(source, "", f"not text (lone surrogate at character {error.start})")
     return Document(source, value)
 
 
 def reason_kind(reason: str) -> str:
-    """What a dropped document counts as: its reason without place and details."""
+    """The category of a dropped document's reason, without position and details."""
     return re.split(r" at |: | \(", reason, maxsplit=1)[0]
 
 
 def refuse_unreadable(document: Document) -> None:
-    """Raise Refusal for a document that could not be read; an empty one was read."""
+    """Raise Refusal for a document that could not be read; an empty one is no error."""
     if document.dropped_reason not in (None, "empty"):
         raise Refusal(
-            f"a strict run refuses what can't be read; {document.source} is {document.dropped_reason}; "
-            "repair it, or run without strict to have it counted as dropped"
+            f"a strict run refuses documents that can't be read; {document.source} is {document.dropped_reason}; "
+            "repair it, or run without --strict to drop and count it"
         )

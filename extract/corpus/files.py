@@ -1,4 +1,4 @@
-"""The local files of a corpus: their names, sizes and kind."""
+"""The local files of a corpus: names, sizes and kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from extract.corpus.finding import EVERYTHING, Found, find_files, kind_of_special_file
+from extract.corpus.finding import EVERYTHING, FoundFiles, find_files, kind_of_special_file
 from extract.corpus.names import readable_name
 from extract.errors import Refusal
 
@@ -23,14 +23,14 @@ _KIND_OF_EXTENSION = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), IMAGES),
 }
 _COMPRESSIONS = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
-_UNCOMPRESSED = ("Parquet", IMAGES)  # read as they are, being compressed inside
-_UNKNOWN = "of no known kind"
-_KNOWN = f"{', '.join(e for e in _KIND_OF_EXTENSION if e)}; those of text, .parquet aside, also as {', '.join(_COMPRESSIONS)}"
+_NEVER_COMPRESSED = ("Parquet", IMAGES)  # these formats compress their own content
+_UNKNOWN = "of unknown kind"
+_SUPPORTED = f"{', '.join(e for e in _KIND_OF_EXTENSION if e)}; text files other than .parquet also with {', '.join(_COMPRESSIONS)}"
 
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """A file to read; `name` is relative to what the user named, never a path of this machine, and valid text."""
+    """A file to read. `name` is valid text, relative to what the user named, and reveals no other path of this machine."""
 
     path: Path
     name: str
@@ -40,52 +40,57 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """A corpus's name, its folder, its files, sorted by name and of one kind, and links that led to folders read already."""
+    """The name, folder and files of a corpus; the files have one kind and are sorted by name."""
 
     name: str
     folder: Path
     files: tuple[CorpusFile, ...]
-    links_to_read_folders: tuple[str, ...]
+    duplicate_links: tuple[str, ...]  # links to folders that are read through another path
 
     @property
     def kind(self) -> str:
+        """The common kind of all files."""
         return self.files[0].kind
 
 
 def local_files(corpus: str) -> LocalFiles:
-    """The files that a file, a folder or a glob names. Raises Refusal."""
-    path = Path(os.path.expanduser(corpus))  # noqa: PTH111 - a Path raises where there is no such user
-    shown = readable_name(corpus)
+    """Find the files of a corpus given as a file, folder or glob. Raises Refusal."""
+    path = Path(os.path.expanduser(corpus))  # noqa: PTH111 - Path raises for an unknown user
+    display_name = readable_name(corpus)
     name = _public_name(corpus, path)
-    # os.path: a Path raises where a name is too long
+    # os.path, because Path raises for names that are too long
     if os.path.isfile(path):  # noqa: PTH113
-        base, found = path.parent, Found({path.name: path.stat().st_size})
+        base, matches = path.parent, FoundFiles({path.name: path.stat().st_size})
     elif os.path.isdir(path):  # noqa: PTH112
-        base, found = path, find_files(path, EVERYTHING)
+        base, matches = path, find_files(path, EVERYTHING)
     elif what := kind_of_special_file(path):
-        raise Refusal(f"a corpus is read from files; {shown} is {what}; write its content to a file")
+        raise Refusal(f"a corpus is read from regular files; {display_name} is {what}; write its content to a file")
     elif glob.has_magic(corpus):
         base = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         pattern = path.relative_to(base)
-        found = find_files(base, pattern.parts) if os.path.isdir(base) else Found()  # noqa: PTH112
+        matches = find_files(base, pattern.parts) if os.path.isdir(base) else FoundFiles()  # noqa: PTH112
         name = readable_name(pattern.as_posix()) if name == readable_name(path.name) else name
     else:
-        raise Refusal(f"a corpus is demo, hub:NAME, a file, a folder or a glob; there is no {shown!r}; check the name")
-    if not found.sizes:
-        raise Refusal(f"a corpus has at least one file; {shown!r} has none; check the name (hidden files don't count)")
-    files = _files(base, found)
-    _check_one_kind(shown, files)
-    return LocalFiles(name, base, files, tuple(map(readable_name, found.links_to_read_folders)))
+        raise Refusal(
+            f"a corpus is demo, hub:NAME, a file, a folder or a glob; there is no {display_name!r}; check the name"
+        )
+    if not matches.sizes:
+        raise Refusal(
+            f"a corpus must have at least one file; {display_name!r} has none; check the name (hidden files are ignored)"
+        )
+    files = _files(base, matches)
+    _check_one_kind(display_name, files)
+    return LocalFiles(name, base, files, tuple(map(readable_name, matches.duplicate_links)))
 
 
-def _files(base: Path, found: Found) -> tuple[CorpusFile, ...]:
+def _files(base: Path, matches: FoundFiles) -> tuple[CorpusFile, ...]:
     return tuple(
-        CorpusFile(base / name, readable_name(name), _kind(name), size) for name, size in sorted(found.sizes.items())
+        CorpusFile(base / name, readable_name(name), _kind(name), size) for name, size in sorted(matches.sizes.items())
     )
 
 
 def _public_name(corpus: str, path: Path) -> str:
-    """The name as given, or its last part where the rest would tell of this machine."""
+    """The name as given, or its last part if the rest would reveal a path of this machine."""
     if path.name in ("", ".."):
         return readable_name(path.resolve().name)
     return readable_name(path.name if path.is_absolute() or ".." in path.parts else str(Path(corpus)))
@@ -95,7 +100,7 @@ def _kind(name: str) -> str:
     path = Path(name.lower())
     inner = path.with_suffix("") if path.suffix in _COMPRESSIONS else path
     kind = _KIND_OF_EXTENSION.get(inner.suffix, _UNKNOWN)
-    return _UNKNOWN if kind in _UNCOMPRESSED and inner is not path else kind
+    return _UNKNOWN if kind in _NEVER_COMPRESSED and inner is not path else kind
 
 
 def _check_one_kind(corpus: str, files: Iterable[CorpusFile]) -> None:
@@ -109,5 +114,5 @@ def _check_one_kind(corpus: str, files: Iterable[CorpusFile]) -> None:
         for kind, names in sorted(names_of.items())
     )
     raise Refusal(
-        f"the files of a corpus are of one known kind ({_KNOWN}); {corpus!r} has {listed}; choose with a glob, such as '**/*.txt'"
+        f"the files of a corpus must be of one supported kind ({_SUPPORTED}); {corpus!r} has {listed}; select with a glob, such as '**/*.txt'"
     )

@@ -1,4 +1,4 @@
-"""The corpora that are no local files: Python's reference manual and data sets of the hub."""
+"""Corpora other than local files: Python's reference manual (demo) and datasets on the hub."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from extract.corpus.columns import MISSING, check_column, columns_in, value_at
-from extract.corpus.documents import Document, document_of
+from extract.corpus.documents import Document, make_document
 from extract.errors import Refusal
 
 
 def demo_documents() -> Iterator[Document]:
+    """The topics of Python's built-in help."""
     from pydoc_data.topics import topics
 
-    return (document_of(f"topics:{name}", topics[name]) for name in sorted(topics))
+    return (make_document(f"topics:{name}", topics[name]) for name in sorted(topics))
 
 
 def hub_documents(corpus: str, text_column: str) -> Callable[[], Iterator[Document]]:
-    """What reads the rows of `hub:NAME` or `hub:NAME/CONFIG:SPLIT`. Raises Refusal."""
+    """A function that reads the rows of `hub:NAME` or `hub:NAME/CONFIG:SPLIT`. Raises Refusal."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     name, _, split = corpus.removeprefix("hub:").partition(":")
     parts = name.split("/")
     if not all(parts) or len(parts) > 3:
-        raise Refusal(f"a hub corpus is hub:NAME, NAME being name, owner/name or owner/name/config; got {corpus!r}")
+        raise Refusal(
+            f"a hub corpus is hub:NAME, where NAME is name, owner/name or owner/name/config; got {corpus!r}; correct it"
+        )
     config = parts[2] if len(parts) == 3 else None
     try:
         rows = datasets.load_dataset("/".join(parts[:2]), config, split=split or "train", streaming=True)
@@ -37,13 +40,13 @@ def hub_documents(corpus: str, text_column: str) -> Callable[[], Iterator[Docume
             "or give local files"
         ) from error
     except (ValueError, FileNotFoundError, DatasetsError) as error:
-        raise Refusal(f"a hub corpus must be there; {corpus}: {error}; check name, config and split") from error
+        raise Refusal(f"a hub corpus must exist; {corpus}: {error}; check name, config and split") from error
     check_column(columns, text_column, corpus)
     outer = next(c for c in rows.column_names or columns if text_column == c or text_column.startswith(f"{c}."))
-    chosen = rows.select_columns([outer])
-    return lambda: (_row_document(f"{corpus}:{n}", row, text_column) for n, row in enumerate(chosen, 1))
+    selected = rows.select_columns([outer])
+    return lambda: (_row_document(f"{corpus}:{n}", row, text_column) for n, row in enumerate(selected, 1))
 
 
 def _row_document(source: str, row: dict[str, Any], text_column: str) -> Document:
     value = value_at(row, text_column)
-    return document_of(source, None if value is MISSING else value)
+    return make_document(source, None if value is MISSING else value)

@@ -1,7 +1,7 @@
-"""Text out of bytes: byte order marks, encodings, lines.
+"""Decode files to lines of text, with byte order marks and encodings.
 
-A line ends with \\n, \\r\\n or \\r. Where the encoding writes line ends as ASCII does, lines are split before they are
-decoded, so that one which can't be decoded takes no other along; UTF-16 and its like are decoded as a whole.
+A line ends with \\n, \\r\\n or \\r. If the encoding represents line ends as ASCII does, lines are split before they are
+decoded, so that an invalid line does not affect the others; UTF-16 and UTF-32 are decoded as a stream.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import BinaryIO, NamedTuple
 
 from extract.corpus.compression import open_bytes
 from extract.corpus.files import CorpusFile
-from extract.corpus.reading import AUTO
+from extract.corpus.options import AUTO
 from extract.errors import Refusal
 
-_MARKS = (  # the longer first: that of UTF-32 begins with that of UTF-16
+_MARKS = (  # UTF-32 first, because its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# the mark, where there is one, has been taken off; without one, little-endian is what is written today
+# encodings to use once the byte order mark is removed; without a mark, files are little-endian in practice
 _WITHOUT_MARK = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}
-_HEAD = 256  # bytes looked at to tell UTF-16 that has no mark
+_HEAD_BYTES = 256  # checked for UTF-16 without a byte order mark
 
 
 class Encoding(NamedTuple):
@@ -36,17 +36,18 @@ class Encoding(NamedTuple):
     mark: int
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
+        """The name for messages, such as UTF-8 or cp1252."""
         return self.name.upper() if self.name.startswith("utf") else self.name
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line with its end, counted from 1; where it could not be decoded, `wrong` says so and `text` has replacements."""
+    """A line including its end, numbered from 1. If it can't be decoded, `error` is set and `text` has replacement characters."""
 
     number: int
     text: str
-    wrong: str | None = None
+    error: str | None = None
 
     @property
     def content(self) -> str:
@@ -54,19 +55,19 @@ class Line:
         return self.text.removesuffix("\n").removesuffix("\r")
 
 
-def encoding_of(head: bytes, asked: str) -> Encoding:
-    """The encoding that a byte order mark tells; without one that which was asked for, UTF-8 if none was."""
+def encoding_of(head: bytes, requested: str) -> Encoding:
+    """The encoding given by the byte order mark; without a mark the requested one, or UTF-8."""
     for mark, name in _MARKS:
         if head.startswith(mark):
             return Encoding(name, len(mark))
-    name = "utf-8" if asked == AUTO else codecs.lookup(asked).name
+    name = "utf-8" if requested == AUTO else codecs.lookup(requested).name
     return Encoding(_WITHOUT_MARK.get(name, name), 0)
 
 
-def looks_like_utf16(data: bytes, asked: str) -> str | None:
-    """The name of the UTF-16 that text without a mark seems to be: ASCII in it has a NUL in every second byte."""
-    head = data[: min(len(data), _HEAD) // 2 * 2]
-    if asked != AUTO or len(head) < 4:
+def unmarked_utf16(data: bytes, requested: str) -> str | None:
+    """The UTF-16 encoding of data without a byte order mark, recognized by NULs in every second byte; None for any other."""
+    head = data[: min(len(data), _HEAD_BYTES) // 2 * 2]
+    if requested != AUTO or len(head) < 4:
         return None
     for name, nul, other in (("utf-16-le", head[1::2], head[::2]), ("utf-16-be", head[::2], head[1::2])):
         if not any(nul) and all(other):
@@ -74,38 +75,38 @@ def looks_like_utf16(data: bytes, asked: str) -> str | None:
     return None
 
 
-def decoded_lines(file: CorpusFile, asked: str) -> Iterator[Line]:
-    """The lines of a file. Raises Refusal for UTF-16 that is not marked as such."""
+def read_lines(file: CorpusFile, requested: str) -> Iterator[Line]:
+    """Read the lines of a file. Raises Refusal for UTF-16 without a byte order mark."""
     with open_bytes(file.path) as stream:
-        head = stream.read(_HEAD)
-    if name := looks_like_utf16(head, asked):
+        head = stream.read(_HEAD_BYTES)
+    if name := unmarked_utf16(head, requested):
         raise Refusal(
-            f"a file without a byte order mark is read as UTF-8; {file.name} has a NUL in every second byte, as UTF-16 has; "
+            f"a file without a byte order mark is read as UTF-8; {file.name} looks like UTF-16, with a NUL in every second byte; "
             f"use --encoding {name}"
         )
-    encoding = encoding_of(head, asked)
+    encoding = encoding_of(head, requested)
     with open_bytes(file.path) as stream:
         stream.read(encoding.mark)
-        ends_as_ascii_does = "\n".encode(encoding.name) == b"\n"
-        yield from _lines_of_bytes(stream, encoding) if ends_as_ascii_does else _lines_of_text(stream, encoding)
+        has_ascii_line_ends = "\n".encode(encoding.name) == b"\n"
+        yield from _split_then_decode(stream, encoding) if has_ascii_line_ends else _decode_then_split(stream, encoding)
 
 
-def _lines_of_bytes(stream: BinaryIO, encoding: Encoding) -> Iterator[Line]:
+def _split_then_decode(stream: BinaryIO, encoding: Encoding) -> Iterator[Line]:
     offset = encoding.mark
-    # Latin-1 stands for the bytes: it is the quickest way to lines that end in three ways
+    # Latin-1 maps each byte to one character, which is the fastest way to split bytes at all three line ends
     with io.TextIOWrapper(stream, "latin-1", newline="") as lines:
         for number, line in enumerate(lines, 1):
             data = line.encode("latin-1")
             try:
                 yield Line(number, data.decode(encoding.name))
             except UnicodeDecodeError as error:
-                wrong = f"not {encoding.shown} at byte {offset + error.start}"
-                yield Line(number, data.decode(encoding.name, errors="replace"), wrong)
+                error_text = f"not {encoding.display_name} at byte {offset + error.start}"
+                yield Line(number, data.decode(encoding.name, errors="replace"), error_text)
             offset += len(data)
 
 
-def _lines_of_text(stream: BinaryIO, encoding: Encoding) -> Iterator[Line]:
-    # half a surrogate pair is the fault of one text, a byte too few that of all that follow
+def _decode_then_split(stream: BinaryIO, encoding: Encoding) -> Iterator[Line]:
+    # half a surrogate pair invalidates one text; a missing byte invalidates everything after it
     errors = "surrogatepass" if encoding.name.startswith("utf") else "strict"
     with io.TextIOWrapper(stream, encoding.name, errors=errors, newline="") as lines:
         for number, line in enumerate(lines, 1):

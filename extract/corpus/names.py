@@ -1,6 +1,6 @@
-r"""File names as text: a byte that is not UTF-8 is written `\xff`, and the name can be had back.
+r"""File names as valid text, reversibly: a byte that is not UTF-8 becomes the escape `\xff`.
 
-Python holds such a byte as a lone surrogate, which no table, manifest or terminal takes.
+Python represents such a byte as a lone surrogate, which can't be written to tables, manifests or terminals.
 """
 
 import os
@@ -10,9 +10,9 @@ _ESCAPED_BYTE = re.compile(r"\\x[0-9a-f]{2}")
 
 
 def readable_name(name: str) -> str:
-    r"""A name or path as valid text, different for different names.
+    r"""A name or path as valid text, unique for each name.
 
-    Backslashes are doubled where one could be taken for that of an escaped byte; other valid names stay as they are.
+    Backslashes are doubled in names with something that looks like an escaped byte; other valid names do not change.
     """
     raw = os.fsencode(name)
     try:
@@ -23,7 +23,7 @@ def readable_name(name: str) -> str:
 
 
 def real_name(readable: str) -> str:
-    """The name or path that `readable_name` made readable, as the file system knows it."""
+    """The name or path in the file system for the result of `readable_name`."""
     if not _ESCAPED_BYTE.search(readable):
         return readable
     return os.fsdecode(re.sub(rb"\\(\\|x[0-9a-f]{2})", _unescaped, readable.encode()))

@@ -1,4 +1,4 @@
-"""Text files: a document each, or each paragraph or line of them."""
+"""Read text files: one document per file, paragraph or line."""
 
 from __future__ import annotations
 
@@ -6,44 +6,45 @@ from collections.abc import Iterator
 from itertools import chain
 
 from extract.corpus.compression import READ_ERRORS, open_bytes
-from extract.corpus.documents import Document, document_of
+from extract.corpus.documents import Document, make_document
 from extract.corpus.files import CorpusFile
-from extract.corpus.lines import Line, decoded_lines, encoding_of, looks_like_utf16
-from extract.corpus.reading import Reading
+from extract.corpus.lines import Line, encoding_of, read_lines, unmarked_utf16
+from extract.corpus.options import ReadOptions
 
 
-def text_documents(file: CorpusFile, reading: Reading) -> Iterator[Document]:
-    match reading.unit:
+def text_documents(file: CorpusFile, options: ReadOptions) -> Iterator[Document]:
+    """The documents of a text file."""
+    match options.unit:
         case "document":
-            yield _whole_text(file, reading.encoding)
+            yield _whole_text(file, options.encoding)
         case "line":
-            for line in decoded_lines(file, reading.encoding):
+            for line in read_lines(file, options.encoding):
                 yield _document(f"{file.name}:{line.number}", [line])
         case "paragraph":
-            yield from _paragraphs(file, reading.encoding)
+            yield from _paragraphs(file, options.encoding)
 
 
-def _whole_text(file: CorpusFile, asked: str) -> Document:
+def _whole_text(file: CorpusFile, requested: str) -> Document:
     try:
         with open_bytes(file.path) as stream:
             data = stream.read()
     except READ_ERRORS as error:
         return Document(file.name, "", f"unreadable: {type(error).__name__}")
-    if name := looks_like_utf16(data, asked):
+    if name := unmarked_utf16(data, requested):
         return Document(file.name, "", f"not UTF-8: {name} without a byte order mark")
-    encoding = encoding_of(data, asked)
+    encoding = encoding_of(data, requested)
     try:
-        return document_of(file.name, data[encoding.mark :].decode(encoding.name))
+        return make_document(file.name, data[encoding.mark :].decode(encoding.name))
     except UnicodeDecodeError as error:
-        return Document(file.name, "", f"not {encoding.shown} at byte {encoding.mark + error.start}")
+        return Document(file.name, "", f"not {encoding.display_name} at byte {encoding.mark + error.start}")
 
 
-def _paragraphs(file: CorpusFile, asked: str) -> Iterator[Document]:
-    """Runs of lines between blank ones, named by their first line."""
+def _paragraphs(file: CorpusFile, requested: str) -> Iterator[Document]:
+    """Yield each run of lines between blank ones, with the number of its first line."""
     paragraph: list[Line] = []
-    for line in chain(decoded_lines(file, asked), [Line(0, "")]):
-        # of ASCII alone: other white space is text
-        if line.wrong or line.text.strip(" \t\n\r\v\f"):
+    for line in chain(read_lines(file, requested), [Line(0, "")]):
+        # ASCII white space only: any other counts as text
+        if line.error or line.text.strip(" \t\n\r\v\f"):
             paragraph.append(line)
         elif paragraph:
             yield _document(f"{file.name}:{paragraph[0].number}", paragraph)
@@ -51,7 +52,7 @@ def _paragraphs(file: CorpusFile, asked: str) -> Iterator[Document]:
 
 
 def _document(source: str, lines: list[Line]) -> Document:
-    wrong = next((line.wrong for line in lines if line.wrong), None)
-    if wrong:
-        return Document(source, "", wrong)
-    return document_of(source, "".join(line.text for line in lines[:-1]) + lines[-1].content)
+    error = next((line.error for line in lines if line.error), None)
+    if error:
+        return Document(source, "", error)
+    return make_document(source, "".join(line.text for line in lines[:-1]) + lines[-1].content)

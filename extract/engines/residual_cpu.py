@@ -91,7 +91,7 @@ def read_state(
         identity,
     )
     off, total, x = np.sqrt(identity.sum(1)).tolist()
-    norm_columns = dict(zip(_OF_NORM, of_norm, strict=True))
+    norm_columns: dict[str, np.ndarray] = dict(zip(_OF_NORM, of_norm, strict=True))
     if norm is not None and norm.kind == "rms":
         norm_columns["norm_mean"] = np.full(batch, math.nan)
     return StatePass(dict(zip(_OF_STREAM, of_stream, strict=True)), norm_columns, off, total + x)
@@ -341,7 +341,7 @@ def _pass(
             elif makes_output and centred:
                 raw[_RAW.mean, t - begin] = after[row].sum() / float32(after.shape[1])
             if has_norm and (real or makes_output):
-                mean = raw[_RAW.mean, t - begin] if centred else float32(0)
+                mean = np.float32(raw[_RAW.mean, t - begin]) if centred else np.float32(0)
                 _sum_norm(after[row], mean, epsilon, wrote[row], weight, bias, makes_output, raw, t - begin)
         _finish(raw, low - begin, high - begin, after.shape[1], epsilon, has_stream, has_norm, values, of_piece)
     for b in prange(batch):

@@ -36,7 +36,7 @@ class AttentionCall:
     @property
     def facts(self) -> frozenset[Fact]:
         """What the call has of what row quantities need."""
-        return frozenset({"scores", "values"}) | _facts(self)
+        return _facts(self, scores=True, values=True)
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,13 @@ class ScoredCall:
     @property
     def facts(self) -> frozenset[Fact]:
         """What the call has of what row quantities need."""
-        facts = _facts(self)
-        if not self.weights_only:
-            facts |= {"scores"}
-        return facts if self.value is None else facts | {"values"}
+        return _facts(self, scores=not self.weights_only, values=self.value is not None)
 
 
-def _facts(call: AttentionCall | ScoredCall) -> frozenset[Fact]:
+def _facts(call: AttentionCall | ScoredCall, *, scores: bool, values: bool) -> frozenset[Fact]:
     has: dict[Fact, bool] = {
+        "scores": scores,
+        "values": values,
         "positions": not call.visibility.crosses,
         "token_ids": call.token_ids is not None,
         "projection": call.write is not None,

@@ -347,7 +347,7 @@ def nonfinite_rows(o: HeadQuantities) -> Values:
 class HeadRecorder(DenseRecorder):
     """Keeps the head quantities of every layer; columns are worked out from them once per shard."""
 
-    def keep_heads(self, attention: Any, sums: Any, calls: Any) -> Mapping[str, Tensor]:
+    def keep_heads(self, layer: Any, sums: Any, calls: Any) -> Mapping[str, Tensor]:
         return {"values": sums.values}
 
     def facts(self, values: np.ndarray) -> dict[str, Values]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from extract import pipeline
-from extract.encoder import Encoder
+from extract.model.encoder import Encoder
 from extract.pipeline import RunOptions
 from extract.store import open_dataset, parts_of
 from tests.benchmarks.harness import Result, interleaved

@@ -15,13 +15,13 @@ from extract.batching import windows
 from extract.capture.batch import Batch, Tokens
 from extract.collector import open_collector
 from extract.corpus import open_corpus
-from extract.encoder import Encoder, load_encoder
 from extract.engines import choose
 from extract.engines.visibility import Axis
 from extract.measurement import layout_of, observe
+from extract.model.encoder import Encoder, load_encoder
+from extract.model.token_classes import token_classes
 from extract.planning import special_tokens
 from extract.tables import recorded_tables
-from extract.tokens import token_classes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Corpora written to disk and read back."""
+"""Write a corpus to disk and read it back."""
 
 from pathlib import Path
 
@@ -16,5 +16,5 @@ def read(corpus: str, **options) -> list[Document]:
 
 
 def outcomes(corpus: str, **options) -> dict[str, str]:
-    """What became of each document: its text, or the reason why there is none."""
+    """The text of each document by its source, or the reason it was dropped."""
     return {d.source: d.dropped_reason or d.text for d in read(corpus, **options)}

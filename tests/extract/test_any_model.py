@@ -544,8 +544,11 @@ def test_a_layer_left_in_training_mode_is_refused():
     [
         ({"input_ids": torch.tensor([2, 3, 4])}, r"input_ids of shape \[batch, token\]"),
         ({"input_ids": [[2, 3, 4]]}, "a model reads tensors; got input_ids as a list of numbers"),
-        ({"input_ids": torch.ones(2, 5).long(), "attention_mask": torch.ones(2, 4).long()}, "shaped like the ids"),
-        ({"input_ids": torch.ones(1, 5).long(), "attention_mask": torch.tensor([[1, 0, 1, 1, 1]])}, "holes"),
+        (
+            {"input_ids": torch.ones(2, 5).long(), "attention_mask": torch.ones(2, 4).long()},
+            "must have the shape of the ids",
+        ),
+        ({"input_ids": torch.ones(1, 5).long(), "attention_mask": torch.tensor([[1, 0, 1, 1, 1]])}, "has gaps"),
         ({"input_ids": torch.ones(2, 2).long(), "attention_mask": torch.tensor([[1, 1], [0, 0]])}, "row 1"),
         ({}, "got nothing"),
     ],

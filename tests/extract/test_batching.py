@@ -1,4 +1,4 @@
-"""Windows cover, batches fit: properties, and the cases at the edges."""
+"""Windows cover every token and batches fit their budget: properties and edge cases."""
 
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ def test_without_overlap_every_token_is_in_exactly_one_window(count, size):
 
 
 @given(count=st.integers(0, 200), sizes=window_sizes())
-def test_windows_overlap_by_the_stride_and_none_lies_inside_the_one_before(count, sizes):
+def test_windows_overlap_by_the_stride_and_none_is_contained_in_the_previous_one(count, sizes):
     size, stride = sizes
     ids = list(range(count))
     cut = list(windows(ids, size=size, stride=stride))
@@ -52,26 +52,26 @@ def test_no_ids_give_no_window():
 
 
 @pytest.mark.parametrize(("size", "stride"), [(4, 4), (4, -1), (0, 0)])
-def test_a_window_that_could_not_move_on_is_refused_at_the_call(size, stride):
+def test_a_window_that_could_not_advance_is_refused_at_the_call(size, stride):
     with pytest.raises(Refusal):
         windows([1, 2, 3], size=size, stride=stride)
 
 
 @given(lengths=LENGTHS, token_budget=st.integers(1, 2000))
-def test_batches_hold_every_sequence_once_within_the_budget(lengths, token_budget):
-    made = batches(lengths, token_budget=token_budget)
-    assert sorted(i for batch in made for i in batch) == list(range(len(lengths)))
-    for batch in made:
+def test_batches_contain_every_sequence_once_within_the_budget(lengths, token_budget):
+    groups = batches(lengths, token_budget=token_budget)
+    assert sorted(i for batch in groups for i in batch) == list(range(len(lengths)))
+    for batch in groups:
         assert batch
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= token_budget
-    order = [i for batch in made for i in batch]
+    order = [i for batch in groups for i in batch]
     assert order == sorted(order, key=lambda i: (lengths[i], i))
 
 
 @given(lengths=LENGTHS.filter(bool), token_budget=st.integers(1, 2000))
-def test_no_batch_could_have_taken_the_next_sequence(lengths, token_budget):
-    made = batches(lengths, token_budget=token_budget)
-    for batch, following in pairwise(made):
+def test_no_batch_has_room_for_the_next_sequence(lengths, token_budget):
+    groups = batches(lengths, token_budget=token_budget)
+    for batch, following in pairwise(groups):
         assert (len(batch) + 1) * lengths[following[0]] > token_budget
 
 
@@ -85,11 +85,11 @@ def test_a_budget_below_one_token_is_refused():
         batches([1], token_budget=0)
 
 
-def test_padding_takes_positions_too():
+def test_padded_positions_include_padding():
     assert padded_positions([4, 2, 6], [[0, 1], [2]]) == 2 * 4 + 6
     assert padded_positions([], []) == 0
 
 
 @given(lengths=LENGTHS, token_budget=st.integers(1, 2000))
-def test_no_sequence_takes_fewer_positions_than_it_has_tokens(lengths, token_budget):
+def test_there_are_at_least_as_many_positions_as_tokens(lengths, token_budget):
     assert padded_positions(lengths, batches(lengths, token_budget=token_budget)) >= sum(lengths)

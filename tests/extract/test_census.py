@@ -156,12 +156,12 @@ def test_a_model_that_the_command_does_not_measure_says_why():
 @pytest.mark.parametrize(
     ("model_type", "said"),
     [
-        ("clip", "CLIPModel fails with nothing else (AttributeError: "),
-        ("align", "AlignModel fails with nothing else (ValueError: You have to specify pixel_values)"),
-        ("bros", "BrosModel fails with nothing else (ValueError: You have to specify bbox)"),
+        ("clip", "CLIPModel fails without other inputs (AttributeError: "),
+        ("align", "AlignModel fails without other inputs (ValueError: You have to specify pixel_values)"),
+        ("bros", "BrosModel fails without other inputs (ValueError: You have to specify bbox)"),
     ],
 )
 def test_a_model_that_needs_more_than_ids_is_refused_in_words(model_type, said):
     found = through_run(model_type)
-    assert found.startswith("a run gives a model of texts input_ids alone; ") and said in found
-    assert "save the part of it that reads text by itself" in found
+    assert found.startswith("a run gives a text model input_ids alone; ") and said in found
+    assert "save the part of it that reads text" in found

@@ -1,4 +1,4 @@
-"""Every kind of corpus on a real disk: the place of each document, and of everything that is wrong."""
+"""Every kind of corpus on a real disk: the source of each document, and the position of each error."""
 
 import bz2
 import gzip
@@ -15,7 +15,7 @@ from extract.errors import Refusal
 from tests.extract.corpora import read, written
 
 
-def test_demo_is_the_reference_manual_of_python_in_alphabetical_order():
+def test_demo_is_the_python_reference_manual_in_alphabetical_order():
     documents = read("demo")
     assert len(documents) >= 70
     assert documents[0].source == "topics:assert"
@@ -23,12 +23,12 @@ def test_demo_is_the_reference_manual_of_python_in_alphabetical_order():
     assert all(d.text and d.dropped_reason is None for d in documents)
 
 
-def test_a_corpus_can_be_read_again():
+def test_a_corpus_can_be_read_repeatedly():
     corpus = open_corpus("demo", limit=3)
     assert list(corpus) == list(corpus)
 
 
-def test_limit_counts_dropped_documents_too(tmp_path):
+def test_limit_counts_dropped_documents(tmp_path):
     path = written(tmp_path / "a.jsonl", '{"text": "one"}\nnot json\n{"text": "three"}\n')
     assert [d.source for d in read(path, limit=2)] == ["a.jsonl:1", "a.jsonl:2"]
 
@@ -44,7 +44,7 @@ def test_an_unknown_corpus_is_refused_by_name():
         open_corpus("nowhere")
 
 
-def test_token_patterns_are_no_documents():
+def test_random_repeats_cannot_be_read_as_documents():
     with pytest.raises(Refusal, match="random-repeats"):
         open_corpus("random-repeats")
 
@@ -52,13 +52,13 @@ def test_token_patterns_are_no_documents():
 # --- text
 
 
-def test_a_text_file_is_one_document_as_it_stands(tmp_path):
+def test_a_text_file_is_one_unchanged_document(tmp_path):
     path = written(tmp_path / "notes.txt", "first\r\n\nzwei ü\n")
     assert read(path) == [Document("notes.txt", "first\r\n\nzwei ü\n")]
     assert open_corpus(path).files == (("notes.txt", len("first\r\n\nzwei ü\n".encode())),)
 
 
-def test_lines_are_named_by_their_number(tmp_path):
+def test_sources_of_lines_have_their_number(tmp_path):
     path = written(tmp_path / "notes.txt", "one\r\n\nthree\u2028still\nfour")
     assert read(path, unit="line") == [
         Document("notes.txt:1", "one"),
@@ -68,13 +68,13 @@ def test_lines_are_named_by_their_number(tmp_path):
     ]
 
 
-def test_paragraphs_are_named_by_their_first_line(tmp_path):
+def test_sources_of_paragraphs_have_the_number_of_their_first_line(tmp_path):
     path = written(tmp_path / "notes.txt", "\n\none\nand on\n \n\ntwo\n")
     assert read(path, unit="paragraph") == [Document("notes.txt:3", "one\nand on"), Document("notes.txt:7", "two")]
 
 
 @pytest.mark.parametrize("unit", ["document", "line", "paragraph"])
-def test_a_byte_order_mark_is_no_text(tmp_path, unit):
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path, unit):
     path = written(tmp_path / "notes.txt", b"\xef\xbb\xbfone")
     assert [d.text for d in read(path, unit=unit)] == ["one"]
 
@@ -89,7 +89,7 @@ def test_an_empty_file_is_a_dropped_document(tmp_path):
     assert read(str(tmp_path)) == [Document("a.txt", "", "empty"), Document("b.txt", "text")]
 
 
-def test_what_is_not_utf8_is_dropped_with_its_byte_in_the_file(tmp_path):
+def test_invalid_utf8_is_dropped_with_its_byte_offset_in_the_file(tmp_path):
     broken = b"0123456789" * 12 + b"\xff rest"
     path = written(tmp_path / "bad.txt", broken)
     assert read(path) == [Document("bad.txt", "", "not UTF-8 at byte 120")]
@@ -104,7 +104,7 @@ def test_what_is_not_utf8_is_dropped_with_its_byte_in_the_file(tmp_path):
     assert read(path, unit="paragraph")[1] == Document("paragraphs.txt:3", "", "not UTF-8 at byte 12")
 
 
-def test_strict_refuses_what_else_would_be_dropped(tmp_path):
+def test_strict_refuses_what_would_otherwise_be_dropped(tmp_path):
     path = written(tmp_path / "bad.txt", b"abc\xff")
     with pytest.raises(Refusal, match=r"bad\.txt is not UTF-8 at byte 3"):
         read(path, strict=True)
@@ -123,7 +123,7 @@ def test_strict_refuses_what_else_would_be_dropped(tmp_path):
         (".zst", lambda data: pa.compress(data, "zstd", asbytes=True)),
     ],
 )
-def test_compressed_files_read_like_plain_ones(tmp_path, extension, compress):
+def test_compressed_files_read_like_uncompressed_ones(tmp_path, extension, compress):
     lines = "".join(json.dumps({"text": f"line {n} ü"}) + "\n" for n in range(500))
     written(tmp_path / "a.jsonl", lines)
     written(tmp_path / f"b.jsonl{extension}", compress(lines.encode()))
@@ -150,7 +150,7 @@ def test_a_damaged_text_file_is_one_dropped_document(tmp_path):
 # --- folders and globs
 
 
-def test_a_folder_is_read_to_its_depths_in_the_order_of_names_without_what_is_hidden(tmp_path):
+def test_a_folder_is_read_recursively_in_the_order_of_names_without_hidden_files(tmp_path):
     for name in ("b.txt", "a/z.md", "a/b/c.txt", ".git/x.txt", "a/.hidden.txt", "README"):
         written(tmp_path / "corpus" / name, name)
     corpus = open_corpus(str(tmp_path / "corpus"))
@@ -159,7 +159,7 @@ def test_a_folder_is_read_to_its_depths_in_the_order_of_names_without_what_is_hi
     assert [name for name, _ in corpus.files] == ["README", "a/b/c.txt", "a/z.md", "b.txt"]
 
 
-def test_a_glob_names_its_files_from_where_it_begins(tmp_path, monkeypatch):
+def test_sources_are_relative_to_the_start_of_the_glob(tmp_path, monkeypatch):
     for name in ("b.txt", "a/z.txt", "a/z.csv"):
         written(tmp_path / "corpus" / name, name)
     corpus = open_corpus(f"{tmp_path}/corpus/**/*.txt")
@@ -170,7 +170,7 @@ def test_a_glob_names_its_files_from_where_it_begins(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["{}/corpus", "{}/corpus/", "{}/corpus/a.txt", "{}/*/a.txt", "../corpus", "."])
-def test_the_name_of_a_corpus_says_nothing_of_this_machine(tmp_path, monkeypatch, name):
+def test_the_name_of_a_corpus_reveals_no_path_of_this_machine(tmp_path, monkeypatch, name):
     written(tmp_path / "corpus" / "a.txt", "text")
     monkeypatch.chdir(tmp_path / "corpus")
     corpus = open_corpus(name.format(tmp_path))
@@ -185,26 +185,26 @@ def test_mixed_kinds_are_refused_with_the_list(tmp_path):
         open_corpus(str(tmp_path))
 
 
-def test_files_of_no_known_kind_are_refused(tmp_path):
-    with pytest.raises(Refusal, match=r"of no known kind \(1\): a\.bin"):
+def test_files_of_unknown_kind_are_refused(tmp_path):
+    with pytest.raises(Refusal, match=r"of unknown kind \(1\): a\.bin"):
         open_corpus(written(tmp_path / "a.bin", "x"))
 
 
 @pytest.mark.parametrize("name", ["", "*.txt"])
-def test_nothing_to_read_is_refused(tmp_path, name):
+def test_a_corpus_without_files_is_refused(tmp_path, name):
     with pytest.raises(Refusal, match="has none"):
         open_corpus(f"{tmp_path}/{name}")
 
 
-def test_only_text_is_cut_into_units(tmp_path):
-    with pytest.raises(Refusal, match="only text files are cut into a line each; this corpus is CSV"):
+def test_unit_applies_to_text_files_only(tmp_path):
+    with pytest.raises(Refusal, match="unit line applies to text files only; this corpus is CSV"):
         open_corpus(written(tmp_path / "a.csv", "text\na\n"), unit="line")
 
 
 # --- JSON lines
 
 
-def test_a_bad_line_is_dropped_and_named_among_good_ones(tmp_path):
+def test_invalid_lines_are_dropped_with_reasons_among_valid_ones(tmp_path):
     content = (
         b'{"text": "one"}\n\n{"text": "secret\n{"text": null}\n{"text": 3}\n{"other": 1}\n["secret"]\n{"text": ""}\n'
         b'{"text": "\xff"}\n{"text": "\\ud800"}\n' + b"[" * 100_000 + b'\n{"n": ' + b"9" * 5000 + b'}\n{"text": "last"}'
@@ -228,19 +228,19 @@ def test_a_bad_line_is_dropped_and_named_among_good_ones(tmp_path):
     assert not any("secret" in (d.dropped_reason or "") for d in documents)
 
 
-def test_reasons_count_by_their_kind():
+def test_reasons_are_counted_by_their_kind():
     assert reason_kind("not UTF-8 at byte 114") == "not UTF-8"
     assert reason_kind("not text (null)") == "not text"
     assert reason_kind("invalid JSON: Expecting value at column 3") == "invalid JSON"
     assert reason_kind("empty") == "empty"
 
 
-def test_another_column_can_be_the_text(tmp_path):
+def test_the_text_column_can_be_chosen(tmp_path):
     path = written(tmp_path / "a.jsonl", '{"body": "b", "text": "t"}\n')
     assert read(path, text_column="body") == [Document("a.jsonl:1", "b")]
 
 
-def test_an_array_is_no_json_lines(tmp_path):
+def test_a_json_array_is_refused(tmp_path):
     with pytest.raises(Refusal, match=r"a\.json begins with an array"):
         open_corpus(written(tmp_path / "a.json", '[{"text": "a"}]'))
 
@@ -257,12 +257,12 @@ def test_a_very_long_line_is_a_document(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"), [("a.jsonl", '{"id": 1, "body": "x"}\n'), ("a.csv", "id,body\n1,x\n"), ("a.tsv", "id\tbody\n")]
 )
-def test_a_missing_column_is_refused_with_those_that_exist(tmp_path, name, content):
-    with pytest.raises(Refusal, match=f"{name} has no 'text' but id, body; use --text-column"):
+def test_a_missing_column_is_refused_with_the_existing_ones(tmp_path, name, content):
+    with pytest.raises(Refusal, match=f"{name} has no 'text', only id, body; use --text-column"):
         open_corpus(written(tmp_path / name, content))
 
 
-def test_rows_of_csv_are_counted_without_the_header(tmp_path):
+def test_csv_rows_are_numbered_without_the_header(tmp_path):
     content = (
         b'\xef\xbb\xbfn,text\r\n1,"two\nlines, ""quoted"""\r\n2,\r\n3,b\xe9d\r\n4,too,many\r\n5,"bad"quote\r\n6,NA\r\n'
     )
@@ -276,12 +276,12 @@ def test_rows_of_csv_are_counted_without_the_header(tmp_path):
     ]
 
 
-def test_tabs_separate_tsv(tmp_path):
+def test_tsv_fields_are_separated_by_tabs(tmp_path):
     assert read(written(tmp_path / "t.tsv", "n\ttext\n1\ta, b\n")) == [Document("t.tsv:1", "a, b")]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_rows_of_parquet_are_counted_over_row_groups(tmp_path, kind):
+def test_parquet_rows_are_numbered_across_row_groups(tmp_path, kind):
     texts = ["row 1", None, "", *(f"row {n}" for n in range(4, 1001))]
     table = pa.table({"n": range(1000), "text": pa.array(texts).cast(kind)})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=300)
@@ -294,20 +294,20 @@ def test_rows_of_parquet_are_counted_over_row_groups(tmp_path, kind):
     assert documents[-1] == Document("t.parquet:1000", "row 1000")
 
 
-def test_a_row_of_parquet_that_is_not_utf8_does_not_take_the_others_along(tmp_path):
+def test_an_invalid_parquet_row_does_not_affect_the_others(tmp_path):
     raw = pa.array([b"good", b"b\xffd", b"good"])
     column = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
     pq.write_table(pa.table({"text": column}), tmp_path / "t.parquet")
     assert [d.dropped_reason for d in read(str(tmp_path / "t.parquet"))] == [None, "not UTF-8 at byte 1", None]
 
 
-def test_a_column_of_numbers_is_refused_before_work(tmp_path):
+def test_a_column_of_numbers_is_refused_before_reading(tmp_path):
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "t.parquet")
     with pytest.raises(Refusal, match=r"'text' of t\.parquet holds int64"):
         open_corpus(str(tmp_path / "t.parquet"))
 
 
-def test_what_is_no_parquet_is_refused_before_work(tmp_path):
+def test_invalid_parquet_is_refused_before_reading(tmp_path):
     with pytest.raises(Refusal, match=r"t\.parquet must be readable as Parquet"):
         open_corpus(written(tmp_path / "t.parquet", "hello"))
 
@@ -315,25 +315,25 @@ def test_what_is_no_parquet_is_refused_before_work(tmp_path):
 # --- the hub
 
 
-def test_the_hub_out_of_reach_is_refused_with_what_to_do():
+def test_an_unreachable_hub_is_refused_with_advice():
     with pytest.raises(Refusal, match=r"hub:owner/name can't be reached .*or give local files"):
         open_corpus("hub:owner/name")
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:a/b/c/d", "hub:/a"])
-def test_a_name_that_no_hub_has_is_refused(name):
+def test_an_invalid_hub_name_is_refused(name):
     with pytest.raises(Refusal, match="a hub corpus is hub:NAME"):
         open_corpus(name)
 
 
-def test_rows_of_a_hub_data_set_are_documents(monkeypatch):
-    # the hub itself can't be had in a test; what stands in for it is a real streaming data set
+def test_rows_of_a_hub_dataset_are_documents(monkeypatch):
+    # tests can't reach the hub; a real streaming dataset stands in for it
     import datasets
 
-    asked = []
+    calls = []
 
     def load_dataset(path, config, **options):
-        asked.append((path, config, options))
+        calls.append((path, config, options))
         rows = [{"text": "a", "n": 1}, {"text": None, "n": 2}]
         return datasets.Dataset.from_list(rows).to_iterable_dataset()
 
@@ -345,6 +345,6 @@ def test_rows_of_a_hub_data_set_are_documents(monkeypatch):
     ]
     assert list(corpus) == expected
     assert list(corpus) == expected
-    assert asked == [("owner/name", "config", {"split": "test", "streaming": True})]
-    with pytest.raises(Refusal, match="has no 'body' but text, n"):
+    assert calls == [("owner/name", "config", {"split": "test", "streaming": True})]
+    with pytest.raises(Refusal, match="has no 'body', only text, n"):
         open_corpus("hub:owner/name", text_column="body")

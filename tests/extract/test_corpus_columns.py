@@ -1,4 +1,4 @@
-"""The text column of JSON lines and Parquet: inside other columns, of every type of text, in damaged files."""
+"""The text column of JSON lines and Parquet: nested, of every text type, in damaged files."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from tests.extract.corpora import outcomes, read, written
 # --- JSON lines
 
 
-def test_dots_lead_to_a_key_inside_another(tmp_path):
+def test_a_dotted_path_selects_a_nested_key(tmp_path):
     lines = [
         {"meta": {"text": "one", "n": 1}},
         {"meta": {"text": None}},
@@ -36,7 +36,7 @@ def test_dots_lead_to_a_key_inside_another(tmp_path):
     assert outcomes(path, text_column="meta.text.en")["a.jsonl:6"] == "two"
 
 
-def test_a_key_that_has_the_dot_itself_wins(tmp_path):
+def test_a_key_with_the_dotted_name_takes_precedence(tmp_path):
     lines = [
         {"meta.text": "own", "meta": {"text": "inner"}},
         {"meta": {"text": "inner"}},
@@ -47,14 +47,14 @@ def test_a_key_that_has_the_dot_itself_wins(tmp_path):
     assert [d.text for d in read(path, text_column="a.b.c.d")] == ["", "", "deep"]
 
 
-def test_a_key_that_is_nowhere_is_refused_with_those_inside_others(tmp_path):
+def test_a_missing_key_is_refused_with_the_existing_ones(tmp_path):
     path = written(tmp_path / "a.jsonl", '{"id": 1, "meta": {"body": "x", "more": {"n": 1}}}\n')
     for column in ("text", "meta.text", "meta"):
-        with pytest.raises(Refusal, match=f"has no '{column}' but id, meta.body, meta.more.n; use --text-column"):
+        with pytest.raises(Refusal, match=f"has no '{column}', only id, meta.body, meta.more.n; use --text-column"):
             open_corpus(path, text_column=column)
 
 
-def test_objects_that_share_a_line_are_documents_each(tmp_path):
+def test_each_object_on_a_line_is_a_document(tmp_path):
     content = (
         '{"text": "one"}{"text": "two"} {"text": 3}\n{"text": "four"}\n{"text": "a"}, {"text": "b"}\n{"text": "a"} 1\n'
     )
@@ -68,14 +68,14 @@ def test_objects_that_share_a_line_are_documents_each(tmp_path):
     }
 
 
-def test_a_record_broken_over_two_lines_and_a_last_line_cut_off_are_named(tmp_path):
+def test_a_record_broken_over_two_lines_and_a_truncated_last_line_are_dropped(tmp_path):
     content = '{"text": "one"}\n{"text": "two",\n"n": 1}\n{"text": "three"}\n{"text": "fo'
     documents = outcomes(written(tmp_path / "a.jsonl", content))
     assert [s for s, t in documents.items() if t.startswith("invalid JSON")] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:5"]
     assert len(documents) == 5
 
 
-def test_a_text_that_an_object_has_twice_is_dropped(tmp_path):
+def test_a_duplicate_text_key_is_dropped(tmp_path):
     content = '{"text": "a", "text": "b"}\n{"n": 1, "n": 2, "text": "c"}\n{"m": {"text": "d"}, "m": {}, "text": "e"}\n'
     assert outcomes(written(tmp_path / "a.jsonl", content)) == {
         "a.jsonl:1": "invalid JSON: key text more than once",
@@ -85,7 +85,7 @@ def test_a_text_that_an_object_has_twice_is_dropped(tmp_path):
 
 
 def test_objects_over_several_lines_are_refused(tmp_path):
-    with pytest.raises(Refusal, match=r"the head of a\.json has none; convert it \(jq -c \."):
+    with pytest.raises(Refusal, match=r"the first lines of a\.json have none; convert it \(jq -c \."):
         open_corpus(written(tmp_path / "a.json", json.dumps({"text": "a", "n": 1}, indent=2)))
 
 
@@ -116,7 +116,7 @@ def column_of(kind: pa.DataType) -> pa.Array:
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
 @pytest.mark.parametrize("with_schema", [True, False])
-def test_every_type_of_text_is_read_at_the_top_and_in_structs(tmp_path, kind, with_schema):
+def test_every_text_type_is_read_at_the_top_level_and_in_structs(tmp_path, kind, with_schema):
     column = column_of(kind)
     inner = pa.StructArray.from_arrays([column, pa.array(range(5))], names=["text", "n"])
     outer = pa.StructArray.from_arrays([inner], names=["in"])
@@ -134,44 +134,44 @@ def test_a_null_struct_has_no_text(tmp_path):
     ]
 
 
-def test_a_column_that_has_the_dot_itself_wins(tmp_path):
+def test_a_column_with_the_dotted_name_takes_precedence(tmp_path):
     table = pa.table({"meta": [{"text": "inner", "a.b": "dotted"}], "meta.text": ["own"]})
     pq.write_table(table, tmp_path / "t.parquet")
     for name, text in (("meta.text", "own"), ("meta.a.b", "dotted")):
         assert read(str(tmp_path / "t.parquet"), text_column=name) == [Document("t.parquet:1", text)]
 
 
-def test_a_column_of_nothing_but_nulls_is_dropped_row_by_row(tmp_path):
+def test_every_row_of_a_null_column_is_dropped(tmp_path):
     pq.write_table(pa.table({"text": pa.nulls(2)}), tmp_path / "t.parquet")
     assert set(outcomes(str(tmp_path / "t.parquet")).values()) == {"not text (null)"}
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ([["a", "b"]], "holds list<element: string>; join each list into one text first, or use --text-column"),
-        ([{"en": "a", "de": "b"}], "name a field of it, such as --text-column text.en"),
+        ([{"en": "a", "de": "b"}], "use a field of it, such as --text-column text.en"),
         ([1.5], "holds double; use --text-column"),
         ([True], "holds bool; use --text-column"),
     ],
 )
-def test_a_column_that_holds_no_text_is_refused_with_what_to_do(tmp_path, values, said):
+def test_a_column_without_text_is_refused_with_advice(tmp_path, values, message):
     pq.write_table(pa.table({"text": values}), tmp_path / "t.parquet")
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(Refusal, match=message):
         open_corpus(str(tmp_path / "t.parquet"))
 
 
-def test_a_column_that_is_not_there_or_there_twice_is_refused(tmp_path):
+def test_a_missing_or_duplicate_column_is_refused(tmp_path):
     path = str(tmp_path / "t.parquet")
     pq.write_table(pa.table({"id": [1], "meta": [{"body": "x"}]}), path)
-    with pytest.raises(Refusal, match=r"has no 'text' but id, meta, meta\.body; use --text-column"):
+    with pytest.raises(Refusal, match=r"has no 'text', only id, meta, meta\.body; use --text-column"):
         open_corpus(path)
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
-    with pytest.raises(Refusal, match="has 2 of the name 'text'"):
+    with pytest.raises(Refusal, match="has 2 named 'text'"):
         open_corpus(path)
 
 
-def test_damaged_parquet_is_refused_by_name_wherever_the_damage_is(tmp_path):
+def test_damaged_parquet_is_refused_by_name(tmp_path):
     path = tmp_path / "t.parquet"
     texts = [f"row {n} of many" for n in range(2000)]
     pq.write_table(pa.table({"text": texts}), path, row_group_size=500, write_page_checksum=True)
@@ -190,6 +190,6 @@ def test_damaged_parquet_is_refused_by_name_wherever_the_damage_is(tmp_path):
         except Refusal as error:
             assert "t.parquet" in str(error)
             refused += 1
-        else:  # the flipped bit is in statistics or names that reading does not need
+        else:  # the flipped bit is in statistics or names that are not read
             assert [d.text for d in documents] == texts
-    assert refused >= 8 + 40  # every flipped bit of a page's content, most of the others
+    assert refused >= 8 + 40  # every flipped bit in a page, and most of the others

@@ -1,4 +1,4 @@
-"""CSV whose quotes, line ends or rows are not as they should be: every row is accounted for, or the file is refused."""
+"""CSV with invalid quotes, line ends or rows: every row is accounted for, or the file is refused."""
 
 import csv
 import io
@@ -37,30 +37,30 @@ OPENED = (5, '5,"error the cat sat')
         ([], 51),  # never
         ([(30, '30,"the dog" ran')], 32),  # by a quote that opens another field
         ([(30, '30,the dog "ran"')], 32),
-        ([(30, '30,the dog ran 5"')], 32),  # by one that ends a line, so that the record seems whole
+        ([(30, '30,the dog ran 5"')], 32),  # by one at the end of a line, which leaves a valid record
         ([(30, '30,the dog, ran "')], 32),
-        ([(30, '30,", the dog')], 32),  # by one with a delimiter behind, so that the record has a field too many
-        ([(30, '30,""'), (31, '31,a"')], 33),  # after one that is doubled
+        ([(30, '30,", the dog')], 32),  # by one before a delimiter, which leaves a record with an extra field
+        ([(30, '30,""'), (31, '31,a"')], 33),  # after a doubled quote
         ([(6, '6,one row 5"')], 8),  # by the very next row
         ([(7, '7,"two, rows"')], 9),
     ],
 )
-def test_a_quote_that_swallows_rows_is_refused_with_its_line(tmp_path, closed, last):
-    said = refusal(tmp_path / "t.csv", table(ROWS, OPENED, *closed))
-    assert f"in t.csv the quote that opens in line 7 runs on to line {last} " in said
+def test_a_stray_quote_is_refused_with_its_line(tmp_path, closed, last):
+    message = refusal(tmp_path / "t.csv", table(ROWS, OPENED, *closed))
+    assert f"in t.csv the quote opened in line 7 runs on to line {last} " in message
 
 
-def test_a_quote_that_swallows_rows_is_refused_wherever_the_text_stands(tmp_path):
+def test_a_stray_quote_is_refused_in_any_text_column(tmp_path):
     rows = [f"the cat sat on row {n % 3},{'good' if n % 2 else 'bad'},{n / 10}" for n in range(50)]
     changes = (5, '"the cat sat,bad,0.5'), (9, 'it measured 5",bad,0.9')
-    assert "opens in line 7 runs on to line 11" in refusal(
+    assert "opened in line 7 runs on to line 11" in refusal(
         tmp_path / "t.csv", table(rows, *changes, header="text,label,score")
     )
     tabbed = [(n, row.replace(",", "\t")) for n, row in changes]
-    assert "opens in line 7 runs on to line 11" in refusal(
+    assert "opened in line 7 runs on to line 11" in refusal(
         tmp_path / "t.tsv", table([row.replace(",", "\t") for row in rows], *tabbed, header="text\tlabel\tscore")
     )
-    assert "opens in line 7 runs on to line 11" in refusal(
+    assert "opened in line 7 runs on to line 11" in refusal(
         tmp_path / "t.csv",
         table(
             [row.replace(",", ";") for row in rows], *[(n, r.replace(",", ";")) for n, r in changes], header="text;a;b"
@@ -69,27 +69,27 @@ def test_a_quote_that_swallows_rows_is_refused_wherever_the_text_stands(tmp_path
     )
 
 
-def test_a_quote_around_whole_rows_is_refused(tmp_path):
-    said = refusal(tmp_path / "t.csv", table(ROWS, (5, '"5,the cat sat'), (6, '6,on row 6"')))
-    assert "opens in line 7 runs on to line 8" in said
+def test_a_quote_around_complete_rows_is_refused(tmp_path):
+    message = refusal(tmp_path / "t.csv", table(ROWS, (5, '"5,the cat sat'), (6, '6,on row 6"')))
+    assert "opened in line 7 runs on to line 8" in message
 
 
-def test_a_quote_that_swallows_rows_is_refused_where_every_column_is_prose(tmp_path):
+def test_a_stray_quote_is_refused_if_all_columns_are_prose(tmp_path):
     rows = [f"a tale of {n},the cat sat on row {n % 3}" for n in range(50)]
     changes = (5, 'a tale of 5,"the cat sat'), (9, 'a tale of 9,it measured 5"')
-    assert "opens in line 7 runs on to line 11" in refusal(tmp_path / "t.csv", table(rows, *changes))
+    assert "opened in line 7 runs on to line 11" in refusal(tmp_path / "t.csv", table(rows, *changes))
 
 
-def test_a_quote_in_the_header_that_swallows_rows_is_refused(tmp_path):
-    assert "opens in line 1 runs on to line 51" in refusal(tmp_path / "t.csv", table(ROWS, header='id,"text'))
+def test_a_stray_quote_in_the_header_is_refused(tmp_path):
+    assert "opened in line 1 runs on to line 51" in refusal(tmp_path / "t.csv", table(ROWS, header='id,"text'))
     content = table(ROWS, (20, '20,the dog 5"'), header='text,"note')
-    assert "opens in line 1 runs on to line 21" in refusal(tmp_path / "t.csv", content)
+    assert "opened in line 1 runs on to line 21" in refusal(tmp_path / "t.csv", content)
 
 
-def test_where_every_field_is_quoted_one_that_is_not_closed_is_refused(tmp_path):
+def test_an_unclosed_field_is_refused_if_all_fields_are_quoted(tmp_path):
     rows = [f'"{n}","row {n}"' for n in range(9)]
-    said = refusal(tmp_path / "t.csv", table(rows, (4, '"4","row 4'), header='"id","text"'))
-    assert "opens in line 6 runs on to line 7" in said
+    message = refusal(tmp_path / "t.csv", table(rows, (4, '"4","row 4'), header='"id","text"'))
+    assert "opened in line 6 runs on to line 7" in message
 
 
 def test_damage_within_one_line_is_one_dropped_row(tmp_path):
@@ -110,14 +110,14 @@ TEXTS = [
     "a list:\n- one\n- two\n\n- three, too",
     "def f(x, y):\n    return x, y\n",
     "\n",
-    "\r\nends\ras they come\n",
+    "\r\nany\rline end\n",
     "milk,\n",
 ]
 
 
 @pytest.mark.parametrize("header", [["text"], ["id", "text"], ["text", "id"], ["author", "text"], ["a", "text", "b"]])
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-def test_text_of_several_lines_is_read_as_it_was_written(tmp_path, header, quoting):
+def test_multiline_text_is_read_unchanged(tmp_path, header, quoting):
     others = {"id": [str(n) for n in range(len(TEXTS))], "author": ["Jane Doe"] * 9, "a": ["x-1"] * 9, "b": [""] * 9}
     with (tmp_path / "t.csv").open("w", newline="") as file:
         rows = csv.writer(file, quoting=quoting)
@@ -128,7 +128,7 @@ def test_text_of_several_lines_is_read_as_it_was_written(tmp_path, header, quoti
 
 @settings(max_examples=50)
 @given(st.lists(st.text('ab "\n\r', min_size=1), min_size=1, max_size=5))
-def test_what_python_writes_is_read_alike(tmp_path_factory, texts):
+def test_what_pythons_csv_writes_is_read_unchanged(tmp_path_factory, texts):
     file = io.StringIO(newline="")
     rows = csv.writer(file, quoting=csv.QUOTE_ALL)
     rows.writerows([("id", "text"), *enumerate(texts)])
@@ -136,7 +136,7 @@ def test_what_python_writes_is_read_alike(tmp_path_factory, texts):
     assert [d.text for d in read(path)] == texts
 
 
-def test_rows_of_another_length_are_dropped_with_both_lengths(tmp_path):
+def test_rows_with_another_number_of_fields_are_dropped(tmp_path):
     content = "id,text\n1\n2,b\n3,c,\n4,d,e,f\n"
     assert outcomes(written(tmp_path / "t.csv", content)) == {
         "t.csv:1": "invalid CSV: 1 fields where the header has 2",
@@ -147,7 +147,7 @@ def test_rows_of_another_length_are_dropped_with_both_lengths(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_lines_may_end_in_any_way(tmp_path, end):
+def test_all_line_ends_are_supported(tmp_path, end):
     rows = end.join(["id,text", "1,one", f'2,"two{end}lines"', "", "3,three"])
     assert [d.text for d in read(written(tmp_path / "t.csv", rows))] == ["one", f"two{end}lines", "three"]
     lines = end.join(['{"text": "one"}', '{"text": "two"}'])
@@ -167,9 +167,9 @@ def test_a_table_without_rows_has_no_documents(tmp_path, name):
     assert read(written(tmp_path / name, content)) == []
 
 
-def test_a_text_column_that_is_there_twice_is_refused(tmp_path):
+def test_a_duplicate_text_column_is_refused(tmp_path):
     path = written(tmp_path / "t.csv", "text,id,text\na,1,b\n")
-    with pytest.raises(Refusal, match=r"t\.csv has 2 of the name 'text'; rename them"):
+    with pytest.raises(Refusal, match=r"t\.csv has 2 named 'text'; rename them"):
         open_corpus(path)
     assert [d.text for d in read(path, text_column="id")] == ["1"]
 
@@ -178,7 +178,7 @@ def test_a_text_column_that_is_there_twice_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("delimiter", [";", "|", "\t", ",", "§"])
-def test_the_delimiter_can_be_named(tmp_path, delimiter):
+def test_the_delimiter_can_be_chosen(tmp_path, delimiter):
     content = f'id{delimiter}text\n1{delimiter}one, two; three\n2{delimiter}"a{delimiter}b"\n'
     if delimiter in ",;":
         content = content.replace("one, two; three", '"one, two; three"')
@@ -187,22 +187,22 @@ def test_the_delimiter_can_be_named(tmp_path, delimiter):
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ";"), ("t.csv", "|"), ("t.csv", "\t"), ("t.tsv", ",")])
-def test_a_header_of_one_column_that_has_another_delimiter_says_which(tmp_path, name, delimiter):
-    said = refusal(tmp_path / name, f"id{delimiter}text\n1{delimiter}a\n")
+def test_another_delimiter_in_a_header_of_one_column_is_suggested(tmp_path, name, delimiter):
+    message = refusal(tmp_path / name, f"id{delimiter}text\n1{delimiter}a\n")
     shown = r"\t" if delimiter == "\t" else delimiter
-    assert f"use --delimiter '{shown}'" in said
+    assert f"use --delimiter '{shown}'" in message
 
 
 @pytest.mark.parametrize("delimiter", ["", ";;", '"', "\n", "\r", "\0", r"\t"])
-def test_what_can_be_no_delimiter_is_refused(delimiter):
+def test_an_invalid_delimiter_is_refused(delimiter):
     with pytest.raises(
-        Refusal, match=re.escape(f"delimiter must be one character, no quote and no line end; got {delimiter!r}")
+        Refusal, match=re.escape(f"delimiter must be one character other than a quote or line end; got {delimiter!r}")
     ):
         open_corpus("demo", delimiter=delimiter)
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "demo"])
-def test_only_csv_has_a_delimiter(tmp_path, name):
+def test_the_delimiter_applies_to_csv_and_tsv_only(tmp_path, name):
     corpus = name if name == "demo" else written(tmp_path / name, '{"text": "a"}')
-    with pytest.raises(Refusal, match="only CSV and TSV have a delimiter; this corpus is"):
+    with pytest.raises(Refusal, match="delimiter applies to CSV and TSV only; this corpus is"):
         open_corpus(corpus, delimiter=";")

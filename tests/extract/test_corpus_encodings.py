@@ -1,4 +1,4 @@
-"""Text in other encodings than UTF-8: told by a byte order mark, named by the user, or refused."""
+"""Encodings other than UTF-8: set by a byte order mark, chosen by the user, or refused."""
 
 import codecs
 
@@ -30,34 +30,34 @@ def expected(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", CONTENTS)
 @pytest.mark.parametrize("encoding", MARKS)
-@pytest.mark.parametrize("asked", ["auto", "cp1252", "utf-16"])
-def test_a_byte_order_mark_tells_the_encoding_and_wins(tmp_path, name, encoding, asked):
+@pytest.mark.parametrize("requested", ["auto", "cp1252", "utf-16"])
+def test_a_byte_order_mark_takes_precedence(tmp_path, name, encoding, requested):
     path = written(tmp_path / name, MARKS[encoding] + CONTENTS[name].encode(encoding))
-    assert [d.text for d in read(path, encoding=asked)] == expected(name)
+    assert [d.text for d in read(path, encoding=requested)] == expected(name)
 
 
 @pytest.mark.parametrize("name", CONTENTS)
 @pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "utf-16-be", "utf-16", "utf-32", "gb18030", "utf-7"])
-def test_an_encoding_can_be_named(tmp_path, name, encoding):
+def test_the_encoding_can_be_chosen(tmp_path, name, encoding):
     path = written(tmp_path / name, CONTENTS[name].encode(encoding))
     assert [d.text for d in read(path, encoding=encoding)] == expected(name)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "iso-8859-15", "cp037"])
-def test_an_encoding_of_few_characters_can_be_named(tmp_path, encoding):
+def test_a_single_byte_encoding_can_be_chosen(tmp_path, encoding):
     content = 'id,text\n1,"naïve café\nüber"\n2,b\n'
     path = written(tmp_path / "a.csv", content.encode(encoding))
     assert [d.text for d in read(path, encoding=encoding)] == ["naïve café\nüber", "b"]
 
 
-def test_lines_and_paragraphs_are_cut_in_any_encoding(tmp_path):
+def test_lines_and_paragraphs_are_split_in_any_encoding(tmp_path):
     path = written(tmp_path / "a.txt", "one\nüber\n\ntwo\n".encode("utf-16"))
     assert outcomes(path, unit="line") == {"a.txt:1": "one", "a.txt:2": "über", "a.txt:3": "empty", "a.txt:4": "two"}
     assert outcomes(path, unit="paragraph") == {"a.txt:1": "one\nüber", "a.txt:4": "two"}
 
 
-def test_what_is_not_in_the_named_encoding_is_dropped_with_its_byte(tmp_path):
-    rows = b"id,text\n1,caf\xe9\n2,\x81\n3,c\n"  # 81 is nothing in Windows' encoding
+def test_bytes_invalid_in_the_chosen_encoding_are_dropped_with_their_offset(tmp_path):
+    rows = b"id,text\n1,caf\xe9\n2,\x81\n3,c\n"  # 81 is undefined in cp1252
     assert outcomes(written(tmp_path / "a.csv", rows), encoding="cp1252") == {
         "a.csv:1": "café",
         "a.csv:2": "not cp1252 at byte 17",
@@ -78,16 +78,18 @@ def test_half_a_surrogate_pair_is_one_dropped_row(tmp_path):
     }
 
 
-def test_utf16_that_lost_a_byte_ends_the_run(tmp_path):
+def test_utf16_with_a_missing_byte_is_refused(tmp_path):
     rows = CONTENTS["a.csv"].encode("utf-16")
     with pytest.raises(Refusal, match=r"a\.csv fails after a\.csv"):
         read(written(tmp_path / "a.csv", rows[:61] + rows[62:]))
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf16_without_a_mark_is_not_taken_for_utf8(tmp_path, encoding):
+def test_utf16_without_a_mark_is_not_read_as_utf8(tmp_path, encoding):
     for name, content in {"a.csv": "id,text\n1,one\n", "a.jsonl": '{"text": "one"}\n'}.items():
-        with pytest.raises(Refusal, match=f"{name} has a NUL in every second byte.*use --encoding {encoding}"):
+        with pytest.raises(
+            Refusal, match=f"{name} looks like UTF-16, with a NUL in every second byte.*use --encoding {encoding}"
+        ):
             open_corpus(written(tmp_path / name, content.encode(encoding)))
     path = written(tmp_path / "a.txt", "one".encode(encoding))
     assert read(path) == [Document("a.txt", "", f"not UTF-8: {encoding} without a byte order mark")]
@@ -95,19 +97,21 @@ def test_utf16_without_a_mark_is_not_taken_for_utf8(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.csv", b"id,caf\xe9\n1,b\n"), ("a.jsonl", b'{"caf\xe9": "a"}\n')])
-def test_a_head_that_is_not_utf8_says_to_name_the_encoding(tmp_path, name, content):
+def test_an_invalid_first_line_suggests_setting_the_encoding(tmp_path, name, content):
     with pytest.raises(Refusal, match=f"{name}.* is not UTF-8 at byte .*--encoding"):
         open_corpus(written(tmp_path / name, content))
 
 
 @pytest.mark.parametrize("encoding", ["", "utf-9", "hex", "rot13", "base64", "undefined", "a\0b"])
-def test_what_is_no_encoding_is_refused(encoding):
-    with pytest.raises(Refusal, match=r"encoding must be auto or one that Python knows; got .*give one such as utf-8"):
+def test_an_invalid_encoding_is_refused(encoding):
+    with pytest.raises(
+        Refusal, match=r"encoding must be auto or a text encoding of Python; got .*use one such as utf-8"
+    ):
         open_corpus("demo", encoding=encoding)
 
 
 @pytest.mark.parametrize("name", ["demo", "a.png", "a.parquet"])
-def test_what_says_its_encoding_itself_takes_none(tmp_path, name):
+def test_the_encoding_does_not_apply_to_formats_that_define_it(tmp_path, name):
     corpus = name if name == "demo" else written(tmp_path / name, "x")
-    with pytest.raises(Refusal, match="only text, JSON lines, CSV and TSV have an encoding; this corpus is"):
+    with pytest.raises(Refusal, match="encoding applies to text, JSON lines, CSV and TSV only; this corpus is"):
         open_corpus(corpus, encoding="latin-1")

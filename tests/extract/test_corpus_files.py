@@ -1,4 +1,4 @@
-"""What lies in a folder: links, names that are no text, what is no file, what can't be read. Nothing is left out unsaid."""
+"""Folders with links, invalid names, special files and unreadable files: nothing is skipped silently."""
 
 import bz2
 import gzip
@@ -19,12 +19,12 @@ from extract.errors import Refusal
 from tests.extract.corpora import outcomes, read, written
 
 LINK = "link to a folder that is read already"
-NO_TEXT = os.fsdecode(b"caf\xe9")  # Latin-1, as unpacked from an old archive
+INVALID_UTF8 = os.fsdecode(b"caf\xe9")  # Latin-1, as unpacked from an old archive
 
 
 @pytest.fixture(params=["", "**", "**/*.txt"])
 def everything(tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    """The folder `corpus`, as itself and as globs that mean the same."""
+    """The folder `corpus`, by its path and by equivalent globs."""
     (tmp_path / "corpus").mkdir()
     return f"{tmp_path}/corpus/{request.param}"
 
@@ -40,14 +40,14 @@ def test_a_linked_folder_is_read_like_any_other(tmp_path, everything):
     assert outcomes(everything) == {"a.txt": "a", "c.txt": "a", "more/deep/b.txt": "b"}
 
 
-def test_a_corpus_may_itself_be_a_link(tmp_path):
+def test_a_corpus_may_be_a_link(tmp_path):
     written(tmp_path / "real" / "a.txt", "a")
     (tmp_path / "corpus").symlink_to(tmp_path / "real")
     assert outcomes(str(tmp_path / "corpus")) == outcomes(f"{tmp_path}/corpus/*.txt") == {"a.txt": "a"}
 
 
 @pytest.mark.parametrize("target", [".", "..", "../../corpus/inside"])
-def test_a_loop_of_links_ends_and_is_counted(tmp_path, everything, target):
+def test_a_circular_link_ends_and_is_counted(tmp_path, everything, target):
     written(tmp_path / "corpus" / "inside" / "a.txt", "a")
     (tmp_path / "corpus" / "inside" / "loop").symlink_to(target)
     documents = outcomes(everything)
@@ -56,7 +56,7 @@ def test_a_loop_of_links_ends_and_is_counted(tmp_path, everything, target):
 
 
 def test_folders_that_link_to_each_other_are_read_once(tmp_path, everything):
-    names = [f"f{n}" for n in range(12)]  # whose links make more than a thousand million ways
+    names = [f"f{n}" for n in range(12)]  # with more than a billion paths through their links
     for name in names:
         written(tmp_path / "corpus" / name / "a.txt", name)
         for other in set(names) - {name}:
@@ -66,7 +66,7 @@ def test_folders_that_link_to_each_other_are_read_once(tmp_path, everything):
     assert len(documents) == 12 + 12 * 11
 
 
-def test_a_strict_run_refuses_a_loop(tmp_path):
+def test_a_strict_run_refuses_a_circular_link(tmp_path):
     written(tmp_path / "a.txt", "a")
     (tmp_path / "loop").symlink_to(".")
     with pytest.raises(Refusal, match="loop is link to a folder that is read already"):
@@ -74,25 +74,25 @@ def test_a_strict_run_refuses_a_loop(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gone.txt", "more", "self.txt"])
-def test_a_link_to_nothing_is_refused_by_name(tmp_path, everything, name):
+def test_a_broken_link_is_refused_by_name(tmp_path, everything, name):
     written(tmp_path / "corpus" / "a.txt", "a")
     (tmp_path / "corpus" / name).symlink_to("self.txt" if name == "self.txt" else "/nowhere/at/all")
-    with pytest.raises(Refusal, match=f"{name} is a link that leads nowhere .*remove it, or choose files with a glob"):
+    with pytest.raises(Refusal, match=f"{name} is a broken link .*remove it, or select files with a glob"):
         open_corpus(everything)
 
 
-def test_a_link_to_nothing_that_a_glob_does_not_ask_for_is_no_matter(tmp_path):
+def test_a_broken_link_that_a_glob_does_not_match_is_ignored(tmp_path):
     written(tmp_path / "a.txt", "a")
     (tmp_path / "b.png").symlink_to("/nowhere/at/all")
     assert outcomes(f"{tmp_path}/**/*.txt") == {"a.txt": "a"}
-    with pytest.raises(Refusal, match="is a link that leads nowhere"):
+    with pytest.raises(Refusal, match="is a broken link"):
         open_corpus(str(tmp_path / "b.png"))
 
 
-# --- what is no file, and what can't be read
+# --- special and unreadable files
 
 
-def test_a_fifo_or_a_socket_is_refused_and_never_opened(tmp_path, everything):
+def test_a_fifo_or_socket_is_refused_and_never_opened(tmp_path, everything):
     written(tmp_path / "corpus" / "a.txt", "a")
     os.mkfifo(tmp_path / "corpus" / "b.txt")
     with pytest.raises(Refusal, match=r"b\.txt is a FIFO"):
@@ -101,15 +101,15 @@ def test_a_fifo_or_a_socket_is_refused_and_never_opened(tmp_path, everything):
         open_corpus(f"{tmp_path}/corpus/b.txt")
     (tmp_path / "corpus" / "b.txt").unlink()
     with socket.socket(socket.AF_UNIX) as server, pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path / "corpus")  # a socket's whole path has a hundred bytes at most
+        patch.chdir(tmp_path / "corpus")  # the path of a socket is limited to about a hundred bytes
         server.bind("s.txt")
         with pytest.raises(Refusal, match=r"s\.txt is a socket"):
             open_corpus(everything)
 
 
 @pytest.fixture
-def without_rights() -> Iterator[Path]:
-    """A folder whose owner is one without special rights, as whom the test goes on."""
+def unprivileged_folder() -> Iterator[Path]:
+    """A folder of an unprivileged user, as whom the test continues."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder).chmod(0o777)
         is_root = os.geteuid() == 0
@@ -126,28 +126,28 @@ def without_rights() -> Iterator[Path]:
 
 @pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/b.txt"])
 @pytest.mark.parametrize("mode", [0o000, 0o444])
-def test_a_folder_that_may_not_be_read_is_refused(without_rights, pattern, mode):
-    written(without_rights / "a.txt", "a")
-    written(without_rights / "shut" / "b.txt", "b")
-    (without_rights / "shut").chmod(mode)
+def test_a_folder_without_read_permission_is_refused(unprivileged_folder, pattern, mode):
+    written(unprivileged_folder / "a.txt", "a")
+    written(unprivileged_folder / "shut" / "b.txt", "b")
+    (unprivileged_folder / "shut").chmod(mode)
     with pytest.raises(Refusal, match=r"shut.*Permission denied"):
-        read(f"{without_rights}/{pattern}")
-    (without_rights / "shut").chmod(0o755)
+        read(f"{unprivileged_folder}/{pattern}")
+    (unprivileged_folder / "shut").chmod(0o755)
 
 
-def test_a_file_that_may_not_be_read_is_dropped_if_it_is_one_document_and_else_refused(without_rights):
+def test_a_file_without_read_permission_is_dropped_if_it_is_one_document_and_refused_otherwise(unprivileged_folder):
     for name in ("a.txt", "b.txt"):
-        written(without_rights / name, "text")
-    (without_rights / "a.txt").chmod(0)
-    assert outcomes(f"{without_rights}/*.txt") == {"a.txt": "unreadable: PermissionError", "b.txt": "text"}
-    written(without_rights / "c.jsonl", '{"text": "a"}\n')
-    (without_rights / "c.jsonl").chmod(0)
+        written(unprivileged_folder / name, "text")
+    (unprivileged_folder / "a.txt").chmod(0)
+    assert outcomes(f"{unprivileged_folder}/*.txt") == {"a.txt": "unreadable: PermissionError", "b.txt": "text"}
+    written(unprivileged_folder / "c.jsonl", '{"text": "a"}\n')
+    (unprivileged_folder / "c.jsonl").chmod(0)
     with pytest.raises(Refusal, match=r"c\.jsonl must be readable as JSON lines; .*Permission denied"):
-        open_corpus(f"{without_rights}/c.jsonl")
+        open_corpus(f"{unprivileged_folder}/c.jsonl")
 
 
 @pytest.mark.parametrize(("name", "content"), [("b.jsonl", '{"text": "a"}\n'), ("b.csv", "text\na\n")])
-def test_a_file_that_is_gone_when_its_turn_comes_ends_the_run_by_name(tmp_path, name, content):
+def test_a_table_that_disappears_during_a_run_is_refused_by_name(tmp_path, name, content):
     for file in ("a", "b"):
         written(tmp_path / f"{file}{Path(name).suffix}", content)
     documents = iter(open_corpus(str(tmp_path)))
@@ -157,7 +157,7 @@ def test_a_file_that_is_gone_when_its_turn_comes_ends_the_run_by_name(tmp_path, 
         next(documents)
 
 
-def test_a_text_that_is_gone_when_its_turn_comes_is_dropped(tmp_path):
+def test_a_text_file_that_disappears_during_a_run_is_dropped(tmp_path):
     corpus = open_corpus(written(tmp_path / "a.txt", "a"))
     (tmp_path / "a.txt").unlink()
     assert list(corpus) == [Document("a.txt", "", "unreadable: FileNotFoundError")]
@@ -166,7 +166,7 @@ def test_a_text_that_is_gone_when_its_turn_comes_is_dropped(tmp_path):
 @pytest.mark.parametrize(
     "name", ["x" * 300, "x" * 300 + "/*.txt", "a\0b", "a\0/*.txt", "~nobody-of-this-name/a.txt", ""]
 )
-def test_a_name_that_no_file_can_have_is_refused(tmp_path, monkeypatch, name):
+def test_an_impossible_file_name_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match="a corpus "):
         open_corpus(name)
@@ -175,24 +175,24 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path, monkeypatch, name):
 # --- names
 
 
-def test_a_name_that_is_no_text_is_written_with_the_bytes_escaped(tmp_path, everything):
-    written(tmp_path / "corpus" / NO_TEXT / f"{NO_TEXT}.txt", "a")
+def test_invalid_bytes_in_names_are_escaped(tmp_path, everything):
+    written(tmp_path / "corpus" / INVALID_UTF8 / f"{INVALID_UTF8}.txt", "a")
     written(tmp_path / "corpus" / "line\nend\x1b[1m.txt", "b")
     expected = {"line\nend\x1b[1m.txt": "b", r"caf\xe9/caf\xe9.txt": "a"}
     assert outcomes(everything) == expected
     assert {name for name, _ in open_corpus(everything).files} == set(expected)
 
 
-@pytest.mark.parametrize("name", [f"{NO_TEXT}.txt", "caf?.txt", f"{NO_TEXT[:-1]}[{NO_TEXT[-1]}].txt"])
-def test_what_is_named_may_itself_be_no_text(tmp_path, name):
-    written(tmp_path / f"{NO_TEXT}.txt", "a")
+@pytest.mark.parametrize("name", [f"{INVALID_UTF8}.txt", "caf?.txt", f"{INVALID_UTF8[:-1]}[{INVALID_UTF8[-1]}].txt"])
+def test_the_name_of_a_corpus_may_be_invalid_utf8(tmp_path, name):
+    written(tmp_path / f"{INVALID_UTF8}.txt", "a")
     corpus = open_corpus(f"{tmp_path}/{name}")
     assert list(corpus) == [Document(r"caf\xe9.txt", "a")]
     corpus.name.encode()
 
 
-def test_an_error_names_what_is_no_text_readably(tmp_path):
-    written(tmp_path / f"{NO_TEXT}.csv", "id\n1\n")
+def test_invalid_names_are_escaped_in_error_messages(tmp_path):
+    written(tmp_path / f"{INVALID_UTF8}.csv", "id\n1\n")
     with pytest.raises(Refusal) as refused:
         open_corpus(str(tmp_path))
     assert r"caf\xe9.csv has no 'text'" in str(refused.value)
@@ -211,7 +211,7 @@ def test_an_error_names_what_is_no_text_readably(tmp_path):
         (b"\xed\xa0\x80", r"\xed\xa0\x80"),  # half of a surrogate pair
     ],
 )
-def test_readable_names_tell_all_names_apart(raw, readable):
+def test_readable_names_are_unique_and_reversible(raw, readable):
     assert readable_name(os.fsdecode(raw)) == readable
     assert os.fsencode(real_name(readable)) == raw
 
@@ -237,7 +237,7 @@ MEMBERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".z
 
 
 @pytest.mark.parametrize("extension", MEMBERS)
-def test_members_one_after_the_other_are_one_content(tmp_path, extension):
+def test_consecutive_members_are_concatenated(tmp_path, extension):
     one, two = (MEMBERS[extension](b'{"text": "%s"}\n' % name) for name in (b"one", b"two"))
     assert outcomes(written(tmp_path / f"a.jsonl{extension}", one + two)) == {
         f"a.jsonl{extension}:1": "one",
@@ -246,18 +246,18 @@ def test_members_one_after_the_other_are_one_content(tmp_path, extension):
 
 
 @pytest.mark.parametrize("extension", [".gz", ".bz2", ".xz", ".zst"])
-def test_zeros_behind_a_member_are_padding(tmp_path, extension):
+def test_zeros_after_a_member_are_padding(tmp_path, extension):
     path = written(tmp_path / f"a.txt{extension}", MEMBERS[extension](b"one") + bytes(512))
     assert [d.text for d in read(path)] == ["one"]
 
 
-def test_frames_of_zstd_that_are_to_be_skipped_are(tmp_path):
+def test_skippable_zstd_frames_are_skipped(tmp_path):
     note = skippable_frame(b"a note")
     content = note + zstd.compress(b"one ") + note + zstd.compress(b"two") + note
     assert [d.text for d in read(written(tmp_path / "a.txt.zst", content))] == ["one two"]
 
 
-def test_frames_of_zstd_may_have_the_longest_window(tmp_path):
+def test_zstd_frames_may_have_the_longest_window(tmp_path):
     with pytest.raises(zstd.ZstdError, match="requires too much memory"):
         zstd.decompress(long_window(b"text"))
     assert [d.text for d in read(written(tmp_path / "a.txt.zst", long_window(b"text")))] == ["text"]
@@ -265,11 +265,14 @@ def test_frames_of_zstd_may_have_the_longest_window(tmp_path):
 
 @pytest.mark.parametrize("damage", ["garbage", "cut", "second cut", "nothing"])
 @pytest.mark.parametrize("extension", MEMBERS)
-def test_what_is_no_whole_member_is_damage(tmp_path, extension, damage):
-    whole = MEMBERS[extension](b'{"text": "one"}\n' * 100)
-    content = {"garbage": whole + b"garbage", "cut": whole[:-3], "second cut": whole + whole[:-3], "nothing": b""}[
-        damage
-    ]
+def test_an_incomplete_member_is_damage(tmp_path, extension, damage):
+    complete = MEMBERS[extension](b'{"text": "one"}\n' * 100)
+    content = {
+        "garbage": complete + b"garbage",
+        "cut": complete[:-3],
+        "second cut": complete + complete[:-3],
+        "nothing": b"",
+    }[damage]
     with pytest.raises(Refusal, match=r"a\.jsonl.*repair it or leave it out"):
         read(written(tmp_path / f"a.jsonl{extension}", content))
     assert read(written(tmp_path / f"a.txt{extension}", content))[0].dropped_reason in {

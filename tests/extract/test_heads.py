@@ -15,9 +15,9 @@ from extract.engines.rows import AttentionCall
 from extract.engines.sums import head_sums
 from extract.engines.visibility import Axis, see
 from extract.measurement import layout_of
+from extract.model.token_classes import token_classes
 from extract.tables import TABLES, needs_of
 from extract.tables.heads import HeadQuantities
-from extract.tokens import token_classes
 from tests import oracles
 from tests.extract.models import eager_patterns, tiny
 from tests.patterns import KNOWN, causal_uniform, first, identity, previous, uniform

@@ -1,4 +1,4 @@
-"""Folders of images: read safely, seen as the model sees them, measured in patches."""
+"""Image corpora: decoded safely, preprocessed as for the model, measured in patches."""
 
 import hashlib
 import hmac
@@ -18,14 +18,14 @@ from PIL import Image
 from extract import measure
 from extract.capture.grid import sight_of
 from extract.corpus import open_corpus
-from extract.encoder import load_encoder
 from extract.engines import choose
 from extract.engines.patches import Grid, PatchSums
 from extract.engines.rows import AttentionCall
 from extract.engines.visibility import see, whole_axis
 from extract.errors import Refusal
-from extract.images import Unreadable, decoded, pixels_of
 from extract.measurement import layout_of
+from extract.model.encoder import load_encoder
+from extract.model.images import Unreadable, decode_image, preprocess_image
 from extract.pipeline import RunOptions, finish, measure_shard, measure_shards, prepare
 from tests.oracles import distance_patches
 
@@ -52,7 +52,7 @@ PREPROCESSOR = {
 
 
 def sharpened(model: torch.nn.Module) -> torch.nn.Module:
-    """Scores large enough for patterns that are not flat."""
+    """Scale the weights, so that attention patterns are not flat."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name:
@@ -97,15 +97,15 @@ def vision_model(kind: str) -> Any:
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """The folder of a model of this kind, with its preprocessor."""
-    root, known = tmp_path_factory.mktemp("models"), {}
+    """A function that saves a model of this kind once, with its image processor, and returns the folder."""
+    root, saved_kinds = tmp_path_factory.mktemp("models"), set()
 
     def folder(kind: str) -> Path:
-        if kind not in known:
+        if kind not in saved_kinds:
             vision_model(kind).save_pretrained(root / kind)
             (root / kind / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-            known[kind] = root / kind
-        return known[kind]
+            saved_kinds.add(kind)
+        return root / kind
 
     return folder
 
@@ -123,7 +123,7 @@ def saved(image: Image.Image, form: str, **options) -> bytes:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Seven images of all kinds, and three files that are none."""
+    """Seven images of all kinds, and three files that can't be read."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "deep").mkdir()
     files = {
@@ -161,13 +161,13 @@ def manifest_of(dataset: Path) -> dict:
     return json.loads((dataset / "manifest.json").read_text())
 
 
-# --- where patches stand
+# --- the grid of patches
 
 
 @pytest.mark.parametrize(
     "kind, prefix", [("vit", 1), ("deit", 2), ("beit", 1), ("dinov2-registers", 4), ("clip-vision", 1), ("yolos", 1)]
 )
-def test_the_grid_is_found_behind_class_and_register_tokens(kind, prefix):
+def test_the_grid_follows_class_and_register_tokens(kind, prefix):
     model, pixels = vision_model(kind), {"pixel_values": torch.randn(2, 3, SIZE, SIZE)}
     sight = sight_of(model, layout_of(model, pixels), pixels)
     assert sight is not None
@@ -175,7 +175,7 @@ def test_the_grid_is_found_behind_class_and_register_tokens(kind, prefix):
     assert sight.grid == Grid(rows=4, columns=4, prefix=prefix, tokens=prefix + 16 + behind)
 
 
-def test_a_grid_need_not_be_square_nor_the_one_of_the_configuration():
+def test_a_grid_may_be_rectangular_and_differ_from_the_configuration():
     model, pixels = vision_model("vit"), torch.randn(1, 3, 24, 40)
     given = {"pixel_values": pixels, "interpolate_pos_encoding": True}
     sight = sight_of(model, layout_of(model, given), given)
@@ -193,15 +193,15 @@ def test_windows_and_shuffled_tokens_have_no_grid():
     inputs = {"pixel_values": pixels}
     sight = sight_of(masked, layout_of(masked, inputs), inputs)
     assert sight is not None
-    assert (sight.tokens, sight.grid) == (17, None)  # all of them, in an order of chance
+    assert (sight.tokens, sight.grid) == (17, None)  # all tokens, in random order
 
 
-# --- how far a head looks
+# --- distances in patches
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
 @pytest.mark.parametrize("kind", ["vit", "deit", "beit", "dinov2-registers", "clip-vision", "yolos"])
-def test_distance_is_that_of_the_models_own_patterns(kind, engine):
+def test_distances_match_the_models_eager_patterns(kind, engine):
     model, pixels = vision_model(kind), torch.randn(3, 3, SIZE, SIZE)
     heads = pl.DataFrame(measure(model, pixel_values=pixels, engine=engine)["heads"]).filter(stack="vision")
     inputs = {"pixel_values": pixels}
@@ -214,11 +214,11 @@ def test_distance_is_that_of_the_models_own_patterns(kind, engine):
         p = patterns[row["layer"]][row["sequence_id"], row["head"]].double().numpy()
         expected = distance_patches(p, rows=4, columns=4, prefix=sight.grid.prefix)
         assert row["distance_patches"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert np.ptp(heads["distance_patches"].to_numpy()) > 0.1  # patterns were not flat
+    assert np.ptp(heads["distance_patches"].to_numpy()) > 0.1  # the patterns are not flat
 
 
 def call_with(p: torch.Tensor, grid: Grid | None) -> AttentionCall:
-    """A call whose pattern is p: its scores are ln p, by keys that are unit vectors."""
+    """An attention call with pattern p: with unit vectors as keys, the scores are ln p."""
     batch, heads, n, _ = p.shape
     keys = torch.eye(n, dtype=p.dtype).expand(batch, heads, n, n)
     axis = whole_axis(batch, n, p.device)
@@ -227,14 +227,14 @@ def call_with(p: torch.Tensor, grid: Grid | None) -> AttentionCall:
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
-def test_known_patterns_look_as_far_as_is_known(engine):
+def test_known_patterns_have_known_distances(engine):
     grid = Grid(rows=3, columns=4, prefix=2, tokens=15)
     n, place = grid.tokens, torch.arange(12)
     uniform = torch.full((n, n), 1 / n)
     to_self = torch.eye(n)
     to_class = torch.zeros(n, n)
     to_class[:, 0] = 1 - 1e-3
-    to_class[:, grid.prefix] = 1e-3  # renormalised, all of it is on the first patch
+    to_class[:, grid.prefix] = 1e-3  # renormalized over the patches, the first patch has all the mass
     below = torch.zeros(n, n)
     below[:, 0] = 1
     below[2 + place, 2 + (place + 4) % 12] = 1
@@ -254,10 +254,10 @@ def test_known_patterns_look_as_far_as_is_known(engine):
     np.testing.assert_allclose(rows["patch_mass"][0] / rows["patch_rows"][0], on_patches, rtol=1e-5)
 
 
-def test_rows_that_see_no_patch_or_are_not_measured_are_left_out():
+def test_rows_that_attend_to_no_patch_or_are_not_measured_are_left_out():
     grid = Grid(rows=2, columns=2, prefix=1, tokens=5)
     scores = torch.zeros(1, 1, 5, 5)
-    scores[..., 0] = 500  # nearly everything is on the class token
+    scores[..., 0] = 500  # the class token has nearly all the mass
     seen = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
     seen[..., 0] = True
     seen[..., 1, 4] = seen[..., 2, 2] = True
@@ -269,21 +269,21 @@ def test_rows_that_see_no_patch_or_are_not_measured_are_left_out():
     assert sums.distance.item() == pytest.approx(2**0.5)
 
 
-def test_texts_have_no_distance_in_patches(demo):
+def test_texts_have_no_distances_in_patches(demo):
     tables = measure(demo.model, input_ids=torch.tensor([[101, 2000, 102]]))
     assert tables["heads"]["distance_patches"].null_count == len(tables["heads"])
 
 
-# --- reading images
+# --- decoding images
 
 
-def test_images_come_upright_and_in_three_channels():
+def test_images_are_rotated_upright_and_converted_to_rgb():
     image = picture(20, 10, 0)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    assert decoded(saved(image, "PNG", exif=exif)).size == (10, 20)
+    exif[0x0112] = 6  # to be rotated by 90°
+    assert decode_image(saved(image, "PNG", exif=exif)).size == (10, 20)
     for mode in ("L", "RGBA", "LA"):
-        assert decoded(saved(picture(5, 4, 0, mode), "PNG")).mode == "RGB"
+        assert decode_image(saved(picture(5, 4, 0, mode), "PNG")).mode == "RGB"
 
 
 @pytest.mark.parametrize(
@@ -301,15 +301,15 @@ def test_images_come_upright_and_in_three_channels():
     ],
     ids=["empty", "gif", "half-jpeg", "half-png", "bomb", "larger-bomb", "strip", "16-bit", "float"],
 )
-def test_what_can_not_be_used_is_said(data, reason):
-    with pytest.raises(Unreadable) as said:
-        decoded(data)
-    assert str(said.value) == reason
+def test_unusable_images_raise_their_dropped_reason(data, reason):
+    with pytest.raises(Unreadable) as raised:
+        decode_image(data)
+    assert str(raised.value) == reason
 
 
-def test_a_corpus_of_images_is_their_files(images):
+def test_the_documents_of_an_image_corpus_are_its_files(images):
     corpus = open_corpus(str(images))
-    assert corpus.of_images
+    assert corpus.has_images
     names = [d.source for d in corpus]
     assert names == [
         "a.png",
@@ -351,7 +351,7 @@ def test_an_image_is_a_document_of_one_sequence(dataset, images):
     assert documents["digest"].null_count() == 3
 
 
-def test_images_that_can_not_be_read_are_dropped_with_the_reason(dataset):
+def test_unreadable_images_are_dropped_with_the_reason(dataset):
     documents = table(dataset, "documents")
     reasons = dict(documents.filter(pl.col("dropped_reason").is_not_null()).select("source", "dropped_reason").rows())
     assert reasons == {
@@ -362,7 +362,7 @@ def test_images_that_can_not_be_read_are_dropped_with_the_reason(dataset):
     assert manifest_of(dataset)["corpus"]["dropped"] == {"more than 8 bits a channel": 1, "unreadable": 2}
 
 
-def test_the_manifest_says_how_images_were_seen(dataset):
+def test_the_manifest_describes_the_preprocessing_of_images(dataset):
     manifest = manifest_of(dataset)
     facts = manifest["images"]
     assert facts["pixels"] == [3, SIZE, SIZE]
@@ -373,13 +373,13 @@ def test_the_manifest_says_how_images_were_seen(dataset):
     assert "4 × 4 patches" in (dataset / "README.md").read_text()
 
 
-def test_the_numbers_are_those_of_the_model_on_the_preprocessed_image(dataset, folder_of, images):
-    encoder = load_encoder(str(folder_of("dinov2-registers")), device="cpu", reads="images")
+def test_the_numbers_match_the_model_on_the_preprocessed_image(dataset, folder_of, images):
+    encoder = load_encoder(str(folder_of("dinov2-registers")), device="cpu", modality="images")
     heads = table(dataset, "heads")
     model: Any = encoder.model
     model.set_attn_implementation("eager")
     for document, name in ((0, "a.png"), (5, "deep/f.png")):
-        pixels = torch.from_numpy(pixels_of(encoder.processor, Image.open(images / name).convert("RGB")))[None]
+        pixels = torch.from_numpy(preprocess_image(encoder.processor, Image.open(images / name).convert("RGB")))[None]
         with torch.inference_mode():
             patterns = model(pixels, output_attentions=True).attentions
         for row in heads.filter(document_id=document).iter_rows(named=True):
@@ -399,7 +399,7 @@ def test_columns_of_text_are_null_for_images(dataset):
 
 
 @pytest.mark.parametrize("kind", ["vit", "clip-vision", "clip", "swin"])
-def test_a_run_is_whole_and_has_a_report(folder_of, images, tmp_path, kind):
+def test_a_run_gives_a_valid_dataset_and_a_report(folder_of, images, tmp_path, kind):
     from analysis.report import write_report
     from analysis.verify import verify
 
@@ -408,8 +408,8 @@ def test_a_run_is_whole_and_has_a_report(folder_of, images, tmp_path, kind):
     assert "<html" in write_report(out, None).read_text()
     manifest = manifest_of(out)
     assert {s["stack"] for s in manifest["model"]["stacks"]} == {"vision"}
-    known = table(out, "heads")["distance_patches"].null_count() == 0
-    assert known == (kind != "swin")
+    has_distances = table(out, "heads")["distance_patches"].null_count() == 0
+    assert has_distances == (kind != "swin")
     assert manifest["images"]["tokens"] == (64 if kind == "swin" else 17)
     if kind == "swin":
         assert manifest["model"]["stacks"] == [{"stack": "vision", "layers": 4, "heads": None, "of_tokens": False}]
@@ -417,91 +417,95 @@ def test_a_run_is_whole_and_has_a_report(folder_of, images, tmp_path, kind):
         assert table(out, "sequences")["special_tokens"].to_list() == [0] * 4
 
 
-def test_two_runs_and_one_that_stopped_give_the_same_bytes(folder_of, images, tmp_path):
+def test_an_interrupted_run_gives_the_same_bytes(folder_of, images, tmp_path):
     def parts(folder: Path) -> dict[str, bytes]:
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
-    whole = run(folder_of("vit"), images, tmp_path / "a")
+    complete = run(folder_of("vit"), images, tmp_path / "a")
     options = RunOptions(model=str(folder_of("vit")), corpus=str(images), out=tmp_path / "b", shard_sequences=3)
     for shard in reversed(range(3)):
         measure_shard(prepare(options), shard)
-    assert parts(finish(prepare(options))) == parts(whole)
+    assert parts(finish(prepare(options))) == parts(complete)
 
 
-def test_an_image_that_changes_during_a_run_ends_it(folder_of, images, tmp_path):
+def test_an_image_that_changes_during_a_run_is_refused(folder_of, images, tmp_path):
     shutil.copytree(images, tmp_path / "images")
     job = prepare(RunOptions(model=str(folder_of("vit")), corpus=str(tmp_path / "images"), out=tmp_path / "out"))
     (tmp_path / "images" / "b.jpg").write_bytes(saved(picture(60, 45, 99), "JPEG"))
     with pytest.raises(Refusal, match=r"b\.jpg has changed since the run was planned"):
         measure_shard(job, 0)
     (tmp_path / "images" / "b.jpg").unlink()
-    with pytest.raises(Refusal, match=r"must stay until it ends; .*b\.jpg: No such file"):
+    with pytest.raises(Refusal, match=r"must stay in place until it ends; .*b\.jpg: No such file"):
         measure_shard(job, 0)
 
 
 # --- refusals
 
 
-def test_images_and_texts_together_are_refused(images, tmp_path):
+def test_a_mix_of_images_and_texts_is_refused(images, tmp_path):
     shutil.copy(images / "a.png", tmp_path)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(Refusal, match=r"images \(1\): a\.png; text \(1\): a\.txt"):
         open_corpus(str(tmp_path))
 
 
-def test_a_model_of_texts_is_refused_for_images(images, tmp_path):
-    with pytest.raises(Refusal, match="needs a model that reads pixel_values; BertModel reads input_ids; give texts"):
+def test_a_text_model_is_refused_for_images(images, tmp_path):
+    with pytest.raises(
+        Refusal, match="needs a model that reads pixel_values; BertModel reads input_ids; use a corpus of texts"
+    ):
         run(Path("demo"), images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_images_is_refused_for_texts(folder_of, tmp_path):
+def test_a_vision_model_is_refused_for_texts(folder_of, tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(Refusal, match="needs a model that reads input_ids; ViTModel reads pixel_values; give images"):
+    with pytest.raises(
+        Refusal, match="needs a model that reads input_ids; ViTModel reads pixel_values; use a corpus of images"
+    ):
         run(folder_of("vit"), tmp_path / "a.txt", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"max_length": 8}, "--max-length"),
         ({"stride": 1}, "--stride"),
         ({"tokens": "ids"}, "--tokens ids"),
         ({"stacks": "all"}, "--stacks all"),
-        ({"unit": "line"}, "only text files are cut into a line each; this corpus is images"),
+        ({"unit": "line"}, "unit line applies to text files only; this corpus is images"),
     ],
 )
-def test_what_only_texts_have_is_refused(folder_of, images, tmp_path, changes, said):
-    with pytest.raises(Refusal, match=said):
+def test_options_for_texts_are_refused(folder_of, images, tmp_path, changes, message):
+    with pytest.raises(Refusal, match=message):
         run(folder_of("vit"), images, tmp_path / "out", **changes)
 
 
-def test_a_model_without_its_preprocessor_is_refused(folder_of, images, tmp_path):
+def test_a_model_without_its_image_processor_is_refused(folder_of, images, tmp_path):
     shutil.copytree(folder_of("vit"), tmp_path / "vit")
     (tmp_path / "vit" / "preprocessor_config.json").unlink()
     with pytest.raises(Refusal, match=r"comes with its preprocessor_config\.json; none could be loaded from .*vit"):
         run(tmp_path / "vit", images, tmp_path / "out")
 
 
-def preprocessed(folder: Path, kind: Path, **changes) -> Path:
+def with_preprocessor(folder: Path, kind: Path, **changes) -> Path:
     shutil.copytree(kind, folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | changes))
     return folder
 
 
-def test_a_preprocessor_of_another_size_than_the_models_is_refused(folder_of, images, tmp_path):
-    model = preprocessed(tmp_path / "vit", folder_of("vit"), crop_size={"height": 24, "width": 24})
-    with pytest.raises(Refusal, match=r"ViTModel does not take \[3, 24, 24\]"):
+def test_an_image_processor_of_another_size_than_the_models_is_refused(folder_of, images, tmp_path):
+    model = with_preprocessor(tmp_path / "vit", folder_of("vit"), crop_size={"height": 24, "width": 24})
+    with pytest.raises(Refusal, match=r"ViTModel does not accept \[3, 24, 24\]"):
         run(model, images, tmp_path / "out")
 
 
-def test_pixels_of_several_shapes_are_refused_before_the_model_sees_any(folder_of, images, tmp_path):
-    model = preprocessed(tmp_path / "vit", folder_of("vit"), do_center_crop=False, size={"shortest_edge": SIZE})
-    with pytest.raises(Refusal, match=r"all images become pixels of one shape; .*give its preprocessor_config"):
+def test_pixels_of_several_shapes_are_refused_before_measuring(folder_of, images, tmp_path):
+    model = with_preprocessor(tmp_path / "vit", folder_of("vit"), do_center_crop=False, size={"shortest_edge": SIZE})
+    with pytest.raises(Refusal, match=r"all images must become pixels of the same shape; .*preprocessor_config"):
         prepare(RunOptions(model=str(model), corpus=str(images), out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_strict_run_ends_at_the_first_bad_image(folder_of, images, tmp_path):
+def test_a_strict_run_refuses_the_first_unreadable_image(folder_of, images, tmp_path):
     with pytest.raises(Refusal, match=r"h\.png is unreadable: no image of a known format"):
         run(folder_of("vit"), images, tmp_path / "out", strict=True)

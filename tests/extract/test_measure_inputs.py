@@ -1,4 +1,4 @@
-"""What `measure` is given: options, inputs by name, tensors; what is meant otherwise is refused with what to write."""
+"""The arguments of `measure`: options, inputs by name, tensors; mistakes are refused with the correct call."""
 
 import re
 
@@ -17,7 +17,7 @@ IDS = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(6))
 
 
 class Tolerant(nn.Module):
-    """A user's own module that takes any keyword, and reads one that its signature does not name."""
+    """A user's own module with **kwargs, which reads one that its signature does not name."""
 
     def __init__(self):
         super().__init__()
@@ -36,12 +36,12 @@ class Tolerant(nn.Module):
         ("table", "did you mean tables?"),
         ("atention_mask", "did you mean attention_mask?"),
         ("attention_masks", "did you mean attention_mask?"),
-        ("per_token", "options are tokenizer, engine, tables"),
+        ("per_token", "the options are tokenizer, engine, tables"),
         ("offset_mapping", ""),
     ],
 )
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_a_keyword_that_nobody_reads_is_refused_by_its_name(family, name, hint):
+def test_an_unknown_keyword_is_refused_by_name(family, name, hint):
     with pytest.raises(Refusal, match=rf"{name}.*{re.escape(hint)}"):
         measure(tiny(family), input_ids=IDS, **{name: True})
 
@@ -57,48 +57,48 @@ def test_a_keyword_that_nobody_reads_is_refused_by_its_name(family, name, hint):
     ],
 )
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_what_models_and_tokenizers_name_is_taken(family, inputs):
+def test_common_inputs_of_models_and_tokenizers_are_accepted(family, inputs):
     assert measure(tiny(family), input_ids=IDS, **inputs)["heads"].num_rows
 
 
-def test_keywords_are_known_that_a_model_hands_on():
+def test_keywords_that_a_model_passes_on_are_accepted():
     model = transformers.BertForSequenceClassification(tiny("bert").config).eval()
     assert measure(model, input_ids=IDS, token_type_ids=torch.zeros_like(IDS))["heads"].num_rows
 
 
-def test_a_module_of_ones_own_may_read_any_keyword_but_one_that_is_nearly_an_option():
+def test_a_user_module_may_read_any_keyword_except_a_misspelled_option():
     model = Tolerant().eval()
     assert measure(model, **batch(), gain=2.0)["heads"].num_rows
-    with pytest.raises(Refusal, match=r"no tokeniser; did you mean tokenizer\?"):
+    with pytest.raises(Refusal, match=r"no input tokeniser; did you mean tokenizer\?"):
         measure(model, **batch(), tokeniser=None)
 
 
 @pytest.mark.parametrize("kind", [dict, transformers.BatchEncoding])
-def test_a_batch_is_spread_by_name(kind):
+def test_a_batch_passed_without_asterisks_is_refused(kind):
     with pytest.raises(
-        Refusal, match=rf"by their names; got a {kind.__name__} of input_ids.*measure\(model, \*\*batch\)"
+        Refusal, match=rf"passed by name; got a {kind.__name__} of input_ids.*measure\(model, \*\*batch\)"
     ):
         measure(tiny("bert"), kind({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}))
 
 
 @pytest.mark.parametrize("given", [IDS.tolist(), tuple(IDS.tolist()), IDS.numpy(), IDS[0].tolist(), np.ones((2, 3))])
-def test_lists_and_arrays_are_no_tensors(given):
-    told = rf"tensors; got input_ids as a {type(given).__name__} of numbers; write torch.tensor.*return_tensors"
-    with pytest.raises(Refusal, match=told):
+def test_lists_and_arrays_are_refused(given):
+    message = rf"tensors; got input_ids as a {type(given).__name__} of numbers; write torch.tensor.*return_tensors"
+    with pytest.raises(Refusal, match=message):
         measure(tiny("bert"), input_ids=given)
     with pytest.raises(Refusal, match=f"tensors; got a {type(given).__name__} of numbers"):
         measure(tiny("bert"), given)
 
 
 @pytest.mark.parametrize("given", ["a text", ["a text", "another"], np.array(["a text"])])
-def test_text_is_tokenised_first(given):
+def test_text_that_was_not_tokenized_is_refused(given):
     for arguments, inputs in (((given,), {}), ((), {"input_ids": given})):
         with pytest.raises(Refusal, match=r"tensors; got .*text; write measure\(model, \*\*tokenizer\(texts"):
             measure(tiny("bert"), *arguments, **inputs)
 
 
-def test_tensors_are_inputs_themselves_and_none_in_a_list():
-    class OfSeveral(nn.Module):
+def test_tensors_inside_a_list_are_refused():
+    class ListInput(nn.Module):
         def __init__(self):
             super().__init__()
             self.inner = built(nn.Linear)
@@ -108,4 +108,4 @@ def test_tensors_are_inputs_themselves_and_none_in_a_list():
 
     given = batch()
     with pytest.raises(Refusal, match="needs the tensors"):
-        measure(OfSeveral().eval(), [given["input_ids"], given["attention_mask"]])
+        measure(ListInput().eval(), [given["input_ids"], given["attention_mask"]])

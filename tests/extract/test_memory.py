@@ -1,4 +1,4 @@
-"""Batches fit into memory, and one that does not is done again in halves, with the same numbers."""
+"""Batches fit into memory; one that does not is repeated in halves, with the same numbers."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -29,7 +29,7 @@ GIB = 1 << 30
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
-    """A machine with 8 GiB available, as its system tells in these files."""
+    """The root of a machine with 8 GiB available, with these files on it."""
     meminfo = f"MemTotal: {9 * GIB // 1024} kB\nMemAvailable: {8 * GIB // 1024} kB\n"
     for name, text in (("proc/meminfo", meminfo), *files.items()):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,32 +78,32 @@ V1 = "sys/fs/cgroup/memory"
     ],
     ids=["machine", "no limit", "limit max", "limit above", "page cache", "version 1 in a container"],
 )
-def test_free_memory_is_the_machines_within_every_limit_on_this_process(tmp_path, files, free):
+def test_free_memory_is_limited_by_the_machine_and_every_control_group(tmp_path, files, free):
     assert free_on_host(machine(tmp_path, files)) == free
 
 
-def test_a_system_that_does_not_say_what_is_free_sets_no_limit(tmp_path, monkeypatch):
+def test_unknown_free_memory_sets_no_limit(tmp_path, monkeypatch):
     assert free_on_host(tmp_path) is None
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     model = tiny("bert")
     assert tokens_that_fit(model, layout_of(model), CPU, longest=8) is None
 
 
-def test_this_machine_says_what_is_free():
+def test_this_machine_reports_its_free_memory():
     assert 0 < (free_on_host() or 0) < 1 << 60
 
 
-def test_twice_the_memory_holds_twice_the_tokens_and_a_little_more_the_same(monkeypatch):
+def test_twice_the_memory_fits_twice_the_tokens_and_slightly_more_fits_the_same(monkeypatch):
     model = tiny("bert")
     layout = layout_of(model)
 
-    def fitting(free: float) -> int | None:
+    def tokens(free: float) -> int | None:
         monkeypatch.setattr(memory, "free_bytes", lambda device: int(free))
         return tokens_that_fit(model, layout, CPU, longest=8)
 
     each = bytes_per_token(model, layout, longest=8)
-    assert [fitting(2 * 1024 * each * f) for f in (0.99, 1, 1.1, 2)] == [512, 1024, 1024, 2048]
-    assert fitting(0) == 1
+    assert [tokens(2 * 1024 * each * f) for f in (0.99, 1, 1.1, 2)] == [512, 1024, 1024, 2048]
+    assert tokens(0) == 1
 
 
 def test_a_token_needs_more_with_wider_products_more_heads_and_longer_sequences_but_not_with_more_layers():
@@ -123,13 +123,13 @@ def test_a_token_needs_more_with_wider_products_more_heads_and_longer_sequences_
     [lambda: torch.empty(1 << 55, dtype=torch.uint8), lambda: np.empty(1 << 55, np.uint8), lambda: bytearray(1 << 55)],
     ids=["torch", "numpy", "python"],
 )
-def test_whoever_has_no_memory_is_understood(act):
+def test_out_of_memory_is_recognized(act):
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         act()
     assert is_out_of_memory(caught.value)
 
 
-def test_other_errors_are_not_taken_for_it():
+def test_other_errors_are_not_out_of_memory():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(OSError("no space left on device"))
@@ -146,7 +146,7 @@ def with_attend(engine: Engine, attend: Callable[..., Any]) -> Engine:
 
 
 def narrow(engine: Engine, most: int, error: type[Exception] = torch.OutOfMemoryError) -> tuple[Engine, list[int]]:
-    """An engine without memory for the second layer of more than `most` sequences, and the batches that had none."""
+    """An engine that runs out of memory in the second layer of more than `most` sequences, and the sizes that failed."""
     before, failed = [0], list[int]()
 
     def attend(call, call_original, wanted):
@@ -175,8 +175,8 @@ def instrument(demo) -> Instrument:
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
-def test_halves_give_the_very_numbers_that_smaller_batches_give(instrument, error):
-    """What a failed batch had already shown of its first layer is in no sum."""
+def test_halves_give_the_same_numbers_as_smaller_batches(instrument, error):
+    """The first layer of a failed batch, observed before the failure, is not counted."""
     rows = sequences([24] * 8)
     engine, failed = narrow(instrument.engine, 2, error)
     halved, facts = measured_tables(replace(instrument, engine=engine), rows, shard=0)
@@ -186,14 +186,14 @@ def test_halves_give_the_very_numbers_that_smaller_batches_give(instrument, erro
     assert facts == same_facts
 
 
-def test_halves_change_no_number_by_more_than_the_models_own_rounding(instrument):
-    """Lengths differ, so halves are padded less: torch's products of other shapes round otherwise, in float32."""
+def test_halves_change_numbers_by_no_more_than_the_models_rounding(instrument):
+    """Lengths differ, so halves have less padding, and torch rounds float32 products of other shapes differently."""
     rows = sequences([5, 30, 17, 9, 22, 13, 28])
     engine, failed = narrow(instrument.engine, 3)
     halved, facts = measured_tables(replace(instrument, engine=engine), rows, shard=0)
     whole, same_facts = measured_tables(instrument, rows, shard=0)
     assert failed
-    assert facts == same_facts  # of the batches as planned
+    assert facts == same_facts  # they describe the batches as planned
     for name in ("heads", "residual"):
         for ours, theirs in zip(halved[name].columns, whole[name].columns, strict=True):
             assert ours.is_null().equals(theirs.is_null())
@@ -203,21 +203,21 @@ def test_halves_change_no_number_by_more_than_the_models_own_rounding(instrument
                 assert ours == theirs
 
 
-def test_a_batch_that_did_not_go_through_is_told_to_nobody(instrument):
+def test_progress_does_not_count_failed_batches(instrument):
     engine, _ = narrow(instrument.engine, 2)
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     rows = sequences([24] * 8)
     measured_tables(
         replace(instrument, engine=engine),
         rows,
         shard=0,
-        progress=lambda tokens, documents: told.append((tokens, documents)),
+        progress=lambda tokens, documents: reports.append((tokens, documents)),
     )
-    assert [tokens for tokens, _ in told] == [48] * 4
-    assert sum(documents for _, documents in told) == len(set(rows["document_id"].to_pylist()))
+    assert [tokens for tokens, _ in reports] == [48] * 4
+    assert sum(documents for _, documents in reports) == len(set(rows["document_id"].to_pylist()))
 
 
-def test_one_sequence_that_does_not_fit_is_refused_with_what_to_do(instrument):
+def test_a_single_sequence_that_does_not_fit_is_refused_with_advice(instrument):
     engine, _ = narrow(instrument.engine, 0)
     with pytest.raises(Refusal, match=r"one of 24 tokens does not, on cpu \(not enough memory\); use a smaller --max"):
         measured_tables(replace(instrument, engine=engine), sequences([24, 24]), shard=0)
@@ -269,11 +269,11 @@ def test_a_batch_counts_once_and_as_a_whole():
 
 def options(tmp_path: Path, **changes) -> RunOptions:
     text = tmp_path / "text.txt"
-    text.write_text("What is begun on one day goes on on another.")
+    text.write_text("A run that stops one day continues on another.")
     return RunOptions(model="demo", corpus=str(text), out=tmp_path / "out", engine="reference", **changes)
 
 
-def with_free(monkeypatch, free: int) -> None:
+def set_free_memory(monkeypatch, free: int) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
 
 
@@ -282,22 +282,24 @@ def with_free(monkeypatch, free: int) -> None:
     [(0, 200), (100 << 20, 1024), (1 << 40, pipeline.BATCH_TOKENS)],
     ids=["none", "few", "much"],
 )
-def test_a_batch_is_what_fits_up_to_what_is_of_use_and_at_least_a_sequence(tmp_path, monkeypatch, free, batch_tokens):
-    with_free(monkeypatch, free)
+def test_a_batch_is_as_large_as_memory_allows_within_a_maximum_and_at_least_one_sequence(
+    tmp_path, monkeypatch, free, batch_tokens
+):
+    set_free_memory(monkeypatch, free)
     assert prepare(options(tmp_path, max_length=200)).run["batch_tokens"] == batch_tokens
 
 
-def test_a_run_keeps_the_batches_it_was_begun_with_whatever_is_free_today(tmp_path, monkeypatch):
-    with_free(monkeypatch, 100 << 20)
-    begun = prepare(options(tmp_path))
-    assert begun.run["batch_tokens"] < pipeline.BATCH_TOKENS
-    with_free(monkeypatch, 1 << 40)
+def test_a_resumed_run_keeps_its_batch_size_whatever_memory_is_free(tmp_path, monkeypatch):
+    set_free_memory(monkeypatch, 100 << 20)
+    first = prepare(options(tmp_path))
+    assert first.run["batch_tokens"] < pipeline.BATCH_TOKENS
+    set_free_memory(monkeypatch, 1 << 40)
     resumed = prepare(options(tmp_path))
-    assert resumed.run == begun.run
+    assert resumed.run == first.run
     measure_shards(resumed, resumed.remaining)
-    assert prepare(options(tmp_path, batch_tokens=begun.run["batch_tokens"])).remaining == []
+    assert prepare(options(tmp_path, batch_tokens=first.run["batch_tokens"])).remaining == []
     finish(resumed)
-    with_free(monkeypatch, 0)
+    set_free_memory(monkeypatch, 0)
     assert prepare(options(tmp_path)).complete
     with pytest.raises(Refusal, match=r"batch_tokens: there 1024, asked 512"):
         prepare(options(tmp_path, batch_tokens=512))

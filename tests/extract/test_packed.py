@@ -1,4 +1,4 @@
-"""Texts packed in a row are measured as the sequences that they are, where the model keeps them apart."""
+"""Packed texts are measured as separate sequences if the model keeps them apart."""
 
 from typing import Any
 
@@ -26,17 +26,17 @@ def positions(rows: int = 1, *, first: int = 0) -> torch.Tensor:
 
 
 def blocks(rows: int = 1, *, causal: bool = False) -> torch.Tensor:
-    of = torch.stack([torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS[row])) for row in range(rows)])
-    pairs = of[:, :, None] == of[:, None]
+    text = torch.stack([torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS[row])) for row in range(rows)])
+    pairs = text[:, :, None] == text[:, None]
     return (pairs.tril() if causal else pairs)[:, None]
 
 
-def added(mask: torch.Tensor) -> torch.Tensor:
+def additive(mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
-def assert_apart(model: Any, inputs: dict[str, Any], eager: dict[str, Any]) -> None:
-    """Every sequence's rows are those of its block in the model's own eager pattern of the whole row."""
+def assert_separated(model: Any, inputs: dict[str, Any], eager: dict[str, Any]) -> None:
+    """Assert that each sequence is measured as its block of the model's eager pattern for the whole row."""
     patterns = eager_patterns(model, **eager)
     rows = measure(model, **inputs)["heads"].to_pylist()
     places = [(row, n, length) for row in range(len(inputs["input_ids"])) for n, length in enumerate(LENGTHS[row])]
@@ -45,48 +45,48 @@ def assert_apart(model: Any, inputs: dict[str, Any], eager: dict[str, Any]) -> N
     assert len(rows) == len(places) * len(patterns) * 4
     for r in rows:
         row, start, length = places[r["sequence_id"]]
-        own = slice(start, start + length)
-        whole = patterns[r["layer"]][row, r["head"], own]
-        assert float(whole[:, own].sum()) == pytest.approx(length), "the model itself keeps them apart"
+        block = slice(start, start + length)
+        queries = patterns[r["layer"]][row, r["head"], block]
+        assert float(queries[:, block].sum()) == pytest.approx(length), "the model itself keeps them apart"
         visible = torch.ones(length, length, dtype=torch.bool)
         visible = (visible.tril() if r["stack"] == "decoder" else visible).numpy()
-        known = oracles.head_columns(whole[:, own].numpy(), visible=visible)
-        columns = {name: value for name, value in known.items() if value is not None and name in r}
+        expected = oracles.head_columns(queries[:, block].numpy(), visible=visible)
+        columns = {name: value for name, value in expected.items() if value is not None and name in r}
         assert len(columns) > 15
         assert_columns(r, columns, f"sequence {r['sequence_id']} L{r['layer']}H{r['head']}")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_position_ids_that_begin_again_begin_a_sequence(family, rows):
+def test_position_ids_that_start_again_start_a_sequence(family, rows):
     inputs: dict[str, Any] = {"input_ids": ids(rows), "position_ids": positions(rows), "use_cache": False}
-    assert_apart(tiny(family), inputs, inputs)
+    assert_separated(tiny(family), inputs, inputs)
 
 
-def test_what_kernels_are_told_of_the_packing_is_not_needed():
+def test_inputs_for_attention_kernels_are_not_needed():
     inputs: dict[str, Any] = {"input_ids": ids(), "position_ids": positions(), "use_cache": False}
     ends = torch.tensor([0, *LENGTHS[0]]).cumsum(0).int()
-    told: dict[str, Any] = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 9, "max_length_k": 9}
-    assert_apart(tiny("llama"), {**inputs, **told}, inputs)
+    kernel_inputs: dict[str, Any] = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 9, "max_length_k": 9}
+    assert_separated(tiny("llama"), {**inputs, **kernel_inputs}, inputs)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "albert", "electra"])
-@pytest.mark.parametrize("form", ["boolean", "added"])
-def test_a_mask_in_blocks_holds_a_sequence_in_each(family, form):
+@pytest.mark.parametrize("form", ["boolean", "additive"])
+def test_each_block_of_a_mask_is_a_sequence(family, form):
     mask = blocks(2)
     first = 2 if family == "roberta" else 0
     given: dict[str, Any] = {"input_ids": ids(2), "position_ids": positions(2, first=first)}
-    mask_given = mask if form == "boolean" else added(mask)
-    assert_apart(tiny(family), {**given, "attention_mask": mask_given}, {**given, "attention_mask": added(mask)})
+    mask_given = mask if form == "boolean" else additive(mask)
+    assert_separated(tiny(family), {**given, "attention_mask": mask_given}, {**given, "attention_mask": additive(mask)})
 
 
-def test_a_causal_mask_in_blocks_holds_a_sequence_in_each():
+def test_each_block_of_a_causal_mask_is_a_sequence():
     mask = blocks(2, causal=True)
     given: dict[str, Any] = {"input_ids": ids(2), "position_ids": positions(2)}
-    assert_apart(tiny("llama"), {**given, "attention_mask": mask}, {**given, "attention_mask": added(mask)})
+    assert_separated(tiny("llama"), {**given, "attention_mask": mask}, {**given, "attention_mask": additive(mask)})
 
 
-def test_padding_of_a_packed_row_is_no_sequence():
+def test_padding_of_a_packed_row_is_not_a_sequence():
     given: dict[str, Any] = {"input_ids": ids(), "position_ids": positions()}
     mask = blocks(causal=True)
     mask[..., -2:, :] = mask[..., :, -2:] = False  # the last sequence is padding
@@ -95,7 +95,7 @@ def test_padding_of_a_packed_row_is_no_sequence():
     assert {r["query_rows"] for r in rows} <= {5, 9, 1}
 
 
-def test_the_residual_stream_is_that_of_each_sequence():
+def test_the_residual_stream_is_measured_per_sequence():
     model = tiny("llama")
     given: dict[str, Any] = {"input_ids": ids(), "position_ids": positions(), "use_cache": False}
     packed = measure(model, **given)["residual"].to_pylist()
@@ -112,7 +112,7 @@ def test_the_residual_stream_is_that_of_each_sequence():
 
 
 class Leaking(nn.Module):
-    """Attends within sequences, but adds up states over all of a row, as a recurrent layer does that is not told."""
+    """Attends within sequences, but sums states over the whole row, as a recurrent layer unaware of packing does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,25 +127,25 @@ class Leaking(nn.Module):
         return x + self.out(scaled_dot_product_attention(q, q, q, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
-def test_a_model_that_does_not_keep_them_apart_is_measured_as_it_attends_and_says_so():
-    for model in (tiny("bert"), tiny("llama"), Leaking().eval()):  # llama makes a cache, and then does not look
+def test_a_row_that_the_model_does_not_separate_is_one_sequence_with_a_warning():
+    for model in (tiny("bert"), tiny("llama"), Leaking().eval()):  # with its cache, llama does not check for packing
         with pytest.warns(UserWarning, match="does not keep them apart, so each row is measured as one sequence"):
             rows = measure(model, input_ids=ids(2), position_ids=positions(2))["heads"].to_pylist()
         assert {r["sequence_id"] for r in rows} == {0, 1} and {r["query_rows"] for r in rows} == {TOKENS}
 
 
-def test_positions_that_a_model_counts_by_itself_cannot_begin_again():
+def test_a_model_that_ignores_position_ids_does_not_keep_packed_texts_apart():
     with pytest.warns(UserWarning, match="DistilBertModel does not keep them apart"):
         rows = measure(tiny("distilbert"), input_ids=ids(), attention_mask=blocks())["heads"].to_pylist()
     assert {r["sequence_id"] for r in rows} == {0}
 
 
-def test_positions_that_go_on_are_no_packing(recwarn):
+def test_positions_with_an_offset_are_not_packing(recwarn):
     rows = measure(tiny("llama"), input_ids=ids(), position_ids=torch.arange(7, 7 + TOKENS)[None])["heads"].to_pylist()
     assert {r["sequence_id"] for r in rows} == {0} and not recwarn
 
 
-def test_a_boolean_mask_that_eager_code_would_add_is_refused():
+def test_a_boolean_mask_that_eager_attention_would_add_is_refused():
     import transformers
 
     sizes: dict[str, Any] = dict(
@@ -157,5 +157,5 @@ def test_a_boolean_mask_that_eager_code_would_add_is_refused():
     given: dict[str, Any] = {"input_ids": ids(), "position_ids": positions()}
     with pytest.warns(UserWarning, match="apart"), pytest.raises(Refusal, match=r"would hide nothing; give 0"):
         measure(model, **given, attention_mask=blocks(causal=True))
-    packed = measure(model, **given, attention_mask=added(blocks(causal=True)))["heads"].to_pylist()
+    packed = measure(model, **given, attention_mask=additive(blocks(causal=True)))["heads"].to_pylist()
     assert {r["sequence_id"] for r in packed} == {0, 1, 2, 3, 4}

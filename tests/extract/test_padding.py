@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from extract import measure
-from extract.fed import fed_texts
+from extract.model.measured_model import examine_text_model
 from extract.shard import _planned
 from tests.census.through_run import tokenizer_of
 from tests.census.tiny import build
@@ -140,10 +140,10 @@ def test_torchs_own_encoder_gives_its_own_output_at_padding():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("family", "matters"), [("convbert", True), ("bert", False), ("gpt2", False), ("t5", False)])
-def test_a_run_knows_whether_padding_changes_what_a_model_gives(family, matters, dtype):
+def test_padding_matters_to_models_whose_output_depends_on_it(family, matters, dtype):
     model = build(family).model.to(dtype)
-    fed = fed_texts(model, tokenizer_of(model), stacks="encoder", device=torch.device("cpu"))
-    assert fed.padding_matters is matters
+    measured = examine_text_model(model, tokenizer_of(model), stacks="encoder", device=torch.device("cpu"))
+    assert measured.padding_matters is matters
 
 
 def test_sequences_are_padded_only_where_it_does_not_matter():

@@ -203,7 +203,7 @@ def test_a_folder_that_only_looks_like_a_run_is_left_alone(corpus, tmp_path, nam
         ({"stride": 32}, "stride"),
         ({"model": "no/such/folder"}, "there is no folder"),
         ({"engine": "quantum"}, "an engine is one of auto, reference, cpu"),
-        ({"dtype": "int3"}, "a dtype is one of"),
+        ({"dtype": "int3"}, "dtype must be one of"),
         ({"corpus": "no-such-file.txt"}, "no-such-file.txt"),
         ({"digest_key": Path("no-such-key")}, "--digest-key"),
     ],

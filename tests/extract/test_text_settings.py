@@ -1,4 +1,4 @@
-"""What the files of a sentence-transformers folder say of texts, against what the library itself does with them."""
+"""The settings of sentence-transformers folders, compared with what the library itself does."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,12 @@ import pytest
 from tokenizers import normalizers
 from transformers import ByT5Tokenizer
 
-from extract.encoder import check_model_name, load_encoder
 from extract.errors import Refusal
+from extract.model.encoder import load_encoder
+from extract.model.folder import check_model_name
+from extract.model.text_settings import SETTINGS, folder_lookup, read_text_settings
 from extract.pipeline import RunOptions, finish, measure_shards, prepare
 from extract.planning import read_shard
-from extract.text_settings import SETTINGS, in_folder, read_text_settings
 from tests.extract.checkpoints import model_of, save, tokenizer_of
 
 TRANSFORMER, POOLING = "sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling"
@@ -20,7 +21,7 @@ SHOUTED = "The CAT sat on THE mat, and a Transformer reads every TOKEN at once; 
 
 
 def words():
-    """A tokenizer that knows words in lower case alone, and does not lower-case them."""
+    """A tokenizer with lower-case words only, which does not lower-case its input."""
     return tokenizer_of(SHOUTED.lower())
 
 
@@ -46,7 +47,7 @@ def planned_ids(folder: Path, tmp_path: Path, text: str = SHOUTED, **options: An
     return read_shard(job.store.storage, 0)[0]["token_ids"].to_pylist()
 
 
-def their_ids(folder: Path, text: str = SHOUTED) -> list[int]:
+def library_ids(folder: Path, text: str = SHOUTED) -> list[int]:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu")
@@ -66,9 +67,9 @@ def their_ids(folder: Path, text: str = SHOUTED) -> list[int]:
         (None, SETTINGS[0], "0_Transformer"),
     ],
 )
-def test_the_first_window_is_what_the_library_makes_of_the_text(tmp_path, settings, name, place):
+def test_the_first_window_equals_the_ids_of_the_library(tmp_path, settings, name, place):
     folder = folder_of(tmp_path / "model", settings, name=name, place=place)
-    assert planned_ids(folder, tmp_path)[0] == their_ids(folder)
+    assert planned_ids(folder, tmp_path)[0] == library_ids(folder)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +81,10 @@ def test_texts_are_lower_cased_before_the_tokenizers_own_steps(tmp_path, normali
         tokenizer.backend_tokenizer.normalizer = normalizer
     folder = folder_of(tmp_path / "model", {"do_lower_case": True, "max_seq_length": 60}, tokenizer=tokenizer)
     text = "ThÉ CAT [SEP] Sat\u0301"
-    assert planned_ids(folder, tmp_path, text)[0] == their_ids(folder, text)
+    assert planned_ids(folder, tmp_path, text)[0] == library_ids(folder, text)
 
 
-def test_a_tokenizer_written_in_python_is_told(tmp_path):
+def test_a_tokenizer_written_in_python_lower_cases(tmp_path):
     model = model_of("bert", max_position_embeddings=64)
     config = model.config
     config.vocab_size = 384
@@ -93,30 +94,30 @@ def test_a_tokenizer_written_in_python_is_told(tmp_path):
     assert load_encoder(str(folder), device="cpu").tokenizer.do_lower_case is True
 
 
-def test_the_length_is_theirs_unless_one_is_asked_for(tmp_path):
+def test_the_default_length_is_the_folders(tmp_path):
     folder = folder_of(tmp_path / "model", {"max_seq_length": 16})
     assert load_encoder(str(folder), device="cpu").default_length == 16
     assert max(map(len, planned_ids(folder, tmp_path, max_length=40))) == 40
 
 
-def test_a_length_beyond_the_models_positions_is_cut_to_them(tmp_path):
+def test_the_default_length_is_limited_by_the_models_positions(tmp_path):
     folder = folder_of(tmp_path / "model", {"max_seq_length": 4096})
     assert load_encoder(str(folder), device="cpu").default_length == 64
     with pytest.raises(Refusal, match="max_length 65 is beyond this model's 64 positions"):
         planned_ids(folder, tmp_path, max_length=65)
 
 
-def test_the_demos_folder_is_one_of_theirs(demo):
-    assert (demo.default_length, demo.max_positions, demo.settings.theirs) == (256, 512, True)
+def test_the_demo_is_a_sentence_transformers_folder(demo):
+    assert (demo.default_length, demo.max_positions, demo.settings.from_sentence_transformers) == (256, 512, True)
 
 
-def test_lower_casing_is_part_of_what_makes_two_runs_the_same(tmp_path):
+def test_lower_casing_changes_the_digest_of_the_tokenizer(tmp_path):
     plain = load_encoder(str(folder_of(tmp_path / "a", {"do_lower_case": False})), device="cpu")
     lower = load_encoder(str(folder_of(tmp_path / "b", {"do_lower_case": True})), device="cpu")
     assert plain.tokenizer_digest() != lower.tokenizer_digest()
 
 
-def test_the_digest_of_a_tokenizer_does_not_depend_on_how_it_was_last_used(demo):
+def test_the_digest_of_a_tokenizer_does_not_depend_on_earlier_calls(demo):
     before = demo.tokenizer_digest()
     demo.tokenizer(["a", "b c"], padding=True, truncation=True, max_length=7)
     assert demo.tokenizer_digest() == before
@@ -125,10 +126,10 @@ def test_the_digest_of_a_tokenizer_does_not_depend_on_how_it_was_last_used(demo)
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"max_seq_length": "16"}, "max_seq_length in sentence_bert_config.json is a whole number"),
-        ({"max_seq_length": -1}, "max_seq_length in sentence_bert_config.json is a whole number"),
-        ({"do_lower_case": "yes"}, "do_lower_case in sentence_bert_config.json is true or false"),
-        ({"tokenizer_args": [1]}, "processor_kwargs in sentence_bert_config.json is a JSON object"),
+        ({"max_seq_length": "16"}, "max_seq_length in sentence_bert_config.json must be a whole number"),
+        ({"max_seq_length": -1}, "max_seq_length in sentence_bert_config.json must be a whole number"),
+        ({"do_lower_case": "yes"}, "do_lower_case in sentence_bert_config.json must be true or false"),
+        ({"tokenizer_args": [1]}, "processor_kwargs in sentence_bert_config.json must be a JSON object"),
         ({"tokenizer_args": {"vocab_file": "/etc/passwd"}}, "processor_kwargs.vocab_file"),
         ({"model_args": {"quantization_config": {}}}, "model_kwargs.quantization_config"),
         ({"model_kwargs": {"gguf_file": "x.gguf"}}, "model_kwargs.gguf_file"),
@@ -138,29 +139,29 @@ def test_the_digest_of_a_tokenizer_does_not_depend_on_how_it_was_last_used(demo)
         ({"tokenizer_name_or_path": "another/model"}, "tokenizer_name_or_path"),
     ],
 )
-def test_settings_that_cannot_be_followed_are_refused_by_name_before_anything_is_loaded(tmp_path, settings, words):
+def test_unsupported_settings_are_refused_by_name_before_loading(tmp_path, settings, words):
     folder = folder_of(tmp_path / "model", settings)
     with pytest.raises(Refusal) as refused:
         check_model_name(str(folder))
     assert words in str(refused.value)
 
 
-def test_options_of_the_configuration_reach_the_model(tmp_path):
+def test_configuration_options_reach_the_model(tmp_path):
     folder = folder_of(tmp_path / "model", {"config_args": {"layer_norm_eps": 0.25}})
     model: Any = load_encoder(str(folder), device="cpu").model
     assert model.config.layer_norm_eps == 0.25
 
 
-def test_code_is_never_trusted_because_a_folder_says_so(tmp_path):
+def test_a_folder_can_not_make_its_code_trusted(tmp_path):
     section = {"trust_remote_code": True, "revision": "other", "cache_dir": "/nowhere"}
     names = ("model_args", "tokenizer_args", "config_args")
     folder = folder_of(tmp_path / "model", dict.fromkeys(names, section))
-    settings = read_text_settings(in_folder(folder), in_folder(folder))
+    settings = read_text_settings(folder_lookup(folder), folder_lookup(folder))
     assert (dict(settings.tokenizer_options), dict(settings.config_options)) == ({}, {})
 
 
 @pytest.mark.parametrize(
-    ("name", "held", "words"),
+    ("name", "content", "words"),
     [
         (
             "config_sentence_transformers.json",
@@ -170,15 +171,15 @@ def test_code_is_never_trusted_because_a_folder_says_so(tmp_path):
         (
             SETTINGS[0],
             {"query_expansion": {"length": 32}, "document_length": 100},
-            "says document_length, query_expansion",
+            "sets document_length, query_expansion",
         ),
         (SETTINGS[0], {"modality_config": {"message": {}}}, "chat template"),
-        (SETTINGS[0], {"colour": "blue"}, "says colour, which attlas does not know"),
+        (SETTINGS[0], {"colour": "blue"}, "sets colour, which attlas does not know"),
     ],
 )
-def test_what_is_not_done_is_said_and_stands_in_the_manifest(tmp_path, name, held, words):
+def test_ignored_settings_are_noted_and_recorded_in_the_manifest(tmp_path, name, content, words):
     folder = folder_of(tmp_path / "model", None)
-    (folder / name).write_text(json.dumps(held))
+    (folder / name).write_text(json.dumps(content))
     corpus = tmp_path / "text.txt"
     corpus.write_text("the cat sat on the mat")
     job = prepare(RunOptions(model=str(folder), corpus=str(corpus), out=tmp_path / "out", device="cpu"))
@@ -194,7 +195,7 @@ def test_what_is_not_done_is_said_and_stands_in_the_manifest(tmp_path, name, hel
 @pytest.mark.parametrize(
     "prompts", [{"prompts": {"query": ""}, "default_prompt_name": "query"}, {"prompts": {"q": "x"}}]
 )
-def test_prompts_of_single_calls_are_no_note(tmp_path, prompts):
+def test_prompts_that_are_not_the_default_are_not_noted(tmp_path, prompts):
     folder = folder_of(tmp_path / "model", None)
     (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     assert load_encoder(str(folder), device="cpu").settings.notes == ()
@@ -204,11 +205,11 @@ def test_prompts_of_single_calls_are_no_note(tmp_path, prompts):
 def test_a_transformer_outside_its_folder_is_refused(tmp_path, place):
     folder = folder_of(tmp_path / "model", None)
     (folder / "modules.json").write_text(json.dumps([{"type": TRANSFORMER, "path": place}]))
-    with pytest.raises(Refusal, match="a module lies inside its folder"):
+    with pytest.raises(Refusal, match="a module must be inside its folder"):
         check_model_name(str(folder))
 
 
-def test_an_adapter_in_place_of_a_transformer_is_refused_with_what_to_do(tmp_path):
+def test_an_adapter_in_place_of_a_transformer_is_refused_with_advice(tmp_path):
     folder = folder_of(tmp_path / "model", None, place="0_Transformer")
     inside = folder / "0_Transformer"
     (inside / "config.json").unlink()
@@ -217,12 +218,12 @@ def test_an_adapter_in_place_of_a_transformer_is_refused_with_what_to_do(tmp_pat
         check_model_name(str(folder))
 
 
-def test_settings_of_a_folder_without_modules_are_read_too(tmp_path):
+def test_settings_are_read_without_modules_json(tmp_path):
     folder = folder_of(tmp_path / "model", {"max_seq_length": 16}, place="0_Transformer")
     assert load_encoder(str(folder / "0_Transformer"), device="cpu").default_length == 16
 
 
-def test_a_plain_folder_takes_the_least_that_model_and_tokenizer_say(tmp_path):
+def test_the_default_length_of_any_other_folder_is_the_smallest_limit(tmp_path):
     tokenizer = words()
     tokenizer.model_max_length = 24
     save(model_of("bert", max_position_embeddings=64), tmp_path / "a", tokenizer)

@@ -1,4 +1,4 @@
-"""Why a model's tokenizer can't be loaded, in words that say what to do; and the token types that it gives."""
+"""Refusals of tokenizers that can't be loaded, limits of positions, and token types."""
 
 import importlib.util
 import json
@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import XLNetConfig, XLNetModel, XLNetTokenizer
 
-from extract.encoder import load_encoder
 from extract.errors import Refusal
-from extract.fed import fed_texts
+from extract.model.encoder import load_encoder
+from extract.model.measured_model import examine_text_model
+from extract.model.positions import max_positions
 from extract.pipeline import RunOptions, finish, measure_shards, prepare
 from extract.planning import special_tokens
-from extract.positions import max_positions
 from tests.extract.checkpoints import model_of, save, tokenizer_of
 from tests.oracles import head_columns
 
@@ -62,7 +62,7 @@ def test_a_sentencepiece_model_needs_the_packages_that_read_it(tmp_path, capfd, 
     stated = {} if kind is None else {"tokenizer_class": kind}
     message = refusal_of(folder_with(tmp_path / "m", family, files, **stated))
     assert "pip install sentencepiece" in message and "tiktoken" not in message
-    assert "tiktoken" not in capfd.readouterr().err.lower()  # what transformers logs of its tries would mislead
+    assert "tiktoken" not in capfd.readouterr().err.lower()  # transformers' log of its attempts is misleading
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_sentencepiece_model_needs_the_packages_that_read_it(tmp_path, capfd, 
         ("tiktoken", "tiktoken", "llama", {"tokenizer.model": b"IQ== 0\nIg== 1\n"}, None),
     ],
 )
-def test_a_package_that_is_missing_is_named_with_what_to_do(tmp_path, package, module, family, files, kind):
+def test_a_missing_package_is_named_with_how_to_install_it(tmp_path, package, module, family, files, kind):
     if not missing(module):
         pytest.skip(f"{module} is installed")
     stated = {} if kind is None else {"tokenizer_class": kind, "word_tokenizer_type": "mecab"}
@@ -86,9 +86,9 @@ def test_a_package_that_is_missing_is_named_with_what_to_do(tmp_path, package, m
 @pytest.mark.parametrize(
     ("files", "stated", "words"),
     [
-        ({}, {}, "save it into the same folder"),
+        ({}, {}, "save it to the same folder"),
         ({"tokenizer.json": b"{"}, {}, "tokenizer.json must be JSON"),
-        ({"tokenizer.json": b"{}"}, {}, "can't be read as one"),
+        ({"tokenizer.json": b"{}"}, {}, "can't be loaded"),
         ({"tokenizer.json": b'{"model": {"type": "Nothing"}}'}, {}, "copy or save it again"),
         ({"vocab.txt": b"a\nb\n"}, {"tokenizer_class": "NoSuchTokenizer"}, "names NoSuchTokenizer, which transformers"),
         (
@@ -98,12 +98,12 @@ def test_a_package_that_is_missing_is_named_with_what_to_do(tmp_path, package, m
         ),
     ],
 )
-def test_files_that_make_no_tokenizer_are_refused_for_what_they_are(tmp_path, files, stated, words):
+def test_invalid_tokenizer_files_are_refused_with_the_reason(tmp_path, files, stated, words):
     message = refusal_of(folder_with(tmp_path / "m", "bert", files, **stated))
     assert words in message and "sentencepiece" not in message
 
 
-def test_weights_that_need_a_package_to_be_unpacked_say_which(tmp_path):
+def test_a_missing_package_for_quantized_weights_is_named(tmp_path):
     if not missing("gptqmodel"):
         pytest.skip("gptqmodel is installed")
     folder = save(model_of("llama"), tmp_path / "m")
@@ -121,7 +121,7 @@ def test_weights_that_need_a_package_to_be_unpacked_say_which(tmp_path):
     ("family", "changes", "limit"),
     [
         ("bert", {"max_position_embeddings": 64}, 64),
-        ("roberta", {}, 129),  # one row is that of padding
+        ("roberta", {}, 129),  # one row is for padding
         ("gpt2", {"n_positions": 96}, 96),
         ("llama", {"max_position_embeddings": 4096}, 4096),
         ("t5", {"n_positions": 512}, None),
@@ -130,19 +130,19 @@ def test_weights_that_need_a_package_to_be_unpacked_say_which(tmp_path):
         ("mpnet", {"max_position_embeddings": 50}, 48),  # whose first position is 2
     ],
 )
-def test_the_limit_is_that_of_absolute_positions(family, changes, limit):
+def test_the_limit_is_the_number_of_absolute_positions(family, changes, limit):
     assert max_positions(model_of(family, **changes)) == limit
 
 
 @pytest.mark.parametrize("stated", [-1, 0, None, 10**30, 1e30])
-def test_numbers_that_say_no_limit_are_none(stated):
+def test_placeholder_lengths_mean_no_limit(stated):
     model = model_of("llama")
     object.__setattr__(model.config, "max_position_embeddings", stated)
     assert max_positions(model) is None
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("bloom", None), ("mpt", None), ("xlnet", None), ("falcon", None)])
-def test_families_without_positions_have_no_limit(kind, limit):
+def test_families_without_absolute_positions_have_no_limit(kind, limit):
     import transformers
 
     sizes = {
@@ -155,7 +155,7 @@ def test_families_without_positions_have_no_limit(kind, limit):
     assert max_positions(transformers.AutoModel.from_config(config)) == limit
 
 
-def test_a_limit_stated_in_a_part_of_the_configuration_counts():
+def test_a_limit_in_a_sub_configuration_applies():
     import transformers
 
     tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
@@ -178,7 +178,7 @@ def xlnet(folder: Path, *, types: bool = True) -> Path:
 
 
 def typed_bert(folder: Path, **changes: Any) -> Path:
-    """A BERT whose tokenizer gives its last token a type of its own."""
+    """A BERT whose tokenizer gives text and special tokens different types."""
     from tokenizers import processors
 
     tokenizer = tokenizer_of()
@@ -204,9 +204,9 @@ def heads_of(folder: Path, tmp_path: Path, texts: list[str], **options) -> dict[
 
 
 def entropy_of(pattern: torch.Tensor) -> float:
-    found = head_columns(pattern.numpy())["entropy_nats"]
-    assert found is not None
-    return found
+    entropy = head_columns(pattern.numpy())["entropy_nats"]
+    assert entropy is not None
+    return entropy
 
 
 @pytest.mark.parametrize(
@@ -216,13 +216,13 @@ def entropy_of(pattern: torch.Tensor) -> float:
         (typed_bert, ["The cat sat on the mat, and the cat", "every token", "what was skipped is counted"]),
     ],
 )
-def test_a_run_gives_the_model_the_token_types_of_its_tokenizer(tmp_path, build, texts):
+def test_a_run_passes_the_tokenizers_token_types_to_the_model(tmp_path, build, texts):
     folder = build(tmp_path / "model")
     rows = heads_of(folder, tmp_path, texts, max_length=32)
     encoder = load_encoder(str(folder), device="cpu")
     eager: Any = encoder.model.double()
     eager.set_attn_implementation("eager")
-    differ = 0.0
+    largest_difference = 0.0
     for number, text in enumerate(texts):
         given = encoder.tokenizer(text, return_tensors="pt")
         with torch.no_grad():
@@ -233,27 +233,27 @@ def test_a_run_gives_the_model_the_token_types_of_its_tokenizer(tmp_path, build,
             for head in range(pattern.shape[1]):
                 wanted, other = (entropy_of(p[0, head]) for p in (pattern, without[layer]))
                 assert rows[number, layer, head]["entropy_nats"] == pytest.approx(wanted, abs=1e-5)
-                differ = max(differ, abs(other - wanted))
-    assert differ > 1e-2  # with no types it would be another pattern
+                largest_difference = max(largest_difference, abs(other - wanted))
+    assert largest_difference > 1e-2  # without the types the pattern differs
 
 
-def test_every_window_has_the_types_of_a_text(tmp_path):
+def test_every_window_has_the_types_of_a_complete_text(tmp_path):
     tokenizer = load_encoder(str(typed_bert(tmp_path / "model")), device="cpu").tokenizer
     special = special_tokens(tokenizer)
     assert special.types_of(5).tolist() == [0, 1, 1, 1, 0]
     assert special.types_of(3).tolist() == tokenizer("cat")["token_type_ids"]
 
 
-def test_a_tokenizer_without_types_gives_the_model_none(tmp_path):
+def test_a_model_gets_no_types_from_a_tokenizer_without_them(tmp_path):
     encoder = load_encoder(str(xlnet(tmp_path / "model", types=False)), device="cpu")
-    fed = fed_texts(encoder.model, encoder.tokenizer, stacks="encoder", device=encoder.device)
-    assert fed.named_inputs == ["input_ids", "attention_mask"]
+    measured = examine_text_model(encoder.model, encoder.tokenizer, stacks="encoder", device=encoder.device)
+    assert measured.input_names == ["input_ids", "attention_mask"]
 
 
-def test_types_beyond_the_models_table_are_refused_before_any_work(tmp_path):
+def test_types_beyond_the_models_table_are_refused(tmp_path):
     encoder = load_encoder(str(typed_bert(tmp_path / "model", type_vocab_size=1)), device="cpu")
     with pytest.raises(Refusal, match="BertModel has 1, and its tokenizer gives type 1"):
-        fed_texts(encoder.model, encoder.tokenizer, stacks="encoder", device=encoder.device)
+        examine_text_model(encoder.model, encoder.tokenizer, stacks="encoder", device=encoder.device)
 
 
 def test_a_model_without_a_limit_runs_at_any_length(tmp_path):

@@ -1,6 +1,6 @@
-"""Token classes: what kind of token each id is, judged by its text, for every way in which a vocabulary spells text.
+"""Token classes follow from a token's text, for every way in which a vocabulary spells text.
 
-The tables are written by hand. The tokenizers are real ones, built small.
+The expected tables are written by hand; the tokenizers are small but real.
 """
 
 import unicodedata
@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from extract.engines.quantities import TOKEN_CLASSES
-from extract.tokens import class_sizes, token_classes
-from extract.vocabulary import vocabulary_entries
+from extract.model.token_classes import class_sizes, token_classes
+from extract.model.vocabulary import vocabulary_entries
 
 # one letter for each class
 LETTERS = {
@@ -64,7 +64,7 @@ def byte_level(table):
 
 
 def byte_level_after_a_split(table):
-    """As in Llama 3 and Qwen: ByteLevel is one step of several, and nothing decodes."""
+    """As in Llama 3 and Qwen: ByteLevel is one of several steps, and there is no decoder."""
     raw = Tokenizer(models.BPE(numbered(table), []))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -79,7 +79,7 @@ def unigram(table):
 
 
 def llama(table):
-    """As in Llama 2 and Gemma: spaces are replaced before, and put back by a sequence of decoders."""
+    """As in Llama 2 and Gemma: a normalizer replaces spaces, and a sequence of decoders restores them."""
     raw = Tokenizer(models.BPE(numbered(table), [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     raw.decoder = decoders.Sequence(
@@ -104,7 +104,7 @@ def word_ends(table):
 
 
 def clip(table):
-    """Bytes in letters and a mark behind a word."""
+    """Byte-level spelling with a mark at the end of a word."""
     raw = Tokenizer(models.BPE(numbered(table), [], end_of_word_suffix="</w>"))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return fast(raw)
@@ -117,7 +117,7 @@ def whole_words(table):
 
 
 def characters(table):
-    """No mark of any kind: what a token is, its decoder says."""
+    """No marks: only the decoder determines the text of a token."""
     raw = Tokenizer(models.BPE(numbered(table), [], byte_fallback=True))
     raw.decoder = decoders.Sequence([decoders.Replace("¶", "\n"), decoders.ByteFallback()])
     return fast(raw)
@@ -130,7 +130,7 @@ def xlnet(table):
 
 
 MARKED = {"▁": "_", "▁▁▁▁": "_", "▁\n": "_", "\t": "_", "\u00a0": "_", "\u3000": "_", "▁the": "W", "ing": "w"}
-OF_SENTENCEPIECE = {
+SENTENCEPIECE_TABLE = {
     **MARKED,
     "▁.": ".",
     "—": ".",
@@ -141,7 +141,7 @@ OF_SENTENCEPIECE = {
     "’s": "w",
     "▁日本": "W",
 }
-OF_BYTES = {
+BYTE_LEVEL_TABLE = {
     **SPECIAL,
     "Ċ": "_",
     "ĊĊ": "_",
@@ -149,14 +149,14 @@ OF_BYTES = {
     "ĠĠĠĠ": "_",
     "čĊ": "_",
     "ĉ": "_",
-    "Âł": "_",  # a space that does not break
-    "ãĢĢ": "_",  # an ideographic one
+    "Âł": "_",  # a no-break space
+    "ãĢĢ": "_",  # an ideographic space
     "Ġthe": "W",
     "ĊThe": "W",
     "the": "w",
     "Ã©t": "w",  # ét
     "ĠÃ©t": "W",
-    "Ã": "w",  # bytes that are no whole character
+    "Ã": "w",  # bytes that form no whole character
     "©": "w",
     "ĠÃ": "W",
     "Ġ.": ".",
@@ -189,14 +189,14 @@ KINDS = {
         },
     ),
     "wordpiece without a decoder": (wordpiece_without_a_decoder, {**SPECIAL, "the": "W", "##ing": "w", "##!": "."}),
-    "byte-level": (byte_level, OF_BYTES),
-    "byte-level after a split": (byte_level_after_a_split, OF_BYTES),
+    "byte-level": (byte_level, BYTE_LEVEL_TABLE),
+    "byte-level after a split": (byte_level_after_a_split, BYTE_LEVEL_TABLE),
     "unigram": (
         unigram,
-        {**SPECIAL, **OF_SENTENCEPIECE, "<0x0A>": "_", "<0x20>": "_", "<0x2E>": ".", "<0x37>": "1", "<0x41>": "w"}
+        {**SPECIAL, **SENTENCEPIECE_TABLE, "<0x0A>": "_", "<0x20>": "_", "<0x2E>": ".", "<0x37>": "1", "<0x41>": "w"}
         | {"<0xC3>": "w", "<0x00>": "w"},
     ),
-    "llama": (llama, {**SPECIAL, **OF_SENTENCEPIECE, "<0x0A>": "_", "<0x0D>": "_", "<0xE2>": "w", "<0x2C>": "."}),
+    "llama": (llama, {**SPECIAL, **SENTENCEPIECE_TABLE, "<0x0A>": "_", "<0x0D>": "_", "<0xE2>": "w", "<0x2C>": "."}),
     "another mark for spaces": (another_mark, {**SPECIAL, "_": "_", "__": "_", "_the": "W", "the": "w", "▁": "."}),
     "marks behind words": (
         word_ends,
@@ -214,19 +214,19 @@ KINDS = {
     "xlnet": (
         xlnet,
         {"<unk>": "x", "<s>": "b", "</s>": "s", "<cls>": "b", "<sep>": "s", "<pad>": "x", "<mask>": "x", "<eop>": "x"}
-        | {"<eod>": "x", **OF_SENTENCEPIECE},
+        | {"<eod>": "x", **SENTENCEPIECE_TABLE},
     ),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_class_is_that_of_the_text_and_not_of_its_spelling(kind):
+def test_a_class_depends_on_the_text_and_not_its_spelling(kind):
     build, table = KINDS[kind]
     tokenizer = build(table)
     classes = token_classes(tokenizer)
-    found = {token: TOKEN_CLASSES[classes[number]] for token, number in tokenizer.get_vocab().items()}
+    actual = {token: TOKEN_CLASSES[classes[number]] for token, number in tokenizer.get_vocab().items()}
     wanted = {token: LETTERS[letter] for token, letter in table.items()}
-    assert {token: found[token] for token in wanted} == wanted
+    assert {token: actual[token] for token in wanted} == wanted
 
 
 @pytest.mark.parametrize(
@@ -236,19 +236,19 @@ def test_a_class_is_that_of_the_text_and_not_of_its_spelling(kind):
         (llama, {"▁▁▁": "whitespace", "\n\n": "whitespace"}),
     ],
 )
-def test_added_tokens_are_text_as_it_is(build, added):
+def test_added_tokens_stand_for_their_own_text(build, added):
     tokenizer = build({**SPECIAL, "Ġa": "W", "▁a": "W"})
     classes = token_classes(tokenizer)
     assert {token: TOKEN_CLASSES[classes[tokenizer.get_vocab()[token]]] for token in added} == added
 
 
-def test_an_added_token_that_is_marked_as_special_is_special():
+def test_an_added_token_marked_as_special_is_special():
     tokenizer = wordpiece({**SPECIAL, "the": "W"})
     tokenizer.backend_tokenizer.add_special_tokens(["<|header|>"])
     tokenizer.add_tokens(["covid"])
     classes = token_classes(tokenizer)
-    of = {token: TOKEN_CLASSES[classes[number]] for token, number in tokenizer.get_vocab().items()}
-    assert (of["<|header|>"], of["covid"]) == ("special", "word_start")
+    class_of = {token: TOKEN_CLASSES[classes[number]] for token, number in tokenizer.get_vocab().items()}
+    assert (class_of["<|header|>"], class_of["covid"]) == ("special", "word_start")
 
 
 @pytest.mark.slow
@@ -282,7 +282,7 @@ def test_marks_of_a_vocabulary_written_in_python(tmp_path):
     assert names == ["special", "subword", "word_start", "punctuation", "number", "punctuation"]
 
 
-def test_names_for_line_ends_are_read_by_the_tokenizer_itself(tmp_path):
+def test_names_for_white_space_are_converted_by_the_tokenizer(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(["<|endoftext|>", "日", "<SP>", "<BR>", "<TAB>", "。", "7"]))
     (tmp_path / "emoji.json").write_text('{"emoji": {}, "emoji_inv": {}}')
     tokenizer = GPTNeoXJapaneseTokenizer(
@@ -292,18 +292,17 @@ def test_names_for_line_ends_are_read_by_the_tokenizer_itself(tmp_path):
     assert names == ["subword", "whitespace", "whitespace", "whitespace", "punctuation", "number"]
 
 
-def test_every_token_of_a_real_vocabulary_has_the_text_that_it_decodes_to(demo):
+def test_texts_of_a_real_vocabulary_match_its_decoder(demo):
     tokenizer = demo.tokenizer
     anchor = tokenizer.convert_tokens_to_ids("a")
     entries = vocabulary_entries(tokenizer)
     numbers = [n for n in range(0, len(entries), 7) if n not in tokenizer.all_special_ids]
-    said = tokenizer.backend_tokenizer.decode_batch([[anchor, n] for n in numbers], skip_special_tokens=False)
-    for number, text in zip(numbers, said, strict=True):
+    decoded = tokenizer.backend_tokenizer.decode_batch([[anchor, n] for n in numbers], skip_special_tokens=False)
+    for number, text in zip(numbers, decoded, strict=True):
         assert text[1:].strip() == entries[number].text, number
 
 
-def test_classes_agree_with_unicode_on_every_byte_level_token_that_is_whole(tmp_path):
-    """Against the decoder of the tokenizer: a trained vocabulary, judged by what `decode` gives."""
+def test_classes_of_a_trained_byte_level_vocabulary_follow_from_decoded_text(tmp_path):
     from tests.extract.test_planning import gpt2_like
 
     tokenizer = gpt2_like(["def f(x):\n\n    return x + 1  # naïve café\t…\n"] * 3)
@@ -327,7 +326,7 @@ def test_classes_agree_with_unicode_on_every_byte_level_token_that_is_whole(tmp_
         assert TOKEN_CLASSES[classes[number]] == wanted, text
 
 
-def test_the_size_of_each_class_leaves_out_ids_without_a_token():
+def test_class_sizes_leave_out_ids_without_a_token():
     tokenizer = wordpiece({"<s>": "b", "</s>": "s", "<unk>": "x", "the": "W", "##ing": "w"})
     assert class_sizes(tokenizer, token_classes(tokenizer)) == dict.fromkeys(TOKEN_CLASSES, 0) | {
         "bos": 1,
@@ -338,8 +337,8 @@ def test_the_size_of_each_class_leaves_out_ids_without_a_token():
     }
 
 
-def test_classes_are_indices_for_every_id():
-    tokenizer = byte_level(OF_BYTES)
+def test_every_id_has_a_class():
+    tokenizer = byte_level(BYTE_LEVEL_TABLE)
     classes = token_classes(tokenizer)
     assert classes.dtype == np.int8
     assert len(classes) == len(tokenizer)

@@ -1,4 +1,4 @@
-"""Prefect for tests: a home of their own, one test server for the quick ones, one real server for the slow ones."""
+"""Prefect for tests: a separate home, one test server for the quick tests, one real server for the slow ones."""
 
 import os
 import socket
@@ -22,8 +22,8 @@ PROSE = (
 
 @pytest.fixture(scope="session")
 def prefect_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment for everything that speaks to Prefect; set for this process too, before Prefect is imported."""
-    ours = {
+    """The environment for everything that uses Prefect, also set in this process before Prefect is imported."""
+    settings = {
         "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
@@ -32,9 +32,9 @@ def prefect_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         "HF_HUB_OFFLINE": "1",
     }
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ours.items():
+        for name, value in settings.items():
             patch.setenv(name, value)
-        yield {**os.environ, **ours}
+        yield {**os.environ, **settings}
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def test_server(prefect_environment: dict[str, str]) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_server(prefect_environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """`prefect server start`, with its scheduler; the environment that points at it."""
+    """`prefect server start`, with its scheduler; the environment that refers to it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -96,7 +96,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def part_bytes(dataset: Path) -> dict[str, bytes]:
-    """Every part of a dataset, by its path within it."""
+    """The bytes of all parts of a dataset, by path."""
     return {str(p.relative_to(dataset)): p.read_bytes() for p in sorted(dataset.rglob("*.parquet"))}
 
 
@@ -105,11 +105,12 @@ Ended = tuple[int, str, str]
 
 @pytest.fixture
 def attlas(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run the command line in this process; returns exit code, standard output and standard error."""
     from flows.cli import exit_code
 
-    def ended(*arguments: object) -> Ended:
+    def run(*arguments: object) -> Ended:
         code = exit_code([str(a) for a in arguments])
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
-    return ended
+    return run

@@ -1,7 +1,7 @@
-"""`python -m tests.flows.killing SIGNAL EVENT PART N ARGUMENTS`: attlas, signalled at a chosen moment.
+"""`python -m tests.flows.killing SIGNAL EVENT PART N ARGUMENTS`: run attlas and signal it at a chosen moment.
 
-The moment is the N-th time that Python reports an EVENT (of `sys.addaudithook`: "os.rename", "open", …) about a path with
-PART in it, just before it happens.
+The signal is sent just before the N-th audit EVENT of Python (`sys.addaudithook`: "os.rename", "open", …) on a path that
+contains PART.
 """
 
 import os
@@ -11,14 +11,14 @@ from itertools import count
 from typing import Any
 
 
-def main(chosen: signal.Signals, event: str, part: str, number: int) -> None:
-    happened = count(1)
+def main(signal_to_send: signal.Signals, event: str, part: str, number: int) -> None:
+    matches = count(1)
 
-    def send(name: str, facts: tuple[Any, ...]) -> None:
+    def send(name: str, arguments: tuple[Any, ...]) -> None:
         if name == event:
-            paths = [os.fspath(fact) for fact in facts if isinstance(fact, str | os.PathLike)]
-            if any(part in path for path in paths) and next(happened) == number:
-                os.kill(os.getpid(), chosen)
+            paths = [os.fspath(a) for a in arguments if isinstance(a, str | os.PathLike)]
+            if any(part in path for path in paths) and next(matches) == number:
+                os.kill(os.getpid(), signal_to_send)
 
     sys.addaudithook(send)
     from flows.cli import main

@@ -1,4 +1,4 @@
-"""The address of a Prefect server: what answers there, if anything, is found out before any work."""
+"""The address of a Prefect server is checked before any work."""
 
 import http.server
 import json
@@ -19,8 +19,8 @@ Answer = tuple[int, str]
 
 
 @contextmanager
-def answering(status: int, body: str, *, certificate: Path | None = None) -> Iterator[str]:
-    """A server that answers everything alike; its address."""
+def server_answering(status: int, body: str, *, certificate: Path | None = None) -> Iterator[str]:
+    """A server with the same answer to every request; yields its address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -42,18 +42,18 @@ def answering(status: int, body: str, *, certificate: Path | None = None) -> Ite
 
 
 @contextmanager
-def said_of(url: str, **others: str) -> Iterator[pytest.ExceptionInfo[Refusal]]:
-    """The refusal of this address, which must name it."""
+def refusal_of(url: str, **others: str) -> Iterator[pytest.ExceptionInfo[Refusal]]:
+    """The refusal of an address, which must name the address."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.api import refuse_silent_api
+    from flows.api import refuse_unreachable_server
 
     with temporary_settings({PREFECT_API_URL: url}), pytest.raises(Refusal) as refused:
-        refuse_silent_api()
-    said = str(refused.value)
-    assert url in said
-    assert "PREFECT_API_URL" in said and "for a temporary server" in said
-    assert "\n" not in said
+        refuse_unreachable_server()
+    message = str(refused.value)
+    assert url in message
+    assert "PREFECT_API_URL" in message and "to use a temporary server" in message
+    assert "\n" not in message
     yield refused
 
 
@@ -66,76 +66,79 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ((200, "<html>It works!</html>"), "answers as no Prefect server does"),
-        ((404, "not found"), r"status 404\); its address ends in /api"),
+        ((200, "<html>It works!</html>"), "does not answer as a Prefect server"),
+        ((404, "not found"), r"status 404\); check that the address ends in /api"),
         ((401, json.dumps({"exception_message": "Unauthorized"})), "PREFECT_API_AUTH_STRING or PREFECT_API_KEY"),
         ((403, "{}"), "PREFECT_API_AUTH_STRING or PREFECT_API_KEY"),
         ((500, "{}"), "status 500"),
-        ((200, json.dumps("2.20.1")), "major version of Prefect here"),
+        ((200, json.dumps("2.20.1")), "same major version as Prefect here"),
     ],
 )
-def test_what_answers_as_no_prefect_server_is_refused(answer: Answer, words: str) -> None:
-    with answering(*answer) as url, said_of(url) as refused:
+def test_a_server_that_is_not_prefect_is_refused(answer: Answer, words: str) -> None:
+    with server_answering(*answer) as url, refusal_of(url) as refused:
         refused.match(words)
 
 
-def test_an_address_where_nothing_listens_is_refused_with_how_to_start_a_server() -> None:
-    with said_of(f"http://127.0.0.1:{free_port()}/api") as refused:
+def test_an_address_without_a_server_is_refused_with_how_to_start_one() -> None:
+    with refusal_of(f"http://127.0.0.1:{free_port()}/api") as refused:
         refused.match("prefect server start")
 
 
-def test_a_server_that_accepts_and_never_answers_is_not_waited_for() -> None:
+def test_a_server_that_never_answers_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/api"
-        with said_of(url) as refused:
+        with refusal_of(url) as refused:
             refused.match("does not answer within 4 s")
 
 
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:4200/api", "localhost:4200", "ftp://host/api", "http://", "http://host:port/api"]
 )
-def test_what_is_no_address_is_refused_at_once(address: str) -> None:
-    with said_of(address) as refused:
-        refused.match("is an address such as http://127.0.0.1:4200/api")
+def test_an_invalid_address_is_refused(address: str) -> None:
+    with refusal_of(address) as refused:
+        refused.match("must be an address such as http://127.0.0.1:4200/api")
 
 
-def test_a_host_without_a_name_is_refused() -> None:
-    with said_of("http://nowhere.invalid:4200/api") as refused:
+def test_an_unknown_host_is_refused() -> None:
+    with refusal_of("http://nowhere.invalid:4200/api") as refused:
         refused.match("does not answer")
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused_with_the_setting(tmp_path: Path) -> None:
-    with answering(200, json.dumps("3.0.0"), certificate=self_signed(tmp_path)) as url, said_of(url) as refused:
+def test_an_untrusted_certificate_is_refused_with_the_setting(tmp_path: Path) -> None:
+    with (
+        server_answering(200, json.dumps("3.0.0"), certificate=self_signed(tmp_path)) as url,
+        refusal_of(url) as refused,
+    ):
         refused.match("PREFECT_API_SSL_CERT_FILE")
 
 
-def test_a_server_without_tls_is_refused_by_its_https_address() -> None:
-    with answering(200, json.dumps("3.0.0")) as url, said_of(url.replace("http:", "https:")) as refused:
-        refused.match("does not speak TLS; write http://")
+def test_an_https_address_of_a_server_without_tls_is_refused() -> None:
+    with server_answering(200, json.dumps("3.0.0")) as url, refusal_of(url.replace("http:", "https:")) as refused:
+        refused.match("does not use TLS; replace https:// with http://")
 
 
 def test_a_password_in_the_address_is_not_repeated() -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.api import refuse_silent_api
+    from flows.api import refuse_unreachable_server
 
-    with answering(404, "") as url:
+    with server_answering(404, "") as url:
         with_password = url.replace("//", "//user:secret@")
         with temporary_settings({PREFECT_API_URL: with_password}), pytest.raises(Refusal) as refused:
-            refuse_silent_api()
+            refuse_unreachable_server()
     assert "secret" not in str(refused.value)
 
 
-def test_a_server_of_this_version_is_taken_and_so_is_none() -> None:
+def test_a_server_of_this_version_or_none_is_accepted() -> None:
     import prefect
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.api import refuse_silent_api
+    from flows.api import refuse_unreachable_server
 
-    with answering(200, json.dumps(prefect.__version__)) as url, temporary_settings({PREFECT_API_URL: url}):
-        refuse_silent_api()
+    with server_answering(200, json.dumps(prefect.__version__)) as url, temporary_settings({PREFECT_API_URL: url}):
+        refuse_unreachable_server()
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        refuse_silent_api()
+        refuse_unreachable_server()
 
 
 def test_a_run_and_a_schedule_are_refused_before_any_work(
@@ -145,7 +148,7 @@ def test_a_run_and_a_schedule_are_refused_before_any_work(
 
     file = tmp_path / "nightly.toml"
     file.write_text(f'model = "demo"\ncorpus = "{corpus}"\nout = "data"\n')
-    with answering(404, "") as url, temporary_settings({PREFECT_API_URL: url}):
+    with server_answering(404, "") as url, temporary_settings({PREFECT_API_URL: url}):
         for command in (("run", file), ("serve", file, "--interval", 60)):
             code, _, err = attlas(*command)
             assert code == 2 and url in err
@@ -169,10 +172,10 @@ def self_signed(folder: Path) -> Path:
         .not_valid_after(datetime.now(UTC) + timedelta(days=1))
         .sign(key, hashes.SHA256())
     )
-    plain = serialization.NoEncryption()
+    unencrypted = serialization.NoEncryption()
     file = folder / "certificate.pem"
     file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, unencrypted)
         + certificate.public_bytes(serialization.Encoding.PEM)
     )
     return file

@@ -1,4 +1,4 @@
-"""Bad input: one clear line on standard error, exit code 2, and nothing written."""
+"""Invalid input gives one clear line on standard error and exit code 2, and writes nothing."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def test_help_lists_the_commands(attlas: Callable[..., Ended]) -> None:
         assert f"  {command} " in out
 
 
-def test_a_wrong_option_suggests_and_exits_2(attlas: Callable[..., Ended]) -> None:
+def test_a_misspelled_option_is_refused_with_a_suggestion(attlas: Callable[..., Ended]) -> None:
     code, _, err = attlas("run", "--max-lenght", "3")
     assert code == 2
     assert "--max-length" in err
@@ -42,16 +42,16 @@ def test_a_wrong_option_suggests_and_exits_2(attlas: Callable[..., Ended]) -> No
         ("--tokens", "all", "tokens must be one of none, classes, ids, text; got 'all'"),
         ("--corpus", "nowhere", "there is no 'nowhere'"),
         ("--corpus", "nowhere/*.txt", "'nowhere/*.txt' has none"),
-        ("--delimiter", ";", "only CSV and TSV have a delimiter; this corpus is demo"),
-        ("--delimiter", ";;", "delimiter must be one character, no quote and no line end; got ';;'"),
-        ("--encoding", "utf-9", "encoding must be auto or one that Python knows; got 'utf-9'"),
+        ("--delimiter", ";", "delimiter applies to CSV and TSV only; this corpus is demo"),
+        ("--delimiter", ";;", "delimiter must be one character other than a quote or line end; got ';;'"),
+        ("--encoding", "utf-9", "encoding must be auto or a text encoding of Python; got 'utf-9'"),
         ("--model", "./nowhere", "there is no folder ./nowhere"),
         ("--model", "a/b/c", "there is no folder a/b/c"),
         ("--digest-key", "nowhere", "there is none at nowhere"),
-        ("--out", "s3://bucket/x", "the output is a local folder"),
+        ("--out", "s3://bucket/x", "the output must be a local folder"),
     ],
 )
-def test_a_bad_value_is_refused_from_the_command_line_alone(
+def test_an_invalid_value_is_refused_before_any_work(
     attlas: Callable[..., Ended],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -60,13 +60,13 @@ def test_a_bad_value_is_refused_from_the_command_line_alone(
     words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    good = {"--model": "demo", "--corpus": "demo", "--out": "out"}
-    arguments = [part for pair in {**good, option: value}.items() for part in pair]
+    valid = {"--model": "demo", "--corpus": "demo", "--out": "out"}
+    arguments = [part for pair in {**valid, option: value}.items() for part in pair]
     refused(attlas("run", *arguments), words)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_key_in_the_run_file_is_refused_with_the_nearest(
+def test_an_unknown_key_in_the_run_file_is_refused_with_a_suggestion(
     attlas: Callable[..., Ended], tmp_path: Path
 ) -> None:
     file = tmp_path / "run.toml"
@@ -75,7 +75,7 @@ def test_an_unknown_key_in_the_run_file_is_refused_with_the_nearest(
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(attlas: Callable[..., Ended], tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_not_changed(attlas: Callable[..., Ended], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     refused(
         attlas("run", "--model", "demo", "--corpus", "demo", "--out", tmp_path), "holds something else", "thesis.tex"
@@ -83,7 +83,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(attlas: Callable[..., 
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_file_is_no_output_folder(attlas: Callable[..., Ended], tmp_path: Path) -> None:
+def test_a_file_instead_of_an_output_folder_is_refused(attlas: Callable[..., Ended], tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     refused(attlas("run", "--model", "demo", "--corpus", "demo", "--out", tmp_path / "out"), "is a file")
 
@@ -96,7 +96,7 @@ def test_a_digest_key_inside_the_dataset_is_refused(attlas: Callable[..., Ended]
     refused(attlas("run", *arguments), "must stay out of the dataset")
 
 
-# what extraction refuses, seen through the command
+# refusals of extraction
 
 BAD_CORPORA = {
     "empty.txt": (b"", "empty"),
@@ -107,7 +107,7 @@ BAD_CORPORA = {
 
 
 @pytest.mark.parametrize("name", ["column.csv", "column.jsonl"])
-def test_what_the_files_alone_show_is_refused_before_a_model_or_a_server(tmp_path: Path, name: str) -> None:
+def test_invalid_files_are_refused_before_loading_a_model_or_starting_a_server(tmp_path: Path, name: str) -> None:
     from extract.errors import Refusal
     from flows.checks import refuse_bad_paths
     from flows.config import Run
@@ -138,7 +138,7 @@ def test_a_corpus_without_documents_is_refused(attlas: Callable[..., Ended], tmp
         ("lines.jsonl", b'{"text": "fine"}\n{"text": \n', ("lines.jsonl", "2")),
     ],
 )
-def test_strict_ends_at_the_first_bad_document_and_says_where(
+def test_strict_refuses_the_first_invalid_document_with_its_position(
     attlas: Callable[..., Ended], tmp_path: Path, name: str, content: bytes, words: tuple[str, ...]
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -152,7 +152,7 @@ def test_strict_ends_at_the_first_bad_document_and_says_where(
 
 @pytest.mark.usefixtures("test_server")
 @pytest.mark.parametrize(("length", "words"), [(4096, "512"), (2, "special")])
-def test_a_length_that_the_model_cannot_take_is_refused(
+def test_an_impossible_length_is_refused(
     attlas: Callable[..., Ended], tmp_path: Path, corpus: Path, length: int, words: str
 ) -> None:
     out = tmp_path / "out"
@@ -165,7 +165,7 @@ def test_a_length_that_the_model_cannot_take_is_refused(
 
 @pytest.mark.usefixtures("test_server")
 @pytest.mark.parametrize(("file", "words"), [(None, "config.json"), ("pytorch_model.bin", "pickled weights")])
-def test_a_folder_that_is_no_safe_model_is_refused(
+def test_a_folder_without_safetensors_is_refused(
     attlas: Callable[..., Ended], tmp_path: Path, corpus: Path, file: str | None, words: str
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
@@ -180,7 +180,7 @@ def test_a_folder_that_is_no_safe_model_is_refused(
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "report"])
-def test_a_folder_that_is_no_dataset_is_refused(attlas: Callable[..., Ended], tmp_path: Path, command: str) -> None:
+def test_a_folder_without_a_dataset_is_refused(attlas: Callable[..., Ended], tmp_path: Path, command: str) -> None:
     refused(attlas(command, tmp_path), "no manifest.json")
     assert list(tmp_path.iterdir()) == []
 

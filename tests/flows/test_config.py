@@ -1,4 +1,4 @@
-"""The run: one list of options, from which the run file and the command line both follow."""
+"""The options of a run, shared by the run file and the command line."""
 
 import os
 import re
@@ -14,16 +14,16 @@ from flows.config import Run, read_run
 from tests.flows.conftest import ROOT
 
 DEMO = ROOT / "flows" / "runs" / "demo.toml"
-LEAST = {"model": "demo", "corpus": "demo", "out": "out"}
+REQUIRED = {"model": "demo", "corpus": "demo", "out": "out"}
 
 
-def test_every_option_of_the_command_is_a_field_and_every_field_an_option() -> None:
+def test_the_command_has_exactly_the_options_of_a_run() -> None:
     command = typer.main.get_group(app).commands["run"]
     options = {p.name for p in command.params if p.param_type_name == "option"} - {"help"}
     assert options == set(Run.model_fields)
 
 
-def test_the_example_names_every_option_with_its_default() -> None:
+def test_the_example_lists_every_option_with_its_default() -> None:
     text = DEMO.read_text()
     assert set(re.findall(r"^(?:# )?(\w+) = ", text, re.M)) == set(Run.model_fields)
     for name, value in re.findall(r"^# (\w+) = (\"[^\"]*\"|\S+)", text, re.M):
@@ -32,36 +32,36 @@ def test_the_example_names_every_option_with_its_default() -> None:
             assert str(default) == value.strip('"')
 
 
-def test_the_example_is_a_valid_run_into_the_data_folder() -> None:
+def test_the_example_is_a_valid_run() -> None:
     run = read_run(DEMO, {})
     assert (run.model, run.corpus, run.max_length) == ("demo", "demo", 128)
     assert run.out.resolve() == ROOT / "data" / "demo"
 
 
-def test_extraction_takes_the_same_options_with_the_same_defaults() -> None:
+def test_extraction_has_the_same_options_and_defaults() -> None:
     from extract.pipeline import RunOptions
 
-    theirs = {f.name: f.default for f in fields(RunOptions)}
-    ours = {name: MISSING if f.is_required() else f.default for name, f in Run.model_fields.items()}
-    assert ours == theirs
+    extraction = {f.name: f.default for f in fields(RunOptions)}
+    flows = {name: MISSING if f.is_required() else f.default for name, f in Run.model_fields.items()}
+    assert flows == extraction
 
 
 def test_options_reach_extraction_unchanged() -> None:
-    options = read_run(None, {**LEAST, "limit": 3, "tokens": "ids", "strict": True}).options()
+    options = read_run(None, {**REQUIRED, "limit": 3, "tokens": "ids", "strict": True}).options()
     assert (options.out, options.limit, options.tokens, options.strict) == (Path("out"), 3, "ids", True)
 
 
 def test_a_tab_may_be_typed_as_two_characters() -> None:
-    assert read_run(None, {**LEAST, "delimiter": r"\t"}) == read_run(None, {**LEAST, "delimiter": "\t"})
+    assert read_run(None, {**REQUIRED, "delimiter": r"\t"}) == read_run(None, {**REQUIRED, "delimiter": "\t"})
 
 
-def test_a_corpus_whose_name_is_no_text_is_kept_readable_and_opened_by_its_name(tmp_path: Path) -> None:
+def test_a_corpus_with_an_invalid_name_is_stored_escaped_and_opened_by_its_name(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.txt")
-    run = read_run(None, {**LEAST, "corpus": name})
+    run = read_run(None, {**REQUIRED, "corpus": name})
     assert run.corpus == r"caf\xe9.txt"
     assert Run.model_validate_json(run.model_dump_json()).options().corpus == name
     (tmp_path / r"a\xe9.txt").touch()
-    assert read_run(None, {**LEAST, "corpus": str(tmp_path / r"a\xe9.txt")}).options().corpus.endswith(r"/a\xe9.txt")
+    assert read_run(None, {**REQUIRED, "corpus": str(tmp_path / r"a\xe9.txt")}).options().corpus.endswith(r"/a\xe9.txt")
 
 
 def test_paths_in_a_run_file_are_relative_to_its_folder(tmp_path: Path) -> None:
@@ -74,14 +74,14 @@ def test_paths_in_a_run_file_are_relative_to_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("corpus", ["demo", "hub:stanfordnlp/imdb"])
-def test_names_in_a_run_file_are_no_paths(tmp_path: Path, corpus: str) -> None:
+def test_names_in_a_run_file_are_not_paths(tmp_path: Path, corpus: str) -> None:
     file = tmp_path / "run.toml"
     file.write_text(f'model = "google-bert/bert-base-uncased"\ncorpus = "{corpus}"\nout = "data"\n')
     run = read_run(file, {})
     assert (run.model, run.corpus) == ("google-bert/bert-base-uncased", corpus)
 
 
-def test_the_command_line_wins_and_its_paths_are_relative_to_here(tmp_path: Path) -> None:
+def test_the_command_line_takes_precedence_with_paths_relative_to_the_current_folder(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('model = "demo"\ncorpus = "demo"\nout = "data"\nlimit = 5\nstrict = true\n')
     run = read_run(file, {"out": Path("here"), "limit": 2, "strict": False, "stride": None})
@@ -94,7 +94,7 @@ def test_the_command_line_wins_and_its_paths_are_relative_to_here(tmp_path: Path
         ("max_lenght = 128", "has no option 'max_lenght'; did you mean 'max_length'?"),
         ("max-length = 128", "has no option 'max-length'; did you mean 'max_length'?"),
         ("zzz = 1", "has no option 'zzz'; the options are model, corpus, out"),
-        ("limit = -3", "limit must be at least 1; got -3; give a number from 1 on"),
+        ("limit = -3", "limit must be at least 1; got -3; use a larger number"),
         ("limit = 0", "limit must be at least 1; got 0"),
         ("stride = -1", "stride must be at least 0; got -1"),
         ("max_length = -128", "max_length must be at least 1; got -128"),
@@ -108,7 +108,7 @@ def test_the_command_line_wins_and_its_paths_are_relative_to_here(tmp_path: Path
         ('dtype = "float64"', "dtype must be one of auto, float32, float16, bfloat16; got 'float64'"),
     ],
 )
-def test_a_wrong_line_is_named_in_plain_words(tmp_path: Path, line: str, message: str) -> None:
+def test_an_invalid_line_is_refused_in_plain_words(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "run.toml"
     file.write_text(f'model = "demo"\ncorpus = "demo"\nout = "data"\n{line}\n')
     with pytest.raises(Refusal, match=re.escape(message)) as refused:
@@ -116,40 +116,40 @@ def test_a_wrong_line_is_named_in_plain_words(tmp_path: Path, line: str, message
     assert "pydantic" not in str(refused.value)
 
 
-def test_every_wrong_line_is_named_at_once(tmp_path: Path) -> None:
+def test_all_invalid_lines_are_listed(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('model = "demo"\ncorpus = "demo"\nout = "data"\nlimit = -1\nmodle = "x"\n')
     with pytest.raises(Refusal, match=r"limit must be .*; .*did you mean 'model'"):
         read_run(file, {})
 
 
-def test_paths_are_shown_without_detours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_normalized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runs = Path("flows") / "runs"
     runs.mkdir(parents=True)
     (runs / "run.toml").write_text('model = "demo"\ncorpus = "demo"\nout = "../../data/demo"\ndigest_key = "../key"\n')
     run = read_run(runs / "run.toml", {})
     assert (str(run.out), str(run.digest_key)) == ("data/demo", "flows/key")
-    assert str(read_run(None, {**LEAST, "out": "./a/../b"}).out) == "b"
+    assert str(read_run(None, {**REQUIRED, "out": "./a/../b"}).out) == "b"
 
 
-def test_a_detour_over_a_link_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_through_a_link_is_not_normalized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
-    out = read_run(None, {**LEAST, "out": "link/../out"}).out
+    out = read_run(None, {**REQUIRED, "out": "link/../out"}).out
     assert out.resolve() == tmp_path / "elsewhere" / "out"
 
 
-def test_what_a_run_needs_is_said_with_what_it_means() -> None:
+def test_a_missing_option_is_refused_with_its_description() -> None:
     with pytest.raises(Refusal, match="a run needs --corpus: a text, JSONL"):
         read_run(None, {"model": "demo", "out": "x"})
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"model = ", "is TOML"), (b"\xff\xfe", "is TOML"), (None, "there is none at")]
+    ("content", "message"), [(b"model = ", "valid TOML"), (b"\xff\xfe", "valid TOML"), (None, "there is none at")]
 )
-def test_a_run_file_that_is_none_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_an_invalid_run_file_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     file = tmp_path / "run.toml"
     if content is not None:
         file.write_bytes(content)
@@ -157,6 +157,6 @@ def test_a_run_file_that_is_none_is_refused(tmp_path: Path, content: bytes | Non
         read_run(file, {})
 
 
-def test_a_folder_is_no_run_file(tmp_path: Path) -> None:
+def test_a_folder_instead_of_a_run_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="Is a directory"):
         read_run(tmp_path, {})

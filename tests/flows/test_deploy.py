@@ -1,4 +1,4 @@
-"""The schedule's folders and its digest key."""
+"""The folders and digest key of scheduled runs."""
 
 import stat
 from datetime import UTC, datetime, timedelta, timezone
@@ -17,7 +17,7 @@ def run_file(tmp_path: Path) -> Path:
     return file
 
 
-def test_each_time_has_its_folder_in_utc_sorted_by_time(run_file: Path) -> None:
+def test_each_scheduled_time_has_its_own_folder_in_utc(run_file: Path) -> None:
     from flows.deploy import folder_name, run_at
 
     assert run_at(run_file, MOMENT).out == run_file.parent / "data" / "2026-03-01T02-00-05Z"
@@ -25,7 +25,7 @@ def test_each_time_has_its_folder_in_utc_sorted_by_time(run_file: Path) -> None:
     assert folder_name(MOMENT) < folder_name(MOMENT + timedelta(days=250))
 
 
-def test_the_key_is_made_once_for_its_owner_alone_and_beside_the_run_file(run_file: Path) -> None:
+def test_the_key_is_created_once_beside_the_run_file_for_its_owner_only(run_file: Path) -> None:
     from flows.deploy import run_at
 
     key = run_at(run_file, MOMENT).digest_key
@@ -38,7 +38,7 @@ def test_the_key_is_made_once_for_its_owner_alone_and_beside_the_run_file(run_fi
     assert key.read_text() == secret
 
 
-def test_a_key_that_the_run_file_names_is_taken(run_file: Path) -> None:
+def test_the_key_in_the_run_file_is_used(run_file: Path) -> None:
     from flows.deploy import run_at
 
     run_file.write_text(run_file.read_text() + 'digest_key = "own"\n')

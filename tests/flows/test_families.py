@@ -1,4 +1,4 @@
-"""The command line over a model folder of each kind: attention by SDPA, by interface, by hand; a dataset that verifies."""
+"""Runs over saved models that compute attention with SDPA, the attention interface or by hand."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from tests.flows.conftest import Ended
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("test_server")]
 
-# family: the class that is saved, the name of the stack that is measured
+# family: (the saved class, the measured stack)
 FAMILIES = {
     "bert": ("BertForMaskedLM", "encoder"),
     "roberta": ("RobertaForSequenceClassification", "encoder"),
@@ -32,22 +32,22 @@ FAMILIES = {
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """A document longer than a sequence and one that is shorter, so that there is padding."""
+    """One document longer than a sequence and one shorter, for padding."""
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": t}) + "\n" for t in (TEXT, "The cat sat.")))
     return file
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_over_a_saved_model_gives_a_dataset_that_verifies(
+def test_a_run_over_a_saved_model_gives_a_valid_dataset(
     attlas: Callable[..., Ended], tmp_path: Path, texts: Path, family: str
 ) -> None:
     kind, stack = FAMILIES[family]
     model, out = save(model_of(family, kind), tmp_path / family, max_shard_size="20KB"), tmp_path / "out"
     code, _, err = attlas("run", "--model", model, "--corpus", texts, "--out", out, "--max-length", 24)
     assert code == 0, err
-    code, said, err = attlas("verify", out)
-    assert code == 0, said + err
+    code, output, err = attlas("verify", out)
+    assert code == 0, output + err
     heads = pq.read_table(out / "heads")
     assert set(heads["stack"].to_pylist()) == {stack}
     sequences = pq.read_table(out / "sequences").num_rows
@@ -59,7 +59,7 @@ def test_a_run_over_a_saved_model_gives_a_dataset_that_verifies(
     assert manifest["model"]["residual"] == "measured"
 
 
-OWN = """
+USER_FILE = """
 from torch import nn
 
 from tests.extract.checkpoints import VOCABULARY, tokenizer_of
@@ -80,15 +80,15 @@ def build():
 """
 
 
-def test_a_users_own_encoder_runs_when_its_file_and_function_are_named(
+def test_a_user_model_is_measured_by_its_file_and_function(
     attlas: Callable[..., Ended], tmp_path: Path, texts: Path
 ) -> None:
-    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.py").write_text(USER_FILE)
     name, out = f"{tmp_path / 'own.py'}:build", tmp_path / "out"
     code, _, err = attlas("run", "--model", name, "--corpus", texts, "--out", out, "--max-length", 24)
     assert code == 0, err
-    code, said, err = attlas("verify", out)
-    assert code == 0, said + err
+    code, output, err = attlas("verify", out)
+    assert code == 0, output + err
     heads = pq.read_table(out / "heads")
     assert set(heads["stack"].to_pylist()) == {"encoder"}
     assert set(heads["layer"].to_pylist()) == {0, 1}

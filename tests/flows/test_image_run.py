@@ -1,4 +1,4 @@
-"""`attlas run` on a folder of images, from the command line."""
+"""`attlas run` on a folder of images."""
 
 import json
 import os
@@ -39,26 +39,26 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_images_gives_a_whole_dataset_and_a_report(
+def test_a_folder_of_images_gives_a_valid_dataset_and_a_report(
     attlas: Callable[..., Ended], model: Path, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    code, said, err = attlas("run", "--model", model, "--corpus", images, "--out", out, "--shard-sequences", 2)
+    code, output, err = attlas("run", "--model", model, "--corpus", images, "--out", out, "--shard-sequences", 2)
     assert code == 0, err
-    assert f"dataset  {out}" in said
+    assert f"dataset  {out}" in output
     heads = pl.read_parquet(out / "heads" / "*.parquet")
     assert heads.height == 4 * 2 * 4
     assert heads["distance_patches"].is_between(0, 18**0.5).all()
     assert r"caf\xe9.png" in pl.read_parquet(out / "documents" / "*.parquet")["source"]
     assert attlas("verify", out)[0] == 0
     assert attlas("report", out)[0] == 0
-    code, said, _ = attlas("info", out)
+    code, output, _ = attlas("info", out)
     assert code == 0
-    assert "dropped: unreadable" in said
+    assert "dropped: unreadable" in output
     assert "mean attention distance" in attlas("stats", "distance_patches")[1]
 
 
-def test_texts_and_images_together_are_refused_before_any_work(
+def test_a_mix_of_texts_and_images_is_refused(
     attlas: Callable[..., Ended], model: Path, images: Path, tmp_path: Path
 ) -> None:
     (images / "notes.txt").write_text("these are noise")

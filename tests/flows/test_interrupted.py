@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, or whose temporary server must go: real processes and real signals."""
+"""Killed and interrupted runs and their temporary servers, with real processes and signals."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ def command(out: Path, corpus: Path) -> list[str]:
 
 @pytest.fixture
 def prose(tmp_path: Path) -> Path:
-    """Twenty documents of the manual that ships with Python: many shards."""
+    """Twenty documents of Python's manual, for many shards."""
     from pydoc_data.topics import topics
 
     folder = tmp_path / "prose"
@@ -47,7 +47,7 @@ def started(arguments: list[str], environment: dict[str, str]) -> Iterator["subp
 def signalled(
     name: str, event: str, part: str, number: int, arguments: list[str], environment: dict[str, str]
 ) -> "subprocess.CompletedProcess[str]":
-    """The command, signalled just before something happens for the n-th time."""
+    """Run the command and signal it just before an event happens for the n-th time."""
     killing = [sys.executable, "-m", "tests.flows.killing", name, event, part, str(number), *arguments[3:]]
     return subprocess.run(killing, env=environment, cwd=ROOT, capture_output=True, text=True)
 
@@ -61,8 +61,7 @@ def records(out: Path) -> int:
     return len(list((out / "_work" / "records").glob("*.json")))
 
 
-# (event, part of its path, how often before the kill), in the order of a run: just before it happens, so that what
-# happened before it is all that is there
+# (event, part of its path, its number), in the order of a run; the process is killed just before the event
 MOMENTS = [
     ("open", "run.json", 1),  # nothing yet
     ("open", "run.json.", 1),  # taking the folder
@@ -70,7 +69,7 @@ MOMENTS = [
     ("os.rename", "plan.json", 1),
     ("os.rename", "/heads/", 1),  # before the first part
     ("os.rename", "/profiles/", 1),  # between the parts of a shard
-    ("os.rename", "/records/", 1),  # all its parts, and no record
+    ("os.rename", "/records/", 1),  # after all parts, before the record
     ("os.rename", "/records/", 2),
     ("open", "/heads/", 6),  # in the middle, one shard in the model and one being written
     ("os.rename", "/residual/", 3),
@@ -79,27 +78,27 @@ MOMENTS = [
 ]
 
 
-def test_kills_at_every_stage_leave_the_same_bytes_as_none(
+def test_a_run_killed_at_every_stage_gives_the_same_bytes(
     real_server: dict[str, str], prose: Path, tmp_path: Path
 ) -> None:
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    finish(straight, prose, real_server)
-    seen = []
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    finish(uninterrupted, prose, real_server)
+    counts = []
     for event, part, number in MOMENTS:
         ended = signalled("SIGKILL", event, part, number, command(killed, prose), real_server)
         assert ended.returncode == -signal.SIGKILL, (event, part, number, ended.stderr)
         assert not (killed / "manifest.json").exists()
-        seen.append(records(killed))
-    assert seen == sorted(seen)
-    assert 0 < seen[-3] < seen[-1] == len(list((straight / "heads").iterdir()))
+        counts.append(records(killed))
+    assert counts == sorted(counts)
+    assert 0 < counts[-3] < counts[-1] == len(list((uninterrupted / "heads").iterdir()))
     finish(killed, prose, real_server)
-    assert part_bytes(killed) == part_bytes(straight)
-    assert (killed / "manifest.json").read_bytes() == (straight / "manifest.json").read_bytes()
+    assert part_bytes(killed) == part_bytes(uninterrupted)
+    assert (killed / "manifest.json").read_bytes() == (uninterrupted / "manifest.json").read_bytes()
     assert not (killed / "_work").exists()
     assert list(killed.rglob("*.tmp")) == []
 
 
-def test_a_kill_after_the_manifest_leaves_a_dataset_that_the_same_command_tidies(
+def test_after_a_kill_behind_the_manifest_the_same_command_cleans_up(
     real_server: dict[str, str], corpus: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -128,16 +127,16 @@ def test_ctrl_c_at_any_stage_of_the_start_leaves_no_server(
     ended = signalled("SIGINT", event, part, 1, command(tmp_path / "out", corpus), environment)
     assert ended.returncode == 130, ended.stderr
     assert "Traceback" not in ended.stderr
-    assert all(gone(server) for server in servers_in(temporary))
+    assert all(has_exited(server) for server in servers_in(temporary))
     assert list(temporary.glob("attlas-*")) == []
 
 
-def test_two_identical_commands_at_once_leave_one_whole_dataset(
+def test_two_identical_commands_at_once_give_one_valid_dataset(
     prefect_environment: dict[str, str], prose: Path, tmp_path: Path
 ) -> None:
     from analysis.verify import verify
 
-    out, said = tmp_path / "out", []
+    out, errors = tmp_path / "out", []
     with contextlib.ExitStack() as both:
         runs = [
             both.enter_context(
@@ -145,16 +144,16 @@ def test_two_identical_commands_at_once_leave_one_whole_dataset(
             )
             for name in ("one", "two")
         ]
-        said = [run.communicate(timeout=500)[1] for run in runs]
+        errors = [run.communicate(timeout=500)[1] for run in runs]
     codes = [run.returncode for run in runs]
-    assert 0 in codes, said
-    for code, text in zip(codes, said, strict=True):
+    assert 0 in codes, errors
+    for code, text in zip(codes, errors, strict=True):
         assert code in (0, 2), text
         assert code == 0 or "is being measured by another process (pid " in text
     assert verify(out) == []
 
 
-def test_ctrl_c_says_how_to_go_on_and_ends_the_temporary_server(
+def test_ctrl_c_says_how_to_continue_and_stops_the_temporary_server(
     prefect_environment: dict[str, str], prose: Path, tmp_path: Path
 ) -> None:
     out, temporary = tmp_path / "out", tmp_path / "temporary"
@@ -162,9 +161,9 @@ def test_ctrl_c_says_how_to_go_on_and_ends_the_temporary_server(
     environment = {**prefect_environment, "TMPDIR": str(temporary)}
     ended = signalled("SIGINT", "os.rename", "/records/", 3, command(out, prose), environment)
     assert ended.returncode == 130, ended.stderr
-    assert "the same command goes on from there" in ended.stderr
+    assert "the same command continues from there" in ended.stderr
     assert "Traceback" not in ended.stderr
-    assert all(gone(server) for server in servers_in(temporary))
+    assert all(has_exited(server) for server in servers_in(temporary))
     assert list(temporary.glob("attlas-*")) == []
     assert records(out) > 0
     assert not (out / "manifest.json").exists()
@@ -172,7 +171,7 @@ def test_ctrl_c_says_how_to_go_on_and_ends_the_temporary_server(
     assert (out / "manifest.json").exists()
 
 
-def test_the_temporary_server_answers_and_ends_with_a_killed_run(prefect_environment: dict[str, str]) -> None:
+def test_the_temporary_server_answers_and_exits_with_a_killed_run(prefect_environment: dict[str, str]) -> None:
     code = (
         "import time; from flows.server import TemporaryServer; server = TemporaryServer(); server.wait(seconds=180); "
         "print(server.url, server._process.pid, flush=True); time.sleep(600)"
@@ -183,11 +182,11 @@ def test_the_temporary_server_answers_and_ends_with_a_killed_run(prefect_environ
         wait_for(f"{url}/health", seconds=5)
         process.send_signal(signal.SIGKILL)
         process.wait(10)
-        assert gone(int(pid))
+        assert has_exited(int(pid))
 
 
 def servers_in(temporary: Path) -> list[int]:
-    """The servers whose folder lies there."""
+    """The process ids of servers with a folder in there."""
     import psutil
 
     return [
@@ -197,7 +196,7 @@ def servers_in(temporary: Path) -> list[int]:
     ]
 
 
-def gone(pid: int, *, seconds: float = 15) -> bool:
+def has_exited(pid: int, *, seconds: float = 15) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

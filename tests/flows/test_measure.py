@@ -9,29 +9,29 @@ import pytest
 
 from extract.errors import Refusal
 from flows.config import Run
-from flows.progress import Silence, Work
+from flows.progress import SilentDisplay, Work
 from tests.flows.conftest import PROSE, part_bytes
 
 pytestmark = pytest.mark.usefixtures("test_server")
 
 
-class Recorder(Silence):
-    """Remembers what it was told to show."""
+class Recorder(SilentDisplay):
+    """Records what it should show."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
         self.total, self.done, self.notes = Work(), Work(), list[str]()
-        self.seen: list[Work] = []
+        self.history: list[Work] = []
 
     def stage(self, name: str, done: int, total: int | None) -> None:
         self.stages.append(name)
 
-    def measuring(self, *, total: Work, before: Work) -> None:
+    def start_measuring(self, *, total: Work, before: Work) -> None:
         self.total, self.done = total, before
 
     def advance(self, work: Work) -> None:
         self.done += work
-        self.seen.append(self.done)
+        self.history.append(self.done)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -45,12 +45,12 @@ def run_into(corpus: Path, tmp_path: Path) -> Callable[[str], Run]:
     return run
 
 
-def test_a_flow_leaves_a_whole_dataset_and_a_report(run_into: Callable[[str], Run]) -> None:
+def test_a_flow_writes_a_valid_dataset_and_a_report(run_into: Callable[[str], Run]) -> None:
     from analysis.verify import verify
-    from flows.measure import measure_here
+    from flows.measure import measure_locally
 
     run, show = run_into("out"), Recorder()
-    page = measure_here(run, show=show)
+    page = measure_locally(run, show=show)
     manifest = json.loads((run.out / "manifest.json").read_text())
     assert manifest["corpus"]["documents"] == len(PROSE)
     assert pq.read_table(run.out / "documents")["source"].to_pylist() == ["0.txt", "1.txt", "2.txt"]
@@ -62,116 +62,116 @@ def test_a_flow_leaves_a_whole_dataset_and_a_report(run_into: Callable[[str], Ru
     assert {"model", "plan", "finish"} <= set(show.stages)
 
 
-def test_documents_are_counted_with_the_batch_that_ends_them(run_into: Callable[[str], Run]) -> None:
-    from flows.measure import measure_here
+def test_documents_are_counted_with_their_last_batch(run_into: Callable[[str], Run]) -> None:
+    from flows.measure import measure_locally
 
-    # a batch per sequence; one shard, so that only batches can tell
+    # a batch per sequence in a single shard, so that progress comes from batches only
     run, show = run_into("out").model_copy(update={"batch_tokens": 1, "shard_sequences": 256}), Recorder()
-    measure_here(run, show=show)
-    ended = [work for work in show.seen if work.tokens == show.total.tokens]
-    assert ended[0].documents == show.total.documents and ended[0].shards == 0
-    assert 0 < show.seen[len(show.seen) // 2].documents < show.total.documents
+    measure_locally(run, show=show)
+    at_the_end = [work for work in show.history if work.tokens == show.total.tokens]
+    assert at_the_end[0].documents == show.total.documents and at_the_end[0].shards == 0
+    assert 0 < show.history[len(show.history) // 2].documents < show.total.documents
     assert show.done == show.total
 
 
-def test_a_warning_of_a_library_is_a_note_of_the_display() -> None:
+def test_warnings_of_libraries_are_shown_as_notes() -> None:
     import warnings
 
-    from flows.measure import showing
+    from flows.measure import using_display
 
     show, before = Recorder(), warnings.showwarning
-    with showing(show):
+    with using_display(show):
         warnings.showwarning("look out", UserWarning, "file.py", 1)
     assert show.notes == ["warning: look out"]
     assert warnings.showwarning is before
 
 
-def test_a_run_that_is_complete_says_so_and_leaves_its_parts(run_into: Callable[[str], Run]) -> None:
-    from flows.measure import measure_here
+def test_a_complete_run_is_noted_and_its_parts_do_not_change(run_into: Callable[[str], Run]) -> None:
+    from flows.measure import measure_locally
 
     run = run_into("out")
-    page = measure_here(run, show=Recorder())
+    page = measure_locally(run, show=Recorder())
     before = {path: (run.out / path).stat().st_mtime_ns for path in part_bytes(run.out)}
     page.unlink()
     show = Recorder()
-    assert measure_here(run, show=show) == page
+    assert measure_locally(run, show=show) == page
     assert page.exists()
     assert "complete" in show.notes[0]
     assert {path: (run.out / path).stat().st_mtime_ns for path in part_bytes(run.out)} == before
 
 
-def test_a_folder_of_another_run_is_refused_with_what_differs(run_into: Callable[[str], Run]) -> None:
-    from flows.measure import measure_here
+def test_a_folder_with_another_run_is_refused_with_the_differences(run_into: Callable[[str], Run]) -> None:
+    from flows.measure import measure_locally
 
     run = run_into("out")
-    measure_here(run, show=Recorder())
+    measure_locally(run, show=Recorder())
     before = part_bytes(run.out)
     with pytest.raises(Refusal, match="max_length: there 12, asked 16"):
-        measure_here(run.model_copy(update={"max_length": 16}), show=Recorder())
+        measure_locally(run.model_copy(update={"max_length": 16}), show=Recorder())
     assert part_bytes(run.out) == before
 
 
-def test_one_bad_document_among_good_ones_is_dropped_counted_and_named(
-    corpus: Path, run_into: Callable[[str], Run]
-) -> None:
-    from flows.measure import measure_here
+def test_an_invalid_document_is_dropped_counted_and_named(corpus: Path, run_into: Callable[[str], Run]) -> None:
+    from flows.measure import measure_locally
 
     (corpus / "1.txt").write_bytes(b"not UTF-8: \xff")
     run = run_into("out")
-    measure_here(run, show=Recorder())
+    measure_locally(run, show=Recorder())
     reasons = pq.read_table(run.out / "documents").select(["source", "dropped_reason"]).to_pylist()
     assert [r["source"] for r in reasons if r["dropped_reason"]] == ["1.txt"]
     assert sum(json.loads((run.out / "manifest.json").read_text())["corpus"]["dropped"].values()) == 1
 
 
 @pytest.mark.parametrize(("error", "attempts"), [(OSError("no space left on device"), 2), (Refusal("never"), 1)])
-def test_a_full_disk_is_tried_again_and_a_refusal_never(
+def test_a_full_disk_is_retried_and_a_refusal_is_not(
     run_into: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int
 ) -> None:
     import extract.pipeline
-    from flows.measure import measure_here
+    from flows.measure import measure_locally
 
-    tried: list[int] = []
-    real = extract.pipeline.measure_shard
+    attempted: list[int] = []
+    original = extract.pipeline.measure_shard
 
     def failing_once(job: object, shard: int, **rest: object) -> object:
-        tried.append(shard)
-        if tried.count(0) == 1 and shard == 0:
+        attempted.append(shard)
+        if attempted.count(0) == 1 and shard == 0:
             raise error
-        return real(job, shard, **rest)  # pyright: ignore[reportArgumentType]
+        return original(job, shard, **rest)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(extract.pipeline, "measure_shard", failing_once)
     run, show = run_into("out"), Recorder()
     if attempts == 1:
         with pytest.raises(Refusal, match="never"):
-            measure_here(run, show=show)
+            measure_locally(run, show=show)
         assert not (run.out / "manifest.json").exists()
     else:
-        measure_here(run, show=show)
+        measure_locally(run, show=show)
         assert show.done == show.total
-    assert tried.count(0) == attempts
+    assert attempted.count(0) == attempts
 
 
-def test_what_is_done_is_not_done_again(run_into: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_shards_are_not_measured_again(
+    run_into: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import extract.pipeline
-    from flows.measure import measure_here
+    from flows.measure import measure_locally
 
-    measure_here(run_into("straight"), show=Recorder())
-    real, measured = extract.pipeline.measure_shard, []
+    measure_locally(run_into("uninterrupted"), show=Recorder())
+    original, measured = extract.pipeline.measure_shard, []
 
     def stopping_at_the_second(job: object, shard: int, **rest: object) -> object:
         if measured:
             raise Refusal("stopped here")
         measured.append(shard)
-        return real(job, shard, **rest)  # pyright: ignore[reportArgumentType]
+        return original(job, shard, **rest)  # pyright: ignore[reportArgumentType]
 
     run = run_into("resumed")
     with monkeypatch.context() as patch:
         patch.setattr(extract.pipeline, "measure_shard", stopping_at_the_second)
         with pytest.raises(Refusal, match="stopped here"):
-            measure_here(run, show=Recorder())
+            measure_locally(run, show=Recorder())
     first = {p: (run.out / p).stat().st_mtime_ns for p in part_bytes(run.out)}
-    measure_here(run, show=Recorder())
+    measure_locally(run, show=Recorder())
     assert first
     assert {p: (run.out / p).stat().st_mtime_ns for p in first} == first
-    assert part_bytes(run.out) == part_bytes(run_into("straight").out)
+    assert part_bytes(run.out) == part_bytes(run_into("uninterrupted").out)

@@ -1,10 +1,10 @@
-"""What a run shows: plain lines without a terminal, bars on one."""
+"""The progress of a run: bars on a terminal, lines elsewhere."""
 
 import io
 
 import pytest
 
-from flows.progress import Bars, Lines, Pace, Work, display_for_terminal, duration
+from flows.progress import BarDisplay, LineDisplay, Pace, Work, display_for_terminal, duration
 
 
 class Clock:
@@ -17,11 +17,11 @@ class Clock:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
 )
-def test_durations_are_for_people(seconds: float, text: str) -> None:
+def test_durations_are_readable(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_work_of_an_earlier_run_is_not_speed() -> None:
+def test_work_of_an_earlier_run_does_not_count_as_speed() -> None:
     clock = Clock()
     pace = Pace(Work(4, 40, 4000), Work(2, 20, 2000), clock)
     pace.done += Work(1, 10, 1000)
@@ -30,34 +30,34 @@ def test_work_of_an_earlier_run_is_not_speed() -> None:
     assert pace.text == "30 of 40 documents, 3,000 of 4,000 tokens, 100 tokens/s, 10 s left"
 
 
-def test_time_left_is_unknown_before_anything_is_done() -> None:
+def test_the_time_left_is_unknown_at_the_start() -> None:
     pace = Pace(Work(1, 1, 10), Work(), Clock())
     assert pace.seconds_left is None
     assert "left" not in pace.text
 
 
-def test_lines_tell_stages_once_and_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    with Lines() as lines:
+def test_lines_show_each_stage_once_and_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with LineDisplay() as lines:
         lines.stage("model", 0, None)
         lines.stage("model", 1, 1)
         lines.stage("plan", 12, None)
-        lines.measuring(total=Work(2, 3, 300), before=Work())
+        lines.start_measuring(total=Work(2, 3, 300), before=Work())
         lines.advance(Work(1, 1, 100))
         lines.advance(Work(1, 2, 200))
-    said = capsys.readouterr().err.splitlines()
-    assert said[:3] == [
+    lines_shown = capsys.readouterr().err.splitlines()
+    assert lines_shown[:3] == [
         "loading the model",
-        "cutting documents into sequences: 12",
+        "splitting documents into sequences: 12",
         "measuring: 3 documents, 300 tokens in 2 shards",
     ]
-    assert len(said) == 4
-    assert said[3].startswith("measuring: 3 of 3 documents, 300 of 300 tokens, ")
+    assert len(lines_shown) == 4
+    assert lines_shown[3].startswith("measuring: 3 of 3 documents, 300 of 300 tokens, ")
 
 
-def test_one_of_a_kind_is_named_in_the_singular(capsys: pytest.CaptureFixture[str]) -> None:
-    with Lines() as lines:
-        lines.measuring(total=Work(1, 1, 1), before=Work())
-        lines.measuring(total=Work(2, 1000, 0), before=Work())
+def test_amounts_of_one_are_in_the_singular(capsys: pytest.CaptureFixture[str]) -> None:
+    with LineDisplay() as lines:
+        lines.start_measuring(total=Work(1, 1, 1), before=Work())
+        lines.start_measuring(total=Work(2, 1000, 0), before=Work())
     assert capsys.readouterr().err.splitlines() == [
         "measuring: 1 document, 1 token in 1 shard",
         "measuring: 1,000 documents, 0 tokens in 2 shards",
@@ -69,16 +69,16 @@ def test_bars_show_documents_tokens_and_time_left(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with Bars() as bars:
+    with BarDisplay() as bars:
         bars.stage("model", 0, None)
-        bars.measuring(total=Work(2, 3, 300), before=Work())
+        bars.start_measuring(total=Work(2, 3, 300), before=Work())
         bars.advance(Work(1, 2, 200))
         bars.note("a note with [brackets]")
-    shown = screen.getvalue()
-    assert "loading the model" in shown
-    assert "2 of 3 documents, 200 of 300 tokens" in shown
-    assert "a note with [brackets]" in shown
+    output = screen.getvalue()
+    assert "loading the model" in output
+    assert "2 of 3 documents, 200 of 300 tokens" in output
+    assert "a note with [brackets]" in output
 
 
-def test_without_a_terminal_there_are_lines() -> None:
-    assert isinstance(display_for_terminal(), Lines)
+def test_without_a_terminal_progress_is_lines() -> None:
+    assert isinstance(display_for_terminal(), LineDisplay)

@@ -1,4 +1,4 @@
-"""A run that the scheduler of a real Prefect server started by itself."""
+"""Runs started by the scheduler of a real Prefect server."""
 
 import json
 import signal
@@ -27,9 +27,7 @@ def flow_runs(environment: dict[str, str]) -> list[dict[str, Any]]:
         return json.load(answer)
 
 
-def test_the_scheduler_starts_runs_and_each_leaves_its_own_dataset(
-    real_server: dict[str, str], corpus: Path, tmp_path: Path
-) -> None:
+def test_each_scheduled_run_writes_its_own_dataset(real_server: dict[str, str], corpus: Path, tmp_path: Path) -> None:
     run_file = tmp_path / "nightly.toml"
     run_file.write_text(f'model = "demo"\ncorpus = "{corpus.name}"\nout = "data"\nmax_length = 16\n')
     command = [sys.executable, "-m", "flows.cli", "serve", str(run_file), "--interval", "10"]
@@ -41,8 +39,8 @@ def test_the_scheduler_starts_runs_and_each_leaves_its_own_dataset(
             served.send_signal(signal.SIGINT)
             served.wait(60)
         log.seek(0)
-        said = log.read()
-    assert completed, said
+        output = log.read()
+    assert completed, output
     assert all(run["auto_scheduled"] for run in completed)
     folders = {time_of(run): tmp_path / "data" / time_of(run) for run in completed}
     assert len(folders) >= 2
@@ -67,5 +65,5 @@ def wait_for_completed(environment: dict[str, str], *, number: int, seconds: flo
 
 
 def time_of(run: dict[str, Any]) -> str:
-    """The folder's name for the run's scheduled time."""
+    """The name of the folder for the run's scheduled time."""
     return run["expected_start_time"][:19].replace(":", "-") + "Z"

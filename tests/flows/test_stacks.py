@@ -1,4 +1,4 @@
-"""`--stacks`: an encoder–decoder model by its encoder, or all of it with the decoder fed the same tokens."""
+"""`--stacks`: the encoder of an encoder–decoder model, or all of it with the same tokens for the decoder."""
 
 import json
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from extract.encoder import load_encoder
 from extract.engines.quantities import TOKEN_CLASSES
+from extract.model.encoder import load_encoder
 from tests.flows.conftest import PROSE, Ended
 
 pytestmark = pytest.mark.usefixtures("test_server")
@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, model in models.items():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.data.mul_(3)  # patterns that are not flat
+                parameter.data.mul_(3)  # so that patterns are not flat
         model.eval().save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return {name: root / name for name in models}
@@ -55,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def run(attlas: Callable[..., Ended], corpus: Path, tmp_path: Path, folders: dict[str, Path]):
-    """Run a model with some options; the dataset's folder and its manifest."""
+    """A function that runs a model with options and returns the dataset's folder and manifest."""
 
     def ran(model: str, *options: str) -> tuple[Path, dict]:
         out = tmp_path / "-".join([model, *options])
@@ -72,7 +72,7 @@ def heads_of(dataset: Path) -> pl.DataFrame:
     return pl.read_parquet(dataset / "heads" / "*.parquet").with_columns(pl.col("stack").cast(pl.String))
 
 
-def test_an_encoder_decoder_model_is_measured_by_its_encoder(run, attlas):
+def test_only_the_encoder_is_measured_by_default(run, attlas):
     dataset, manifest = run("t5")
     assert manifest["run"]["stacks"] == "encoder"
     facts = manifest["model"]
@@ -90,19 +90,19 @@ def test_an_encoder_decoder_model_is_measured_by_its_encoder(run, attlas):
         ("bart", {s: (2, h) for s, h in (("encoder", 4), ("decoder", 2), ("cross", 2))}),
     ],
 )
-def test_all_stacks_are_measured_when_asked_for(run, attlas, model, stacks):
+def test_all_stacks_are_measured_on_request(run, attlas, model, stacks):
     dataset, manifest = run(model, "--stacks", "all")
     facts = manifest["model"]
     assert {s["stack"]: (s["layers"], s["heads"]) for s in facts["stacks"]} == stacks
     assert (facts["stack"], facts["layers"], facts["heads"]) == (None, None, None)
     heads = heads_of(dataset)
-    found = heads.group_by("stack").agg(pl.col("layer", "head").n_unique()).rows()
-    assert {stack: (layers, count) for stack, layers, count in found} == stacks
+    counts = heads.group_by("stack").agg(pl.col("layer", "head").n_unique()).rows()
+    assert {stack: (layers, count) for stack, layers, count in counts} == stacks
     for stack, (layers, count) in stacks.items():
         assert heads.filter(stack=stack).height == layers * count * manifest["corpus"]["sequences"]
     assert attlas("verify", dataset)[:2] == (
         0,
-        f"{dataset} is whole: every part as the manifest says, every invariant kept\n",
+        f"{dataset} is valid: all parts match the manifest, all invariants hold\n",
     )
     page = (dataset / "report.html").read_text()
     assert all(f"{stack} L0H0" in page for stack in stacks)
@@ -111,7 +111,7 @@ def test_all_stacks_are_measured_when_asked_for(run, attlas, model, stacks):
 
 
 @pytest.mark.slow
-def test_the_encoder_is_the_same_whether_the_decoder_is_fed_or_not(run):
+def test_the_encoder_does_not_depend_on_the_decoder(run):
     alone, _ = run("t5")
     beside, _ = run("t5", "--stacks", "all")
     both = [heads_of(d).filter(stack="encoder").sort("sequence_id", "layer", "head") for d in (alone, beside)]
@@ -119,7 +119,7 @@ def test_the_encoder_is_the_same_whether_the_decoder_is_fed_or_not(run):
         np.testing.assert_allclose(both[0][column], both[1][column], rtol=1e-4, atol=1e-5)
 
 
-def test_the_decoders_numbers_are_those_of_the_models_own_patterns_on_the_same_tokens(run, folders):
+def test_the_decoder_matches_the_models_eager_patterns_on_the_same_tokens(run, folders):
     dataset, _ = run("t5", "--stacks", "all")
     heads = heads_of(dataset)
     encoder = load_encoder(str(folders["t5"]), device="cpu")
@@ -128,8 +128,8 @@ def test_the_decoders_numbers_are_those_of_the_models_own_patterns_on_the_same_t
     for document, text in enumerate(PROSE):
         ids = encoder.tokenizer(text, return_tensors="pt")["input_ids"][:, :TOKENS]
         with torch.inference_mode():
-            shown = model(input_ids=ids, decoder_input_ids=ids, output_attentions=True)
-        for stack, patterns in (("decoder", shown.decoder_attentions), ("cross", shown.cross_attentions)):
+            outputs = model(input_ids=ids, decoder_input_ids=ids, output_attentions=True)
+        for stack, patterns in (("decoder", outputs.decoder_attentions), ("cross", outputs.cross_attentions)):
             for layer, pattern in enumerate(patterns):
                 p = pattern[0].double().numpy()
                 logs = np.log(p, out=np.zeros_like(p), where=p > 0)
@@ -138,7 +138,7 @@ def test_the_decoders_numbers_are_those_of_the_models_own_patterns_on_the_same_t
                 np.testing.assert_allclose(ours["mass_first"], p[..., 0].mean(-1), rtol=1e-4, atol=1e-5)
 
 
-def test_cross_attention_has_token_classes_of_its_keys_and_no_distances(run):
+def test_cross_attention_has_the_token_classes_of_its_keys_and_no_distances(run):
     dataset, _ = run("t5", "--stacks", "all")
     cross = heads_of(dataset).filter(stack="cross")
     classes = [c for c in cross.columns if c.removeprefix("mass_") in TOKEN_CLASSES]
@@ -151,10 +151,10 @@ def test_cross_attention_has_token_classes_of_its_keys_and_no_distances(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2"])
-def test_a_model_of_one_stack_is_measured_as_ever(run, model):
-    asked, manifest = run(model, "--stacks", "all")
-    plain, _ = run(model)
-    assert heads_of(asked).equals(heads_of(plain))
+def test_stacks_all_changes_nothing_for_a_model_with_one_stack(run, model):
+    with_option, manifest = run(model, "--stacks", "all")
+    without_option, _ = run(model)
+    assert heads_of(with_option).equals(heads_of(without_option))
     assert [s["stack"] for s in manifest["model"]["stacks"]] == ["decoder"]
 
 

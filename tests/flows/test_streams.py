@@ -1,4 +1,4 @@
-"""Standard output and error that print anything, and readers that go away: real processes."""
+"""Standard output and error with any character, closed streams and closed pipes, in real processes."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ATTLAS = [sys.executable, "-m", "flows.cli"]
 
 
 def shell(command: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":
-    """A command line in which `attlas` is this one's."""
+    """Run a shell command in which `attlas` is this checkout's."""
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", f'attlas() {{ "$PYTHON" -m flows.cli "$@"; }}; {command}'],
         cwd=ROOT,
@@ -29,7 +29,7 @@ def shell(command: str, **environment: str) -> "subprocess.CompletedProcess[byte
 def test_every_character_is_printed_in_every_encoding(encoding: str) -> None:
     ended = shell("attlas stats entropy_nats", PYTHONIOENCODING=encoding)
     assert (ended.returncode, ended.stderr) == (0, b"")
-    # typer takes ASCII for a terminal that was not set up, and writes UTF-8
+    # click assumes that ASCII means a misconfigured terminal, and writes UTF-8
     sigma = "Σ" if encoding in ("ascii", "utf-8") else r"\u03a3"
     assert sigma in ended.stdout.decode("utf-8" if encoding == "ascii" else encoding)
 
@@ -40,8 +40,7 @@ def test_a_message_is_printed_in_every_encoding() -> None:
     assert rb"nowhere-\u2192-" in ended.stderr and b"Traceback" not in ended.stderr
 
 
-def test_a_reader_that_goes_away_ends_the_command_as_it_ends_any_other() -> None:
-    # the catalogue is longer than a pipe's buffer may be read at once
+def test_a_closed_pipe_ends_the_command_like_any_unix_filter() -> None:
     with subprocess.Popen([*ATTLAS, "stats"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
@@ -52,44 +51,44 @@ def test_a_reader_that_goes_away_ends_the_command_as_it_ends_any_other() -> None
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("command", ["attlas stats > /dev/full", "attlas stats >&-", "attlas --version > /dev/full"])
-def test_an_output_that_cannot_be_written_is_a_failure(command: str) -> None:
+def test_an_unwritable_output_is_a_failure(command: str) -> None:
     ended = shell(command)
     assert ended.returncode == 1
     assert ended.stderr.startswith(b"attlas: failed: OSError: ") and b"Exception ignored" not in ended.stderr
 
 
 @pytest.mark.slow
-def test_a_closed_standard_error_leaves_output_and_code() -> None:
+def test_a_closed_standard_error_does_not_change_output_or_exit_code() -> None:
     assert shell("attlas stats entropy_nats 2>&-").stdout == shell("attlas stats entropy_nats").stdout
     assert shell("attlas info nowhere 2>&-").returncode == 2
     assert shell("attlas info nowhere 0<&- >&- 2>&-").returncode == 2
 
 
 @pytest.mark.parametrize("closed", ["ascii", "full", "closed", "broken"])
-def test_what_follows_work_that_is_done_does_not_fail_it(closed: str) -> None:
+def test_write_errors_after_the_work_do_not_fail_the_command(closed: str) -> None:
     code = (
-        "from flows.streams import *; make_streams_safe(); outlive_reader()\n"
-        "with reported_if_unwritten():\n    print('Σ', flush=True)\n"
+        "from flows.streams import *; make_streams_safe(); ignore_closed_pipe()\n"
+        "with report_write_errors():\n    print('Σ', flush=True)\n"
         "sys.exit(flush_output() is not None)"
     )
     redirection = {"ascii": "", "full": "> /dev/full", "closed": ">&-", "broken": "> >(true)"}[closed]
-    # where the reader is to be gone, wait until it is
+    # wait until the reader has gone away
     wait = "sleep 0.2;" if closed == "broken" else ""
     ended = shell(f'{{ {wait} "$PYTHON" -c "$CODE"; }} {redirection}', CODE=code, PYTHONIOENCODING="ascii")
     assert ended.returncode == 0
-    said = b"standard output can't be written" in ended.stderr
-    assert said == (closed in ("full", "closed"))
+    reported = b"standard output can't be written" in ended.stderr
+    assert reported == (closed in ("full", "closed"))
     assert b"Traceback" not in ended.stderr and b"Exception ignored" not in ended.stderr
 
 
 @pytest.mark.slow
-def test_what_programs_read_is_utf8(dataset: Path) -> None:
+def test_csv_and_json_are_always_utf8(dataset: Path) -> None:
     sql = "SELECT 'é→漢' AS x"
     for form, wanted in (("csv", "x\né→漢\n"), ("json", None)):
         ended = shell(f'attlas query {dataset} "{sql}" --format {form}', PYTHONIOENCODING="cp1252")
         assert ended.returncode == 0, ended.stderr
-        said = ended.stdout.decode()
-        assert said == wanted or (wanted is None and json.loads(said) == [{"x": "é→漢"}])
+        output = ended.stdout.decode()
+        assert output == wanted or (wanted is None and json.loads(output) == [{"x": "é→漢"}])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The token classes of a vocabulary: what kind of token each id is, from the tokenizer alone."""
+"""The class of each token of a vocabulary, determined from the tokenizer alone."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 from jaxtyping import Int8
 
 from extract.engines.quantities import TOKEN_CLASSES
-from extract.vocabulary import special_ids, vocabulary_entries
+from extract.model.vocabulary import special_ids, vocabulary_entries
 
 
 def token_classes(tokenizer: Any) -> Int8[np.ndarray, " vocabulary"]:
-    """Class of every id, an index into TOKEN_CLASSES.
+    """The class of every id, as an index into TOKEN_CLASSES.
 
-    Special tokens come first (bos, separator, other), then the text that the token stands for decides: white space if it
-    is nothing else, punctuation if all its visible characters are Unicode P or S, number if it has a digit, else whether
-    it begins a word for this tokenizer.
+    Special tokens come first: bos, separator, other. All other tokens are classified by their text: whitespace if it is
+    nothing else, punctuation if all its visible characters are of Unicode category P or S, number if it has a digit, and
+    else word_start or subword by whether the tokenizer begins a word with it.
     """
     entries = vocabulary_entries(tokenizer)
-    places = {name: place for place, name in enumerate(TOKEN_CLASSES)}
-    classes = np.fromiter((places[_class_of(*entry)] for entry in entries), np.int8, len(entries))
+    index = {name: number for number, name in enumerate(TOKEN_CLASSES)}
+    classes = np.fromiter((index[_text_class(*entry)] for entry in entries), np.int8, len(entries))
     for ids, name in (
         (special_ids(tokenizer), "special"),
         ((tokenizer.sep_token_id, tokenizer.eos_token_id), "separator"),
@@ -29,17 +29,18 @@ def token_classes(tokenizer: Any) -> Int8[np.ndarray, " vocabulary"]:
     ):
         for i in ids:
             if i is not None and i < len(classes):
-                classes[i] = places[name]
+                classes[i] = index[name]
     return classes
 
 
 def class_sizes(tokenizer: Any, classes: Int8[np.ndarray, " vocabulary"]) -> dict[str, int]:
-    """How many tokens of the vocabulary each class has."""
-    held = np.bincount(classes[sorted(set(tokenizer.get_vocab().values()))], minlength=len(TOKEN_CLASSES))
-    return dict(zip(TOKEN_CLASSES, held.tolist(), strict=True))
+    """The number of tokens of the vocabulary in each class."""
+    ids = sorted(set(tokenizer.get_vocab().values()))
+    sizes = np.bincount(classes[ids], minlength=len(TOKEN_CLASSES))
+    return dict(zip(TOKEN_CLASSES, sizes.tolist(), strict=True))
 
 
-def _class_of(text: str, begins_word: bool) -> str:
+def _text_class(text: str, begins_word: bool) -> str:
     visible = text.strip()
     if visible.isalpha():  # nearly all tokens
         return "word_start" if begins_word else "subword"

@@ -1,0 +1,44 @@
+"""Whether a model reads texts or images."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Literal
+
+from extract.capture.grid import PIXELS
+from extract.errors import Refusal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Modality = Literal["texts", "images"]
+# main inputs of models that read no text
+_OTHER_INPUTS = (PIXELS, "pixel_values_videos", "input_features", "input_values")
+
+
+def accepts_input(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has a parameter of this name."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def vision_part(model: nn.Module) -> nn.Module | None:
+    """The outermost module whose main input is pixels: the model itself, or its vision tower."""
+    if not hasattr(model, "config") and accepts_input(model, PIXELS):  # a user's own module
+        return model
+    parts = (m for m in model.modules() if getattr(m, "config", None) is not None)
+    return next((m for m in parts if getattr(m, "main_input_name", None) == PIXELS), None)
+
+
+def refuse_wrong_modality(model: nn.Module, modality: Modality) -> None:
+    """Raise Refusal if the corpus holds images and the model does not read images, or the other way round."""
+    main_input = getattr(model, "main_input_name", "input_ids")
+    if modality == "images" and vision_part(model) is None:
+        raise Refusal(
+            f"a corpus of images needs a model that reads {PIXELS}; {type(model).__name__} reads {main_input}; "
+            "use a corpus of texts, or a vision model"
+        )
+    if modality == "texts" and main_input in _OTHER_INPUTS:
+        raise Refusal(
+            f"a corpus of texts needs a model that reads input_ids; {type(model).__name__} reads {main_input}; "
+            + ("use a corpus of images, or a text model" if main_input == PIXELS else "use a text model")
+        )
