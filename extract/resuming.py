@@ -13,7 +13,7 @@ from extract.planning import make_image_plan, make_plan
 
 if TYPE_CHECKING:
     from extract.corpus import Corpus
-    from extract.pipeline import Job, Progress
+    from extract.job import Job, Progress
 
 
 def begun(job: Job, corpus: Corpus, max_length: int, say: Progress) -> Job:

@@ -18,7 +18,7 @@ from extract.tables import SCHEMA_VERSION, TABLES, Table
 
 if TYPE_CHECKING:
     from extract.capture.layout import Attention
-    from extract.pipeline import Job
+    from extract.job import Job
     from extract.planning import Plan
 
 _SOFTWARE = ("attlas", "torch", "transformers", "pyarrow", "numpy")

@@ -8,9 +8,8 @@ import typer
 from extract.errors import Refusal
 
 if TYPE_CHECKING:
-    from extract.tables.column import Column
-
     from extract.tables import Table
+    from extract.tables.column import Column
 
 
 def list_columns(tables: Iterable["Table"]) -> None:

@@ -14,7 +14,7 @@ from extract.errors import Refusal
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-    from extract.pipeline import RunOptions
+    from extract.job import RunOptions
 
 BUILT_IN = ("demo", "random-repeats")
 
@@ -117,7 +117,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
     def options(self) -> "RunOptions":
         """The options for `extract.pipeline`."""
-        from extract.pipeline import RunOptions
+        from extract.job import RunOptions
 
         return RunOptions(**{**self.model_dump(), "corpus": self.corpus_to_open})
 

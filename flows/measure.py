@@ -24,7 +24,7 @@ from flows.server import prefect_connected, temporary_server
 from flows.streams import print_message
 
 if TYPE_CHECKING:
-    from extract.pipeline import Job
+    from extract.job import Job
 
 
 # one shard is in the model while the previous one is written; a third would only use memory

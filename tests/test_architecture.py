@@ -95,3 +95,64 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     heavy = {"torch", "transformers", "datasets", "prefect", "polars", "duckdb", "pyarrow", "numpy", "scipy", "pandas"}
     assert "typer" in loaded
     assert heavy & set(loaded) == set()
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the packages, by its name."""
+    files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    return dict(zip(names, files, strict=True))
+
+
+def import_graph(files: dict[str, Path]) -> dict[str, set[str]]:
+    """What each module imports of the others, wherever in the file: at its top, in a function, or for type checkers alone."""
+    graph = {}
+    for name, file in files.items():
+        imported = {next((m for m in _prefixes(each) if m in files), name) for each in _named_in(file)}
+        graph[name] = imported - {name}
+    return graph
+
+
+def _named_in(file: Path) -> Iterator[str]:
+    """Modules that a file imports, and what it imports from them by its full name."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _prefixes(module: str) -> Iterator[str]:
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
+
+
+def circles_in(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Modules that import each other, directly or through others."""
+    reached = {name: set(imported) for name, imported in graph.items()}
+    for through in graph:
+        for name in graph:
+            if through in reached[name]:
+                reached[name] |= reached[through]
+    together = {
+        frozenset(other for other in graph if other in reached[name] and name in reached[other]) for name in graph
+    }
+    return [set(circle) for circle in together if circle]
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert circles_in(import_graph(modules())) == []
+
+
+def test_circles_are_seen_wherever_the_import_stands(tmp_path: Path) -> None:
+    sources = {
+        "a": "from b import x\n",
+        "b": "def f():\n    import c\n",
+        "c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from a import y\n",
+        "d": "import a\n",
+    }
+    files = {name: tmp_path / f"{name}.py" for name in sources}
+    for name, source in sources.items():
+        files[name].write_text(source)
+    assert circles_in(import_graph(files)) == [{"a", "b", "c"}]

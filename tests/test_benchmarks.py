@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from extract.capture.seam import replaced_sdpa
+from extract.job import RunOptions
 from extract.measurement import measure
-from extract.pipeline import RunOptions
 from tests.benchmarks import memory, report, run, usual, usual_way, workloads
 from tests.benchmarks.bench import benchmarks, chosen
 from tests.benchmarks.forward import measured_against_plain

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from extract import pipeline
+from extract.job import Job, RunOptions
 from extract.model.encoder import Encoder
-from extract.pipeline import RunOptions
 from extract.store import open_dataset, parts_of
 from tests.benchmarks.harness import Result, interleaved
 from tests.benchmarks.workloads import demo
@@ -61,12 +61,12 @@ def measured_run(options: RunOptions, encoder: Encoder) -> Path:
     return _measured(_job(options, encoder))
 
 
-def _job(options: RunOptions, encoder: Encoder) -> pipeline.Job:
+def _job(options: RunOptions, encoder: Encoder) -> Job:
     with patch.object(pipeline, "load_encoder", lambda *_, **__: encoder):
         return pipeline.prepare(options)
 
 
-def _measured(job: pipeline.Job) -> Path:
+def _measured(job: Job) -> Path:
     pipeline.measure_shards(job, job.remaining)
     return pipeline.finish(job)
 

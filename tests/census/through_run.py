@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 from extract.capture.seam import first_tensor
 from extract.errors import CaptureError, Refusal
+from extract.job import RunOptions
 from extract.measurement import measure
-from extract.pipeline import RunOptions, finish, measure_shards, prepare
+from extract.pipeline import finish, measure_shards, prepare
 from tests.census.pool import each, in_a_process
 from tests.census.shrink import FIRST_ID, TOKENS, VOCABULARY
 from tests.census.tiny import Built, NotBuilt, architectures, build, reason_of

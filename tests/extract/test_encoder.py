@@ -552,7 +552,8 @@ def test_padding_changes_nothing_with_or_without_a_padding_token(tmp_path: Path,
 def heads_of(model: Path, corpus: Path, out: Path, **options: Any):
     import pyarrow.parquet as pq
 
-    from extract.pipeline import RunOptions, finish, measure_shards, prepare
+    from extract.job import RunOptions
+    from extract.pipeline import finish, measure_shards, prepare
 
     job = prepare(RunOptions(model=str(model), corpus=str(corpus), out=out, max_length=64, device="cpu", **options))
     measure_shards(job, job.remaining)

@@ -23,10 +23,11 @@ from extract.engines.patches import Grid, PatchSums
 from extract.engines.rows import AttentionCall
 from extract.engines.visibility import see, whole_axis
 from extract.errors import Refusal
+from extract.job import RunOptions
 from extract.measurement import layout_of
 from extract.model.encoder import load_encoder
 from extract.model.images import Unreadable, decode_image, preprocess_image
-from extract.pipeline import RunOptions, finish, measure_shard, measure_shards, prepare
+from extract.pipeline import finish, measure_shard, measure_shards, prepare
 from tests.oracles import distance_patches
 
 OF_PATCHES = ("patch_distance", "patch_mass", "patch_rows")

@@ -17,9 +17,10 @@ from extract.engines import Engine, choose
 from extract.engines.needs import Needs
 from extract.engines.sums import HeadSums
 from extract.errors import Refusal
+from extract.job import RunOptions
 from extract.measurement import layout_of
 from extract.memory import bytes_per_token, free_on_host, is_out_of_memory, tokens_that_fit
-from extract.pipeline import RunOptions, finish, measure_shards, prepare
+from extract.pipeline import finish, measure_shards, prepare
 from extract.shard import Instrument, measured_tables
 from extract.tables import Recorder
 from tests.extract.models import tiny

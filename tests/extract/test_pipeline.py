@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from extract.errors import Refusal
-from extract.pipeline import RunOptions, finish, measure_shard, measure_shards, prepare
+from extract.job import RunOptions
+from extract.pipeline import finish, measure_shard, measure_shards, prepare
 from extract.store import MANIFEST, WORK, file_sha256
 from extract.tables import TABLES
 

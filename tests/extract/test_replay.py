@@ -13,8 +13,9 @@ from torch import nn
 from extract import measure
 from extract.capture.replay import Run
 from extract.errors import CaptureError
+from extract.job import RunOptions
 from extract.measurement import layout_of
-from extract.pipeline import RunOptions, finish, measure_shards, prepare
+from extract.pipeline import finish, measure_shards, prepare
 from tests import oracles
 from tests.extract.test_heads import assert_columns
 from tests.extract.test_torch_modules import exact, linear

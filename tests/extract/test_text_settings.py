@@ -9,10 +9,11 @@ from tokenizers import normalizers
 from transformers import ByT5Tokenizer
 
 from extract.errors import Refusal
+from extract.job import RunOptions
 from extract.model.encoder import load_encoder
 from extract.model.folder import check_model_name
 from extract.model.text_settings import SETTINGS, folder_lookup, read_text_settings
-from extract.pipeline import RunOptions, finish, measure_shards, prepare
+from extract.pipeline import finish, measure_shards, prepare
 from extract.planning import read_shard
 from tests.extract.checkpoints import model_of, save, tokenizer_of
 

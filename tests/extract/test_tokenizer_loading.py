@@ -11,10 +11,11 @@ import torch
 from transformers import XLNetConfig, XLNetModel, XLNetTokenizer
 
 from extract.errors import Refusal
+from extract.job import RunOptions
 from extract.model.encoder import load_encoder
 from extract.model.measured_model import examine_text_model
 from extract.model.positions import max_positions
-from extract.pipeline import RunOptions, finish, measure_shards, prepare
+from extract.pipeline import finish, measure_shards, prepare
 from extract.planning import special_tokens
 from tests.extract.checkpoints import model_of, save, tokenizer_of
 from tests.oracles import head_columns

@@ -17,7 +17,8 @@ from extract.dictionary import data_dictionary
 from extract.engines import reference
 from extract.engines.quantities import ROW_QUANTITIES, RowQuantity
 from extract.errors import Refusal
-from extract.pipeline import RunOptions, finish, measure_shards, prepare
+from extract.job import RunOptions
+from extract.pipeline import finish, measure_shards, prepare
 from extract.tables import TABLES
 from extract.tables.column import column
 from tests.extract.models import eager_patterns

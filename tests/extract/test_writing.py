@@ -15,7 +15,8 @@ import pytest
 
 from extract.collector import Collector
 from extract.errors import Refusal
-from extract.pipeline import SHARDS_UNDER_WAY, Job, RunOptions, finish, measure_shard, measure_shards, prepare
+from extract.job import Job, RunOptions
+from extract.pipeline import SHARDS_UNDER_WAY, finish, measure_shard, measure_shards, prepare
 from extract.store import LocalFolder, Part, Store, part_key
 from extract.store.sealed import put_sealed
 from tests.extract.test_memory import with_attend

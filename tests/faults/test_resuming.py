@@ -11,7 +11,8 @@ import torch
 from analysis.verify import verify
 from extract.corpus import open_corpus
 from extract.errors import Damaged, Refusal
-from extract.pipeline import Job, RunOptions, finish, measure_shard, prepare
+from extract.job import Job, RunOptions
+from extract.pipeline import finish, measure_shard, prepare
 from extract.resuming import begun
 from extract.store import CARD, MANIFEST, WORK, Store, open_dataset
 from tests.extract.models import tiny

@@ -15,7 +15,8 @@ from analysis.verify import verify
 from extract.corpus import open_corpus  # noqa: F401 - loads what a first claim would else load in the race
 from extract.errors import Refusal
 from extract.files import put_if_absent
-from extract.pipeline import RunOptions, finish, measure_shards, prepare
+from extract.job import RunOptions
+from extract.pipeline import finish, measure_shards, prepare
 from extract.store import WORK, Store
 
 ROOT = Path(__file__).parents[2]

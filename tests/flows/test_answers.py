@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from extract.pipeline import RunOptions, finish, measure_shard, prepare
+from extract.job import RunOptions
+from extract.pipeline import finish, measure_shard, prepare
 from tests.flows.conftest import Ended
 
 SQL = "SELECT layer, head, avg(entropy_nats) AS entropy FROM heads GROUP BY ALL ORDER BY layer, head"

@@ -39,7 +39,7 @@ def test_the_example_is_a_valid_run() -> None:
 
 
 def test_extraction_has_the_same_options_and_defaults() -> None:
-    from extract.pipeline import RunOptions
+    from extract.job import RunOptions
 
     extraction = {f.name: f.default for f in fields(RunOptions)}
     flows = {name: MISSING if f.is_required() else f.default for name, f in Run.model_fields.items()}

@@ -93,7 +93,8 @@ def test_csv_and_json_are_always_utf8(dataset: Path) -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from extract.pipeline import RunOptions, finish, measure_shard, prepare
+    from extract.job import RunOptions
+    from extract.pipeline import finish, measure_shard, prepare
 
     folder = tmp_path_factory.mktemp("streams")
     (folder / "corpus.txt").write_text("One fox jumps over one dog.")

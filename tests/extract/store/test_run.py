@@ -11,7 +11,8 @@ from analysis.query import query
 from analysis.report import summary, write_report
 from analysis.verify import verify
 from extract.errors import Refusal
-from extract.pipeline import RunOptions, finish, measure_shard, measure_shards, prepare
+from extract.job import RunOptions
+from extract.pipeline import finish, measure_shard, measure_shards, prepare
 from extract.store import MANIFEST, LocalFolder, Storage, open_dataset
 from extract.store.objects import ObjectStorage
 
