@@ -1,6 +1,7 @@
-"""The import rules of the house: packages meet in files."""
+"""The import rules of the house: packages meet in files, and are known by one name."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,11 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("flows", "extract", "analysis")
+# where else a package may be named: what runs, what configures, what people copy
+DOCUMENTS = ("Makefile", ".ci/run", "pyproject.toml", "README.md", "CONTRIBUTING.md")
+OLD_NAME = re.compile(
+    rf"(?<![\w./\\-])({'|'.join(PACKAGES)})\\?\.([a-zA-Z_]\w*)"
+    rf"|\bfrom ({'|'.join(PACKAGES)})(?:\.\w+)* import\b"
+    rf"|^\s*import ({'|'.join(PACKAGES)})\b"
+)
 
 
 def imports_of(file: Path) -> Iterator[str]:
     """Every module that a file imports, at its top or inside a function, relative imports made absolute."""
-    package = file.relative_to(ROOT).parent.parts
+    package = ("attlas", *file.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -26,7 +34,8 @@ def imports_of(file: Path) -> Iterator[str]:
 
 
 def top_of(module: str) -> str:
-    return module.partition(".")[0]
+    """The package of ours, without the name that all of them are under, or the library."""
+    return module.removeprefix("attlas.").partition(".")[0]
 
 
 def imports_within(package: str) -> list[tuple[str, str]]:
@@ -39,9 +48,9 @@ def imports_within(package: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("package", "forbidden"),
     [
-        ("extract", {"flows", "analysis", "prefect", "polars", "typer", "tests"}),
-        ("analysis", {"flows", "torch", "transformers", "prefect", "tests"}),
-        ("flows", {"torch", "transformers", "polars", "tests"}),
+        ("extract", {"attlas", "flows", "analysis", "prefect", "polars", "typer", "tests"}),
+        ("analysis", {"attlas", "flows", "torch", "transformers", "prefect", "tests"}),
+        ("flows", {"attlas", "torch", "transformers", "polars", "tests"}),
     ],
 )
 def test_a_package_imports_only_what_it_may(package: str, forbidden: set[str]) -> None:
@@ -51,13 +60,14 @@ def test_a_package_imports_only_what_it_may(package: str, forbidden: set[str]) -
 
 
 def test_analysis_knows_only_the_store_the_tables_and_how_names_are_shown_of_extract() -> None:
-    allowed = ("extract.store", "extract.tables", "extract.printable")
+    allowed = ("attlas.extract.store", "attlas.extract.tables", "attlas.extract.printable")
     wrong = [
         (file, module)
         for file, module in imports_within("analysis")
         if top_of(module) == "extract"
         and not any(module == a or module.startswith(f"{a}.") for a in allowed)
-        and module != "extract"  # the package part of `from extract import store`, judged by what it names
+        # the package part of `from attlas.extract import store`, judged by what it names
+        and module != "attlas.extract"
     ]
     assert wrong == []
 
@@ -84,11 +94,11 @@ def test_the_rules_see_relative_and_inner_imports(tmp_path: Path, monkeypatch: p
         "def f():\n    import torch.nn\n    from ..dataset import Dataset\n    from . import svg\n"
     )
     found = {module for _, module in imports_within("analysis")}
-    assert {"torch.nn", "analysis.dataset.Dataset", "analysis.report.svg"} <= found
+    assert {"torch.nn", "attlas.analysis.dataset.Dataset", "attlas.analysis.report.svg"} <= found
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
-    code = "import sys, flows.cli; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    code = "import sys, attlas.flows.cli; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout.split()
@@ -100,7 +110,8 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 def modules() -> dict[str, Path]:
     """Every module of the packages, by its name."""
     files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
-    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    paths = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    names = [f"attlas.{path.removesuffix('.__init__')}" for path in paths]
     return dict(zip(names, files, strict=True))
 
 
@@ -156,3 +167,41 @@ def test_circles_are_seen_wherever_the_import_stands(tmp_path: Path) -> None:
     for name, source in sources.items():
         files[name].write_text(source)
     assert circles_in(import_graph(files)) == [{"a", "b", "c"}]
+
+
+def old_names(text: str) -> Iterator[tuple[int, str]]:
+    """The number and text of each line that names a package of ours as if it were at the top."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if any(match[2] is None or is_module(match[1], match[2]) for match in OLD_NAME.finditer(line)):
+            yield number, line.strip()
+
+
+def is_module(package: str, name: str) -> bool:
+    """Whether a package has it: `extract.engines`; a variable `extract` may have anything else."""
+    return (ROOT / package / f"{name}.py").exists() or (ROOT / package / name).is_dir() or name == "measure"
+
+
+def test_packages_are_named_only_under_attlas() -> None:
+    # under two names a module would be there twice, with classes that are not equal
+    code = [file for folder in ("attlas", *PACKAGES, "tests") for file in sorted((ROOT / folder).rglob("*.py"))]
+    files = [*code, *(ROOT / name for name in DOCUMENTS)]
+    assert [(str(file.relative_to(ROOT)), *line) for file in files for line in old_names(file.read_text("utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "is_old"),
+    [
+        ("from {}.errors import Refusal", True),
+        ("    import {}.pipeline", True),
+        ("from {} import measure", True),
+        ("python -m {}.dictionary", True),
+        ('"ignore::{}.errors.ResidualWarning"', True),
+        ("from attlas.{} import measure", False),
+        ("from tests.{}.models import encoder", False),
+        ("{}/engines/cpu.py", False),
+        ("sorted({}.glob('engines/*.py'))", False),
+        ("made from {} and imported", False),
+    ],
+)
+def test_the_rule_of_names_sees_code_and_no_prose(line: str, is_old: bool) -> None:
+    assert bool(list(old_names(line.format("extract")))) == is_old

@@ -1,0 +1,47 @@
+"""The atlas of attention: exact statistics of every attention head and every residual update, as Parquet.
+
+`measure` takes one batch through any model. What a run left is opened with `open_dataset`, asked with `query`, checked with
+`verify`, and shown with `report`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attlas.analysis.dataset import Dataset as _Dataset
+    from attlas.analysis.query import query as query
+    from attlas.analysis.report import write_report as report
+    from attlas.analysis.verify import verify as verify
+    from attlas.extract import measure as measure
+
+    open_dataset = _Dataset.open
+    __version__: str
+
+__all__ = ["measure", "open_dataset", "query", "report", "verify"]
+
+_PLACES = {
+    "measure": "attlas.extract:measure",
+    "open_dataset": "attlas.analysis.dataset:Dataset.open",
+    "query": "attlas.analysis.query:query",
+    "report": "attlas.analysis.report:write_report",
+    "verify": "attlas.analysis.verify:verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, with the libraries behind it (torch, Polars, DuckDB), which take seconds to import."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("attlas")
+    elif name in _PLACES:
+        from pkgutil import resolve_name
+
+        value = resolve_name(_PLACES[name])
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next time it is there
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
