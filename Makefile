@@ -84,7 +84,7 @@ lowest: .venv-lowest/.installed
 
 # the data dictionary, from the catalogue
 dictionary: .venv/.run-installed
-	$(BIN)/python -m extract.dictionary > data/README.md
+	$(BIN)/python -m attlas.extract.dictionary > data/README.md
 
 clean:
 	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import polars as pl
 import polars.selectors as cs
 
-from analysis.dataset import Dataset
-from analysis.report.numbers import plural
-from analysis.verify import findings_in
-from extract.store import Refusal
-from extract.tables import TABLES, Table
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.report.numbers import plural
+from attlas.analysis.verify import findings_in
+from attlas.extract.store import Refusal
+from attlas.extract.tables import TABLES, Table
 
 
 @contextmanager

@@ -10,10 +10,10 @@ import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
 
-from analysis.parts import DamagedPart, common_schema, kind_of, misfits
-from analysis.scanning import scan_parts
-from extract.store import Location, Part, Refusal, Storage, is_key, open_dataset, parts_of
-from extract.tables import TABLES
+from attlas.analysis.parts import DamagedPart, common_schema, kind_of, misfits
+from attlas.analysis.scanning import scan_parts
+from attlas.extract.store import Location, Part, Refusal, Storage, is_key, open_dataset, parts_of
+from attlas.extract.tables import TABLES
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 import polars as pl
 
-from analysis.dataset import Dataset
-from analysis.heads import HEAD, head_means
-from analysis.manifest import section
-from analysis.residual import residual_through_depth
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.heads import HEAD, head_means
+from attlas.analysis.manifest import section
+from attlas.analysis.residual import residual_through_depth
 
 COLLAPSE_NATS = 0.1
 COLLAPSE_ROWS = 8  # a sequence of a few tokens is sharp whatever the head does

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import polars as pl
 
-from analysis.dataset import Dataset
-from analysis.entropy import bin_edges, position_means
-from analysis.heads import HEAD, head_means
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.entropy import bin_edges, position_means
+from attlas.analysis.heads import HEAD, head_means
 
 COLUMNS = ("distance_tokens", "distance_vs_uniform", "offset_tokens", "offset_std_tokens")
 

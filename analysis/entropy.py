@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import polars as pl
 
-from analysis.dataset import Dataset
-from analysis.heads import HEAD, head_means
-from analysis.inference import clustered_mean
-from analysis.weighting import weighted_heads
-from extract.tables import doubling_bin_edges
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.heads import HEAD, head_means
+from attlas.analysis.inference import clustered_mean
+from attlas.analysis.weighting import weighted_heads
+from attlas.extract.tables import doubling_bin_edges
 
 COLUMNS = ("entropy_nats", "entropy_normalized", "attended_keys", "max_weight")
 _SHORTEST, _LONGEST = 3, 24  # length strata are (2^k, 2^(k+1)]; all sequences of up to 8 tokens are one

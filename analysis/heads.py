@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from analysis.dataset import Dataset
-from analysis.inference import clustered_mean
-from analysis.weighting import weighted_heads
-from extract.tables import TABLES
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.inference import clustered_mean
+from attlas.analysis.weighting import weighted_heads
+from attlas.extract.tables import TABLES
 
 HEAD = ("stack", "layer", "head")
 _CHUNK = 8  # columns at a time: the sums by head and document are held in memory

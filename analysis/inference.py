@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.weighting import SUM, WEIGHT, document_sums
+from attlas.analysis.weighting import SUM, WEIGHT, document_sums
 
 CONFIDENCE = 0.95
 NOTE_FEW = "fewer than 2 documents: an estimate without an interval"

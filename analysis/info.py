@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.manifest import section
-from analysis.naming import model_title
-from analysis.report.numbers import plural
-from extract.printable import shortened
+from attlas.analysis.manifest import section
+from attlas.analysis.naming import model_title
+from attlas.analysis.report.numbers import plural
+from attlas.extract.printable import shortened
 
 _SAID_ABOVE = ("model", "corpus", "engine", "device", "dtype", "schema_version")
 _LONGEST = 400

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from analysis.dataset import Dataset
-from analysis.parts import DamagedPart, first_line, read_footer, size_of
-from analysis.report.numbers import plural
-from extract.store import CARD, MANIFEST, WORK, Part, Storage, parts_of, sha256_of
-from extract.tables import TABLES, Table
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.parts import DamagedPart, first_line, read_footer, size_of
+from attlas.analysis.report.numbers import plural
+from attlas.extract.store import CARD, MANIFEST, WORK, Part, Storage, parts_of, sha256_of
+from attlas.extract.tables import TABLES, Table
 
 
 @dataclass(frozen=True)

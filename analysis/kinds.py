@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.dataset import Dataset
-from analysis.heads import HEAD
-from analysis.inference import bootstrap_replicates
-from analysis.weighting import weighted_heads
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.heads import HEAD
+from attlas.analysis.inference import bootstrap_replicates
+from attlas.analysis.weighting import weighted_heads
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from analysis.manifest import section
-from extract.printable import printable
+from attlas.analysis.manifest import section
+from attlas.extract.printable import printable
 
 _LONGEST = 60
 _DIGEST = re.compile(r"[0-9a-f]{16,}")  # the folder of a revision in the hub's cache

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from extract.store import Refusal
+from attlas.extract.store import Refusal
 
 _AT_ONCE = 1 << 24
 _OPEN_FILES = {"/dev/stdout": 1, "/dev/stderr": 2}

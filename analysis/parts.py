@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from extract.store import Part, Storage
-from extract.tables import Table
+from attlas.extract.store import Part, Storage
+from attlas.extract.tables import Table
 
 # what a part of the contract never reaches: a row takes bits of its own, and even constant columns pack less than that
 _ROWS_PER_BYTE = 100

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from analysis.damage import damage_refused
-from analysis.dataset import Dataset
-from analysis.parts import first_line, unreadable_rows
-from analysis.result import FORMATS as FORMATS
-from analysis.result import Format as Format
-from analysis.result import write_result as write_result
-from analysis.scanning import arrow_dataset
-from extract.store import Location, Refusal
+from attlas.analysis.damage import damage_refused
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.parts import first_line, unreadable_rows
+from attlas.analysis.result import FORMATS as FORMATS
+from attlas.analysis.result import Format as Format
+from attlas.analysis.result import write_result as write_result
+from attlas.analysis.scanning import arrow_dataset
+from attlas.extract.store import Location, Refusal
 
 if TYPE_CHECKING:
     import duckdb
@@ -77,7 +77,7 @@ def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
 
 def _refuse_damage(dataset: Dataset, sql: str) -> None:
     """Where a query fails on bytes that are not the manifest's, they are to blame, not the query."""
-    from analysis.integrity import integrity
+    from attlas.analysis.integrity import integrity
 
     for table in filter(partial(_is_named, sql), dataset.tables):
         for part in dataset.parts(table):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import polars as pl
 
-from analysis.dataset import Dataset
-from analysis.heads import joined_means, statistics_of
-from analysis.weighting import weighted_residual
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.heads import joined_means, statistics_of
+from attlas.analysis.weighting import weighted_residual
 
 SITES = ("embedding", "attention", "cross_attention", "mlp", "final_norm")  # in the order in which they happen
 SITE = ("stack", "layer", "site")

@@ -11,10 +11,10 @@ import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
 
-from analysis.output import write_whole
-from analysis.report.numbers import plural
-from extract.printable import printable
-from extract.store import Refusal
+from attlas.analysis.output import write_whole
+from attlas.analysis.report.numbers import plural
+from attlas.extract.printable import printable
+from attlas.extract.store import Refusal
 
 Format = Literal["table", "csv", "json", "parquet"]
 FORMATS: tuple[Format, ...] = ("table", "csv", "json", "parquet")
@@ -89,7 +89,7 @@ def _as_table(table: pa.Table, stream: IO[Any]) -> Iterator[bytes]:
     """The first rows under their names, as wide as they are; texts go over several lines where a terminal is narrower."""
     from rich.text import Text
 
-    from analysis.columns import Column, Fitted, Lines, console_for
+    from attlas.analysis.columns import Column, Fitted, Lines, console_for
 
     shown = table.slice(0, _SHOWN_ROWS)
     columns = [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeGuard
 
 import polars as pl
 
-from extract.store import Part, Storage
+from attlas.extract.store import Part, Storage
 
 if TYPE_CHECKING:
     import pyarrow as pa

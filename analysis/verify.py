@@ -10,15 +10,15 @@ import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
 
-from analysis.dataset import Dataset
-from analysis.integrity import Finding as Finding
-from analysis.integrity import integrity, strays, totals
-from analysis.manifest import section
-from analysis.parts import first_line
-from analysis.report.numbers import plural
-from analysis.scanning import scan_parts
-from extract.store import MANIFEST, Location, Part, name_of
-from extract.tables import TABLES, Agreement, Table
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.integrity import Finding as Finding
+from attlas.analysis.integrity import integrity, strays, totals
+from attlas.analysis.manifest import section
+from attlas.analysis.parts import first_line
+from attlas.analysis.report.numbers import plural
+from attlas.analysis.scanning import scan_parts
+from attlas.extract.store import MANIFEST, Location, Part, name_of
+from attlas.extract.tables import TABLES, Agreement, Table
 
 BOUND_TOLERANCE = 1e-4  # of float32 means, relative beyond 1
 _ROW = "|row"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from analysis.dataset import Dataset
+from attlas.analysis.dataset import Dataset
 
 SUM, WEIGHT = "|sum", "|weight"
 

@@ -1,6 +1,6 @@
 """The atlas of attention: exact statistics of every attention head and every residual update, as Parquet.
 
-`measure` takes one batch through any model. What a run left is opened with `open_dataset`, asked with `query`, checked with
+`measure` takes one batch through any model, `run` a whole corpus. What a run left is opened with `open_dataset`, asked with `query`, checked with
 `verify`, and shown with `report`.
 """
 
@@ -12,17 +12,19 @@ if TYPE_CHECKING:
     from attlas.analysis.report import write_report as report
     from attlas.analysis.verify import verify as verify
     from attlas.extract import measure as measure
+    from attlas.extract.pipeline import run as run
 
     open_dataset = _Dataset.open
     __version__: str
 
-__all__ = ["measure", "open_dataset", "query", "report", "verify"]
+__all__ = ["measure", "open_dataset", "query", "report", "run", "verify"]
 
 _PLACES = {
     "measure": "attlas.extract:measure",
     "open_dataset": "attlas.analysis.dataset:Dataset.open",
     "query": "attlas.analysis.query:query",
     "report": "attlas.analysis.report:write_report",
+    "run": "attlas.extract.pipeline:run",
     "verify": "attlas.analysis.verify:verify",
 }
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from extract.measurement import measure as measure
+    from attlas.extract.measurement import measure as measure
 
 __all__ = ["measure"]
 
@@ -11,7 +11,7 @@ __all__ = ["measure"]
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import; readers of the schema and the store do not need it
     if name == "measure":
-        from extract.measurement import measure
+        from attlas.extract.measurement import measure
 
         return measure
-    raise AttributeError(f"module 'extract' has no attribute {name!r}")
+    raise AttributeError(f"module 'attlas.extract' has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from extract.errors import Refusal
+from attlas.extract.errors import Refusal
 
 
 def windows(ids: Sequence[int], *, size: int, stride: int) -> Iterator[tuple[int, Sequence[int]]]:

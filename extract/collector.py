@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from extract.capture.layout import Attention, Layout, Site
-from extract.engines import Engine
-from extract.engines.needs import Needs
-from extract.engines.observations import HeadObservation
-from extract.engines.quantities import ROW_QUANTITIES, Fact
-from extract.engines.sums import HeadSums
-from extract.tables import Recorder, Scope, Table, needs_of
+from attlas.extract.capture.layout import Attention, Layout, Site
+from attlas.extract.engines import Engine
+from attlas.extract.engines.needs import Needs
+from attlas.extract.engines.observations import HeadObservation
+from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact
+from attlas.extract.engines.sums import HeadSums
+from attlas.extract.tables import Recorder, Scope, Table, needs_of
 
 _Kept = tuple[Recorder, Any, dict[str, Tensor]]
 

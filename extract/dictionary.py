@@ -1,4 +1,4 @@
-"""The data dictionary and the dataset card, written from the tables: `python -m extract.dictionary > data/README.md`."""
+"""The data dictionary and the dataset card, written from the tables: `python -m attlas.extract.dictionary > data/README.md`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from extract.tables import TABLES, Column, Table
+from attlas.extract.tables import TABLES, Column, Table
 
 _GROUND_RULES = """\
 A sequence has n real tokens; padding is neither query nor key. Positions i (query) and j (key) count the real tokens from

@@ -14,7 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Literal
 
-from extract.errors import Damaged, first_line
+from attlas.extract.errors import Damaged, first_line
 
 
 @contextmanager

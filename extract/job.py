@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from extract.engines import Engine
-from extract.model.encoder import Encoder
-from extract.model.measured_model import MeasuredModel, Stacks
-from extract.plan import Plan, read_shard
-from extract.store import Location, Lock, Store
-from extract.tables import Table
+from attlas.extract.engines import Engine
+from attlas.extract.model.encoder import Encoder
+from attlas.extract.model.measured_model import MeasuredModel, Stacks
+from attlas.extract.plan import Plan, read_shard
+from attlas.extract.store import Location, Lock, Store
+from attlas.extract.tables import Table
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from extract.capture.layout import Layout
+    from attlas.extract.capture.layout import Layout
 
 TokenMode = Literal["none", "classes", "ids", "text"]
 Progress = Callable[[str, int, int | None], None]
@@ -117,7 +117,7 @@ class Job:
 
     @cached_property
     def token_classes(self) -> np.ndarray | None:
-        from extract.model.token_classes import token_classes
+        from attlas.extract.model.token_classes import token_classes
 
         if self.options.tokens == "none" or self.encoder.tokenizer is None:
             return None

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from extract.capture.compiled import uncompiled
-from extract.capture.examine import find_layout
-from extract.capture.fingerprint import fingerprint, weights_state
-from extract.capture.layout import Layout
-from extract.capture.probe import hides_the_future
-from extract.capture.seam import same_values
-from extract.model.inputs import TEXT_INPUTS, sequence_count
-from extract.model.probe_inputs import probe_inputs
+from attlas.extract.capture.compiled import uncompiled
+from attlas.extract.capture.examine import find_layout
+from attlas.extract.capture.fingerprint import fingerprint, weights_state
+from attlas.extract.capture.layout import Layout
+from attlas.extract.capture.probe import hides_the_future
+from attlas.extract.capture.seam import same_values
+from attlas.extract.model.inputs import TEXT_INPUTS, sequence_count
+from attlas.extract.model.probe_inputs import probe_inputs
 
 # kinds of inputs and states of a model that are remembered: one that changes all the time is no reason to keep them all
 _KEPT = 16

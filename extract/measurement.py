@@ -13,24 +13,24 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from extract.capture.batch import Batch
-from extract.capture.compiled import unwrap_model
-from extract.capture.grid import sight_of
-from extract.capture.layout import Layout
-from extract.capture.modes import eval_mode, refuse_training
-from extract.capture.stacks import OF_TEXT
-from extract.capture.watch import watching
-from extract.collector import Collector, open_collector
-from extract.engines import Engine, choose
-from extract.engines.patches import Grid
-from extract.errors import CaptureError, Refusal, ResidualWarning
-from extract.layouts import forget_layouts, layout_of
-from extract.model.arguments import bind_inputs
-from extract.model.inputs import batch_of, is_padded, main_input, sequence_count
-from extract.model.packing import BatchPart, split_packed_texts
-from extract.model.splitting import split_by_sequence, split_packed_images
-from extract.model.token_classes import token_classes
-from extract.tables import CLASS_MASSES, TABLES, Table, recorded_tables
+from attlas.extract.capture.batch import Batch
+from attlas.extract.capture.compiled import unwrap_model
+from attlas.extract.capture.grid import sight_of
+from attlas.extract.capture.layout import Layout
+from attlas.extract.capture.modes import eval_mode, refuse_training
+from attlas.extract.capture.stacks import OF_TEXT
+from attlas.extract.capture.watch import watching
+from attlas.extract.collector import Collector, open_collector
+from attlas.extract.engines import Engine, choose
+from attlas.extract.engines.patches import Grid
+from attlas.extract.errors import CaptureError, Refusal, ResidualWarning
+from attlas.extract.layouts import forget_layouts, layout_of
+from attlas.extract.model.arguments import bind_inputs
+from attlas.extract.model.inputs import batch_of, is_padded, main_input, sequence_count
+from attlas.extract.model.packing import BatchPart, split_packed_texts
+from attlas.extract.model.splitting import split_by_sequence, split_packed_images
+from attlas.extract.model.token_classes import token_classes
+from attlas.extract.tables import CLASS_MASSES, TABLES, Table, recorded_tables
 
 
 def measure(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from extract.capture.layout import Layout
+from attlas.extract.capture.layout import Layout
 
 _LONG_SEQUENCE = 2048  # tokens; above, one state of the residual stream takes tens of megabytes
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's constants for mallopt

@@ -12,20 +12,20 @@ from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from extract.corpus import Corpus, open_corpus
-from extract.dictionary import dataset_card
-from extract.engines import choose
-from extract.errors import Refusal
-from extract.job import Job, Progress, RunOptions
-from extract.memory import keep_freed_memory, tokens_that_fit
-from extract.model.encoder import Encoder, load_encoder
-from extract.model.folder import check_model_name
-from extract.model.images import processor_digest
-from extract.model.measured_model import MeasuredModel, examine_image_model, examine_text_model
-from extract.resuming import begun, read_key
-from extract.store import Location, ShardRecord, Store
-from extract.tables import SCHEMA_VERSION, recorded_tables
-from extract.writing import manifest_of, planned_tables, write_shard
+from attlas.extract.corpus import Corpus, open_corpus
+from attlas.extract.dictionary import dataset_card
+from attlas.extract.engines import choose
+from attlas.extract.errors import Refusal
+from attlas.extract.job import Job, Progress, RunOptions
+from attlas.extract.memory import keep_freed_memory, tokens_that_fit
+from attlas.extract.model.encoder import Encoder, load_encoder
+from attlas.extract.model.folder import check_model_name
+from attlas.extract.model.images import processor_digest
+from attlas.extract.model.measured_model import MeasuredModel, examine_image_model, examine_text_model
+from attlas.extract.resuming import begun, read_key
+from attlas.extract.store import Location, ShardRecord, Store
+from attlas.extract.tables import SCHEMA_VERSION, recorded_tables
+from attlas.extract.writing import manifest_of, planned_tables, write_shard
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,18 @@ BATCH_TOKENS = 4096
 CUDA_BATCH_TOKENS = 16_384
 # one shard in the model and one on its way to the disk: if writing is slow, the model waits and memory stays
 SHARDS_UNDER_WAY = 2
+
+
+def run(*, tables: Collection[str] = (), progress: Progress | None = None, **options: Any) -> Location:
+    """Measure a corpus with a model in this process: the dataset that `attlas run` writes, without Prefect or a report.
+
+    options: the fields of RunOptions, such as model, corpus and out. tables: those on request that are written besides the
+    ones of every run. progress(stage, done, total): told while the model is loaded and the corpus planned. Gives the
+    dataset's place. A run that was interrupted goes on where it stopped. Raises Refusal for what can't be measured.
+    """
+    job = prepare(RunOptions(**options), tables=tables, progress=progress)
+    measure_shards(job, job.remaining)
+    return finish(job)
 
 
 def check(options: RunOptions) -> Corpus:
@@ -132,7 +144,7 @@ def measure_shard(job: Job, shard: int, *, progress: Callable[[int, int], None] 
     done = job.store.read_record(shard)
     if done is not None:
         return done
-    from extract.shard import Instrument, measured_tables
+    from attlas.extract.shard import Instrument, measured_tables
 
     assert job.plan is not None, "a finished dataset has no shard to measure"
     sequences, documents = job.planned(shard)

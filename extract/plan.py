@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from extract.errors import Damaged, first_line
-from extract.shapes import Malformed, count, every, mapping, record, sha256
-from extract.store import Storage
-from extract.store.layout import PLAN, SPOOL, WORK, spool_key
-from extract.store.sealed import get_sealed, put_sealed
+from attlas.extract.errors import Damaged, first_line
+from attlas.extract.shapes import Malformed, count, every, mapping, record, sha256
+from attlas.extract.store import Storage
+from attlas.extract.store.layout import PLAN, SPOOL, WORK, spool_key
+from attlas.extract.store.sealed import get_sealed, put_sealed
 
 Progress = Callable[[int, int], None]
 

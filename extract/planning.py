@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 
-from extract.batching import windows
-from extract.corpus import Document, reason_kind, refuse_unreadable
-from extract.errors import Refusal
-from extract.model.images import ImagePreprocessing, Unreadable
-from extract.plan import Plan as Plan
-from extract.plan import Progress, clear_plan, write_plan, write_spool
-from extract.plan import read_plan as read_plan
-from extract.plan import read_shard as read_shard
-from extract.store import Storage
+from attlas.extract.batching import windows
+from attlas.extract.corpus import Document, reason_kind, refuse_unreadable
+from attlas.extract.errors import Refusal
+from attlas.extract.model.images import ImagePreprocessing, Unreadable
+from attlas.extract.plan import Plan as Plan
+from attlas.extract.plan import Progress, clear_plan, write_plan, write_spool
+from attlas.extract.plan import read_plan as read_plan
+from attlas.extract.plan import read_shard as read_shard
+from attlas.extract.store import Storage
 
 if TYPE_CHECKING:
     from jaxtyping import Int

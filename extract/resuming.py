@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extract.errors import Refusal
-from extract.plan import Plan, read_plan
-from extract.planning import make_image_plan, make_plan
+from attlas.extract.errors import Refusal
+from attlas.extract.plan import Plan, read_plan
+from attlas.extract.planning import make_image_plan, make_plan
 
 if TYPE_CHECKING:
-    from extract.corpus import Corpus
-    from extract.job import Job, Progress
+    from attlas.extract.corpus import Corpus
+    from attlas.extract.job import Job, Progress
 
 
 def begun(job: Job, corpus: Corpus, max_length: int, say: Progress) -> Job:

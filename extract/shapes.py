@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from extract.printable import printable
+from attlas.extract.printable import printable
 
 Check = Callable[[Any, str], None]
 MOST = (1 << 63) - 1  # Parquet, Arrow and Polars count in int64

@@ -13,22 +13,22 @@ import pyarrow as pa
 import torch
 from jaxtyping import Int
 
-from extract.batching import batches, padded_positions
-from extract.capture.batch import Batch, Tokens
-from extract.capture.layout import Layout
-from extract.capture.probe import fixed_rng
-from extract.collector import Collector, open_collector
-from extract.engines import Engine
-from extract.engines.visibility import Axis
-from extract.errors import Refusal, first_line
-from extract.measurement import has_others_among_text, observe
-from extract.memory import is_out_of_memory, release_memory
-from extract.model.encoder import Encoder
-from extract.model.inputs import MASK_OF
-from extract.model.measured_model import TOKEN_INPUTS, TOKEN_TYPES, ImageCorpus
-from extract.model.modality import accepts_input
-from extract.planning import SpecialTokens
-from extract.tables import Table, recorded_tables
+from attlas.extract.batching import batches, padded_positions
+from attlas.extract.capture.batch import Batch, Tokens
+from attlas.extract.capture.layout import Layout
+from attlas.extract.capture.probe import fixed_rng
+from attlas.extract.collector import Collector, open_collector
+from attlas.extract.engines import Engine
+from attlas.extract.engines.visibility import Axis
+from attlas.extract.errors import Refusal, first_line
+from attlas.extract.measurement import has_others_among_text, observe
+from attlas.extract.memory import is_out_of_memory, release_memory
+from attlas.extract.model.encoder import Encoder
+from attlas.extract.model.inputs import MASK_OF
+from attlas.extract.model.measured_model import TOKEN_INPUTS, TOKEN_TYPES, ImageCorpus
+from attlas.extract.model.modality import accepts_input
+from attlas.extract.planning import SpecialTokens
+from attlas.extract.tables import Table, recorded_tables
 
 Progress = Callable[[int, int], None]
 # one batch keeps a machine busy, and may be as large as its memory allows

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from extract.collector import left_to_reference
-from extract.model.token_classes import class_sizes
-from extract.store import Part, ShardRecord, Store
-from extract.tables import SCHEMA_VERSION, TABLES, Table
+from attlas.extract.collector import left_to_reference
+from attlas.extract.model.token_classes import class_sizes
+from attlas.extract.store import Part, ShardRecord, Store
+from attlas.extract.tables import SCHEMA_VERSION, TABLES, Table
 
 if TYPE_CHECKING:
-    from extract.capture.layout import Attention
-    from extract.job import Job
-    from extract.planning import Plan
+    from attlas.extract.capture.layout import Attention
+    from attlas.extract.job import Job
+    from attlas.extract.planning import Plan
 
 _SOFTWARE = ("attlas", "torch", "transformers", "pyarrow", "numpy")
 # what each mode of `tokens` keeps of the tokens themselves

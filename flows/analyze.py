@@ -9,6 +9,6 @@ from prefect.cache_policies import NO_CACHE
 @task(name="report", cache_policy=NO_CACHE)
 def report(dataset: Path) -> Path | str:
     """Write the dataset's report beside its tables."""
-    from analysis.report import write_report
+    from attlas.analysis.report import write_report
 
     return write_report(dataset, None)

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from extract.errors import Refusal, first_line
+from attlas.extract.errors import Refusal, first_line
 
 if TYPE_CHECKING:
     import httpx

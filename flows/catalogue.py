@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from extract.errors import Refusal
+from attlas.extract.errors import Refusal
 
 if TYPE_CHECKING:
-    from extract.tables import Table
-    from extract.tables.column import Column
+    from attlas.extract.tables import Table
+    from attlas.extract.tables.column import Column
 
 
 def list_columns(tables: Iterable["Table"]) -> None:

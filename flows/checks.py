@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from extract.errors import Refusal
-from extract.store import Store
-from flows.config import Run
-from flows.overlaps import place_of, refuse_overlaps
+from attlas.extract.errors import Refusal
+from attlas.extract.store import Store
+from attlas.flows.config import Run
+from attlas.flows.overlaps import place_of, refuse_overlaps
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -25,7 +25,7 @@ def refuse_bad_paths(run: Run, *, run_file: Path | None = None) -> None:
 
 def refuse_bad_corpus(run: Run) -> None:
     """Open a local corpus as the run will. A hub corpus is checked by the run itself."""
-    from extract.corpus import open_corpus
+    from attlas.extract.corpus import open_corpus
 
     if run.corpus.startswith("hub:"):
         return
@@ -44,8 +44,8 @@ def refuse_bad_corpus(run: Run) -> None:
 
 def refuse_missing_model(model: str, *, trust_remote_code: bool = False) -> None:
     """Raise Refusal for a missing model, and for a folder or file that is not a model."""
-    from extract.model.folder import check_model_name
-    from extract.model.user_code import is_user_code
+    from attlas.extract.model.folder import check_model_name
+    from attlas.extract.model.user_code import is_user_code
 
     if model == "demo":
         return

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from extract.errors import Refusal
-from flows.config import read_run
-from flows.run_options import with_run_options
-from flows.streams import (
+from attlas.extract.errors import Refusal
+from attlas.flows.config import read_run
+from attlas.flows.run_options import with_run_options
+from attlas.flows.streams import (
     exit_on_closed_pipe,
     flush_output,
     ignore_closed_pipe,
@@ -21,7 +21,7 @@ from flows.streams import (
 )
 
 if TYPE_CHECKING:
-    from analysis.query import Format
+    from attlas.analysis.query import Format
 
 FAILED, BAD_USAGE, FINDING = 1, 2, 3
 
@@ -64,7 +64,7 @@ def exit_code(arguments: list[str]) -> int:
 
 
 def _report_error(error: Exception, *, code: int) -> int:
-    from extract.printable import printable
+    from attlas.extract.printable import printable
 
     if _debug.on:
         lines = "".join(traceback.format_exception(error)).splitlines()
@@ -105,8 +105,8 @@ RunFile = Annotated[Path | None, typer.Argument(metavar="RUN.toml", help="A run 
 
 def run(run_file: RunFile = None, **options: Any) -> None:
     """Measure a corpus with a model and write a Parquet dataset and its report. An interrupted run continues."""
-    from flows.checks import refuse_bad_paths
-    from flows.environment import set_quiet_defaults
+    from attlas.flows.checks import refuse_bad_paths
+    from attlas.flows.environment import set_quiet_defaults
 
     ignore_closed_pipe()
     settings = read_run(run_file, options)
@@ -117,9 +117,9 @@ def run(run_file: RunFile = None, **options: Any) -> None:
     if settings.model == "demo" or Path(settings.model).is_dir() or ".py:" in settings.model:
         # loading from disk is fast, and its progress bars would interfere with ours; bars of downloads are useful
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from flows.measure import measure_locally
-    from flows.progress import display_for_terminal
-    from flows.server import show_only_errors
+    from attlas.flows.measure import measure_locally
+    from attlas.flows.progress import display_for_terminal
+    from attlas.flows.server import show_only_errors
 
     if not _debug.on:
         show_only_errors()
@@ -131,7 +131,7 @@ def run(run_file: RunFile = None, **options: Any) -> None:
 
 def _prepare_for_prefect() -> None:
     """Set up the environment for Prefect and check its settings."""
-    from flows.environment import prepare_environment, refuse_bad_settings
+    from attlas.flows.environment import prepare_environment, refuse_bad_settings
 
     note = prepare_environment()
     if note is not None:
@@ -148,7 +148,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="The page to write. [default: DIR/report.html]")] = None,
 ) -> None:
     """Write the analyses to one self-contained HTML page, and show the key tables."""
-    from analysis.report import write_report
+    from attlas.analysis.report import write_report
 
     page = write_report(dataset, output)
     _show_summary(dataset)
@@ -170,16 +170,16 @@ def query(
     output_format = _output_format(form, to_terminal=output is None and sys.stdout.isatty())
     if timeout <= 0:
         raise Refusal(f"--timeout must be more than 0 seconds; got {timeout:g}; use a longer one")
-    from analysis.output import answer_file
-    from analysis.query import query as rows_of
-    from analysis.query import write_result
+    from attlas.analysis.output import answer_file
+    from attlas.analysis.query import query as rows_of
+    from attlas.analysis.query import write_result
 
     with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
         write_result(rows_of(dataset, sql, timeout_s=timeout), output_format, stream)
 
 
 def _output_format(form: str, *, to_terminal: bool) -> "Format":
-    from analysis.query import FORMATS
+    from attlas.analysis.query import FORMATS
 
     if form not in FORMATS:
         raise Refusal(f"--format must be one of {', '.join(FORMATS)}; got {form!r}; choose one of them")
@@ -191,9 +191,9 @@ def _output_format(form: str, *, to_terminal: bool) -> "Format":
 @app.command()
 def info(dataset: Dataset) -> None:
     """Show the contents and provenance of a dataset."""
-    from analysis.dataset import Dataset as Opened
-    from analysis.info import describe
-    from extract.printable import printable
+    from attlas.analysis.dataset import Dataset as Opened
+    from attlas.analysis.info import describe
+    from attlas.extract.printable import printable
 
     for title, facts in describe(Opened.open(dataset).manifest):
         typer.echo(title)
@@ -206,9 +206,9 @@ def info(dataset: Dataset) -> None:
 @app.command()
 def verify(dataset: Dataset) -> None:
     """Check checksums, schema, invariants and row counts, and list every problem (exit code 3)."""
-    from analysis.report.numbers import plural
-    from analysis.verify import verify as findings_in
-    from extract.printable import printable
+    from attlas.analysis.report.numbers import plural
+    from attlas.analysis.verify import verify as findings_in
+    from attlas.extract.printable import printable
 
     findings = findings_in(dataset)
     for finding in findings:
@@ -224,8 +224,8 @@ def stats(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A column or a table. [default: all]")] = None,
 ) -> None:
     """Show the catalogue of columns: formula, unit, bounds and reference."""
-    from extract.tables import TABLES
-    from flows.catalogue import describe_column, list_columns
+    from attlas.extract.tables import TABLES
+    from attlas.flows.catalogue import describe_column, list_columns
 
     if name is None:
         list_columns(TABLES.values())
@@ -253,8 +253,8 @@ def serve(
     ignore_closed_pipe()
     read_run(run_file, {})
     _prepare_for_prefect()
-    from flows.deploy import schedule_of
-    from flows.deploy import serve as serve_until_stopped
+    from attlas.flows.deploy import schedule_of
+    from attlas.flows.deploy import serve as serve_until_stopped
 
     schedule = schedule_of(cron=cron, interval=interval, timezone=timezone)
     when = f"at {cron!r}, {timezone or 'UTC'}" if cron else f"every {interval:g} s"
@@ -263,14 +263,14 @@ def serve(
 
 
 def _show_summary(dataset: Path) -> None:
-    from analysis.columns import console_for
-    from analysis.report import summary
+    from attlas.analysis.columns import console_for
+    from attlas.analysis.report import summary
 
     console_for(sys.stdout).print(summary(dataset), crop=False)
 
 
 def _show_paths(**places: Path | str) -> None:
-    from extract.printable import printable
+    from attlas.extract.printable import printable
 
     for what, path in places.items():
         typer.echo(f"{what:<7}  {printable(path)}")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
-from extract.errors import Refusal
+from attlas.extract.errors import Refusal
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-    from extract.job import RunOptions
+    from attlas.extract.job import RunOptions
 
 BUILT_IN = ("demo", "random-repeats")
 
@@ -30,7 +30,7 @@ def _readable(name: Any) -> Any:
     try:
         name.encode()
     except UnicodeEncodeError:
-        from extract.corpus.names import readable_name
+        from attlas.extract.corpus.names import readable_name
 
         return readable_name(name)
     return name
@@ -116,8 +116,8 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     revision: Annotated[str | None, Field(min_length=1, description="the hub revision of the model")] = None
 
     def options(self) -> "RunOptions":
-        """The options for `extract.pipeline`."""
-        from extract.job import RunOptions
+        """The options for `attlas.extract.pipeline`."""
+        from attlas.extract.job import RunOptions
 
         return RunOptions(**{**self.model_dump(), "corpus": self.corpus_to_open})
 
@@ -126,7 +126,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         """The corpus by its name in the file system, which is not always valid text."""
         if os.path.lexists(self.corpus):
             return self.corpus
-        from extract.corpus.names import real_name
+        from attlas.extract.corpus.names import real_name
 
         return real_name(self.corpus)
 

@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 from pathlib import Path
 
-from flows.environment import cache_folder
+from attlas.flows.environment import cache_folder
 
 
 def provide_database(file: Path) -> None:

@@ -10,10 +10,10 @@ from zoneinfo import available_timezones
 from prefect import flow
 from prefect.runtime import flow_run
 
-from extract.errors import Refusal
-from flows.api import refuse_unreachable_server
-from flows.checks import refuse_bad_paths
-from flows.config import Run, read_run
+from attlas.extract.errors import Refusal
+from attlas.flows.api import refuse_unreachable_server
+from attlas.flows.checks import refuse_bad_paths
+from attlas.flows.config import Run, read_run
 
 if TYPE_CHECKING:
     from prefect.schedules import Schedule
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 @flow(name="attlas-scheduled")
 def scheduled(run_file: Path) -> Path | str:
     """Run the current run file, into a folder named after the scheduled time."""
-    # imported here, because Prefect pickles a flow with its globals, and the display of `flows.measure` can't be pickled
-    from flows.measure import measure, release_job
+    # imported here, because Prefect pickles a flow with its globals, and the display of `attlas.flows.measure` can't be pickled
+    from attlas.flows.measure import measure, release_job
 
     run = run_at(run_file, flow_run.scheduled_start_time)
     refuse_bad_paths(run, run_file=run_file)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extract.errors import Refusal
+from attlas.extract.errors import Refusal
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

@@ -15,16 +15,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from extract.errors import CaptureError, Damaged, Refusal
-from flows.analyze import report
-from flows.config import Run
-from flows.environment import remove_temporary_folder
-from flows.progress import Display, Work, display
-from flows.server import prefect_connected, temporary_server
-from flows.streams import print_message
+from attlas.extract.errors import CaptureError, Damaged, Refusal
+from attlas.flows.analyze import report
+from attlas.flows.config import Run
+from attlas.flows.environment import remove_temporary_folder
+from attlas.flows.progress import Display, Work, display
+from attlas.flows.server import prefect_connected, temporary_server
+from attlas.flows.streams import print_message
 
 if TYPE_CHECKING:
-    from extract.job import Job
+    from attlas.extract.job import Job
 
 
 # one shard is in the model while the previous one is written; a third would only use memory
@@ -72,7 +72,7 @@ def is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
 )
 def measure_shard(run: Run, shard: int) -> int:
     """Measure one shard in this process."""
-    from extract import pipeline
+    from attlas.extract import pipeline
 
     job = open_job(run)
     with shown_work() as show:
@@ -87,7 +87,7 @@ def measure_shard(run: Run, shard: int) -> int:
 )
 def write_manifest(run: Run) -> Path:
     """Write the manifest, which completes the dataset."""
-    from extract.pipeline import finish
+    from attlas.extract.pipeline import finish
 
     display.get().stage("finish", 0, None)
     finish(open_job(run))
@@ -97,7 +97,7 @@ def write_manifest(run: Run) -> Path:
 @lru_cache(maxsize=1)
 def open_job(run: Run) -> "Job":
     """Check and plan a run and load its model, once per process."""
-    from extract.pipeline import prepare
+    from attlas.extract.pipeline import prepare
 
     return prepare(run.options(), progress=display.get().stage)
 
@@ -157,7 +157,7 @@ def measure_locally(run: Run, *, show: Display) -> Path | str:
 
 def release_job(run: Run) -> None:
     """Release the model of a run, and the lock on its folder if this thread holds it."""
-    from extract.store import Store
+    from attlas.extract.store import Store
 
     open_job.cache_clear()
     Store.at(run.out).unlock()

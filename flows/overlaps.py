@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
-from extract.errors import Refusal
-from flows.config import Run
+from attlas.extract.errors import Refusal
+from attlas.flows.config import Run
 
 
 def refuse_overlaps(run: Run, *, run_file: Path | None = None) -> None:
@@ -88,7 +88,7 @@ def _matches(pattern: str, way: Path) -> bool:
 
 def _written() -> list[str]:
     """A file of each kind that a run writes, by its path in the dataset."""
-    from extract.store.layout import CARD, MANIFEST, REPORT, RUN, part_key, record_key
-    from extract.tables import TABLES
+    from attlas.extract.store.layout import CARD, MANIFEST, REPORT, RUN, part_key, record_key
+    from attlas.extract.tables import TABLES
 
     return [MANIFEST, CARD, REPORT, RUN, record_key(0), *(part_key(table, 0) for table in TABLES)]

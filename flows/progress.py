@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from extract.printable import printable
-from flows.streams import print_message
+from attlas.extract.printable import printable
+from attlas.flows.streams import print_message
 
 STAGES = {
     "server": "starting Prefect's temporary server",

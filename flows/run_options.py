@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from flows.config import Run, choices
+from attlas.flows.config import Run, choices
 
 
 def with_run_options(command: Any) -> Any:

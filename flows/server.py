@@ -20,9 +20,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from http.client import HTTPException
 from typing import IO, Any
 
-from flows.api import is_loopback, refuse_unreachable_server
-from flows.environment import proxies_disabled
-from flows.server_process import DATABASE
+from attlas.flows.api import is_loopback, refuse_unreachable_server
+from attlas.flows.environment import proxies_disabled
+from attlas.flows.server_process import DATABASE
 
 # Prefect's default of 20 s is too short for a first start on a busy machine
 _STARTUP_TIMEOUT_S = 180.0
@@ -43,7 +43,7 @@ class TemporaryServer:
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             self._process = subprocess.Popen(
                 # -P: don't import packages from the current folder
-                [sys.executable, "-P", "-m", "flows.server_process", str(listener.fileno()), self._folder],
+                [sys.executable, "-P", "-m", "attlas.flows.server_process", str(listener.fileno()), self._folder],
                 pass_fds=[listener.fileno()],
                 stdin=subprocess.PIPE,
                 stdout=self._log,

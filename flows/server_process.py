@@ -1,4 +1,4 @@
-"""The process of a temporary server: `python -m flows.server_process LISTENER FOLDER`, with the descriptor of a socket."""
+"""The process of a temporary server: `python -m attlas.flows.server_process LISTENER FOLDER`, with the descriptor of a socket."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ def main(listener: socket.socket, folder: Path) -> None:
     try:
         import prefect.settings  # noqa: F401 - reads the user's settings, also from the current folder
 
-        from flows.database import provide_database
+        from attlas.flows.database import provide_database
 
         os.chdir(folder)  # the database URL is relative, because a path may contain characters that a URL can't
         provide_database(folder / DATABASE)

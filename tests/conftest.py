@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(THOROUGH if _is_slow_tier(config) else QUICK)
     if getattr(config.option, "numprocesses", None):
         subprocess.run(
-            [sys.executable, "-c", "from extract.engines import choose; choose('cpu').make_ready()"],
+            [sys.executable, "-c", "from attlas.extract.engines import choose; choose('cpu').make_ready()"],
             check=True,
             cwd=config.rootpath,
         )
@@ -84,7 +84,7 @@ def _threads_as_before() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def demo():
     """The demo encoder, in float32 on the CPU."""
-    from extract.model.encoder import load_encoder
+    from attlas.extract.model.encoder import load_encoder
 
     return load_encoder("demo", device="cpu")
 

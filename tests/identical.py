@@ -50,7 +50,7 @@ _CLASSES = {
     "deberta-v2": "DebertaV2Model",
     "longformer": "LongformerForMaskedLM",
 }
-_COMMAND_LINE = "from {package}flows.cli import main; main()"
+_COMMAND_LINE = "from {package}attlas.flows.cli import main; main()"
 _LEFT_PADDED = """
 import sys, pyarrow.parquet as pq, torch
 from {package}extract import measure

@@ -8,26 +8,26 @@ from jaxtyping import _import_hook, install_import_hook
 
 # compiled modules are left out: numba and Triton read a function's own source and signature
 CHECKED = (
-    "extract.capture",
-    "extract.collector",
-    "extract.engines.cpu",
-    "extract.engines.observations",
-    "extract.engines.patches",
-    "extract.engines.profiles",
-    "extract.engines.reference",
-    "extract.engines.rows",
-    "extract.engines.sums",
-    "extract.engines.visibility",
-    "extract.measurement",
-    "extract.memory",
-    "extract.model.images",
-    "extract.model.inputs",
-    "extract.model.measured_model",
-    "extract.model.packing",
-    "extract.model.probe_inputs",
-    "extract.model.token_classes",
-    "extract.shard",
-    "extract.tables",
+    "attlas.extract.capture",
+    "attlas.extract.collector",
+    "attlas.extract.engines.cpu",
+    "attlas.extract.engines.observations",
+    "attlas.extract.engines.patches",
+    "attlas.extract.engines.profiles",
+    "attlas.extract.engines.reference",
+    "attlas.extract.engines.rows",
+    "attlas.extract.engines.sums",
+    "attlas.extract.engines.visibility",
+    "attlas.extract.measurement",
+    "attlas.extract.memory",
+    "attlas.extract.model.images",
+    "attlas.extract.model.inputs",
+    "attlas.extract.model.measured_model",
+    "attlas.extract.model.packing",
+    "attlas.extract.model.probe_inputs",
+    "attlas.extract.model.token_classes",
+    "attlas.extract.shard",
+    "attlas.extract.tables",
 )
 
 
@@ -55,7 +55,7 @@ def check_shapes() -> None:
 
     # the catalogue's modules name torch for type checkers alone, so that commands start without it
     with patch("typing.TYPE_CHECKING", True):
-        import extract.tables  # noqa: F401
+        import attlas.extract.tables  # noqa: F401
 
 
 def checker(function):

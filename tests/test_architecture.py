@@ -82,7 +82,7 @@ STORED = (
 
 @pytest.mark.parametrize("file", STORED)
 def test_what_a_dataset_holds_is_reached_through_its_storage(file: str) -> None:
-    paths = {"pathlib", "shutil", "glob", "tempfile", "extract.files"}
+    paths = {"pathlib", "shutil", "glob", "tempfile", "attlas.extract.files"}
     assert paths & set(imports_of(ROOT / file)) == set()
 
 
@@ -177,7 +177,7 @@ def old_names(text: str) -> Iterator[tuple[int, str]]:
 
 
 def is_module(package: str, name: str) -> bool:
-    """Whether a package has it: `extract.engines`; a variable `extract` may have anything else."""
+    """Whether a package has it: `attlas.extract.engines`; a variable `extract` may have anything else."""
     return (ROOT / package / f"{name}.py").exists() or (ROOT / package / name).is_dir() or name == "measure"
 
 

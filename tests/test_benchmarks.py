@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from extract.capture.seam import replaced_sdpa
-from extract.job import RunOptions
-from extract.measurement import measure
+from attlas.extract.capture.seam import replaced_sdpa
+from attlas.extract.job import RunOptions
+from attlas.extract.measurement import measure
 from tests.benchmarks import memory, report, run, usual, usual_way, workloads
 from tests.benchmarks.bench import benchmarks, chosen
 from tests.benchmarks.forward import measured_against_plain

@@ -4,7 +4,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from extract.engines.observations import ResidualObservation
+from attlas.extract.engines.observations import ResidualObservation
 
 
 def test_a_record_of_shapes_that_do_not_fit_is_an_error():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from extract.store import Location
+    from attlas.extract.store import Location
 
 
 def write_report(location: Location, out: Path | str | None = None) -> Path | str:
@@ -16,11 +16,11 @@ def write_report(location: Location, out: Path | str | None = None) -> Path | st
 
     Returns the path of the page, or its URL in an object store.
     """
-    from analysis.damage import damage_refused
-    from analysis.dataset import Dataset
-    from analysis.report.content import gather
-    from analysis.report.page import render
-    from extract.store import REPORT, LocalFolder, Refusal, write_atomically
+    from attlas.analysis.damage import damage_refused
+    from attlas.analysis.dataset import Dataset
+    from attlas.analysis.report.content import gather
+    from attlas.analysis.report.page import render
+    from attlas.extract.store import REPORT, LocalFolder, Refusal, write_atomically
 
     dataset = Dataset.open(location)
     storage = dataset.storage
@@ -40,10 +40,10 @@ def write_report(location: Location, out: Path | str | None = None) -> Path | st
 
 def summary(location: Location) -> RenderableType:
     """What the report finds, as tables for a terminal."""
-    from analysis.damage import damage_refused
-    from analysis.dataset import Dataset
-    from analysis.report.content import gather
-    from analysis.report.terminal import tables
+    from attlas.analysis.damage import damage_refused
+    from attlas.analysis.dataset import Dataset
+    from attlas.analysis.report.content import gather
+    from attlas.analysis.report.terminal import tables
 
     dataset = Dataset.open(location)
     with damage_refused(dataset):

@@ -8,18 +8,18 @@ from typing import Any
 
 import polars as pl
 
-from analysis.damage import notes_on_rows
-from analysis.dataset import Dataset
-from analysis.defects import collect_evidence, find_defects, rules_table
-from analysis.distance import offset_profile
-from analysis.entropy import entropy_by_layer, entropy_by_length, entropy_by_position
-from analysis.heads import HEAD, head_means, label
-from analysis.inference import clustered_mean
-from analysis.kinds import head_kinds
-from analysis.manifest import section
-from analysis.residual import residual_through_depth
-from analysis.weighting import weighted_heads
-from extract.tables import CLASS_MASSES, TABLES
+from attlas.analysis.damage import notes_on_rows
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.defects import collect_evidence, find_defects, rules_table
+from attlas.analysis.distance import offset_profile
+from attlas.analysis.entropy import entropy_by_layer, entropy_by_length, entropy_by_position
+from attlas.analysis.heads import HEAD, head_means, label
+from attlas.analysis.inference import clustered_mean
+from attlas.analysis.kinds import head_kinds
+from attlas.analysis.manifest import section
+from attlas.analysis.residual import residual_through_depth
+from attlas.analysis.weighting import weighted_heads
+from attlas.extract.tables import CLASS_MASSES, TABLES
 
 LAYER = ("stack", "layer")
 CLASSES = (*CLASS_MASSES, "mass_self")

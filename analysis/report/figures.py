@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from extract.printable import printable
+from attlas.extract.printable import printable
 
 RAMP = 20  # steps of the sequential scale
 Point = tuple[float, float]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from analysis.kinds import KINDS
-from analysis.manifest import section
-from analysis.report.content import Content
-from analysis.report.numbers import count, estimate, interval, percent, plural, shown
+from attlas.analysis.kinds import KINDS
+from attlas.analysis.manifest import section
+from attlas.analysis.report.content import Content
+from attlas.analysis.report.numbers import count, estimate, interval, percent, plural, shown
 
 FIRM = 0.95
 _CLASS_NAMES = {

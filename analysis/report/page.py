@@ -10,18 +10,18 @@ from typing import Any
 import polars as pl
 from markupsafe import Markup
 
-from analysis.info import describe
-from analysis.kinds import kinds_table
-from analysis.manifest import section
-from analysis.naming import corpus_title, model_title
-from analysis.report import findings
-from analysis.report.content import Content, is_known
-from analysis.report.figures import RAMP, Cell, atlas, heat_map
-from analysis.report.numbers import count, estimate, half_width, interval, percent, shown
-from analysis.report.panels import RESIDUAL_PANELS, distance_panels, entropy_panels, residual_panels, some_layers
-from analysis.residual import SITES
-from extract.printable import printable
-from extract.tables import TABLES
+from attlas.analysis.info import describe
+from attlas.analysis.kinds import kinds_table
+from attlas.analysis.manifest import section
+from attlas.analysis.naming import corpus_title, model_title
+from attlas.analysis.report import findings
+from attlas.analysis.report.content import Content, is_known
+from attlas.analysis.report.figures import RAMP, Cell, atlas, heat_map
+from attlas.analysis.report.numbers import count, estimate, half_width, interval, percent, shown
+from attlas.analysis.report.panels import RESIDUAL_PANELS, distance_panels, entropy_panels, residual_panels, some_layers
+from attlas.analysis.residual import SITES
+from attlas.extract.printable import printable
+from attlas.extract.tables import TABLES
 
 _HERE = Path(__file__).parent
 # stops of the sequential scale, shallow to deep, as a sea chart has them; the dark page begins in the dark

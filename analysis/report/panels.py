@@ -8,10 +8,10 @@ from typing import Any
 
 import polars as pl
 
-from analysis.report.content import Content
-from analysis.report.figures import RAMP, Curve, chart
-from analysis.report.numbers import count, estimate, interval, plural, shown
-from analysis.residual import SITES
+from attlas.analysis.report.content import Content
+from attlas.analysis.report.figures import RAMP, Curve, chart
+from attlas.analysis.report.numbers import count, estimate, interval, plural, shown
+from attlas.analysis.residual import SITES
 
 RESIDUAL_PANELS = (
     ("stream_norm", "Stream norm", "size of the stream before the sublayer"),

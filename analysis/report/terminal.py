@@ -8,13 +8,13 @@ import polars as pl
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from analysis.columns import Column, Fitted, Lines
-from analysis.manifest import section
-from analysis.naming import corpus_title, model_title
-from analysis.report import findings
-from analysis.report.content import Content
-from analysis.report.numbers import estimate, half_width, percent, plural
-from extract.printable import printable
+from attlas.analysis.columns import Column, Fitted, Lines
+from attlas.analysis.manifest import section
+from attlas.analysis.naming import corpus_title, model_title
+from attlas.analysis.report import findings
+from attlas.analysis.report.content import Content
+from attlas.analysis.report.numbers import estimate, half_width, percent, plural
+from attlas.extract.printable import printable
 
 _RANKED = 3
 _MASSES = ("mass_previous", "mass_first", "mass_separator")

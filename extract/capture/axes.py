@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from extract.capture.batch import Batch
-from extract.capture.layout import Layout
-from extract.engines.visibility import Axis, whole_axis
-from extract.errors import CaptureError
+from attlas.extract.capture.batch import Batch
+from attlas.extract.capture.layout import Layout
+from attlas.extract.engines.visibility import Axis, whole_axis
+from attlas.extract.errors import CaptureError
 
 
 class Rows:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from jaxtyping import Int
 from torch import Tensor
 
-from extract.engines.patches import Grid
-from extract.engines.visibility import Axis
+from attlas.extract.engines.patches import Grid
+from attlas.extract.engines.visibility import Axis
 
 
 @dataclass(frozen=True)

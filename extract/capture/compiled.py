@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from extract.errors import Refusal
+from attlas.extract.errors import Refusal
 
 
 @contextmanager

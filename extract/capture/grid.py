@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from extract.capture.compiled import uncompiled
-from extract.capture.layout import Layout
-from extract.capture.probe import fixed_rng
-from extract.capture.seam import is_stream
-from extract.engines.patches import Grid
+from attlas.extract.capture.compiled import uncompiled
+from attlas.extract.capture.layout import Layout
+from attlas.extract.capture.probe import fixed_rng
+from attlas.extract.capture.seam import is_stream
+from attlas.extract.engines.patches import Grid
 
 PIXELS = "pixel_values"
 # a token counts as changed from this share of the largest change on; others differ by rounding alone

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from extract.capture.seam import Attend, Request, refuse_dropout
-from extract.engines import reference
-from extract.engines.rows import AttentionCall
-from extract.engines.visibility import see, whole_axis
+from attlas.extract.capture.seam import Attend, Request, refuse_dropout
+from attlas.extract.engines import reference
+from attlas.extract.engines.rows import AttentionCall
+from attlas.extract.engines.visibility import see, whole_axis
 
 _NAME = "attlas"
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from extract.capture.compiled import uncompiled
-from extract.errors import Refusal
+from attlas.extract.capture.compiled import uncompiled
+from attlas.extract.errors import Refusal
 
 
 def refuse_training(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from extract.capture.layout import Norm, Tap
-from extract.capture.members import Member
-from extract.capture.probe import Trace
-from extract.capture.states import State, states_of
-from extract.capture.steps import Step, gains_of, steps_of
+from attlas.extract.capture.layout import Norm, Tap
+from attlas.extract.capture.members import Member
+from attlas.extract.capture.probe import Trace
+from attlas.extract.capture.states import State, states_of
+from attlas.extract.capture.steps import Step, gains_of, steps_of
 
 
 class Path(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from extract.capture.probe import Call
+from attlas.extract.capture.probe import Call
 
 
 def likeness(one: str, other: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from extract.memory import free_bytes
+from attlas.extract.memory import free_bytes
 
 _HALF = (torch.float16, torch.bfloat16)
 _NARROWER = {torch.float32: _HALF, torch.float64: (*_HALF, torch.float32)}

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from extract.capture.interface import configurations, replaced_interface
-from extract.capture.layout import Replayed, Way
-from extract.capture.seam import Request, first_tensor, read_tensor, replaced_sdpa, unheard
-from extract.capture.softmax import Product, Softmaxes, in_usual_order
-from extract.engines.visibility import allows
+from attlas.extract.capture.interface import configurations, replaced_interface
+from attlas.extract.capture.layout import Replayed, Way
+from attlas.extract.capture.seam import Request, first_tensor, read_tensor, replaced_sdpa, unheard
+from attlas.extract.capture.softmax import Product, Softmaxes, in_usual_order
+from attlas.extract.engines.visibility import allows
 
 # what a probe has, where the choice is ours: no two numbers alike, so that dimensions tell themselves apart
 PROBE_SEQUENCES, PROBE_TOKENS, PROBE_DECODER_TOKENS = 3, 13, 11

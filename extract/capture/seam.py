@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from extract.capture.layout import Way
-from extract.errors import CaptureError
+from attlas.extract.capture.layout import Way
+from attlas.extract.errors import CaptureError
 
 
 @dataclass(frozen=True)

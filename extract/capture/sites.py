@@ -21,12 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from extract.capture.layout import Attention, Norm, Site, Tap, Update
-from extract.capture.members import Member, members_of, width_of
-from extract.capture.paths import Path, Streams
-from extract.capture.places import Lists, likeness
-from extract.capture.probe import Event, Trace
-from extract.capture.steps import Added, Step
+from attlas.extract.capture.layout import Attention, Norm, Site, Tap, Update
+from attlas.extract.capture.members import Member, members_of, width_of
+from attlas.extract.capture.paths import Path, Streams
+from attlas.extract.capture.places import Lists, likeness
+from attlas.extract.capture.probe import Event, Trace
+from attlas.extract.capture.steps import Added, Step
 
 
 class _Refused(Exception):

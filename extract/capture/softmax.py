@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from extract.capture.seam import unheard
+from attlas.extract.capture.seam import unheard
 
 _SOFTMAX = {"softmax"}
 _PRODUCTS = {"matmul", "bmm", "einsum", "__matmul__", "__rmatmul__"}

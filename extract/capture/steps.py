@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from extract.capture.layout import Norm
-from extract.capture.places import likeness
-from extract.capture.states import State
+from attlas.extract.capture.layout import Norm
+from attlas.extract.capture.places import likeness
+from attlas.extract.capture.states import State
 
 # how far back a state's origin is sought, in states of its kind; two updates at once stand closer
 _BACK, _BACK_FOR_TWO = 64, 24

@@ -17,18 +17,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from extract.capture.axes import Axes, Rows
-from extract.capture.batch import Batch
-from extract.capture.layout import Attention, Layout, Site, Tap, Update
-from extract.capture.seam import first_tensor, read_tensor
-from extract.engines import buffers
-from extract.engines.observations import NormObservation, ResidualObservation
-from extract.engines.visibility import Axis
-from extract.errors import CaptureError
+from attlas.extract.capture.axes import Axes, Rows
+from attlas.extract.capture.batch import Batch
+from attlas.extract.capture.layout import Attention, Layout, Site, Tap, Update
+from attlas.extract.capture.seam import first_tensor, read_tensor
+from attlas.extract.engines import buffers
+from attlas.extract.engines.observations import NormObservation, ResidualObservation
+from attlas.extract.engines.visibility import Axis
+from attlas.extract.errors import CaptureError
 
 if TYPE_CHECKING:
-    from extract.engines.needs import ResidualColumn
-    from extract.engines.residual_cpu import StatePass
+    from attlas.extract.engines.needs import ResidualColumn
+    from attlas.extract.engines.residual_cpu import StatePass
 
 Observe = Callable[[Site, Float[Tensor, "column batch"]], None]
 
@@ -210,7 +210,7 @@ class CompiledStream(Stream):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        from extract.engines import residual_cpu
+        from attlas.extract.engines import residual_cpu
 
         self._cpu = residual_cpu
         self._compares_heads = any(name in residual_cpu.OF_HEADS for name in self.columns)

@@ -15,24 +15,24 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from extract.capture.batch import Batch, Tokens
-from extract.capture.compiled import uncompiled
-from extract.capture.interface import replaced_interface
-from extract.capture.layout import Attention, Layout, Site, Way
-from extract.capture.replay import Run, shown
-from extract.capture.seam import Request, read_tensor, replaced_sdpa, unheard
-from extract.capture.softmax import Finished, Product, Softmaxes, in_usual_order
-from extract.capture.stream import CompiledStream, Stream
-from extract.capture.writes import write_factors
-from extract.engines import Engine
-from extract.engines.needs import Needs
-from extract.engines.observations import HeadObservation
-from extract.engines.patches import Grid
-from extract.engines.quantities import needs_of
-from extract.engines.rows import AttentionCall, Rows, ScoredCall
-from extract.engines.sums import HeadSums, head_quantity
-from extract.engines.visibility import Axis, Visibility, axis_of, keys_seen, see, whole_axis
-from extract.errors import CaptureError
+from attlas.extract.capture.batch import Batch, Tokens
+from attlas.extract.capture.compiled import uncompiled
+from attlas.extract.capture.interface import replaced_interface
+from attlas.extract.capture.layout import Attention, Layout, Site, Way
+from attlas.extract.capture.replay import Run, shown
+from attlas.extract.capture.seam import Request, read_tensor, replaced_sdpa, unheard
+from attlas.extract.capture.softmax import Finished, Product, Softmaxes, in_usual_order
+from attlas.extract.capture.stream import CompiledStream, Stream
+from attlas.extract.capture.writes import write_factors
+from attlas.extract.engines import Engine
+from attlas.extract.engines.needs import Needs
+from attlas.extract.engines.observations import HeadObservation
+from attlas.extract.engines.patches import Grid
+from attlas.extract.engines.quantities import needs_of
+from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
+from attlas.extract.engines.sums import HeadSums, head_quantity
+from attlas.extract.engines.visibility import Axis, Visibility, axis_of, keys_seen, see, whole_axis
+from attlas.extract.errors import CaptureError
 
 # one name is replaced for the whole process, so one forward pass is watched at a time
 _WATCHING = threading.Lock()

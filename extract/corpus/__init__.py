@@ -4,11 +4,11 @@ The hub is read with `datasets`. Local files are not, because its readers do not
 A document that can't be used is yielded with a reason in place of its text; damage of unknown extent is refused.
 """
 
-from extract.corpus.documents import Corpus, Document, reason_kind, refuse_unreadable
-from extract.corpus.files import IMAGES
-from extract.corpus.names import readable_name, real_name
-from extract.corpus.opening import open_corpus
-from extract.corpus.options import Unit
+from attlas.extract.corpus.documents import Corpus, Document, reason_kind, refuse_unreadable
+from attlas.extract.corpus.files import IMAGES
+from attlas.extract.corpus.names import readable_name, real_name
+from attlas.extract.corpus.opening import open_corpus
+from attlas.extract.corpus.options import Unit
 
 __all__ = [
     "IMAGES",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from extract.errors import Refusal
+from attlas.extract.errors import Refusal
 
 MISSING = object()
 

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from extract.corpus.columns import check_column
-from extract.corpus.documents import Document, make_document
-from extract.corpus.files import CorpusFile
-from extract.corpus.lines import Line, read_lines
-from extract.corpus.options import ReadOptions
-from extract.errors import Refusal
+from attlas.extract.corpus.columns import check_column
+from attlas.extract.corpus.documents import Document, make_document
+from attlas.extract.corpus.files import CorpusFile
+from attlas.extract.corpus.lines import Line, read_lines
+from attlas.extract.corpus.options import ReadOptions
+from attlas.extract.errors import Refusal
 
 _DELIMITER_OF_KIND = {"CSV": ",", "TSV": "\t"}
 _COMMON_DELIMITERS = {";": "';'", "\t": r"'\t'", ",": "','", "|": "'|'"}

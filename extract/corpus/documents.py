@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from extract.errors import Refusal
+from attlas.extract.errors import Refusal
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from extract.corpus.finding import EVERYTHING, FoundFiles, find_files, kind_of_special_file
-from extract.corpus.names import readable_name
-from extract.errors import Refusal
+from attlas.extract.corpus.finding import EVERYTHING, FoundFiles, find_files, kind_of_special_file
+from attlas.extract.corpus.names import readable_name
+from attlas.extract.errors import Refusal
 
 IMAGES = "images"
 _KIND_OF_EXTENSION = {

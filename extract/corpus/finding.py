@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from extract.corpus.names import readable_name
-from extract.errors import Refusal
+from attlas.extract.corpus.names import readable_name
+from attlas.extract.errors import Refusal
 
 EVERYTHING = ("**",)
 _KINDS = {

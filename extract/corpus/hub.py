@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from extract.corpus.columns import MISSING, check_column, columns_in, value_at
-from extract.corpus.documents import Document, make_document
-from extract.errors import Refusal
+from attlas.extract.corpus.columns import MISSING, check_column, columns_in, value_at
+from attlas.extract.corpus.documents import Document, make_document
+from attlas.extract.errors import Refusal
 
 
 def demo_documents() -> Iterator[Document]:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from extract.corpus.columns import MISSING, columns_in, value_at
-from extract.corpus.documents import Document, make_document
-from extract.corpus.files import CorpusFile
-from extract.corpus.lines import read_lines
-from extract.corpus.options import ReadOptions
-from extract.errors import Refusal
+from attlas.extract.corpus.columns import MISSING, columns_in, value_at
+from attlas.extract.corpus.documents import Document, make_document
+from attlas.extract.corpus.files import CorpusFile
+from attlas.extract.corpus.lines import read_lines
+from attlas.extract.corpus.options import ReadOptions
+from attlas.extract.errors import Refusal
 
 _HEAD_LINES = 100  # read for the names of columns before any work
 _SPACE = re.compile(r"\s*")

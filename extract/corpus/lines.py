@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
-from extract.corpus.compression import open_bytes
-from extract.corpus.files import CorpusFile
-from extract.corpus.options import AUTO
-from extract.errors import Refusal
+from attlas.extract.corpus.compression import open_bytes
+from attlas.extract.corpus.files import CorpusFile
+from attlas.extract.corpus.options import AUTO
+from attlas.extract.errors import Refusal
 
 _MARKS = (  # UTF-32 first, because its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),

@@ -6,17 +6,17 @@ import csv
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from extract.corpus.columns import check_column
-from extract.corpus.compression import READ_ERRORS
-from extract.corpus.delimited import check_delimited, delimited_documents
-from extract.corpus.documents import Corpus, Document
-from extract.corpus.files import IMAGES, CorpusFile, LocalFiles, local_files
-from extract.corpus.hub import demo_documents, hub_documents
-from extract.corpus.json_lines import json_columns, json_documents
-from extract.corpus.options import AUTO, ReadOptions, Unit
-from extract.corpus.parquet import check_parquet, parquet_documents
-from extract.corpus.text import text_documents
-from extract.errors import Refusal
+from attlas.extract.corpus.columns import check_column
+from attlas.extract.corpus.compression import READ_ERRORS
+from attlas.extract.corpus.delimited import check_delimited, delimited_documents
+from attlas.extract.corpus.documents import Corpus, Document
+from attlas.extract.corpus.files import IMAGES, CorpusFile, LocalFiles, local_files
+from attlas.extract.corpus.hub import demo_documents, hub_documents
+from attlas.extract.corpus.json_lines import json_columns, json_documents
+from attlas.extract.corpus.options import AUTO, ReadOptions, Unit
+from attlas.extract.corpus.parquet import check_parquet, parquet_documents
+from attlas.extract.corpus.text import text_documents
+from attlas.extract.errors import Refusal
 
 _DEMO, _HUB = "demo", "hub:"
 

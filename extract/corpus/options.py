@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from extract.corpus.files import IMAGES
-from extract.errors import Refusal
+from attlas.extract.corpus.files import IMAGES
+from attlas.extract.errors import Refusal
 
 Unit = Literal["document", "paragraph", "line"]
 AUTO = "auto"

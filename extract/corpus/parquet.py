@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from extract.corpus.columns import check_column
-from extract.corpus.documents import Document, make_document
-from extract.corpus.files import CorpusFile
-from extract.corpus.options import ReadOptions
-from extract.errors import Refusal
+from attlas.extract.corpus.columns import check_column
+from attlas.extract.corpus.documents import Document, make_document
+from attlas.extract.corpus.files import CorpusFile
+from attlas.extract.corpus.options import ReadOptions
+from attlas.extract.errors import Refusal
 
 _BATCH_ROWS = 256
 # null: a column of missing values only; binary: some writers store strings this way

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from extract.corpus.compression import READ_ERRORS, open_bytes
-from extract.corpus.documents import Document, make_document
-from extract.corpus.files import CorpusFile
-from extract.corpus.lines import Line, encoding_of, read_lines, unmarked_utf16
-from extract.corpus.options import ReadOptions
+from attlas.extract.corpus.compression import READ_ERRORS, open_bytes
+from attlas.extract.corpus.documents import Document, make_document
+from attlas.extract.corpus.files import CorpusFile
+from attlas.extract.corpus.lines import Line, encoding_of, read_lines, unmarked_utf16
+from attlas.extract.corpus.options import ReadOptions
 
 
 def text_documents(file: CorpusFile, options: ReadOptions) -> Iterator[Document]:

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
-from extract.engines.quantities import Fact, known_quantities, needs_of
-from extract.errors import Refusal
+from attlas.extract.engines.quantities import Fact, known_quantities, needs_of
+from attlas.extract.errors import Refusal
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from extract.engines.observations import HeadObservation
-    from extract.engines.rows import AttentionCall, Rows, ScoredCall
-    from extract.engines.sums import HeadSums
+    from attlas.extract.engines.observations import HeadObservation
+    from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
+    from attlas.extract.engines.sums import HeadSums
 
     Call = TypeVar("Call", AttentionCall, ScoredCall)
 
@@ -55,7 +55,7 @@ class Engine:
 
         `call_original` makes the call as the model would, for what an engine leaves to it.
         """
-        from extract.engines import reference
+        from attlas.extract.engines import reference
 
         known = known_quantities(wanted, call.facts)
         needed = _without_unneeded(call, known)
@@ -66,7 +66,7 @@ class Engine:
 
     def rows_of_scores(self, call: ScoredCall, output: Tensor, wanted: Collection[str]) -> Rows:
         """Those of the wanted row quantities that are known of a call which the model has made itself."""
-        from extract.engines import reference
+        from attlas.extract.engines import reference
 
         known = known_quantities(wanted, call.facts)
         needed = _without_unneeded(call, known)
@@ -86,7 +86,7 @@ class Engine:
         """Those of the residual columns that are computed in plain torch, not by the compiled pass."""
         if not self.compiled:
             return []
-        from extract.engines import residual_cpu
+        from attlas.extract.engines import residual_cpu
 
         return sorted(set(columns) - residual_cpu.MAKES)
 
@@ -100,7 +100,7 @@ def _without_unneeded(call: Call, known: Collection[str]) -> Call:
 
 def _complement(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, known: frozenset[str]) -> Rows:
     """The known quantities: the engine's own, and what it did not make by the reference engine."""
-    from extract.engines import reference
+    from attlas.extract.engines import reference
 
     made = {name: values for name, values in rows.quantities.items() if name in known}
     others = known - made.keys()
@@ -110,13 +110,13 @@ def _complement(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, kn
 
 
 def _reference() -> Engine:
-    from extract.engines import sums
+    from attlas.extract.engines import sums
 
     return Engine("reference", None, sums.head_sums)
 
 
 def _cpu() -> Engine:
-    from extract.engines import (
+    from attlas.extract.engines import (
         compiled,
         cpu,
         residual_cpu,  # noqa: F401 - its kernels are made ready with the others
@@ -134,7 +134,7 @@ def _cpu() -> Engine:
 
 
 def _triton() -> Engine:
-    from extract.engines import sums, triton
+    from attlas.extract.engines import sums, triton
 
     return Engine("triton", FusedPass(triton.MAKES, triton.takes, triton.attend), sums.head_sums)
 

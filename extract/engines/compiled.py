@@ -19,7 +19,7 @@ import torch
 from numba import njit, types
 from numba.core import config as numba_config
 
-from extract.engines import kernel_cache
+from attlas.extract.engines import kernel_cache
 
 config: Any = numba_config  # its attributes are made at run time
 # sums may be reordered and contracted, but infinities and NaN keep their meaning: they mark rows to leave out

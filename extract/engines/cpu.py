@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.engines import buffers, cpu_kernel
-from extract.engines.cpu_kernel import QUANTITIES
-from extract.engines.quantities import known_quantities
-from extract.engines.rows import AttentionCall, Rows, ScoredCall
+from attlas.extract.engines import buffers, cpu_kernel
+from attlas.extract.engines.cpu_kernel import QUANTITIES
+from attlas.extract.engines.quantities import known_quantities
+from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 
 # a sequence is cut into at most so many pieces of rows, none shorter than this: the cut follows from the shape alone, so
 # that sums come out the same on any number of threads

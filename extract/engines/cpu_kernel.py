@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from numba import boolean, float64, int32, int64, njit, prange, types
 from numba import float32 as f32
 
-from extract.engines.compiled import FAST, array, kernel, ln, places
-from extract.engines.simd import (
+from attlas.extract.engines.compiled import FAST, array, kernel, ln, places
+from attlas.extract.engines.simd import (
     AHEAD,
     AHEAD_SQUARED,
     APART,

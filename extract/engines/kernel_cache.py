@@ -27,7 +27,7 @@ import numba
 from numba.core import config as numba_config
 from numba.core.registry import cpu_target
 
-from extract.files import discard, open_regular, write_atomically
+from attlas.extract.files import discard, open_regular, write_atomically
 
 _config: Any = numba_config  # its attributes are made at run time
 _DIGEST = hashlib.sha256().digest_size

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from extract.engines.observations import ResidualObservation
+    from attlas.extract.engines.observations import ResidualObservation
 
     ResidualColumn = Callable[[ResidualObservation], Float[Tensor, " batch"] | None]
 
@@ -50,7 +50,7 @@ class Needs:
     @cached_property
     def row_quantities(self) -> frozenset[str]:
         """All row quantities that engines are asked for."""
-        from extract.engines.sums import PROFILE_ROWS, row_quantities_for
+        from attlas.extract.engines.sums import PROFILE_ROWS, row_quantities_for
 
         of_profiles = frozenset(PROFILE_ROWS) if self.profiles else frozenset()
         return self.rows | row_quantities_for(self.head_quantities) | of_profiles

@@ -10,8 +10,8 @@ if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from extract.engines.rows import Rows
-    from extract.engines.visibility import Visibility
+    from attlas.extract.engines.rows import Rows
+    from attlas.extract.engines.visibility import Visibility
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from extract.engines.patches import Grid, PatchSums
-from extract.engines.quantities import ROW_QUANTITIES
-from extract.engines.rows import AttentionCall, Rows, ScoredCall
-from extract.engines.visibility import diagonal_sums, rows_per_block
+from attlas.extract.engines.patches import Grid, PatchSums
+from attlas.extract.engines.quantities import ROW_QUANTITIES
+from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
+from attlas.extract.engines.visibility import diagonal_sums, rows_per_block
 
 Call = AttentionCall | ScoredCall
 

@@ -14,9 +14,9 @@ from jaxtyping import Float, Float32, Float64, Int64
 from numba import boolean, float32, float64, int64, njit, prange, types
 from torch import Tensor
 
-from extract.engines.compiled import FAST, kernel, places
-from extract.engines.observations import NormObservation
-from extract.engines.visibility import Axis
+from attlas.extract.engines.compiled import FAST, kernel, places
+from attlas.extract.engines.observations import NormObservation
+from attlas.extract.engines.visibility import Axis
 
 # tokens of a sequence that one thread takes at a time: sums are added up in the same pieces on any number of threads
 _PIECE = 64

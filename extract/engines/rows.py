@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from extract.engines.patches import Grid
-from extract.engines.quantities import ROW_QUANTITIES, Fact
-from extract.engines.visibility import Visibility
+from attlas.extract.engines.patches import Grid
+from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact
+from attlas.extract.engines.visibility import Visibility
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from extract.engines.observations import HeadObservation
-from extract.engines.profiles import COLUMN_OF_BIN, HISTOGRAM_BINS, PROFILE_COLUMNS, doubling_bins
-from extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, Fact, Merge, RowQuantity
+from attlas.extract.engines.observations import HeadObservation
+from attlas.extract.engines.profiles import COLUMN_OF_BIN, HISTOGRAM_BINS, PROFILE_COLUMNS, doubling_bins
+from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, Fact, Merge, RowQuantity
 
 
 class HeadSums(NamedTuple):

@@ -9,19 +9,19 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 from numba import boolean, float32, float64, int64, njit, prange, types
 
-from extract.engines import sums
-from extract.engines.compiled import FAST, array, exp, kernel, ln, places
-from extract.engines.cpu_kernel import QUANTITIES as ROW_ARRAYS
-from extract.engines.observations import HeadObservation
-from extract.engines.profiles import (
+from attlas.extract.engines import sums
+from attlas.extract.engines.compiled import FAST, array, exp, kernel, ln, places
+from attlas.extract.engines.cpu_kernel import QUANTITIES as ROW_ARRAYS
+from attlas.extract.engines.observations import HeadObservation
+from attlas.extract.engines.profiles import (
     COLUMN_OF_BIN,
     HISTOGRAM_BINS,
     LARGEST_DOUBLING_BIN,
     PROFILE_COLUMNS,
     doubling_bin_edges,
 )
-from extract.engines.quantities import TOKEN_CLASSES
-from extract.engines.sums import HeadSums, head_quantity
+from attlas.extract.engines.quantities import TOKEN_CLASSES
+from attlas.extract.engines.sums import HeadSums, head_quantity
 
 # the head quantities that the kernel makes; others are left to plain torch
 MAKES = (

@@ -26,8 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from extract.engines.quantities import known_quantities
-from extract.engines.rows import AttentionCall, Rows, ScoredCall
+from attlas.extract.engines.quantities import known_quantities
+from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from extract.errors import CaptureError
+from attlas.extract.errors import CaptureError
 
 # rows × keys of one block of a mask or pattern, over batch × head: bounds memory, not results
 BLOCK_ELEMENTS = 1 << 23

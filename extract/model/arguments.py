@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from extract.errors import Refusal
+from attlas.extract.errors import Refusal
 
 # accepted everywhere: inputs that tokenizers return and some models ignore, and options that transformers' decorators take
 _COMMON_INPUTS = (

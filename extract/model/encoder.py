@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from extract.capture.compiled import unwrap_model
-from extract.errors import Refusal
-from extract.model.folder import find_model, is_local_path
-from extract.model.images import load_image_processor
-from extract.model.loading import ModelSource, load_model
-from extract.model.modality import Modality, refuse_wrong_modality
-from extract.model.positions import max_positions, tokenizer_length
-from extract.model.text_settings import FileLookup, TextSettings, folder_lookup, read_text_settings
-from extract.model.tokenizer import check_vocabulary, load_tokenizer
-from extract.model.user_code import build_user_model, check_forward_pass, display_name, is_user_code
+from attlas.extract.capture.compiled import unwrap_model
+from attlas.extract.errors import Refusal
+from attlas.extract.model.folder import find_model, is_local_path
+from attlas.extract.model.images import load_image_processor
+from attlas.extract.model.loading import ModelSource, load_model
+from attlas.extract.model.modality import Modality, refuse_wrong_modality
+from attlas.extract.model.positions import max_positions, tokenizer_length
+from attlas.extract.model.text_settings import FileLookup, TextSettings, folder_lookup, read_text_settings
+from attlas.extract.model.tokenizer import check_vocabulary, load_tokenizer
+from attlas.extract.model.user_code import build_user_model, check_forward_pass, display_name, is_user_code
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extract.errors import Refusal
-from extract.model.text_settings import MODULES, TextSettings, folder_lookup, read_text_settings
-from extract.model.user_code import check_user_code, is_user_code
-from extract.model.weights import Weights, check_weights, find_weights, read_json_object
+from attlas.extract.errors import Refusal
+from attlas.extract.model.text_settings import MODULES, TextSettings, folder_lookup, read_text_settings
+from attlas.extract.model.user_code import check_user_code, is_user_code
+from attlas.extract.model.weights import Weights, check_weights, find_weights, read_json_object
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _OTHER_JSON_FILES = (

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from extract.corpus.names import readable_name
-from extract.errors import Refusal, first_line
+from attlas.extract.corpus.names import readable_name
+from attlas.extract.errors import Refusal, first_line
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 _MAX_PIXELS = 89_478_485  # Pillow's own limit, above which a small file may be a decompression bomb

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from extract.capture.batch import Batch, Tokens
-from extract.engines.visibility import axis_of, whole_axis
-from extract.errors import Refusal
+from attlas.extract.capture.batch import Batch, Tokens
+from attlas.extract.engines.visibility import axis_of, whole_axis
+from attlas.extract.errors import Refusal
 
 # the padding mask of each input of token ids
 MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from extract.errors import Refusal, shortlist
+from attlas.extract.errors import Refusal, shortlist
 
 if TYPE_CHECKING:
     from torch import nn

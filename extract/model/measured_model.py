@@ -12,21 +12,21 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from extract.capture.grid import PIXELS, sight_of
-from extract.capture.layout import Layout
-from extract.capture.probe import trace_of
-from extract.capture.seam import first_tensor
-from extract.corpus.names import real_name
-from extract.engines.patches import Grid
-from extract.errors import CaptureError, Refusal, first_line
-from extract.layouts import layout_of
-from extract.measurement import grids_of, measured_part
-from extract.memory import is_out_of_memory
-from extract.model.images import ImagePreprocessing, preprocess_image, read_planned_image
-from extract.model.inputs import MASK_OF
-from extract.model.modality import accepts_input, vision_part
-from extract.model.probe_inputs import PROBE_LENGTHS, random_ids
-from extract.planning import SpecialTokens, special_tokens
+from attlas.extract.capture.grid import PIXELS, sight_of
+from attlas.extract.capture.layout import Layout
+from attlas.extract.capture.probe import trace_of
+from attlas.extract.capture.seam import first_tensor
+from attlas.extract.corpus.names import real_name
+from attlas.extract.engines.patches import Grid
+from attlas.extract.errors import CaptureError, Refusal, first_line
+from attlas.extract.layouts import layout_of
+from attlas.extract.measurement import grids_of, measured_part
+from attlas.extract.memory import is_out_of_memory
+from attlas.extract.model.images import ImagePreprocessing, preprocess_image, read_planned_image
+from attlas.extract.model.inputs import MASK_OF
+from attlas.extract.model.modality import accepts_input, vision_part
+from attlas.extract.model.probe_inputs import PROBE_LENGTHS, random_ids
+from attlas.extract.planning import SpecialTokens, special_tokens
 
 Stacks = Literal["encoder", "all"]
 TOKEN_INPUTS = ("input_ids",)
@@ -104,7 +104,7 @@ def examine_image_model(
     if sight is None:
         raise Refusal(
             f"a run must know how many tokens an image becomes; {type(part).__name__} does not show them before its first "
-            "attention layer; measure it with extract.measure"
+            "attention layer; measure it with attlas.measure"
         )
     special = 0 if sight.grid is None else sight.tokens - sight.grid.patches
     preprocessing = ImagePreprocessing(processor, pixels.shape, sight.tokens, special)
@@ -166,7 +166,7 @@ def _text_layout(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Layout
         raise Refusal(
             f"a run gives a text model {' and '.join(name for name in inputs if name in PROBE_LENGTHS)} alone; "
             f"{type(model).__name__} fails without other inputs ({reason}); save the part of it that reads text, or pass "
-            "all of its inputs to extract.measure"
+            "all of its inputs to attlas.measure"
         ) from error
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Literal
 
-from extract.capture.grid import PIXELS
-from extract.errors import Refusal
+from attlas.extract.capture.grid import PIXELS
+from attlas.extract.errors import Refusal
 
 if TYPE_CHECKING:
     from torch import nn

@@ -17,8 +17,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from typing_extensions import TypeIs
 
-from extract.capture.probe import Call, trace_of
-from extract.engines.visibility import allows
+from attlas.extract.capture.probe import Call, trace_of
+from attlas.extract.engines.visibility import allows
 
 # tokens of each of the two neighbours in the test
 _TESTED_TOKENS = 8

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from extract.capture.probe import PROBE_DECODER_TOKENS, PROBE_SEQUENCES, PROBE_TOKENS
-from extract.errors import Refusal
-from extract.model.inputs import TEXT_INPUTS, sequence_count
+from attlas.extract.capture.probe import PROBE_DECODER_TOKENS, PROBE_SEQUENCES, PROBE_TOKENS
+from attlas.extract.errors import Refusal
+from attlas.extract.model.inputs import TEXT_INPUTS, sequence_count
 
 # tokens of each input; the numbers differ so that the dimensions can't be confused
 PROBE_LENGTHS = {"input_ids": PROBE_TOKENS, "decoder_input_ids": PROBE_DECODER_TOKENS}
@@ -31,7 +31,7 @@ def probe_inputs(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[di
     if inputs is None:
         raise Refusal(
             f"a model is examined on random token ids; {type(model).__name__} states no vocabulary size; pass its inputs "
-            "to extract.measure"
+            "to attlas.measure"
         )
     sequences = sequence_count(model, inputs)
     if not hasattr(model, "config"):

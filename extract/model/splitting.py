@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from extract.engines.visibility import axis_of
-from extract.errors import Refusal
-from extract.model.inputs import is_padded, patch_grid, sequence_count
+from attlas.extract.engines.visibility import axis_of
+from attlas.extract.errors import Refusal
+from attlas.extract.model.inputs import is_padded, patch_grid, sequence_count
 
 
 def split_packed_images(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:

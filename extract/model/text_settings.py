@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from extract.errors import Refusal
-from extract.model.weights import read_json_object
+from attlas.extract.errors import Refusal
+from attlas.extract.model.weights import read_json_object
 
 MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
 SETTINGS = (

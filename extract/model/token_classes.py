@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8
 
-from extract.engines.quantities import TOKEN_CLASSES
-from extract.model.vocabulary import special_ids, vocabulary_entries
+from attlas.extract.engines.quantities import TOKEN_CLASSES
+from attlas.extract.model.vocabulary import special_ids, vocabulary_entries
 
 
 def token_classes(tokenizer: Any) -> Int8[np.ndarray, " vocabulary"]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from extract.errors import Refusal, shortlist
-from extract.model.loading import short_message
-from extract.model.text_settings import TextSettings
+from attlas.extract.errors import Refusal, shortlist
+from attlas.extract.model.loading import short_message
+from attlas.extract.model.text_settings import TextSettings
 
 # how transformers reports a missing package
 _MISSING_PACKAGE = re.compile(

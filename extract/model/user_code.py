@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from extract.errors import Refusal, first_line
+from attlas.extract.errors import Refusal, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,7 +93,7 @@ def check_forward_pass(name: str, model: nn.Module, largest_id: int) -> None:
     """Run the module on one token, the tokenizer's largest id, and raise Refusal if it fails."""
     import torch
 
-    from extract.capture.compiled import uncompiled
+    from attlas.extract.capture.compiled import uncompiled
 
     ids = torch.tensor([[largest_id]])
     fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extract.errors import Refusal, shortlist
+from attlas.extract.errors import Refusal, shortlist
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from extract.errors import Damaged, Refusal
-from extract.store.interface import Storage
-from extract.store.layout import LOCK, MANIFEST, RUN, TEMPORARY, WORK, name_of
-from extract.store.manifest import read_manifest
-from extract.store.sealed import get_sealed, sealed
+from attlas.extract.errors import Damaged, Refusal
+from attlas.extract.store.interface import Storage
+from attlas.extract.store.layout import LOCK, MANIFEST, RUN, TEMPORARY, WORK, name_of
+from attlas.extract.store.manifest import read_manifest
+from attlas.extract.store.sealed import get_sealed, sealed
 
 
 def held_run(storage: Storage) -> dict[str, Any] | None:

@@ -9,16 +9,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from extract.errors import Refusal
-from extract.store import claim, parts, records, work
-from extract.store.interface import Storage
-from extract.store.layout import CARD, LOCK, MANIFEST
-from extract.store.lock import Lock, refuse_busy, release_lock, take_lock
-from extract.store.manifest import read_manifest
-from extract.store.opening import Location, open_storage
-from extract.store.parts import Part
-from extract.store.records import ShardRecord
-from extract.store.sealed import as_json
+from attlas.extract.errors import Refusal
+from attlas.extract.store import claim, parts, records, work
+from attlas.extract.store.interface import Storage
+from attlas.extract.store.layout import CARD, LOCK, MANIFEST
+from attlas.extract.store.lock import Lock, refuse_busy, release_lock, take_lock
+from attlas.extract.store.manifest import read_manifest
+from attlas.extract.store.opening import Location, open_storage
+from attlas.extract.store.parts import Part
+from attlas.extract.store.records import ShardRecord
+from attlas.extract.store.sealed import as_json
 
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 

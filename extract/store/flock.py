@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from extract.files import discard
+from attlas.extract.files import discard
 
 try:
     import fcntl

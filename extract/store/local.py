@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from extract.errors import Refusal
-from extract.files import discard, open_regular, put_if_absent, read_file, write_atomically, written_whole
-from extract.store.flock import flock, flock_holder
-from extract.store.interface import Storage, is_key
+from attlas.extract.errors import Refusal
+from attlas.extract.files import discard, open_regular, put_if_absent, read_file, write_atomically, written_whole
+from attlas.extract.store.flock import flock, flock_holder
+from attlas.extract.store.interface import Storage, is_key
 
 
 @dataclass(frozen=True)

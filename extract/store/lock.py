@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from weakref import WeakValueDictionary
 
-from extract.errors import Refusal
-from extract.store.interface import Storage
+from attlas.extract.errors import Refusal
+from attlas.extract.store.interface import Storage
 
 _TRIES, _PAUSE_S = 10, 0.02  # somebody who only looks whether the folder is busy is gone at once
 _held: WeakValueDictionary[str, Lock] = WeakValueDictionary()

@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from extract.errors import Damaged, Refusal
-from extract.shapes import (
+from attlas.extract.errors import Damaged, Refusal
+from attlas.extract.shapes import (
     Malformed,
     anything,
     count,
@@ -20,11 +20,11 @@ from extract.shapes import (
     share,
     text,
 )
-from extract.store.interface import Storage, is_key
-from extract.store.layout import MANIFEST
-from extract.store.sealed import get_json
-from extract.store.versions import check_version
-from extract.tables import TABLES
+from attlas.extract.store.interface import Storage, is_key
+from attlas.extract.store.layout import MANIFEST
+from attlas.extract.store.sealed import get_json
+from attlas.extract.store.versions import check_version
+from attlas.extract.tables import TABLES
 
 _NAME = re.compile(r"[\w.-]+\.parquet", re.ASCII)
 _STACK = record({"stack": text, "layers": count, "heads": maybe(count)}, optional={"of_tokens": flag})

@@ -17,10 +17,10 @@ from typing import BinaryIO, cast
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
-from extract.errors import Refusal, first_line
-from extract.store.interface import Storage, is_key
-from extract.store.layout import name_of
-from extract.store.ranges import RangeReader
+from attlas.extract.errors import Refusal, first_line
+from attlas.extract.store.interface import Storage, is_key
+from attlas.extract.store.layout import name_of
+from attlas.extract.store.ranges import RangeReader
 
 
 class ObjectStorage(Storage):

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from extract.errors import Refusal, first_line
-from extract.store.interface import Storage
-from extract.store.local import LocalFolder
-from extract.store.sealed import as_json, get_json
+from attlas.extract.errors import Refusal, first_line
+from attlas.extract.store.interface import Storage
+from attlas.extract.store.local import LocalFolder
+from attlas.extract.store.sealed import as_json, get_json
 
 Location = str | os.PathLike[str] | Storage
 _ELSEWHERE = {"file": "give the folder's path", "memory": "give an ObjectStorage over obstore's MemoryStore"}
@@ -32,7 +32,7 @@ def _object_storage(address: str) -> Storage:
     try:
         from obstore.store import from_url
 
-        from extract.store.objects import ObjectStorage
+        from attlas.extract.store.objects import ObjectStorage
     except ImportError as error:
         raise Refusal(f"{rule} needs the package obstore to open it; pip install obstore") from error
     try:

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from extract.store.interface import Storage, sha256_of
-from extract.store.layout import part_key, shard_in
-from extract.tables import TABLES
+from attlas.extract.store.interface import Storage, sha256_of
+from attlas.extract.store.layout import part_key, shard_in
+from attlas.extract.tables import TABLES
 
 # nearly all of a part are the last digits of floats, which nothing packs: 3 gives 0.5 % more bytes, 15 gives 2 % less for
 # six times the time

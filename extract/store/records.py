@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from extract.errors import Damaged
-from extract.shapes import Malformed, count, mapping, record, sha256
-from extract.store.interface import Storage
-from extract.store.layout import RECORDS, part_key, record_key, shard_in
-from extract.store.manifest import PART
-from extract.store.parts import Part, is_as_written, part_of, refuse_obstacles
-from extract.store.sealed import get_sealed, put_sealed
+from attlas.extract.errors import Damaged
+from attlas.extract.shapes import Malformed, count, mapping, record, sha256
+from attlas.extract.store.interface import Storage
+from attlas.extract.store.layout import RECORDS, part_key, record_key, shard_in
+from attlas.extract.store.manifest import PART
+from attlas.extract.store.parts import Part, is_as_written, part_of, refuse_obstacles
+from attlas.extract.store.sealed import get_sealed, put_sealed
 
 
 @dataclass(frozen=True)

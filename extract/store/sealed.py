@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from extract.errors import Damaged, first_line
-from extract.shapes import has_infinity, is_nested_beyond
-from extract.store.interface import Storage
-from extract.store.layout import name_of
+from attlas.extract.errors import Damaged, first_line
+from attlas.extract.shapes import has_infinity, is_nested_beyond
+from attlas.extract.store.interface import Storage
+from attlas.extract.store.layout import name_of
 
 # far more than anything written here, far less than what a recursive reader can bear
 _LEVELS = 64

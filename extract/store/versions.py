@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from extract.errors import Refusal
-from extract.shapes import Malformed
-from extract.tables import SCHEMA_VERSION
+from attlas.extract.errors import Refusal
+from attlas.extract.shapes import Malformed
+from attlas.extract.tables import SCHEMA_VERSION
 
 # datasets of these versions are read by what their manifests and parts say; columns added since are null
 READABLE = (SCHEMA_VERSION,)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from extract.store.interface import Storage
-from extract.store.layout import CARD, TEMPORARY, WORK
-from extract.store.parts import discard_parts_beyond
-from extract.store.records import clear_way_for_records, discard_records_beyond
-from extract.tables import TABLES
+from attlas.extract.store.interface import Storage
+from attlas.extract.store.layout import CARD, TEMPORARY, WORK
+from attlas.extract.store.parts import discard_parts_beyond
+from attlas.extract.store.records import clear_way_for_records, discard_records_beyond
+from attlas.extract.tables import TABLES
 
 
 def has_work(storage: Storage) -> bool:

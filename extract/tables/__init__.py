@@ -7,17 +7,17 @@ A new table is a module with a `TABLE`, and a line here. The pipeline, `measure`
 from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 
-from extract.engines.needs import Needs
-from extract.engines.profiles import doubling_bin_edges as doubling_bin_edges
-from extract.errors import Refusal
-from extract.tables import documents, heads, profiles, residual, sequences
-from extract.tables.column import Column as Column
-from extract.tables.heads import CLASS_MASSES as CLASS_MASSES
-from extract.tables.table import Agreement as Agreement
-from extract.tables.table import Recorder as Recorder
-from extract.tables.table import Rule as Rule
-from extract.tables.table import Scope as Scope
-from extract.tables.table import Table as Table
+from attlas.extract.engines.needs import Needs
+from attlas.extract.engines.profiles import doubling_bin_edges as doubling_bin_edges
+from attlas.extract.errors import Refusal
+from attlas.extract.tables import documents, heads, profiles, residual, sequences
+from attlas.extract.tables.column import Column as Column
+from attlas.extract.tables.heads import CLASS_MASSES as CLASS_MASSES
+from attlas.extract.tables.table import Agreement as Agreement
+from attlas.extract.tables.table import Recorder as Recorder
+from attlas.extract.tables.table import Rule as Rule
+from attlas.extract.tables.table import Scope as Scope
+from attlas.extract.tables.table import Table as Table
 
 SCHEMA_VERSION = 2
 

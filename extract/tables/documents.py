@@ -1,7 +1,7 @@
 """`documents`: every document of the corpus, also those that gave nothing to measure, and why."""
 
-from extract.tables.column import Column
-from extract.tables.table import DOCUMENT_ID, Agreement, Rule, Table
+from attlas.extract.tables.column import Column
+from attlas.extract.tables.table import DOCUMENT_ID, Agreement, Rule, Table
 
 TABLE = Table(
     name="documents",

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from extract.engines.needs import Needs
-from extract.engines.quantities import TOKEN_CLASSES
-from extract.tables.column import Column, column, columns_of
-from extract.tables.recording import DenseRecorder
-from extract.tables.table import DOCUMENT_ID, HEAD, LAYER, SEQUENCE_ID, STACK, Rule, Table
+from attlas.extract.engines.needs import Needs
+from attlas.extract.engines.quantities import TOKEN_CLASSES
+from attlas.extract.tables.column import Column, column, columns_of
+from attlas.extract.tables.recording import DenseRecorder
+from attlas.extract.tables.table import DOCUMENT_ID, HEAD, LAYER, SEQUENCE_ID, STACK, Rule, Table
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extract.engines.needs import Needs
-from extract.engines.profiles import PROFILE_COLUMNS, PROFILES
-from extract.tables.column import Column
-from extract.tables.recording import AdditiveRecorder
-from extract.tables.table import HEAD, LAYER, SHARD, STACK, Agreement, Table
+from attlas.extract.engines.needs import Needs
+from attlas.extract.engines.profiles import PROFILE_COLUMNS, PROFILES
+from attlas.extract.tables.column import Column
+from attlas.extract.tables.recording import AdditiveRecorder
+from attlas.extract.tables.table import HEAD, LAYER, SHARD, STACK, Agreement, Table
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from extract.tables.table import Recorder, Scope, Table
+from attlas.extract.tables.table import Recorder, Scope, Table
 
 Arrays = dict[str, np.ndarray]
 

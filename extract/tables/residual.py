@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extract.engines.needs import Needs
-from extract.engines.observations import NormObservation, ResidualObservation
-from extract.tables.column import Column, column, columns_of
-from extract.tables.recording import DenseRecorder
-from extract.tables.table import DOCUMENT_ID, LAYER, SEQUENCE_ID, STACK, Table
+from attlas.extract.engines.needs import Needs
+from attlas.extract.engines.observations import NormObservation, ResidualObservation
+from attlas.extract.tables.column import Column, column, columns_of
+from attlas.extract.tables.recording import DenseRecorder
+from attlas.extract.tables.table import DOCUMENT_ID, LAYER, SEQUENCE_ID, STACK, Table
 
 if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
     from jaxtyping import Float

@@ -1,7 +1,7 @@
 """`sequences`: the windows that documents are cut into, as the model was given them."""
 
-from extract.tables.column import Column
-from extract.tables.table import DOCUMENT_ID, SEQUENCE_ID, SHARD, Agreement, Table
+from attlas.extract.tables.column import Column
+from attlas.extract.tables.table import DOCUMENT_ID, SEQUENCE_ID, SHARD, Agreement, Table
 
 TABLE = Table(
     name="sequences",

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from extract.engines.needs import Needs
-from extract.tables.column import Column
+from attlas.extract.engines.needs import Needs
+from attlas.extract.tables.column import Column
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from extract.engines.observations import HeadObservation
-    from extract.engines.sums import HeadSums
+    from attlas.extract.engines.observations import HeadObservation
+    from attlas.extract.engines.sums import HeadSums
 
 # plan: what the pass over the corpus found; dense: a row for each sequence and place (a head, or a site); ragged: any
 # number of rows for each sequence; additive: sums of a shard, which merge by addition; static: from the parameters alone

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from extract.store import Part, Store, file_sha256, read_json, write_json
-from extract.tables import SCHEMA_VERSION, TABLES
+from attlas.extract.store import Part, Store, file_sha256, read_json, write_json
+from attlas.extract.tables import SCHEMA_VERSION, TABLES
 from tests import oracles
 
 Floats = NDArray[np.float64]

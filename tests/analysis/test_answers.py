@@ -6,13 +6,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from analysis.dataset import Dataset
-from analysis.defects import DEFECTS, collect_evidence, find_defects, rules_table
-from analysis.distance import distance_by_position, distance_ranking, offset_profile
-from analysis.entropy import entropy_by_head, entropy_by_layer, entropy_by_length, entropy_by_position
-from analysis.info import describe, number, size
-from analysis.kinds import KINDS, MIXED, NAMES, classify, head_kinds, kinds_table
-from analysis.residual import residual_through_depth
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.defects import DEFECTS, collect_evidence, find_defects, rules_table
+from attlas.analysis.distance import distance_by_position, distance_ranking, offset_profile
+from attlas.analysis.entropy import entropy_by_head, entropy_by_layer, entropy_by_length, entropy_by_position
+from attlas.analysis.info import describe, number, size
+from attlas.analysis.kinds import KINDS, MIXED, NAMES, classify, head_kinds, kinds_table
+from attlas.analysis.residual import residual_through_depth
 from tests.analysis.synthetic import write_dataset
 
 # layer and head of each recipe in tests/analysis/synthetic.py, four heads to a layer

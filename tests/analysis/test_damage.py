@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extract.store import read_json, write_json
-from extract.tables import TABLES
-from flows.cli import exit_code
+from attlas.extract.store import read_json, write_json
+from attlas.extract.tables import TABLES
+from attlas.flows.cli import exit_code
 from tests.analysis.synthetic import resealed, write_dataset
 
 COMMANDS = ("info", "report", "query", "verify")
@@ -335,7 +335,7 @@ def test_a_flipped_byte_anywhere(
 
 
 def _with_checksums(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    from extract.store import file_sha256
+    from attlas.extract.store import file_sha256
 
     copied = copy.deepcopy(manifest)
     for part in copied["tables"]["heads"]["parts"]:

@@ -3,8 +3,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from analysis.dataset import Dataset
-from extract.store import Refusal, read_json, write_json
+from attlas.analysis.dataset import Dataset
+from attlas.extract.store import Refusal, read_json, write_json
 from tests.analysis.synthetic import write_dataset
 
 

@@ -6,9 +6,9 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from analysis.dataset import Dataset
-from analysis.heads import head_means
-from analysis.inference import NOTE_FEW, bootstrap_mean, clustered_mean, student_quantile
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.heads import head_means
+from attlas.analysis.inference import NOTE_FEW, bootstrap_mean, clustered_mean, student_quantile
 from tests import oracles
 
 DOCUMENTS, PER_DOCUMENT = 40, 3

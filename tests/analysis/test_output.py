@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.output import OutputError, answer_file, write_whole
-from analysis.query import query
-from analysis.result import FORMATS, Format, write_result
-from extract.store import Refusal
+from attlas.analysis.output import OutputError, answer_file, write_whole
+from attlas.analysis.query import query
+from attlas.analysis.result import FORMATS, Format, write_result
+from attlas.extract.store import Refusal
 
 RESULT = pa.table({"a": list(range(70_000)), "b": ["é"] * 70_000})
 LIMIT = 4096
-ATTLAS = [sys.executable, "-m", "flows.cli"]
+ATTLAS = [sys.executable, "-m", "attlas.flows.cli"]
 
 
 def write_to(path: Path, form: Format = "csv", rows: pa.Table = RESULT) -> None:

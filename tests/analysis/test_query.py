@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.dataset import Dataset
-from analysis.query import query, write_result
-from extract.store import Refusal
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.query import query, write_result
+from attlas.extract.store import Refusal
 
 
 def test_a_query_sees_every_table_and_all_its_rows(folder: Path) -> None:

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from analysis.dataset import Dataset
-from analysis.heads import HEAD
-from analysis.report import summary, write_report
-from analysis.report.content import gather
-from analysis.report.figures import nice_ticks, step
-from analysis.report.numbers import THIN, estimate, half_width, interval, percent, shown
-from extract.store import Refusal, Store, read_json, write_json
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.heads import HEAD
+from attlas.analysis.report import summary, write_report
+from attlas.analysis.report.content import gather
+from attlas.analysis.report.figures import nice_ticks, step
+from attlas.analysis.report.numbers import THIN, estimate, half_width, interval, percent, shown
+from attlas.extract.store import Refusal, Store, read_json, write_json
 from tests.analysis.synthetic import rewrite, write_dataset
 
 HOSTILE = """<script>alert("1")</script>'"><img src=https://example.org/x.png onerror=alert(1)>{{ 7 * 7 }}"""
@@ -125,7 +125,7 @@ def test_every_figure_has_a_name_and_every_mark_of_a_map_a_title(html: str) -> N
 
 
 def test_the_findings_are_those_of_the_tables(html: str, folder: Path) -> None:
-    from analysis.distance import distance_ranking
+    from attlas.analysis.distance import distance_ranking
 
     farthest = distance_ranking(Dataset.open(folder)).row(-1, named=True)
     low, high = farthest["distance_tokens_low"], farthest["distance_tokens_high"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from analysis.report import write_report
+from attlas.analysis.report import write_report
 from tests.analysis.synthetic import write_dataset
 
 CHROMIUM = "/usr/bin/chromium"

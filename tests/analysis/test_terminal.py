@@ -8,12 +8,12 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from analysis.columns import Column, Fitted
-from analysis.naming import corpus_title, model_title, short_name
-from analysis.report import summary, write_report
-from analysis.report.numbers import plural
-from analysis.result import write_result
-from extract.printable import printable
+from attlas.analysis.columns import Column, Fitted
+from attlas.analysis.naming import corpus_title, model_title, short_name
+from attlas.analysis.report import summary, write_report
+from attlas.analysis.report.numbers import plural
+from attlas.analysis.result import write_result
+from attlas.extract.printable import printable
 from tests.analysis.synthetic import write_dataset
 
 HOSTILE = "a\x1b[31m\r\nattlas: whole\x9b\u202egnp.\u2066\u2028\x07\u200f"

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from analysis.verify import Finding, verify
-from extract.store import read_json, write_json
+from attlas.analysis.verify import Finding, verify
+from attlas.extract.store import read_json, write_json
 from tests.analysis.synthetic import rewrite, write_dataset
 
 HEADS = "heads/shard-00000.parquet"

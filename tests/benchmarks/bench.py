@@ -64,7 +64,7 @@ def main() -> None:
     picked, repeats = _asked_for()
     import torch
 
-    from extract.memory import keep_freed_memory
+    from attlas.extract.memory import keep_freed_memory
 
     keep_freed_memory(
         longest=2048

@@ -45,7 +45,7 @@ def _in_a_process(side: str, tokens: int, layers: int) -> int:
 
 def main(side: str, tokens: str, layers: str) -> None:
     """Print the growth of one pass, in bytes; compilation and first allocations come before it."""
-    from extract.memory import keep_freed_memory
+    from attlas.extract.memory import keep_freed_memory
     from tests.benchmarks.workloads import Workload, bert_base, measured_pass, plain_pass
 
     if side == "measured":  # as in a run, and in nothing else

@@ -32,7 +32,7 @@ def machine() -> str:
     """The machine and what computes on it, in a line."""
     import torch
 
-    from extract.engines import choose
+    from attlas.extract.engines import choose
 
     load = os.getloadavg()[0]
     return (

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from extract import pipeline
-from extract.job import Job, RunOptions
-from extract.model.encoder import Encoder
-from extract.store import open_dataset, parts_of
+from attlas.extract import pipeline
+from attlas.extract.job import Job, RunOptions
+from attlas.extract.model.encoder import Encoder
+from attlas.extract.store import open_dataset, parts_of
 from tests.benchmarks.harness import Result, interleaved
 from tests.benchmarks.workloads import demo
 

@@ -26,13 +26,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from extract.engines import choose
-from extract.measurement import layout_of
-from extract.model.encoder import Encoder
-from extract.model.token_classes import token_classes
-from extract.pipeline import BATCH_TOKENS
-from extract.shard import Instrument, measured_tables
-from extract.store import Store
+from attlas.extract.engines import choose
+from attlas.extract.measurement import layout_of
+from attlas.extract.model.encoder import Encoder
+from attlas.extract.model.token_classes import token_classes
+from attlas.extract.pipeline import BATCH_TOKENS
+from attlas.extract.shard import Instrument, measured_tables
+from attlas.extract.store import Store
 from tests.benchmarks.harness import Result, in_turns, seconds_of
 from tests.benchmarks.usual_way import (
     Call,

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from extract.batching import windows
-from extract.capture.batch import Batch, Tokens
-from extract.collector import open_collector
-from extract.corpus import open_corpus
-from extract.engines import choose
-from extract.engines.visibility import Axis
-from extract.measurement import layout_of, observe
-from extract.model.encoder import Encoder, load_encoder
-from extract.model.token_classes import token_classes
-from extract.planning import special_tokens
-from extract.tables import recorded_tables
+from attlas.extract.batching import windows
+from attlas.extract.capture.batch import Batch, Tokens
+from attlas.extract.collector import open_collector
+from attlas.extract.corpus import open_corpus
+from attlas.extract.engines import choose
+from attlas.extract.engines.visibility import Axis
+from attlas.extract.measurement import layout_of, observe
+from attlas.extract.model.encoder import Encoder, load_encoder
+from attlas.extract.model.token_classes import token_classes
+from attlas.extract.planning import special_tokens
+from attlas.extract.tables import recorded_tables
 
 
 @dataclass(frozen=True)

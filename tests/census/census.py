@@ -19,9 +19,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from extract.engines import choose
-from extract.errors import CaptureError, Refusal
-from extract.measurement import layout_of, measure
+from attlas.extract.engines import choose
+from attlas.extract.errors import CaptureError, Refusal
+from attlas.extract.measurement import layout_of, measure
 from tests.census.judge import Verdict, verdict_on
 from tests.census.own import Own, attends, readings
 from tests.census.pool import each, in_a_process
@@ -29,7 +29,7 @@ from tests.census.through_run import NO_IDS, YES, through_run
 from tests.census.tiny import GAIN, Built, NotBuilt, architectures, build, forward, reason_of, takes
 
 if TYPE_CHECKING:
-    from extract.capture.layout import Layout
+    from attlas.extract.capture.layout import Layout
 
 EXACT, FALLBACK, UNCOMPARED = "exact", "exact by eager fallback", "measured, gives no patterns to compare with"
 REFUSED, WITHOUT, NOT_BUILT, WRONG = "refused", "no attention", "not built", "WRONG"

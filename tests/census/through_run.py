@@ -21,11 +21,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from extract.capture.seam import first_tensor
-from extract.errors import CaptureError, Refusal
-from extract.job import RunOptions
-from extract.measurement import measure
-from extract.pipeline import finish, measure_shards, prepare
+from attlas.extract.capture.seam import first_tensor
+from attlas.extract.errors import CaptureError, Refusal
+from attlas.extract.job import RunOptions
+from attlas.extract.measurement import measure
+from attlas.extract.pipeline import finish, measure_shards, prepare
 from tests.census.pool import each, in_a_process
 from tests.census.shrink import FIRST_ID, TOKENS, VOCABULARY
 from tests.census.tiny import Built, NotBuilt, architectures, build, reason_of
@@ -169,7 +169,7 @@ def _without(folder: str, said: str) -> str:
 
 
 def main(wanted: list[str]) -> None:
-    from extract.engines import choose
+    from attlas.extract.engines import choose
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from extract.corpus import Document, open_corpus
+from attlas.extract.corpus import Document, open_corpus
 
 
 def written(path: Path, content: str | bytes) -> str:

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention as imported
 
-from extract import measure
-from extract.errors import CaptureError, Refusal
-from extract.measurement import layout_of
+from attlas.extract import measure
+from attlas.extract.errors import CaptureError, Refusal
+from attlas.extract.measurement import layout_of
 from tests import oracles
 from tests.extract.models import tiny
 from tests.extract.test_heads import assert_columns

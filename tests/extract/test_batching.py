@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extract.batching import batches, padded_positions, windows
-from extract.errors import Refusal
+from attlas.extract.batching import batches, padded_positions, windows
+from attlas.extract.errors import Refusal
 
 LENGTHS = st.lists(st.integers(1, 600), max_size=60)
 

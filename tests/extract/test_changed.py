@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from extract import measure
-from extract.errors import CaptureError, Refusal
-from extract.measurement import layout_of
+from attlas.extract import measure
+from attlas.extract.errors import CaptureError, Refusal
+from attlas.extract.measurement import layout_of
 from tests.extract.models import tiny
 from tests.extract.test_projections import Model, batch, built
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 CODE = """
 import numba, numpy as np
-from extract.engines.compiled import array, is_prepared, kernel, prepare
+from attlas.extract.engines.compiled import array, is_prepared, kernel, prepare
 
 @kernel(array(numba.float32, 1))
 def double(x):
@@ -43,7 +43,7 @@ def test_without_a_cache_code_is_compiled_and_a_warning_says_what_to_set(place: 
 
 THREADS = """
 import numba, torch
-from extract.engines.compiled import array, kernel, prepare
+from attlas.extract.engines.compiled import array, kernel, prepare
 
 @kernel(array(numba.float32, 1))
 def double(x):
@@ -67,9 +67,9 @@ def test_compiling_leaves_torchs_number_of_threads(tmp_path: Path) -> None:
 
 STATES = """
 import sys, warnings, numpy as np, torch
-from extract.engines.observations import NormObservation
-from extract.engines.residual_cpu import read_state
-from extract.engines.visibility import Axis
+from attlas.extract.engines.observations import NormObservation
+from attlas.extract.engines.residual_cpu import read_state
+from attlas.extract.engines.visibility import Axis
 
 warnings.simplefilter("ignore")
 generator = torch.Generator().manual_seed(0)

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extract.corpus import Document, open_corpus, reason_kind
-from extract.errors import Refusal
+from attlas.extract.corpus import Document, open_corpus, reason_kind
+from attlas.extract.errors import Refusal
 from tests.extract.corpora import read, written
 
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extract.corpus import Document, open_corpus
-from extract.errors import Refusal
+from attlas.extract.corpus import Document, open_corpus
+from attlas.extract.errors import Refusal
 from tests.extract.corpora import outcomes, read, written
 
 # --- JSON lines

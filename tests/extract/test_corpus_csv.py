@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extract.corpus import open_corpus
-from extract.errors import Refusal
+from attlas.extract.corpus import open_corpus
+from attlas.extract.errors import Refusal
 from tests.extract.corpora import outcomes, read, written
 
 ROWS = [f"{n},the cat sat on row {n % 3}" for n in range(50)]

@@ -4,8 +4,8 @@ import codecs
 
 import pytest
 
-from extract.corpus import Document, open_corpus
-from extract.errors import Refusal
+from attlas.extract.corpus import Document, open_corpus
+from attlas.extract.errors import Refusal
 from tests.extract.corpora import outcomes, read, written
 
 TEXT = "naïve café\nüber, alles 5\r\nthird 猫 𝒳"

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pytest
 from backports import zstd
 
-from extract.corpus import Document, open_corpus, readable_name, real_name
-from extract.errors import Refusal
+from attlas.extract.corpus import Document, open_corpus, readable_name, real_name
+from attlas.extract.errors import Refusal
 from tests.extract.corpora import outcomes, read, written
 
 LINK = "link to a folder that is read already"

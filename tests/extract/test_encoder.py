@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from extract import measure
-from extract.errors import Refusal
-from extract.model.encoder import load_encoder
-from extract.model.folder import check_model_name
+from attlas.extract import measure
+from attlas.extract.errors import Refusal
+from attlas.extract.model.encoder import load_encoder
+from attlas.extract.model.folder import check_model_name
 from tests.extract.checkpoints import SPECIAL, VOCABULARY, model_of, save, tokenizer_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -552,8 +552,8 @@ def test_padding_changes_nothing_with_or_without_a_padding_token(tmp_path: Path,
 def heads_of(model: Path, corpus: Path, out: Path, **options: Any):
     import pyarrow.parquet as pq
 
-    from extract.job import RunOptions
-    from extract.pipeline import finish, measure_shards, prepare
+    from attlas.extract.job import RunOptions
+    from attlas.extract.pipeline import finish, measure_shards, prepare
 
     job = prepare(RunOptions(model=str(model), corpus=str(corpus), out=out, max_length=64, device="cpu", **options))
     measure_shards(job, job.remaining)

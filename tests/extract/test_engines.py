@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extract.engines import choose
-from extract.engines.observations import HeadObservation
-from extract.engines.profiles import PROFILE_COLUMNS
-from extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES
-from extract.engines.rows import AttentionCall, Rows, ScoredCall
-from extract.engines.visibility import Axis, see
-from extract.tables import TABLES, needs_of
+from attlas.extract.engines import choose
+from attlas.extract.engines.observations import HeadObservation
+from attlas.extract.engines.profiles import PROFILE_COLUMNS
+from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES
+from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
+from attlas.extract.engines.visibility import Axis, see
+from attlas.extract.tables import TABLES, needs_of
 from tests.properties import cases
 
 

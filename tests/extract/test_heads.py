@@ -7,17 +7,17 @@ import polars as pl
 import pytest
 import torch
 
-from extract import measure
-from extract.engines.observations import HeadObservation
-from extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, known_quantities
-from extract.engines.reference import rows_of
-from extract.engines.rows import AttentionCall
-from extract.engines.sums import head_sums
-from extract.engines.visibility import Axis, see
-from extract.measurement import layout_of
-from extract.model.token_classes import token_classes
-from extract.tables import TABLES, needs_of
-from extract.tables.heads import HeadQuantities
+from attlas.extract import measure
+from attlas.extract.engines.observations import HeadObservation
+from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, known_quantities
+from attlas.extract.engines.reference import rows_of
+from attlas.extract.engines.rows import AttentionCall
+from attlas.extract.engines.sums import head_sums
+from attlas.extract.engines.visibility import Axis, see
+from attlas.extract.measurement import layout_of
+from attlas.extract.model.token_classes import token_classes
+from attlas.extract.tables import TABLES, needs_of
+from attlas.extract.tables.heads import HeadQuantities
 from tests import oracles
 from tests.extract.models import eager_patterns, tiny
 from tests.patterns import KNOWN, causal_uniform, first, identity, previous, uniform

@@ -15,19 +15,19 @@ import torch
 import transformers
 from PIL import Image
 
-from extract import measure
-from extract.capture.grid import sight_of
-from extract.corpus import open_corpus
-from extract.engines import choose
-from extract.engines.patches import Grid, PatchSums
-from extract.engines.rows import AttentionCall
-from extract.engines.visibility import see, whole_axis
-from extract.errors import Refusal
-from extract.job import RunOptions
-from extract.measurement import layout_of
-from extract.model.encoder import load_encoder
-from extract.model.images import Unreadable, decode_image, preprocess_image
-from extract.pipeline import finish, measure_shard, measure_shards, prepare
+from attlas.extract import measure
+from attlas.extract.capture.grid import sight_of
+from attlas.extract.corpus import open_corpus
+from attlas.extract.engines import choose
+from attlas.extract.engines.patches import Grid, PatchSums
+from attlas.extract.engines.rows import AttentionCall
+from attlas.extract.engines.visibility import see, whole_axis
+from attlas.extract.errors import Refusal
+from attlas.extract.job import RunOptions
+from attlas.extract.measurement import layout_of
+from attlas.extract.model.encoder import load_encoder
+from attlas.extract.model.images import Unreadable, decode_image, preprocess_image
+from attlas.extract.pipeline import finish, measure_shard, measure_shards, prepare
 from tests.oracles import distance_patches
 
 OF_PATCHES = ("patch_distance", "patch_mass", "patch_rows")
@@ -401,8 +401,8 @@ def test_columns_of_text_are_null_for_images(dataset):
 
 @pytest.mark.parametrize("kind", ["vit", "clip-vision", "clip", "swin"])
 def test_a_run_gives_a_valid_dataset_and_a_report(folder_of, images, tmp_path, kind):
-    from analysis.report import write_report
-    from analysis.verify import verify
+    from attlas.analysis.report import write_report
+    from attlas.analysis.verify import verify
 
     out = run(folder_of(kind), images, tmp_path / "out", limit=4)
     assert verify(out) == []

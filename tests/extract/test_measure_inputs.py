@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from extract import measure
-from extract.errors import Refusal
+from attlas.extract import measure
+from attlas.extract.errors import Refusal
 from tests.extract.models import tiny
 from tests.extract.test_projections import batch, built
 

@@ -10,19 +10,19 @@ import pyarrow as pa
 import pytest
 import torch
 
-from extract import memory, pipeline
-from extract.capture.layout import Attention, Site, Tap
-from extract.collector import Collector
-from extract.engines import Engine, choose
-from extract.engines.needs import Needs
-from extract.engines.sums import HeadSums
-from extract.errors import Refusal
-from extract.job import RunOptions
-from extract.measurement import layout_of
-from extract.memory import bytes_per_token, free_on_host, is_out_of_memory, tokens_that_fit
-from extract.pipeline import finish, measure_shards, prepare
-from extract.shard import Instrument, measured_tables
-from extract.tables import Recorder
+from attlas.extract import memory, pipeline
+from attlas.extract.capture.layout import Attention, Site, Tap
+from attlas.extract.collector import Collector
+from attlas.extract.engines import Engine, choose
+from attlas.extract.engines.needs import Needs
+from attlas.extract.engines.sums import HeadSums
+from attlas.extract.errors import Refusal
+from attlas.extract.job import RunOptions
+from attlas.extract.measurement import layout_of
+from attlas.extract.memory import bytes_per_token, free_on_host, is_out_of_memory, tokens_that_fit
+from attlas.extract.pipeline import finish, measure_shards, prepare
+from attlas.extract.shard import Instrument, measured_tables
+from attlas.extract.tables import Recorder
 from tests.extract.models import tiny
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from extract import measure
-from extract.errors import Refusal
+from attlas.extract import measure
+from attlas.extract.errors import Refusal
 from tests import oracles
 from tests.extract.models import eager_patterns, tiny
 from tests.extract.test_heads import assert_columns

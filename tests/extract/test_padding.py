@@ -8,9 +8,9 @@ import torch
 import transformers
 from torch import nn
 
-from extract import measure
-from extract.model.measured_model import examine_text_model
-from extract.shard import _planned
+from attlas.extract import measure
+from attlas.extract.model.measured_model import examine_text_model
+from attlas.extract.shard import _planned
 from tests.census.through_run import tokenizer_of
 from tests.census.tiny import build
 from tests.extract.models import eager_patterns, tiny

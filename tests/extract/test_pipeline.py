@@ -10,11 +10,11 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from extract.errors import Refusal
-from extract.job import RunOptions
-from extract.pipeline import finish, measure_shard, measure_shards, prepare
-from extract.store import MANIFEST, WORK, file_sha256
-from extract.tables import TABLES
+from attlas.extract.errors import Refusal
+from attlas.extract.job import RunOptions
+from attlas.extract.pipeline import finish, measure_shard, measure_shards, prepare
+from attlas.extract.store import MANIFEST, WORK, file_sha256
+from attlas.extract.tables import TABLES
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the quick brown fox jumps again.",
@@ -253,7 +253,7 @@ def test_a_decoder_saved_to_a_folder_runs_end_to_end(family, corpus, tmp_path, d
 
 
 def test_the_data_dictionary_is_the_schemas():
-    from extract.dictionary import data_dictionary
+    from attlas.extract.dictionary import data_dictionary
 
     committed = Path(__file__).parents[2] / "data" / "README.md"
     assert committed.read_text("utf-8") == data_dictionary(), "run: make dictionary"

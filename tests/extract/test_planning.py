@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from extract import planning
-from extract.corpus import Document, open_corpus
-from extract.errors import Damaged, Refusal
-from extract.planning import Plan, make_plan, special_tokens
-from extract.store import WORK, LocalFolder
-from extract.tables import TABLES
+from attlas.extract import planning
+from attlas.extract.corpus import Document, open_corpus
+from attlas.extract.errors import Damaged, Refusal
+from attlas.extract.planning import Plan, make_plan, special_tokens
+from attlas.extract.store import WORK, LocalFolder
+from attlas.extract.tables import TABLES
 
 KEY = b"a key of the test's own"
 TEXTS = ["One fish, two fish.", "naïve café 你好 🙂 end", "x", "Words " * 90, "  leading and trailing  "]

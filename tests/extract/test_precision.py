@@ -4,9 +4,9 @@ import polars as pl
 import pytest
 import torch
 
-from extract import measure
-from extract.errors import ResidualWarning
-from extract.measurement import layout_of
+from attlas.extract import measure
+from attlas.extract.errors import ResidualWarning
+from attlas.extract.measurement import layout_of
 from tests.extract.models import tiny
 
 IDS = torch.randint(2, 60, (2, 16), generator=torch.Generator().manual_seed(2))

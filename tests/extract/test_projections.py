@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from extract import measure
-from extract.measurement import layout_of
+from attlas.extract import measure
+from attlas.extract.measurement import layout_of
 
 WIDTH, HEADS, TOKENS = 32, 4, 10
 

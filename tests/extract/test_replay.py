@@ -10,12 +10,12 @@ import torch
 import transformers
 from torch import nn
 
-from extract import measure
-from extract.capture.replay import Run
-from extract.errors import CaptureError
-from extract.job import RunOptions
-from extract.measurement import layout_of
-from extract.pipeline import finish, measure_shards, prepare
+from attlas.extract import measure
+from attlas.extract.capture.replay import Run
+from attlas.extract.errors import CaptureError
+from attlas.extract.job import RunOptions
+from attlas.extract.measurement import layout_of
+from attlas.extract.pipeline import finish, measure_shards, prepare
 from tests import oracles
 from tests.extract.test_heads import assert_columns
 from tests.extract.test_torch_modules import exact, linear

@@ -5,16 +5,16 @@ import polars as pl
 import pytest
 import torch
 
-from extract import measure
-from extract.capture.batch import Batch, Tokens
-from extract.capture.watch import watching
-from extract.collector import Collector
-from extract.engines import choose
-from extract.engines.needs import Needs
-from extract.engines.visibility import Axis
-from extract.errors import CaptureError
-from extract.measurement import layout_of, observe
-from extract.tables import TABLES
+from attlas.extract import measure
+from attlas.extract.capture.batch import Batch, Tokens
+from attlas.extract.capture.watch import watching
+from attlas.extract.collector import Collector
+from attlas.extract.engines import choose
+from attlas.extract.engines.needs import Needs
+from attlas.extract.engines.visibility import Axis
+from attlas.extract.errors import CaptureError
+from attlas.extract.measurement import layout_of, observe
+from attlas.extract.tables import TABLES
 from tests import oracles
 from tests.extract.models import tiny
 from tests.extract.test_heads import assert_columns, real_batch

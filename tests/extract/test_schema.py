@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extract.tables import TABLES
+from attlas.extract.tables import TABLES
 
 README = Path(__file__).parents[2] / "README.md"
 COUNTS = {

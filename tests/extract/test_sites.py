@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from extract import measure
-from extract.capture.layout import Layout
-from extract.measurement import layout_of
+from attlas.extract import measure
+from attlas.extract.capture.layout import Layout
+from attlas.extract.measurement import layout_of
 from tests import oracles
 from tests.census.tiny import Built, build
 from tests.extract.test_heads import assert_columns

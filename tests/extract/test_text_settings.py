@@ -8,13 +8,13 @@ import pytest
 from tokenizers import normalizers
 from transformers import ByT5Tokenizer
 
-from extract.errors import Refusal
-from extract.job import RunOptions
-from extract.model.encoder import load_encoder
-from extract.model.folder import check_model_name
-from extract.model.text_settings import SETTINGS, folder_lookup, read_text_settings
-from extract.pipeline import finish, measure_shards, prepare
-from extract.planning import read_shard
+from attlas.extract.errors import Refusal
+from attlas.extract.job import RunOptions
+from attlas.extract.model.encoder import load_encoder
+from attlas.extract.model.folder import check_model_name
+from attlas.extract.model.text_settings import SETTINGS, folder_lookup, read_text_settings
+from attlas.extract.pipeline import finish, measure_shards, prepare
+from attlas.extract.planning import read_shard
 from tests.extract.checkpoints import model_of, save, tokenizer_of
 
 TRANSFORMER, POOLING = "sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling"

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import XLNetConfig, XLNetModel, XLNetTokenizer
 
-from extract.errors import Refusal
-from extract.job import RunOptions
-from extract.model.encoder import load_encoder
-from extract.model.measured_model import examine_text_model
-from extract.model.positions import max_positions
-from extract.pipeline import finish, measure_shards, prepare
-from extract.planning import special_tokens
+from attlas.extract.errors import Refusal
+from attlas.extract.job import RunOptions
+from attlas.extract.model.encoder import load_encoder
+from attlas.extract.model.measured_model import examine_text_model
+from attlas.extract.model.positions import max_positions
+from attlas.extract.pipeline import finish, measure_shards, prepare
+from attlas.extract.planning import special_tokens
 from tests.extract.checkpoints import model_of, save, tokenizer_of
 from tests.oracles import head_columns
 

@@ -18,9 +18,9 @@ from transformers import (
     XLNetTokenizer,
 )
 
-from extract.engines.quantities import TOKEN_CLASSES
-from extract.model.token_classes import class_sizes, token_classes
-from extract.model.vocabulary import vocabulary_entries
+from attlas.extract.engines.quantities import TOKEN_CLASSES
+from attlas.extract.model.token_classes import class_sizes, token_classes
+from attlas.extract.model.vocabulary import vocabulary_entries
 
 # one letter for each class
 LETTERS = {

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack  # pyright: ignore
 
-from extract import measure
-from extract.errors import CaptureError, Refusal
+from attlas.extract import measure
+from attlas.extract.errors import CaptureError, Refusal
 from tests import oracles
 from tests.extract.models import tiny
 from tests.extract.test_heads import assert_columns

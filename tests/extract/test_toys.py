@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analysis.query import query
-from analysis.verify import verify
-from extract import measure
-from extract.dictionary import data_dictionary
-from extract.engines import reference
-from extract.engines.quantities import ROW_QUANTITIES, RowQuantity
-from extract.errors import Refusal
-from extract.job import RunOptions
-from extract.pipeline import finish, measure_shards, prepare
-from extract.tables import TABLES
-from extract.tables.column import column
+from attlas.analysis.query import query
+from attlas.analysis.verify import verify
+from attlas.extract import measure
+from attlas.extract.dictionary import data_dictionary
+from attlas.extract.engines import reference
+from attlas.extract.engines.quantities import ROW_QUANTITIES, RowQuantity
+from attlas.extract.errors import Refusal
+from attlas.extract.job import RunOptions
+from attlas.extract.pipeline import finish, measure_shards, prepare
+from attlas.extract.tables import TABLES
+from attlas.extract.tables.column import column
 from tests.extract.models import eager_patterns
 from tests.extract.toys import additive, dense, ragged, static
 
@@ -129,7 +129,7 @@ def test_what_is_wrong_with_a_toy_is_found(dataset: Path, table: str, column: st
 
 
 def sha256_of(path: Path) -> str:
-    from extract.store import file_sha256
+    from attlas.extract.store import file_sha256
 
     return file_sha256(path)
 
@@ -214,9 +214,11 @@ def test_what_no_column_needs_is_not_computed(demo, monkeypatch: pytest.MonkeyPa
     for name in reference.OF_CALLS:
         monkeypatch.setitem(reference.OF_CALLS, name, lambda *arguments, n=name: pytest.fail(f"{n} is not needed"))
     monkeypatch.setattr(
-        "extract.capture.watch.write_factors", lambda *arguments: pytest.fail("no projection is needed")
+        "attlas.extract.capture.watch.write_factors", lambda *arguments: pytest.fail("no projection is needed")
     )
-    monkeypatch.setattr("extract.capture.watch.Stream", lambda *arguments: pytest.fail("the stream is not needed"))
+    monkeypatch.setattr(
+        "attlas.extract.capture.watch.Stream", lambda *arguments: pytest.fail("the stream is not needed")
+    )
     inputs = demo.tokenizer(["as little as possible"], return_tensors="pt")
     (table,) = measure(demo.model, engine="reference", tables=("heads",), **inputs).values()
     assert set(asked) == {"entropy"}

@@ -20,16 +20,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extract.engines import Engine, FusedPass, reference
-from extract.engines.quantities import ROW_QUANTITIES, known_quantities
-from extract.engines.rows import AttentionCall, Rows
-from extract.engines.sums import head_sums
-from extract.engines.visibility import Axis, see
+from attlas.extract.engines import Engine, FusedPass, reference
+from attlas.extract.engines.quantities import ROW_QUANTITIES, known_quantities
+from attlas.extract.engines.rows import AttentionCall, Rows
+from attlas.extract.engines.sums import head_sums
+from attlas.extract.engines.visibility import Axis, see
 from tests.extract.test_engines import assert_rows_agree, call_of, doubled, own_output
 from tests.properties import cases
 
 pytest.importorskip("triton")
-from extract.engines import triton as engine
+from attlas.extract.engines import triton as engine
 
 # NumPy, in which the interpreter computes, says so when infinities and NaN are made; a kernel takes them in its stride
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

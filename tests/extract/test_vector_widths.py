@@ -12,7 +12,7 @@ PROCESSORS = {
     4: {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
     8: {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"},
 }
-WIDTH = "from extract.engines.simd import LANES, ROWS; print(LANES, ROWS <= LANES)"
+WIDTH = "from attlas.extract.engines.simd import LANES, ROWS; print(LANES, ROWS <= LANES)"
 
 
 def run(lanes: int, *arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -13,12 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from extract.collector import Collector
-from extract.errors import Refusal
-from extract.job import Job, RunOptions
-from extract.pipeline import SHARDS_UNDER_WAY, finish, measure_shard, measure_shards, prepare
-from extract.store import LocalFolder, Part, Store, part_key
-from extract.store.sealed import put_sealed
+from attlas.extract.collector import Collector
+from attlas.extract.errors import Refusal
+from attlas.extract.job import Job, RunOptions
+from attlas.extract.pipeline import SHARDS_UNDER_WAY, finish, measure_shard, measure_shards, prepare
+from attlas.extract.store import LocalFolder, Part, Store, part_key
+from attlas.extract.store.sealed import put_sealed
 from tests.extract.test_memory import with_attend
 
 WORDS = "Every shard is one sequence here, and there is more than one of them to be measured. " * 12

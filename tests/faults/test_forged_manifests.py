@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from analysis.info import describe
-from analysis.query import query
-from analysis.report import write_report
-from analysis.verify import verify
-from extract.store import MANIFEST, Refusal, open_dataset, parts_of
-from extract.tables import SCHEMA_VERSION
+from attlas.analysis.info import describe
+from attlas.analysis.query import query
+from attlas.analysis.report import write_report
+from attlas.analysis.verify import verify
+from attlas.extract.store import MANIFEST, Refusal, open_dataset, parts_of
+from attlas.extract.tables import SCHEMA_VERSION
 from tests.analysis.synthetic import write_dataset
 
 DEEP = json.loads("[" * 300 + "]" * 300)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numba import njit, types
 
-from extract.engines import kernel_cache
+from attlas.extract.engines import kernel_cache
 from tests.faults.damage import OF_BYTES
 
 NAME = "test.double"

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.verify import verify
-from extract.corpus import open_corpus
-from extract.errors import Damaged, Refusal
-from extract.job import Job, RunOptions
-from extract.pipeline import finish, measure_shard, prepare
-from extract.resuming import begun
-from extract.store import CARD, MANIFEST, WORK, Store, open_dataset
+from attlas.analysis.verify import verify
+from attlas.extract.corpus import open_corpus
+from attlas.extract.errors import Damaged, Refusal
+from attlas.extract.job import Job, RunOptions
+from attlas.extract.pipeline import finish, measure_shard, prepare
+from attlas.extract.resuming import begun
+from attlas.extract.store import CARD, MANIFEST, WORK, Store, open_dataset
 from tests.extract.models import tiny
 from tests.faults.damage import OF_BYTES, OF_JSON, damages, flipped
 

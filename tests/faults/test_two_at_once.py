@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from analysis.verify import verify
-from extract.corpus import open_corpus  # noqa: F401 - loads what a first claim would else load in the race
-from extract.errors import Refusal
-from extract.files import put_if_absent
-from extract.job import RunOptions
-from extract.pipeline import finish, measure_shards, prepare
-from extract.store import WORK, Store
+from attlas.analysis.verify import verify
+from attlas.extract.corpus import open_corpus  # noqa: F401 - loads what a first claim would else load in the race
+from attlas.extract.errors import Refusal
+from attlas.extract.files import put_if_absent
+from attlas.extract.job import RunOptions
+from attlas.extract.pipeline import finish, measure_shards, prepare
+from attlas.extract.store import WORK, Store
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = 100
@@ -65,8 +65,8 @@ def test_of_identical_runs_in_threads_exactly_one_takes_the_lock(tmp_path: Path)
 CLAIMS = """
 import os, sys
 from pathlib import Path
-from extract.store import Store
-from extract.errors import Refusal
+from attlas.extract.store import Store
+from attlas.extract.errors import Refusal
 print("ready", flush=True)
 sys.stdin.readline()
 won = []
@@ -109,7 +109,7 @@ def test_a_file_is_put_whole_and_once(tmp_path: Path) -> None:
 HOLDS = """
 import sys, time
 from pathlib import Path
-from extract.store import Store
+from attlas.extract.store import Store
 lock = Store.at(Path(sys.argv[1])).lock()
 print("locked", flush=True)
 time.sleep(600)

@@ -106,7 +106,7 @@ Ended = tuple[int, str, str]
 @pytest.fixture
 def attlas(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """Run the command line in this process; returns exit code, standard output and standard error."""
-    from flows.cli import exit_code
+    from attlas.flows.cli import exit_code
 
     def run(*arguments: object) -> Ended:
         code = exit_code([str(a) for a in arguments])

@@ -21,7 +21,7 @@ def main(signal_to_send: signal.Signals, event: str, part: str, number: int) -> 
                 os.kill(os.getpid(), signal_to_send)
 
     sys.addaudithook(send)
-    from flows.cli import main
+    from attlas.flows.cli import main
 
     main()
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from extract.job import RunOptions
-from extract.pipeline import finish, measure_shard, prepare
+from attlas.extract.job import RunOptions
+from attlas.extract.pipeline import finish, measure_shard, prepare
 from tests.flows.conftest import Ended
 
 SQL = "SELECT layer, head, avg(entropy_nats) AS entropy FROM heads GROUP BY ALL ORDER BY layer, head"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from extract.errors import Refusal
+from attlas.extract.errors import Refusal
 
 pytestmark = pytest.mark.usefixtures("prefect_environment")
 Answer = tuple[int, str]
@@ -46,7 +46,7 @@ def refusal_of(url: str, **others: str) -> Iterator[pytest.ExceptionInfo[Refusal
     """The refusal of an address, which must name the address."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.api import refuse_unreachable_server
+    from attlas.flows.api import refuse_unreachable_server
 
     with temporary_settings({PREFECT_API_URL: url}), pytest.raises(Refusal) as refused:
         refuse_unreachable_server()
@@ -120,7 +120,7 @@ def test_an_https_address_of_a_server_without_tls_is_refused() -> None:
 def test_a_password_in_the_address_is_not_repeated() -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.api import refuse_unreachable_server
+    from attlas.flows.api import refuse_unreachable_server
 
     with server_answering(404, "") as url:
         with_password = url.replace("//", "//user:secret@")
@@ -133,7 +133,7 @@ def test_a_server_of_this_version_or_none_is_accepted() -> None:
     import prefect
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.api import refuse_unreachable_server
+    from attlas.flows.api import refuse_unreachable_server
 
     with server_answering(200, json.dumps(prefect.__version__)) as url, temporary_settings({PREFECT_API_URL: url}):
         refuse_unreachable_server()

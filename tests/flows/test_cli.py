@@ -108,9 +108,9 @@ BAD_CORPORA = {
 
 @pytest.mark.parametrize("name", ["column.csv", "column.jsonl"])
 def test_invalid_files_are_refused_before_loading_a_model_or_starting_a_server(tmp_path: Path, name: str) -> None:
-    from extract.errors import Refusal
-    from flows.checks import refuse_bad_paths
-    from flows.config import Run
+    from attlas.extract.errors import Refusal
+    from attlas.flows.checks import refuse_bad_paths
+    from attlas.flows.config import Run
 
     content, words = BAD_CORPORA[name]
     (tmp_path / name).write_bytes(content)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from extract.errors import Refusal
-from flows.cli import app
-from flows.config import Run, read_run
+from attlas.extract.errors import Refusal
+from attlas.flows.cli import app
+from attlas.flows.config import Run, read_run
 from tests.flows.conftest import ROOT
 
 DEMO = ROOT / "flows" / "runs" / "demo.toml"
@@ -39,7 +39,7 @@ def test_the_example_is_a_valid_run() -> None:
 
 
 def test_extraction_has_the_same_options_and_defaults() -> None:
-    from extract.job import RunOptions
+    from attlas.extract.job import RunOptions
 
     extraction = {f.name: f.default for f in fields(RunOptions)}
     flows = {name: MISSING if f.is_required() else f.default for name, f in Run.model_fields.items()}

@@ -18,7 +18,7 @@ def run_file(tmp_path: Path) -> Path:
 
 
 def test_each_scheduled_time_has_its_own_folder_in_utc(run_file: Path) -> None:
-    from flows.deploy import folder_name, run_at
+    from attlas.flows.deploy import folder_name, run_at
 
     assert run_at(run_file, MOMENT).out == run_file.parent / "data" / "2026-03-01T02-00-05Z"
     assert folder_name(MOMENT.astimezone(timezone(timedelta(hours=5)))) == "2026-03-01T02-00-05Z"
@@ -26,7 +26,7 @@ def test_each_scheduled_time_has_its_own_folder_in_utc(run_file: Path) -> None:
 
 
 def test_the_key_is_created_once_beside_the_run_file_for_its_owner_only(run_file: Path) -> None:
-    from flows.deploy import run_at
+    from attlas.flows.deploy import run_at
 
     key = run_at(run_file, MOMENT).digest_key
     assert key is not None
@@ -39,7 +39,7 @@ def test_the_key_is_created_once_beside_the_run_file_for_its_owner_only(run_file
 
 
 def test_the_key_in_the_run_file_is_used(run_file: Path) -> None:
-    from flows.deploy import run_at
+    from attlas.flows.deploy import run_at
 
     run_file.write_text(run_file.read_text() + 'digest_key = "own"\n')
     assert run_at(run_file, MOMENT).digest_key == run_file.parent / "own"
@@ -49,8 +49,8 @@ def test_the_key_in_the_run_file_is_used(run_file: Path) -> None:
 def test_a_schedule_without_a_server_is_refused(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from extract.errors import Refusal
-    from flows.deploy import schedule_of, serve
+    from attlas.extract.errors import Refusal
+    from attlas.flows.deploy import schedule_of, serve
 
     with temporary_settings(restore_defaults={PREFECT_API_URL}), pytest.raises(Refusal, match="prefect server start"):
         serve(run_file, schedule_of(cron="0 2 * * *", interval=None, timezone=None))

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flows import environment
+from attlas.flows import environment
 from tests.flows.conftest import ROOT
 
 LOOPBACK = "127.0.0.1,localhost,::1"
@@ -108,7 +108,10 @@ def test_there_is_no_cache_if_it_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["info", "report", "query", "verify", "stats", "run"])
 def test_help_needs_no_home(command: str) -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "flows.cli", command, "--help"], cwd=ROOT, env={"HOME": NOWHERE}, capture_output=True
+        [sys.executable, "-m", "attlas.flows.cli", command, "--help"],
+        cwd=ROOT,
+        env={"HOME": NOWHERE},
+        capture_output=True,
     )
     assert (ended.returncode, ended.stderr) == (0, b"")
 
@@ -119,7 +122,7 @@ def test_invalid_settings_of_prefect_are_refused_in_one_line(tmp_path: Path, nam
     command = ["run", "--model", "demo", "--corpus", "demo", "--out", str(tmp_path / "out")]
     variables = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), name: value}
     ended = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *command], cwd=ROOT, env=variables, capture_output=True, text=True
+        [sys.executable, "-m", "attlas.flows.cli", *command], cwd=ROOT, env=variables, capture_output=True, text=True
     )
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.startswith("attlas: Prefect's settings") and len(ended.stderr.splitlines()) == 1

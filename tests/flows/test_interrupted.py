@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 def command(out: Path, corpus: Path) -> list[str]:
     options = ("--model", "demo", "--corpus", corpus, "--out", out, "--max-length", 64, "--shard-sequences", 8)
-    return [sys.executable, "-m", "flows.cli", "run", *map(str, options)]
+    return [sys.executable, "-m", "attlas.flows.cli", "run", *map(str, options)]
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_ctrl_c_at_any_stage_of_the_start_leaves_no_server(
 def test_two_identical_commands_at_once_give_one_valid_dataset(
     prefect_environment: dict[str, str], prose: Path, tmp_path: Path
 ) -> None:
-    from analysis.verify import verify
+    from attlas.analysis.verify import verify
 
     out, errors = tmp_path / "out", []
     with contextlib.ExitStack() as both:
@@ -173,7 +173,7 @@ def test_ctrl_c_says_how_to_continue_and_stops_the_temporary_server(
 
 def test_the_temporary_server_answers_and_exits_with_a_killed_run(prefect_environment: dict[str, str]) -> None:
     code = (
-        "import time; from flows.server import TemporaryServer; server = TemporaryServer(); server.wait(seconds=180); "
+        "import time; from attlas.flows.server import TemporaryServer; server = TemporaryServer(); server.wait(seconds=180); "
         "print(server.url, server._process.pid, flush=True); time.sleep(600)"
     )
     with started([sys.executable, "-c", code], prefect_environment) as process:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from extract.errors import Refusal
-from flows.config import Run
-from flows.progress import SilentDisplay, Work
+from attlas.extract.errors import Refusal
+from attlas.flows.config import Run
+from attlas.flows.progress import SilentDisplay, Work
 from tests.flows.conftest import PROSE, part_bytes
 
 pytestmark = pytest.mark.usefixtures("test_server")
@@ -46,8 +46,8 @@ def run_into(corpus: Path, tmp_path: Path) -> Callable[[str], Run]:
 
 
 def test_a_flow_writes_a_valid_dataset_and_a_report(run_into: Callable[[str], Run]) -> None:
-    from analysis.verify import verify
-    from flows.measure import measure_locally
+    from attlas.analysis.verify import verify
+    from attlas.flows.measure import measure_locally
 
     run, show = run_into("out"), Recorder()
     page = measure_locally(run, show=show)
@@ -63,7 +63,7 @@ def test_a_flow_writes_a_valid_dataset_and_a_report(run_into: Callable[[str], Ru
 
 
 def test_documents_are_counted_with_their_last_batch(run_into: Callable[[str], Run]) -> None:
-    from flows.measure import measure_locally
+    from attlas.flows.measure import measure_locally
 
     # a batch per sequence in a single shard, so that progress comes from batches only
     run, show = run_into("out").model_copy(update={"batch_tokens": 1, "shard_sequences": 256}), Recorder()
@@ -77,7 +77,7 @@ def test_documents_are_counted_with_their_last_batch(run_into: Callable[[str], R
 def test_warnings_of_libraries_are_shown_as_notes() -> None:
     import warnings
 
-    from flows.measure import using_display
+    from attlas.flows.measure import using_display
 
     show, before = Recorder(), warnings.showwarning
     with using_display(show):
@@ -87,7 +87,7 @@ def test_warnings_of_libraries_are_shown_as_notes() -> None:
 
 
 def test_a_complete_run_is_noted_and_its_parts_do_not_change(run_into: Callable[[str], Run]) -> None:
-    from flows.measure import measure_locally
+    from attlas.flows.measure import measure_locally
 
     run = run_into("out")
     page = measure_locally(run, show=Recorder())
@@ -101,7 +101,7 @@ def test_a_complete_run_is_noted_and_its_parts_do_not_change(run_into: Callable[
 
 
 def test_a_folder_with_another_run_is_refused_with_the_differences(run_into: Callable[[str], Run]) -> None:
-    from flows.measure import measure_locally
+    from attlas.flows.measure import measure_locally
 
     run = run_into("out")
     measure_locally(run, show=Recorder())
@@ -112,7 +112,7 @@ def test_a_folder_with_another_run_is_refused_with_the_differences(run_into: Cal
 
 
 def test_an_invalid_document_is_dropped_counted_and_named(corpus: Path, run_into: Callable[[str], Run]) -> None:
-    from flows.measure import measure_locally
+    from attlas.flows.measure import measure_locally
 
     (corpus / "1.txt").write_bytes(b"not UTF-8: \xff")
     run = run_into("out")
@@ -126,11 +126,11 @@ def test_an_invalid_document_is_dropped_counted_and_named(corpus: Path, run_into
 def test_a_full_disk_is_retried_and_a_refusal_is_not(
     run_into: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int
 ) -> None:
-    import extract.pipeline
-    from flows.measure import measure_locally
+    import attlas.extract.pipeline
+    from attlas.flows.measure import measure_locally
 
     attempted: list[int] = []
-    original = extract.pipeline.measure_shard
+    original = attlas.extract.pipeline.measure_shard
 
     def failing_once(job: object, shard: int, **rest: object) -> object:
         attempted.append(shard)
@@ -138,7 +138,7 @@ def test_a_full_disk_is_retried_and_a_refusal_is_not(
             raise error
         return original(job, shard, **rest)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(extract.pipeline, "measure_shard", failing_once)
+    monkeypatch.setattr(attlas.extract.pipeline, "measure_shard", failing_once)
     run, show = run_into("out"), Recorder()
     if attempts == 1:
         with pytest.raises(Refusal, match="never"):
@@ -153,11 +153,11 @@ def test_a_full_disk_is_retried_and_a_refusal_is_not(
 def test_finished_shards_are_not_measured_again(
     run_into: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import extract.pipeline
-    from flows.measure import measure_locally
+    import attlas.extract.pipeline
+    from attlas.flows.measure import measure_locally
 
     measure_locally(run_into("uninterrupted"), show=Recorder())
-    original, measured = extract.pipeline.measure_shard, []
+    original, measured = attlas.extract.pipeline.measure_shard, []
 
     def stopping_at_the_second(job: object, shard: int, **rest: object) -> object:
         if measured:
@@ -167,7 +167,7 @@ def test_finished_shards_are_not_measured_again(
 
     run = run_into("resumed")
     with monkeypatch.context() as patch:
-        patch.setattr(extract.pipeline, "measure_shard", stopping_at_the_second)
+        patch.setattr(attlas.extract.pipeline, "measure_shard", stopping_at_the_second)
         with pytest.raises(Refusal, match="stopped here"):
             measure_locally(run, show=Recorder())
     first = {p: (run.out / p).stat().st_mtime_ns for p in part_bytes(run.out)}

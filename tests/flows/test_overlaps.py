@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from extract.errors import Refusal
-from flows.checks import refuse_bad_paths
-from flows.config import Run
-from flows.overlaps import refuse_overlaps
+from attlas.extract.errors import Refusal
+from attlas.flows.checks import refuse_bad_paths
+from attlas.flows.config import Run
+from attlas.flows.overlaps import refuse_overlaps
 from tests.flows.conftest import Ended
 
 INSIDE = "must stay out of the corpus"

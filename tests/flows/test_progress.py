@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from flows.progress import BarDisplay, LineDisplay, Pace, Work, display_for_terminal, duration
+from attlas.flows.progress import BarDisplay, LineDisplay, Pace, Work, display_for_terminal, duration
 
 
 class Clock:

@@ -30,7 +30,7 @@ def flow_runs(environment: dict[str, str]) -> list[dict[str, Any]]:
 def test_each_scheduled_run_writes_its_own_dataset(real_server: dict[str, str], corpus: Path, tmp_path: Path) -> None:
     run_file = tmp_path / "nightly.toml"
     run_file.write_text(f'model = "demo"\ncorpus = "{corpus.name}"\nout = "data"\nmax_length = 16\n')
-    command = [sys.executable, "-m", "flows.cli", "serve", str(run_file), "--interval", "10"]
+    command = [sys.executable, "-m", "attlas.flows.cli", "serve", str(run_file), "--interval", "10"]
     log = (tmp_path / "log").open("w+")
     with log, subprocess.Popen(command, env=real_server, cwd=ROOT, stdout=log, stderr=log) as served:
         try:

@@ -32,7 +32,7 @@ HOSTILE = {
 def started(environment: dict[str, str]) -> "subprocess.Popen[str]":
     """A process that starts a temporary server, prints its address, and stops it when standard input is closed."""
     code = (
-        "import sys; from flows.server import TemporaryServer; server = TemporaryServer(); server.wait(seconds=180); "
+        "import sys; from attlas.flows.server import TemporaryServer; server = TemporaryServer(); server.wait(seconds=180); "
         "print(server.url, server._process.pid, server._folder, flush=True); sys.stdin.read(); server.stop()"
     )
     return subprocess.Popen(
@@ -112,7 +112,7 @@ def test_a_run_succeeds_in_a_hostile_environment(
         name: value for name, value in prefect_environment.items() if name not in ("PREFECT_HOME", "XDG_CACHE_HOME")
     }
     ended = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *map(str, command)],
+        [sys.executable, "-m", "attlas.flows.cli", *map(str, command)],
         cwd=ROOT,
         env={**inherited, "TMPDIR": str(tmp_path), **HOSTILE},
         capture_output=True,

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from extract.engines.quantities import TOKEN_CLASSES
-from extract.model.encoder import load_encoder
+from attlas.extract.engines.quantities import TOKEN_CLASSES
+from attlas.extract.model.encoder import load_encoder
 from tests.flows.conftest import PROSE, Ended
 
 pytestmark = pytest.mark.usefixtures("test_server")

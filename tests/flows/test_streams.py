@@ -11,13 +11,13 @@ import pytest
 
 from tests.flows.conftest import ROOT
 
-ATTLAS = [sys.executable, "-m", "flows.cli"]
+ATTLAS = [sys.executable, "-m", "attlas.flows.cli"]
 
 
 def shell(command: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":
     """Run a shell command in which `attlas` is this checkout's."""
     return subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f'attlas() {{ "$PYTHON" -m flows.cli "$@"; }}; {command}'],
+        ["bash", "-o", "pipefail", "-c", f'attlas() {{ "$PYTHON" -m attlas.flows.cli "$@"; }}; {command}'],
         cwd=ROOT,
         env={**os.environ, "PYTHON": sys.executable, **environment},
         capture_output=True,
@@ -67,7 +67,7 @@ def test_a_closed_standard_error_does_not_change_output_or_exit_code() -> None:
 @pytest.mark.parametrize("closed", ["ascii", "full", "closed", "broken"])
 def test_write_errors_after_the_work_do_not_fail_the_command(closed: str) -> None:
     code = (
-        "from flows.streams import *; make_streams_safe(); ignore_closed_pipe()\n"
+        "from attlas.flows.streams import *; make_streams_safe(); ignore_closed_pipe()\n"
         "with report_write_errors():\n    print('Σ', flush=True)\n"
         "sys.exit(flush_output() is not None)"
     )
@@ -93,8 +93,8 @@ def test_csv_and_json_are_always_utf8(dataset: Path) -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from extract.job import RunOptions
-    from extract.pipeline import finish, measure_shard, prepare
+    from attlas.extract.job import RunOptions
+    from attlas.extract.pipeline import finish, measure_shard, prepare
 
     folder = tmp_path_factory.mktemp("streams")
     (folder / "corpus.txt").write_text("One fox jumps over one dog.")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from obstore.store import MemoryStore
 
-from extract.store import LocalFolder, Storage
-from extract.store.objects import ObjectStorage
+from attlas.extract.store import LocalFolder, Storage
+from attlas.extract.store.objects import ObjectStorage
 
 KINDS: dict[str, Callable[[Path], Storage]] = {
     "folder": lambda folder: LocalFolder(folder / "new"),

@@ -3,10 +3,10 @@
 import pytest
 from obstore.store import MemoryStore
 
-from extract.errors import Refusal
-from extract.store import Store
-from extract.store.layout import LOCK
-from extract.store.objects import ObjectStorage
+from attlas.extract.errors import Refusal
+from attlas.extract.store import Store
+from attlas.extract.store.layout import LOCK
+from attlas.extract.store.objects import ObjectStorage
 
 
 class Forgetful(ObjectStorage):

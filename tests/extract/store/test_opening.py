@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from obstore.store import MemoryStore
 
-from extract.errors import Refusal
-from extract.store import LocalFolder, open_storage
-from extract.store.objects import ObjectStorage
+from attlas.extract.errors import Refusal
+from attlas.extract.store import LocalFolder, open_storage
+from attlas.extract.store.objects import ObjectStorage
 
 
 def test_a_path_is_a_folder_and_a_storage_is_itself(tmp_path: Path) -> None:

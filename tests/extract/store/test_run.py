@@ -6,15 +6,15 @@ import polars as pl
 import pytest
 from obstore.store import MemoryStore
 
-from analysis.dataset import Dataset
-from analysis.query import query
-from analysis.report import summary, write_report
-from analysis.verify import verify
-from extract.errors import Refusal
-from extract.job import RunOptions
-from extract.pipeline import finish, measure_shard, measure_shards, prepare
-from extract.store import MANIFEST, LocalFolder, Storage, open_dataset
-from extract.store.objects import ObjectStorage
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.query import query
+from attlas.analysis.report import summary, write_report
+from attlas.analysis.verify import verify
+from attlas.extract.errors import Refusal
+from attlas.extract.job import RunOptions
+from attlas.extract.pipeline import finish, measure_shard, measure_shards, prepare
+from attlas.extract.store import MANIFEST, LocalFolder, Storage, open_dataset
+from attlas.extract.store.objects import ObjectStorage
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extract.errors import Refusal
-from extract.store import Storage, Store, is_key, part_key, sha256_of
-from extract.store.layout import LOCK, RUN
-from extract.store.lock import refuse_busy, release_lock, take_lock
-from extract.store.parts import write_part
-from extract.store.records import ShardRecord
-from extract.store.sealed import get_sealed, put_sealed
+from attlas.extract.errors import Refusal
+from attlas.extract.store import Storage, Store, is_key, part_key, sha256_of
+from attlas.extract.store.layout import LOCK, RUN
+from attlas.extract.store.lock import refuse_busy, release_lock, take_lock
+from attlas.extract.store.parts import write_part
+from attlas.extract.store.records import ShardRecord
+from attlas.extract.store.sealed import get_sealed, put_sealed
 
 CONTENT = bytes(range(256)) * 40
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from extract.errors import Refusal
-from extract.store import MANIFEST, Storage, open_dataset
-from extract.tables import SCHEMA_VERSION
+from attlas.extract.errors import Refusal
+from attlas.extract.store import MANIFEST, Storage, open_dataset
+from attlas.extract.tables import SCHEMA_VERSION
 
 
 def with_manifest(storage: Storage, **manifest: object) -> Storage:
@@ -45,7 +45,7 @@ def test_what_is_no_version_is_a_damaged_manifest(storage: Storage, version: obj
 
 
 def test_a_run_into_a_folder_with_an_older_dataset_says_so(tmp_path: Path) -> None:
-    from extract.store import LocalFolder, Store
+    from attlas.extract.store import LocalFolder, Store
 
     storage = with_manifest(LocalFolder(tmp_path), schema_version=SCHEMA_VERSION - 1)
     with pytest.raises(Refusal, match=r"holds something else \(.*that of an older attlas.*; give --out another folder"):

@@ -1,10 +1,10 @@
 """An additive table: sums of a shard that agree with the rows of `heads`."""
 
-from extract.engines.needs import Needs
-from extract.tables import Agreement, Table
-from extract.tables.column import Column
-from extract.tables.recording import AdditiveRecorder
-from extract.tables.table import LAYER, SHARD, STACK
+from attlas.extract.engines.needs import Needs
+from attlas.extract.tables import Agreement, Table
+from attlas.extract.tables.column import Column
+from attlas.extract.tables.recording import AdditiveRecorder
+from attlas.extract.tables.table import LAYER, SHARD, STACK
 
 
 class CountRecorder(AdditiveRecorder):

@@ -1,10 +1,10 @@
 """A dense table: a row for each sequence and layer."""
 
-from extract.engines.needs import Needs
-from extract.tables import Rule, Table
-from extract.tables.column import Column
-from extract.tables.recording import DenseRecorder
-from extract.tables.table import DOCUMENT_ID, LAYER, SEQUENCE_ID, STACK
+from attlas.extract.engines.needs import Needs
+from attlas.extract.tables import Rule, Table
+from attlas.extract.tables.column import Column
+from attlas.extract.tables.recording import DenseRecorder
+from attlas.extract.tables.table import DOCUMENT_ID, LAYER, SEQUENCE_ID, STACK
 
 
 class LayerRecorder(DenseRecorder):

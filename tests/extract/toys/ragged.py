@@ -2,11 +2,11 @@
 
 import torch
 
-from extract.engines.needs import Needs
-from extract.tables import Table
-from extract.tables.column import Column
-from extract.tables.recording import RaggedRecorder
-from extract.tables.table import DOCUMENT_ID, HEAD, LAYER, SEQUENCE_ID, STACK
+from attlas.extract.engines.needs import Needs
+from attlas.extract.tables import Table
+from attlas.extract.tables.column import Column
+from attlas.extract.tables.recording import RaggedRecorder
+from attlas.extract.tables.table import DOCUMENT_ID, HEAD, LAYER, SEQUENCE_ID, STACK
 
 
 class QueryRecorder(RaggedRecorder):

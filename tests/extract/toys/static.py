@@ -1,9 +1,9 @@
 """A static table: once per run, from the parameters alone."""
 
-from extract.tables import Table
-from extract.tables.column import Column
-from extract.tables.recording import StaticRecorder
-from extract.tables.table import HEAD, LAYER, STACK
+from attlas.extract.tables import Table
+from attlas.extract.tables.column import Column
+from attlas.extract.tables.recording import StaticRecorder
+from attlas.extract.tables.table import HEAD, LAYER, STACK
 
 
 class ValueRecorder(StaticRecorder):
