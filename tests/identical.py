@@ -50,10 +50,10 @@ _CLASSES = {
     "deberta-v2": "DebertaV2Model",
     "longformer": "LongformerForMaskedLM",
 }
-_COMMAND_LINE = "from {package}attlas.flows.cli import main; main()"
+_COMMAND_LINE = "from {flows}.cli import main; main()"
 _LEFT_PADDED = """
 import sys, pyarrow.parquet as pq, torch
-from {package}extract import measure
+from {extract} import measure
 from tests.identical import demo_of
 model, tokenizer = demo_of()
 tokenizer.padding_side = "left"
@@ -105,19 +105,19 @@ def make_inputs(folder: Path) -> Path:
 def write(tree: Path, folder: Path, chosen: Sequence[str]) -> None:
     """The chosen runs, by the version in a source tree."""
     inputs = make_inputs(folder.parent / "identical-inputs")
-    package = "attlas." if (tree / "attlas").is_dir() else ""
+    packages = {name: f"attlas.{name}" if (tree / "attlas").is_dir() else name for name in ("extract", "flows")}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{tree}{os.pathsep}{Path(__file__).parents[1]}"}
     for name, options in _OPTIONS.items():
         if name not in chosen:
             continue
         given = [option.format(inputs=inputs) for option in options]
-        command = [sys.executable, "-c", _COMMAND_LINE.format(package=package), "run", *given, "--out", folder / name]
+        command = [sys.executable, "-c", _COMMAND_LINE.format(**packages), "run", *given, "--out", folder / name]
         subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
         print(f"{name}: written")
     if "left-padded" not in chosen:
         return
     (folder / "left-padded").mkdir(parents=True, exist_ok=True)
-    code = _LEFT_PADDED.format(package=package)
+    code = _LEFT_PADDED.format(**packages)
     subprocess.run([sys.executable, "-c", code, folder / "left-padded"], cwd=tree, env=environment, check=True)
     print("left-padded: written")
 

@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+import attlas
 from attlas.extract.errors import Refusal
 from attlas.extract.job import RunOptions
 from attlas.extract.pipeline import finish, measure_shard, measure_shards, prepare
@@ -257,3 +258,16 @@ def test_the_data_dictionary_is_the_schemas():
 
     committed = Path(__file__).parents[2] / "data" / "README.md"
     assert committed.read_text("utf-8") == data_dictionary(), "run: make dictionary"
+
+
+def test_a_run_from_python_is_one_call_and_goes_on_where_it_was(demo, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(TEXTS[0].split()) * 4)
+    options = {"model": "demo", "corpus": str(text), "max_length": 16, "shard_sequences": 2, "device": "cpu"}
+    out = attlas.run(out=tmp_path / "out", **options)
+    assert attlas.verify(out) == []
+    before = sorted((path, path.stat().st_mtime_ns) for path in Path(out).rglob("*.parquet"))
+    assert before and attlas.run(out=tmp_path / "out", **options) == out
+    assert sorted((path, path.stat().st_mtime_ns) for path in Path(out).rglob("*.parquet")) == before
+    with pytest.raises(Refusal, match="max_length must be at least 1"):
+        attlas.run(out=tmp_path / "other", **options | {"max_length": 0})
