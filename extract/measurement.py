@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attlas.extract.capture.batch import Batch
 from attlas.extract.capture.compiled import unwrap_model
-from attlas.extract.capture.grid import sight_of
+from attlas.extract.capture.grid import find_patch_layout
 from attlas.extract.capture.layout import Layout
 from attlas.extract.capture.modes import eval_mode, refuse_training
 from attlas.extract.capture.stacks import OF_TEXT
@@ -164,7 +164,7 @@ def has_others_among_text(layout: Layout) -> bool:
 
     Padding of the text stands between those, so that the model's own numbers depend on it.
     """
-    return any(a.queries is None and not a.crosses and a.stack in OF_TEXT for a in layout.attentions)
+    return any(a.queries is None and not a.is_cross_attention and a.stack in OF_TEXT for a in layout.attentions)
 
 
 def _as_found(batch: Batch, model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> Batch:
@@ -174,8 +174,8 @@ def _as_found(batch: Batch, model: nn.Module, layout: Layout, inputs: Mapping[st
 
 def grids_of(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> dict[str, Grid]:
     """Where the patches of images stand among the tokens of a stack that reads them."""
-    sight = sight_of(model, layout, inputs)
-    return {} if sight is None or sight.grid is None else {sight.stack: sight.grid}
+    patch_layout = find_patch_layout(model, layout, inputs)
+    return {} if patch_layout is None or patch_layout.grid is None else {patch_layout.stack: patch_layout.grid}
 
 
 def measured_part(model: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:

@@ -22,7 +22,7 @@ from attlas.extract.model.encoder import Encoder, load_encoder
 from attlas.extract.model.folder import check_model_name
 from attlas.extract.model.images import processor_digest
 from attlas.extract.model.measured_model import MeasuredModel, examine_image_model, examine_text_model
-from attlas.extract.resuming import begun, read_key
+from attlas.extract.resuming import begin_or_resume, read_key
 from attlas.extract.store import Location, ShardRecord, Store
 from attlas.extract.tables import SCHEMA_VERSION, recorded_tables
 from attlas.extract.writing import manifest_of, planned_tables, write_shard
@@ -122,7 +122,7 @@ def prepare(options: RunOptions, *, tables: Collection[str] = (), progress: Prog
     batch_tokens = options.batch_tokens or _batch_tokens(store, measured_model, encoder.device, max_length)
     run = _run(options, encoder, corpus, engine.name, max_length, batch_tokens)
     run["tables"] = [table.name for table in recorded]
-    return begun(Job(options, encoder, engine, store, run, measured_model, recorded), corpus, max_length, say)
+    return begin_or_resume(Job(options, encoder, engine, store, run, measured_model, recorded), corpus, max_length, say)
 
 
 def measure_shards(
@@ -144,7 +144,7 @@ def measure_shard(job: Job, shard: int, *, progress: Callable[[int, int], None] 
     done = job.store.read_record(shard)
     if done is not None:
         return done
-    from attlas.extract.shard import Instrument, measured_tables
+    from attlas.extract.shard import Instrument, measure_sequences
 
     assert job.plan is not None, "a finished dataset has no shard to measure"
     sequences, documents = job.planned(shard)
@@ -163,7 +163,7 @@ def measure_shard(job: Job, shard: int, *, progress: Callable[[int, int], None] 
         padding_matters=measured_model.padding_matters,
         tables=job.tables,
     )
-    tables, facts = measured_tables(instrument, sequences, shard=shard, progress=progress)
+    tables, facts = measure_sequences(instrument, sequences, shard=shard, progress=progress)
     tables |= planned_tables(job, sequences, documents)
     return write_shard(job.store, shard, tables, facts, spool=job.plan.spools[shard])
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from attlas.extract.job import Job, Progress
 
 
-def begun(job: Job, corpus: Corpus, max_length: int, say: Progress) -> Job:
+def begin_or_resume(job: Job, corpus: Corpus, max_length: int, say: Progress) -> Job:
     """The job with its folder taken and locked and its shards planned; without a plan where all is done."""
     store, was_there = job.store, job.store.exists
     store.refuse_another(job.run)

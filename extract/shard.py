@@ -58,7 +58,7 @@ class _Row(NamedTuple):
     given: Any
 
 
-def measured_tables(
+def measure_sequences(
     instrument: Instrument, sequences: pa.Table, *, shard: int, progress: Progress | None = None
 ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
     """The measured tables of a shard, and its padded and total positions for the manifest.

@@ -37,7 +37,7 @@ class Axes:
         self._rows: dict[tuple[str, int], Rows] = {}
         self._windows: dict[str, Axis] = {}  # of stacks whose attention sees windows of sequences, or frames
         for attention in layout.attentions:
-            tokens = None if attention.crosses else batch.texts.get(attention.queries or "")
+            tokens = None if attention.is_cross_attention else batch.texts.get(attention.queries or "")
             if tokens is not None and tokens.axis is not None:
                 self.learn(attention.stack, tokens.axis)
 

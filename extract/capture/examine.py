@@ -82,7 +82,7 @@ def _layout_of(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> La
             module=owner_of(model, call),
             queries=place.queries,
             keys=place.keys,
-            crosses=call.crosses,
+            is_cross_attention=call.is_cross_attention,
             batch_last=number in batch_last,
             order=call.order,
             replayed=call.replayed,
@@ -302,7 +302,7 @@ def _rows_read(model: nn.Module, call: Call) -> int:
 
 def _may_be_in_pieces(model: nn.Module, trace: Trace, call: Call) -> bool:
     """Whether other inputs may make several calls of it: it is its module's only one, over all that the module read."""
-    whole = call.batch == 1 and call.queries == call.keys == _rows_read(model, call) and not call.crosses
+    whole = call.batch == 1 and call.queries == call.keys == _rows_read(model, call) and not call.is_cross_attention
     ran = _invocation(model, call)
     return whole and sum(_invocation(model, other) == ran for other in trace.calls) == 1
 

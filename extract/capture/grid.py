@@ -28,7 +28,7 @@ _CHANGED = 1e-3
 
 
 @dataclass(frozen=True)
-class Sight:
+class PatchLayout:
     """What a stack makes of an image: how many tokens, and where the patches stand among them if that is known."""
 
     stack: str
@@ -36,10 +36,10 @@ class Sight:
     grid: Grid | None
 
 
-_SIGHTS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Sight | None]] = weakref.WeakKeyDictionary()
+_SIGHTS: weakref.WeakKeyDictionary[nn.Module, dict[Any, PatchLayout | None]] = weakref.WeakKeyDictionary()
 
 
-def sight_of(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> Sight | None:
+def find_patch_layout(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> PatchLayout | None:
     """What the model makes of images of this shape, found once; None where it reads none or does not let it be seen."""
     pixels = inputs.get(PIXELS)
     if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4 or not pixels.is_floating_point():
@@ -52,14 +52,14 @@ def sight_of(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> Sig
     return known[key]
 
 
-def _found(model: nn.Module, layout: Layout, inputs: Mapping[str, Any], pixels: Tensor) -> Sight | None:
+def _found(model: nn.Module, layout: Layout, inputs: Mapping[str, Any], pixels: Tensor) -> PatchLayout | None:
     attention = next((a for a in layout.attentions if a.queries is None), layout.attentions[0])
     plain = torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(0)).to(pixels)
     seen = _seen(model, attention.module, _with_images(inputs, plain[None]))
     if seen is None or seen.tokens is None:
         return None
     tokens = seen.tokens.numel() // seen.tokens.shape[-1]
-    unknown = Sight(attention.stack, tokens, None)
+    unknown = PatchLayout(attention.stack, tokens, None)
     if seen.patches is None or len(seen.tokens) != 1 or seen.tokens.dim() != 3:
         return unknown
     (rows, columns), stride = seen.patches
@@ -72,7 +72,7 @@ def _found(model: nn.Module, layout: Layout, inputs: Mapping[str, Any], pixels: 
     first = stands[0]  # of the patch in the upper left corner
     if first is None or stands != [first + row * columns + column for row, column in places]:
         return unknown
-    return Sight(attention.stack, tokens, Grid(rows, columns, first, tokens))
+    return PatchLayout(attention.stack, tokens, Grid(rows, columns, first, tokens))
 
 
 def _with_images(inputs: Mapping[str, Any], images: Tensor) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attlas.extract.capture.seam import Attend, Request, refuse_dropout
 from attlas.extract.engines import reference
 from attlas.extract.engines.rows import AttentionCall
-from attlas.extract.engines.visibility import see, whole_axis
+from attlas.extract.engines.visibility import visibility_from_mask, whole_axis
 
 _NAME = "attlas"
 
@@ -89,14 +89,16 @@ def _attention_function(attend: Attend) -> Any:
         def of_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
             queries, keys = (whole_axis(len(rows), t.shape[-2], rows.device) for t in (rows, key))
             same = queries.tokens == keys.tokens
-            seen = see(mask, causal=causal, queries=queries, keys=queries if same else keys)
+            seen = visibility_from_mask(mask, causal=causal, queries=queries, keys=queries if same else keys)
             return reference.output_of(AttentionCall(rows, key, value, seen, scale, softcap, s_aux))
 
-        def plain() -> Tensor:
+        def call_original() -> Tensor:
             return of_rows(query, mask)
 
         part = None if causal else of_rows
-        output = attend(Request("interface", query, key, value, mask, causal, scale, plain, part, softcap, s_aux))
+        output = attend(
+            Request("interface", query, key, value, mask, causal, scale, call_original, part, softcap, s_aux)
+        )
         return output.transpose(1, 2).contiguous(), None
 
     return attention

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 # how a call shows itself: through torch's own function, through transformers' attention interface, as a softmax that the
 # model makes itself and multiplies with values, or by running its module again with other values
-Way = Literal["sdpa", "interface", "softmax", "replay"]
+CaptureMethod = Literal["sdpa", "interface", "softmax", "replay"]
 
 
 class Tap(NamedTuple):
@@ -112,11 +112,11 @@ class Attention:
     layer: int
     heads: int
     projection: str | None = None
-    way: Way = "sdpa"
+    way: CaptureMethod = "sdpa"
     module: str = ""
     queries: str | None = "input_ids"
     keys: str | None = "input_ids"
-    crosses: bool = False
+    is_cross_attention: bool = False
     batch_last: bool = False  # windows of sequences: the first of each sequence, then the second of each, …
     order: str = ""  # of a softmax that goes into an einsum: the letters of batch and head
     replayed: Replayed | None = None
@@ -139,7 +139,7 @@ class Layout:
     residual_refusals: Mapping[str, str] = field(default_factory=dict)  # stacks that `residual` leaves out, and why
 
     @property
-    def ways(self) -> frozenset[Way]:
+    def ways(self) -> frozenset[CaptureMethod]:
         return frozenset(a.way for a in self.attentions)
 
     @property

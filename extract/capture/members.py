@@ -24,13 +24,13 @@ class Member(NamedTuple):
 
     @property
     def site(self) -> str:
-        return "cross_attention" if self.attention.crosses else "attention"
+        return "cross_attention" if self.attention.is_cross_attention else "attention"
 
 
 def members_of(trace: Trace, attentions: Sequence[Attention]) -> dict[str, list[Member]]:
     """The calls of each stack. Cross-attention is a part of the layer whose own attention came last, or else comes next;
     where its queries are no tokens of that stack, as in a pooling of it, it is a stack of its own."""
-    own = [None if a.crosses else number for number, a in enumerate(attentions)]
+    own = [None if a.is_cross_attention else number for number, a in enumerate(attentions)]
     before, after = [*accumulate(own, _later)], [*accumulate(own[::-1], _later)][::-1]
     members: dict[str, list[Member]] = {}
     for number, (call, attention) in enumerate(zip(trace.calls, attentions, strict=True)):

@@ -9,7 +9,7 @@ from torch import nn
 from attlas.extract.capture.probe import Call
 
 
-def likeness(one: str, other: str) -> int:
+def common_prefix_length(one: str, other: str) -> int:
     """How many modules two have around them together."""
     count = 0
     for a, b in zip(one.split("."), other.split("."), strict=False):

@@ -12,9 +12,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from attlas.extract.capture.interface import configurations, replaced_interface
-from attlas.extract.capture.layout import Replayed, Way
-from attlas.extract.capture.seam import Request, first_tensor, read_tensor, replaced_sdpa, unheard
-from attlas.extract.capture.softmax import Product, Softmaxes, in_usual_order
+from attlas.extract.capture.layout import CaptureMethod, Replayed
+from attlas.extract.capture.seam import Request, first_tensor, interception_disabled, read_tensor, replaced_sdpa
+from attlas.extract.capture.softmax import Product, SoftmaxTracker, manual_attention_of
 from attlas.extract.engines.visibility import allows
 
 # what a probe has, where the choice is ours: no two numbers alike, so that dimensions tell themselves apart
@@ -45,7 +45,7 @@ class Call:
     """
 
     time: int
-    way: Way
+    way: CaptureMethod
     inside: tuple[str, ...]
     batch: int
     heads: int
@@ -54,7 +54,7 @@ class Call:
     contexts: Float[Tensor, "batch query head_width"]  # heads side by side
     pattern: Float[Tensor, "batch head row key"] | None  # None where it is too large to be kept
     causal: bool
-    crosses: bool
+    is_cross_attention: bool
     projection: Tensor | None = None
     order: str = ""
     replayed: Replayed | None = None
@@ -96,7 +96,7 @@ def trace_of(
         stack.enter_context(replaced_sdpa(probe.attend))
         if interface:
             stack.enter_context(replaced_interface(model, probe.attend))
-        stack.enter_context(Softmaxes(probe.finished))
+        stack.enter_context(SoftmaxTracker(probe.finished))
         stack.enter_context(torch.inference_mode())
         stack.enter_context(fixed_rng())
         trace.returned = model(**inputs)
@@ -171,18 +171,18 @@ class _Probe:
         return hook
 
     def attend(self, request: Request) -> Tensor:
-        with unheard():
-            output = request.plain()
+        with interception_disabled():
+            output = request.call_original()
             pattern = None
             if output.shape[:2].numel() * request.query.shape[-2] * request.key.shape[-2] <= LARGEST_PATTERN:
                 pattern = _pattern(request)
         shape = (*output.shape[:3], request.key.shape[-2])
         causal = request.causal or hides_the_future(request.mask)
-        self._add(request.way, shape, output, pattern, causal, request.crosses, request.projection)
+        self._add(request.way, shape, output, pattern, causal, request.is_cross_attention, request.projection)
         return output
 
     def finished(self, product: Product) -> None:
-        made = in_usual_order(product, batch=self._trace.batch, head_counts=self._head_counts)
+        made = manual_attention_of(product, batch=self._trace.batch, head_counts=self._head_counts)
         if made is None:
             return
         softmax = product.softmax.reshape(-1, product.softmax.shape[-1])[..., : product.pattern.shape[-1]]
@@ -195,18 +195,18 @@ class _Probe:
 
     def _add(
         self,
-        way: Way,
+        way: CaptureMethod,
         shape: tuple[int, ...],
         contexts: Tensor,
         pattern: Tensor | None,
         causal: bool,
-        crosses: bool | None,
+        is_cross_attention: bool | None,
         projection: Tensor | None,
         order: str = "",
     ) -> None:
         batch, heads, queries, keys = shape
-        if crosses is None:
-            crosses = queries != keys or (bool(self._running) and self._running[-1].elsewhere)
+        if is_cross_attention is None:
+            is_cross_attention = queries != keys or (bool(self._running) and self._running[-1].elsewhere)
         inside, _, began, read = zip(*self._running, strict=True) if self._running else ((), (), (), ())
         contexts = contexts.transpose(1, 2).flatten(2).float()
         call = Call(
@@ -220,7 +220,7 @@ class _Probe:
             contexts,
             pattern,
             causal,
-            crosses,
+            is_cross_attention,
             projection,
             order,
             began=began,

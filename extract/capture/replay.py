@@ -79,7 +79,7 @@ class Run:
                 read[module] = tensor.clone()
 
         modules = [self.module.get_submodule(name) for name in reading]
-        with _unheard_by_hooks(self.module), ExitStack() as stack, torch.random.fork_rng(self._devices):
+        with _hooks_disabled(self.module), ExitStack() as stack, torch.random.fork_rng(self._devices):
             for module in modules:
                 stack.callback(module.register_forward_pre_hook(reads, with_kwargs=True).remove)
             for name, outputs in self.known.items():
@@ -120,7 +120,7 @@ def _changing(change: Change) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def _unheard_by_hooks(module: nn.Module) -> Iterator[None]:
+def _hooks_disabled(module: nn.Module) -> Iterator[None]:
     """Let nobody hear what a module and those in it do."""
     held = [(m, m._forward_hooks, m._forward_pre_hooks) for m in module.modules()]
     try:
@@ -132,7 +132,7 @@ def _unheard_by_hooks(module: nn.Module) -> Iterator[None]:
             m._forward_hooks, m._forward_pre_hooks = hooks, pre_hooks
 
 
-class Shown(NamedTuple):
+class ReplayedAttention(NamedTuple):
     """What running a module again has shown of its attention. `states` are the tokens with what the model pads by itself.
 
     `value` is None where a key's value is not the same for all queries.
@@ -143,7 +143,7 @@ class Shown(NamedTuple):
     value: Float[Tensor, "batch head key head_width"] | None
 
 
-def shown(run: Run, how: Replayed, *, heads: int, axis: Axis | None, name: str) -> Shown:
+def replay_attention(run: Run, how: Replayed, *, heads: int, axis: Axis | None, name: str) -> ReplayedAttention:
     """A call over the tokens of an axis, what the model itself pads at the end left out; None: over all that it has.
 
     Raises CaptureError where the weights of a real token are not those of a pattern over tokens.
@@ -169,7 +169,7 @@ def shown(run: Run, how: Replayed, *, heads: int, axis: Axis | None, name: str) 
             f"run again on what it has read, a module must do what it did; the weights and values that {name} shows then "
             "do not make its contexts"
         )
-    return Shown(pattern, contexts, value)
+    return ReplayedAttention(pattern, contexts, value)
 
 
 def _contexts(run: Run, how: Replayed, change: Change) -> Float[Tensor, "batch token width"]:
@@ -330,7 +330,7 @@ class _Search:
 
     def _add(self, name: str, number: int, run: Run, how: Replayed, heads: int, states: int) -> None:
         """The call as a probe has it; it stands where the module began, so that what reads its contexts comes after."""
-        pattern, contexts, _ = shown(run, how, heads=heads, axis=self._axis(states), name=name)
+        pattern, contexts, _ = replay_attention(run, how, heads=heads, axis=self._axis(states), name=name)
         ends = [event.time for event in self.trace.events if event.module == name]
         began, ended = ends[number - 1] if number else 0, ends[number]
         within = (e.time for e in self.trace.events if e.module.startswith(f"{name}.") and began < e.time <= ended)
@@ -346,7 +346,7 @@ class _Search:
             contexts=contexts.transpose(1, 2).flatten(2).float(),
             pattern=pattern.double(),
             causal=hides_the_future(pattern > 0),
-            crosses=False,
+            is_cross_attention=False,
             projection=None if how.reader is None else getattr(run.module.get_submodule(how.reader), "weight", None),
             replayed=how,
         )

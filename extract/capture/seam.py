@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from attlas.extract.capture.layout import Way
+from attlas.extract.capture.layout import CaptureMethod
 from attlas.extract.errors import CaptureError
 
 
@@ -33,25 +33,25 @@ class Request:
     that reads the contexts, and `crosses` whether the keys come from elsewhere, where the call itself says so.
     """
 
-    way: Way
+    way: CaptureMethod
     query: Float[Tensor, "batch head query width"]
     key: Float[Tensor, "batch key_head key width"]
     value: Float[Tensor, "batch key_head key value_width"]
     mask: Tensor | None
     causal: bool
     scale: float
-    plain: Callable[[], Tensor]
+    call_original: Callable[[], Tensor]
     call: Callable[[Tensor, Tensor | None], Tensor] | None = None
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
     projection: Tensor | None = None
-    crosses: bool | None = None
+    is_cross_attention: bool | None = None
 
 
 Attend = Callable[[Request], "Tensor"]
 
 # what is computed in this context is not the model's, or heard already
-unheard = torch._C.DisableTorchFunction
+interception_disabled = torch._C.DisableTorchFunction
 
 
 @contextmanager
@@ -104,21 +104,30 @@ def _receiving(original: Callable[..., Tensor], attend: Attend, inside: _MultiHe
     ) -> Tensor:
         refuse_dropout(dropout_p)
 
-        def plain() -> Tensor:
-            with unheard():
+        def call_original() -> Tensor:
+            with interception_disabled():
                 return original(
                     query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
                 )
 
         def of_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
-            with unheard():
+            with interception_disabled():
                 return original(rows, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
 
         if query.dim() == 3:  # without heads: one
             queries, keys, values = (t[:, None] for t in (query, key, value))
             mask = attn_mask if attn_mask is None or attn_mask.dim() < 3 else attn_mask[:, None]
             return attend(
-                Request("sdpa", queries, keys, values, mask, is_causal, _scale(query, scale), lambda: plain()[:, None])
+                Request(
+                    "sdpa",
+                    queries,
+                    keys,
+                    values,
+                    mask,
+                    is_causal,
+                    _scale(query, scale),
+                    lambda: call_original()[:, None],
+                )
             )[:, 0]
         batch = max(len(query), len(key))  # one of them may be the same for all
         queries, keys, values = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
@@ -132,10 +141,10 @@ def _receiving(original: Callable[..., Tensor], attend: Attend, inside: _MultiHe
                 attn_mask,
                 is_causal,
                 scaling,
-                plain,
+                call_original,
                 None if is_causal else of_rows,
                 projection=inside.projection,
-                crosses=inside.crosses,
+                is_cross_attention=inside.is_cross_attention,
             )
         )
 
@@ -161,22 +170,22 @@ class _MultiHead:
         self._original = original
         self._signature = inspect.signature(original)
         self.projection: Tensor | None = None
-        self.crosses: bool | None = None
+        self.is_cross_attention: bool | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if self.crosses is not None:  # torch hands it on to itself where functions are followed
+        if self.is_cross_attention is not None:  # torch hands it on to itself where functions are followed
             return self._original(*args, **kwargs)
         given = self._signature.bind(*args, **kwargs)
         given.apply_defaults()
         _refuse_keys_that_are_no_tokens(given.arguments)
         self.projection = given.arguments["out_proj_weight"]
-        self.crosses = not same_values(given.arguments["query"], given.arguments["key"])
+        self.is_cross_attention = not same_values(given.arguments["query"], given.arguments["key"])
         try:
             asked = self._original(*given.args, **given.kwargs) if given.arguments["need_weights"] else None
             given.arguments["need_weights"] = False
             seen = self._original(*given.args, **given.kwargs)
         finally:
-            self.projection = self.crosses = None
+            self.projection = self.is_cross_attention = None
         return seen if asked is None else asked
 
 

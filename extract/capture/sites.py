@@ -24,7 +24,7 @@ from torch import nn
 from attlas.extract.capture.layout import Attention, Norm, Site, Tap, Update
 from attlas.extract.capture.members import Member, members_of, width_of
 from attlas.extract.capture.paths import Path, Streams
-from attlas.extract.capture.places import Lists, likeness
+from attlas.extract.capture.places import Lists, common_prefix_length
 from attlas.extract.capture.probe import Event, Trace
 from attlas.extract.capture.steps import Added, Step
 
@@ -169,7 +169,7 @@ class _Stream:
             after = [u for u in left if self.streams.states[u.state].first > member.moment]
             if not after:
                 raise _Refused(f"x' = x + F(x) was not found for {member.site} of layer {member.layer}")
-            nearest = max(after, key=lambda u: likeness(self._module(u), member.call.inside[-1]))
+            nearest = max(after, key=lambda u: common_prefix_length(self._module(u), member.call.inside[-1]))
             left.remove(nearest)
             parts.append(_Part(nearest, member.site, member))
         return [*parts, *(_Part(added, "mlp", self._owner(added)) for added in left)]
@@ -181,7 +181,7 @@ class _Stream:
         after = [member for member in self.members if member.moment > when]
         if not before or not after:
             return before[-1] if before else after[0]
-        near, next_ = (likeness(self._module(added), m.call.inside[-1]) for m in (before[-1], after[0]))
+        near, next_ = (common_prefix_length(self._module(added), m.call.inside[-1]) for m in (before[-1], after[0]))
         return after[0] if next_ > near else before[-1]
 
     def _module(self, added: Added) -> str:
@@ -222,7 +222,7 @@ class _Stream:
         assert step is not None
         before = self.streams.readers(step.base, before=self.streams.states[added.state].first)
         ordered = before if first else before[::-1]
-        return max(ordered, key=lambda norm: likeness(norm.module, self._module(added)), default=None)
+        return max(ordered, key=lambda norm: common_prefix_length(norm.module, self._module(added)), default=None)
 
     def _is_post_norm(self, path: Path) -> bool:
         """Whether what an attention call or an mlp is added to is what a norm has made of a sum."""

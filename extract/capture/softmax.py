@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from attlas.extract.capture.seam import unheard
+from attlas.extract.capture.seam import interception_disabled
 
 _SOFTMAX = {"softmax"}
 _PRODUCTS = {"matmul", "bmm", "einsum", "__matmul__", "__rmatmul__"}
@@ -37,7 +37,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Finished:
+class ManualAttention:
     """An attention call that the model has made, in the usual order of dimensions."""
 
     scores: Float[Tensor, "batch head query key"]
@@ -59,7 +59,7 @@ class _Open:
     age: int = 0
 
 
-class Softmaxes(TorchFunctionMode):
+class SoftmaxTracker(TorchFunctionMode):
     """Tell of every product of a softmax with values, as it is made."""
 
     def __init__(self, finished: Callable[[Product], None]) -> None:
@@ -93,7 +93,7 @@ class Softmaxes(TorchFunctionMode):
             softmax.age = _PATIENCE  # done
             equation = next((a for a in args if isinstance(a, str)), None)
             if len(operands) == 2 and operands[0] is factor:
-                with unheard():
+                with interception_disabled():
                     self._finished(
                         Product(softmax.scores, softmax.over, softmax.softmax, factor, operands[1], result, equation)
                     )
@@ -104,14 +104,14 @@ def _flat(args: Any) -> list[Any]:
     return [b for a in args for b in (_flat(a) if isinstance(a, list | tuple) else [a])]
 
 
-def in_usual_order(
+def manual_attention_of(
     product: Product,
     *,
     batch: int,
     heads: int | None = None,
     order: str = "",
     head_counts: frozenset[int] = frozenset(),
-) -> Finished | None:
+) -> ManualAttention | None:
     """The call as [batch, head, query, key]; None where the product is no attention of a batch of so many rows.
 
     `heads` and `order` are what an earlier look at the same call has found; `head_counts` those that the model may have,
@@ -124,7 +124,7 @@ def in_usual_order(
 
 def _of_matrices(
     product: Product, batch: int, heads: int | None, order: str, head_counts: frozenset[int]
-) -> Finished | None:
+) -> ManualAttention | None:
     p, v = product.pattern, product.value
     lead = p.shape[:-2]
     if product.over != product.softmax.dim() - 1 or v.shape[-2] != p.shape[-1]:
@@ -148,8 +148,8 @@ def _of_matrices(
     scores = _heads_second(product.scores.reshape(*lead, p.shape[-2], -1), at)
     order = "" if len(lead) == 2 else str(at)
     if scores.shape[-1] == keys:
-        return Finished(scores, pattern, value, contexts, order=order)
-    return Finished(scores[..., :-1], pattern, value, contexts, sinks=scores[..., -1], order=order)
+        return ManualAttention(scores, pattern, value, contexts, order=order)
+    return ManualAttention(scores[..., :-1], pattern, value, contexts, sinks=scores[..., -1], order=order)
 
 
 def _heads_of(several: int, head_counts: frozenset[int]) -> int:
@@ -169,7 +169,7 @@ def _heads_second(tensor: Tensor, at: int) -> Tensor:
     return tensor.movedim(at, -3).flatten(0, -4)
 
 
-def _of_equation(product: Product, batch: int, order: str, head_counts: frozenset[int]) -> Finished | None:
+def _of_equation(product: Product, batch: int, order: str, head_counts: frozenset[int]) -> ManualAttention | None:
     """Which letter is what: keys are summed, queries are not the values', widths not the pattern's; the rest is common."""
     assert product.equation is not None
     factors, _, out = product.equation.replace(" ", "").partition("->")
@@ -185,7 +185,7 @@ def _of_equation(product: Product, batch: int, order: str, head_counts: frozense
     sizes = dict(zip(p, product.pattern.shape, strict=True))
     order = order or _batch_to_head(sorted(common, key=p.index), sizes, batch, head_counts)
     of = {"p": order + query + key, "v": order + key + width, "out": order + query + width}
-    return Finished(
+    return ManualAttention(
         _permuted(product.scores, p, of["p"]),
         _permuted(product.pattern, p, of["p"]),
         _permuted(product.value, v, of["v"]),

@@ -30,7 +30,10 @@ def stacks_of(model: nn.Module, trace: Trace, inputs: Mapping[str, Any]) -> list
     """Layers are numbered within their stack as they come: many models hold one layer under several numbers, or none."""
     kinds = [modality(model, call.inside) for call in trace.calls]
     decoder = _part(model, "get_decoder")
-    several = len({k for k, call in zip(kinds, trace.calls, strict=True) if not call.crosses}) > 1 and decoder is None
+    several = (
+        len({k for k, call in zip(kinds, trace.calls, strict=True) if not call.is_cross_attention}) > 1
+        and decoder is None
+    )
     counts: Counter[str] = Counter()
     places = []
     for kind, call in zip(kinds, trace.calls, strict=True):
@@ -41,7 +44,7 @@ def stacks_of(model: nn.Module, trace: Trace, inputs: Mapping[str, Any]) -> list
 
 
 def _stack(kind: str, call: Call, *, several: bool) -> str:
-    if call.crosses:
+    if call.is_cross_attention:
         return "cross"
     if kind == "text" and not several:
         return "decoder" if call.causal else "encoder"
@@ -85,6 +88,6 @@ def _tokens(
         return None, None
     in_decoder = decoder is not None and decoder in call.inside
     queries = named("decoder_input_ids" if in_decoder else "input_ids", call.queries)
-    if not call.crosses:
+    if not call.is_cross_attention:
         return queries, queries
     return queries, named("input_ids", call.keys) if in_decoder else None

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.extract.capture.layout import Norm
-from attlas.extract.capture.places import likeness
+from attlas.extract.capture.places import common_prefix_length
 from attlas.extract.capture.states import State
 
 # how far back a state's origin is sought, in states of its kind; two updates at once stand closer
@@ -208,7 +208,7 @@ class _Search:
         ]
         written = self.states[update].output
         assert written is not None, "an update is what a module wrote"
-        return max(alike, key=lambda name: likeness(name, written.module), default=None)
+        return max(alike, key=lambda name: common_prefix_length(name, written.module), default=None)
 
 
 def gains_of(modules: Mapping[str, nn.Module], width: int) -> dict[str, torch.Tensor]:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from attlas.extract.capture.batch import Batch, Tokens
 from attlas.extract.capture.compiled import uncompiled
 from attlas.extract.capture.interface import replaced_interface
-from attlas.extract.capture.layout import Attention, Layout, Site, Way
-from attlas.extract.capture.replay import Run, shown
-from attlas.extract.capture.seam import Request, read_tensor, replaced_sdpa, unheard
-from attlas.extract.capture.softmax import Finished, Product, Softmaxes, in_usual_order
+from attlas.extract.capture.layout import Attention, CaptureMethod, Layout, Site
+from attlas.extract.capture.replay import Run, replay_attention
+from attlas.extract.capture.seam import Request, interception_disabled, read_tensor, replaced_sdpa
+from attlas.extract.capture.softmax import ManualAttention, Product, SoftmaxTracker, manual_attention_of
 from attlas.extract.capture.stream import CompiledStream, Stream
 from attlas.extract.capture.writes import write_factors
 from attlas.extract.engines import Engine
@@ -31,7 +31,7 @@ from attlas.extract.engines.patches import Grid
 from attlas.extract.engines.quantities import needs_of
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 from attlas.extract.engines.sums import HeadSums, head_quantity
-from attlas.extract.engines.visibility import Axis, Visibility, axis_of, keys_seen, see, whole_axis
+from attlas.extract.engines.visibility import Axis, Visibility, axis_of, keys_seen, visibility_from_mask, whole_axis
 from attlas.extract.errors import CaptureError
 
 # one name is replaced for the whole process, so one forward pass is watched at a time
@@ -81,7 +81,7 @@ def watching(
         if "interface" in layout.ways:
             stack.enter_context(replaced_interface(model, watch.attend))
         if "softmax" in layout.ways:
-            stack.enter_context(Softmaxes(watch.finished))
+            stack.enter_context(SoftmaxTracker(watch.finished))
         stack.enter_context(watch.replays(model))
         stack.enter_context(watch.pieces_of(model))
         yield
@@ -96,7 +96,7 @@ def watching(
             )
 
 
-class _Plain:
+class _OriginalOutput:
     """What the model itself gives of an attention call.
 
     An engine makes an output where tokens are real. What the model has at padding may be read all the same, by what looks
@@ -110,7 +110,7 @@ class _Plain:
 
     def whole(self) -> Float[Tensor, "batch head query value_width"]:
         self.made = True
-        return self._request.plain().reshape(*self._query.shape[:-1], -1)
+        return self._request.call_original().reshape(*self._query.shape[:-1], -1)
 
     def at_padding(
         self, output: Float[Tensor, "batch head query value_width"], queries: Axis
@@ -160,10 +160,10 @@ class _Watch:
     def attend(self, request: Request) -> Tensor:
         """Make an attention call that comes through torch or the interface, and observe it."""
         if self.running is not None:  # a part of what is run again
-            return request.plain()
-        with unheard():
+            return request.call_original()
+        with interception_disabled():
             self.made += 1
-            return request.plain() if self.made - 1 in self.layout.others else self._attend(request)
+            return request.call_original() if self.made - 1 in self.layout.others else self._attend(request)
 
     def _attend(self, request: Request) -> Tensor:
         attention = self._next(request.way)
@@ -183,11 +183,11 @@ class _Watch:
             token_ids=self._tokens(attention.queries).ids,
             grid=self._grid(attention, *query.shape[::2]),
         )
-        plain = _Plain(request, query)
-        output, rows = self.engine.attend(call, plain.whole, self.observer.needs.row_quantities)
+        original = _OriginalOutput(request, query)
+        output, rows = self.engine.attend(call, original.whole, self.observer.needs.row_quantities)
         self._observe(attention, call.visibility, rows, output)
-        if not plain.made:
-            output = plain.at_padding(output, call.visibility.queries)
+        if not original.made:
+            output = original.at_padding(output, call.visibility.queries)
         return output.reshape(*packed[:-1], output.shape[-1])
 
     def finished(self, product: Product) -> None:
@@ -196,15 +196,15 @@ class _Watch:
             return
         expected = self.layout.attentions[self.calls] if self.calls < len(self.layout.attentions) else None
         heads, order = (None, "") if expected is None else (expected.heads, expected.order)
-        made = in_usual_order(product, batch=self.batch.sequences, heads=heads, order=order)
+        made = manual_attention_of(product, batch=self.batch.sequences, heads=heads, order=order)
         if made is None:
             return  # no attention, and counted as none when the model was examined
         self.made += 1
         if self.made - 1 in self.layout.others:
             return
-        self._observe_finished(made)
+        self._observe_manual(made)
 
-    def _observe_finished(self, made: Finished) -> None:
+    def _observe_manual(self, made: ManualAttention) -> None:
         attention = self._next("softmax")
         number = self.calls - 1
         self._assert_as_examined(attention, *made.scores.shape[1:])
@@ -236,7 +236,7 @@ class _Watch:
 
     def _ends(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         assert self.running is not None, "it began"
-        with unheard():
+        with interception_disabled():
             self._observe_replayed(self.running)
         self.running = None
 
@@ -245,7 +245,7 @@ class _Watch:
         number = self.calls - 1
         assert attention.replayed is not None
         axis = self._tokens(attention.queries).axis
-        pattern, contexts, value = shown(
+        pattern, contexts, value = replay_attention(
             run, attention.replayed, heads=attention.heads, axis=axis, name=attention.module
         )
         self._assert_as_examined(attention, *pattern.shape[1:])
@@ -298,7 +298,7 @@ class _Watch:
                 axis = whole_axis(len(contexts), contexts.shape[-2], contexts.device)
             self.stream.contexts(attention, axis, contexts)
 
-    def _next(self, way: Way) -> Attention:
+    def _next(self, way: CaptureMethod) -> Attention:
         """The attention call that comes now."""
         if self.pieces:  # one more of what has begun
             return self.pieces[0].attention
@@ -331,7 +331,7 @@ class _Watch:
         """Where patches stand in this call; None where it is over windows, or fewer tokens than the image began with."""
         grid = self.batch.grids.get(attention.stack)
         whole = grid is not None and batch == self.batch.sequences and queries == grid.tokens
-        return grid if whole and not attention.crosses else None
+        return grid if whole and not attention.is_cross_attention else None
 
     def _visibility(self, attention: Attention, request: Request, query: Tensor) -> Visibility:
         """The visibility of a call's mask; layers share masks, so it is read once."""
@@ -342,7 +342,7 @@ class _Watch:
         if known is None:
             of_keys = self._keys(attention, request.mask, batch, keys, query.device)
             of_queries = self._queries(attention, of_keys, batch, queries)
-            read = see(request.mask, causal=request.causal, queries=of_queries, keys=of_keys)
+            read = visibility_from_mask(request.mask, causal=request.causal, queries=of_queries, keys=of_keys)
             # the mask is kept with it, so that no other object takes its id
             known = self.seen_masks[known_by] = (request.mask, read)
         return known[1]
@@ -352,7 +352,9 @@ class _Watch:
         # heads most often share what they see, and it is read once then
         visible = visible[:, :1] if bool((visible == visible[:, :1]).all()) else visible
         of_keys = self._keys(attention, visible, batch, keys, visible.device)
-        return see(visible, causal=False, queries=self._queries(attention, of_keys, batch, queries), keys=of_keys)
+        return visibility_from_mask(
+            visible, causal=False, queries=self._queries(attention, of_keys, batch, queries), keys=of_keys
+        )
 
     def _keys(self, attention: Attention, mask: Tensor | None, batch: int, keys: int, device: torch.device) -> Axis:
         """Where the keys' tokens are real: as the inputs say, or where any query sees them."""
@@ -360,7 +362,7 @@ class _Watch:
         if known is not None:
             return known
         axis = axis_of(keys_seen(mask, batch=batch, keys=keys, device=device))
-        if axis is None and attention.crosses:  # places among such keys mean nothing
+        if axis is None and attention.is_cross_attention:  # places among such keys mean nothing
             return whole_axis(batch, keys, device)
         if axis is None:
             raise CaptureError(
@@ -371,7 +373,7 @@ class _Watch:
 
     def _queries(self, attention: Attention, keys: Axis, batch: int, queries: int) -> Axis:
         """The keys' own places; for cross-attention as the inputs say, or as the queries' own attention showed last."""
-        if not attention.crosses:
+        if not attention.is_cross_attention:
             self.own_axes[batch, queries] = keys
             return keys
         known = self._tokens(attention.queries).axis or self.own_axes.get((batch, queries))

@@ -29,7 +29,7 @@ MAKES = frozenset({*QUANTITIES, "received", "value_norm", "offsets", "same_token
 
 def takes(call: AttentionCall | ScoredCall) -> bool:
     """Self-attention in float32 or less; of calls that the model has made, those without a sink whose values are known."""
-    if call.visibility.crosses:
+    if call.visibility.is_cross_attention:
         return False
     if isinstance(call, AttentionCall):
         return call.query.dtype != torch.float64

@@ -65,7 +65,7 @@ def _facts(call: AttentionCall | ScoredCall, *, scores: bool, values: bool) -> f
     has: dict[Fact, bool] = {
         "scores": scores,
         "values": values,
-        "positions": not call.visibility.crosses,
+        "positions": not call.visibility.is_cross_attention,
         "token_ids": call.token_ids is not None,
         "projection": call.write is not None,
         "sink": call.sinks is not None,

@@ -50,7 +50,7 @@ class HeadQuantity:
 
     def is_known(self, o: HeadObservation) -> bool:
         """Whether the observation has what it needs."""
-        has = {"positions": not o.visibility.crosses, "classes": o.classes is not None}
+        has = {"positions": not o.visibility.is_cross_attention, "classes": o.classes is not None}
         return all(name in o.rows for name in self.rows) and all(has[fact] for fact in self.facts)
 
 
@@ -267,7 +267,7 @@ def _profiles(o: HeadObservation) -> Float[Tensor, "2 head column"]:
         columns = [COLUMN_OF_BIN[name, number] for number in numbers.tolist()]
         out[:, :, columns] = torch.stack((sums, counts)) @ one_hot
 
-    if not visibility.crosses:
+    if not visibility.is_cross_attention:
         reach = visibility.keys.tokens - 1
         distances = torch.arange(-reach, reach + 1, device=measured.device)
         pairs = visibility.pairs_of(measured)
@@ -278,7 +278,7 @@ def _profiles(o: HeadObservation) -> Float[Tensor, "2 head column"]:
         columns = [COLUMN_OF_BIN[name, number] for number in range(HISTOGRAM_BINS)]
         out[:, :, columns] = counts.expand(2, *counts.shape)
     by_position = [("entropy_by_position", o.rows["entropy"], measured, visibility.queries)]
-    if not visibility.crosses:
+    if not visibility.is_cross_attention:
         by_position.append(("distance_by_position", o.rows["distance"], measured, visibility.queries))
     real = visibility.keys.real[:, None].expand_as(o.rows["received"])
     by_position.append(("received_by_position", o.rows["received"], real, visibility.keys))

@@ -79,7 +79,12 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
     """
     measured = o.rows.measured
     is_float32 = all(values.dtype == torch.float32 for name, values in o.rows.quantities.items() if name in ROW_ARRAYS)
-    if o.visibility.crosses or o.visibility.allowed is not None or not is_float32 or measured.device.type != "cpu":
+    if (
+        o.visibility.is_cross_attention
+        or o.visibility.allowed is not None
+        or not is_float32
+        or measured.device.type != "cpu"
+    ):
         return sums.head_sums(o, names, profiles=profiles)
     compiled, of_classes, of_profiles = _compiled_sums(o)
     made = dict(zip((*MAKES, *TOKEN_CLASSES), (*compiled, *of_classes), strict=True))

@@ -108,7 +108,7 @@ class _Scoring(NamedTuple):
 
 def takes(call: AttentionCall | ScoredCall) -> bool:
     """Self-attention that is not made yet, in float32 or less, of heads that the kernels are made for."""
-    if isinstance(call, ScoredCall) or call.visibility.crosses:
+    if isinstance(call, ScoredCall) or call.visibility.is_cross_attention:
         return False
     widest, size = max(call.query.shape[-1], call.value.shape[-1]), call.query.element_size()
     return size <= 4 and widest <= _WIDEST and call.scale > 0

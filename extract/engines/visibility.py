@@ -85,7 +85,7 @@ class Visibility:
     bias: Float[Tensor, "#batch #group query key"] | None = None
 
     @property
-    def crosses(self) -> bool:
+    def is_cross_attention(self) -> bool:
         """Queries and keys are different tokens: there is no distance between them."""
         return self.queries is not self.keys
 
@@ -193,7 +193,7 @@ def diagonal_sums(block: Tensor) -> Tensor:
     return wide.unflatten(-1, (rows, keys + rows - 1)).sum(-2)
 
 
-def see(mask: Tensor | None, *, causal: bool, queries: Axis, keys: Axis | None = None) -> Visibility:
+def visibility_from_mask(mask: Tensor | None, *, causal: bool, queries: Axis, keys: Axis | None = None) -> Visibility:
     """Read a mask as given to scaled_dot_product_attention: boolean (True is visible) or added to the scores.
 
     Without `keys` the queries look at each other.

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from attlas.extract.capture.grid import PIXELS, sight_of
+from attlas.extract.capture.grid import PIXELS, find_patch_layout
 from attlas.extract.capture.layout import Layout
 from attlas.extract.capture.probe import trace_of
 from attlas.extract.capture.seam import first_tensor
@@ -100,14 +100,14 @@ def examine_image_model(
     pixels = _noise_pixels(processor)
     inputs = {PIXELS: torch.from_numpy(np.stack([pixels, pixels[:, ::-1].copy()])).to(device, dtype)}
     layout = _image_layout(part, inputs)
-    sight = sight_of(part, layout, inputs)
-    if sight is None:
+    patch_layout = find_patch_layout(part, layout, inputs)
+    if patch_layout is None:
         raise Refusal(
             f"a run must know how many tokens an image becomes; {type(part).__name__} does not show them before its first "
             "attention layer; measure it with attlas.measure"
         )
-    special = 0 if sight.grid is None else sight.tokens - sight.grid.patches
-    preprocessing = ImagePreprocessing(processor, pixels.shape, sight.tokens, special)
+    special = 0 if patch_layout.grid is None else patch_layout.tokens - patch_layout.grid.patches
+    preprocessing = ImagePreprocessing(processor, pixels.shape, patch_layout.tokens, special)
     return MeasuredModel(part, (PIXELS,), layout, ImageCorpus(folder, preprocessing, grids_of(part, layout, inputs)))
 
 

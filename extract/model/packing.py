@@ -118,7 +118,7 @@ def _attention_calls(model: nn.Module, inputs: Mapping[str, Any], sequence: _Seq
 
 
 def _same_pattern(both: Call, alone: Call, half: slice) -> bool:
-    if both.pattern is None or alone.pattern is None or both.crosses:
+    if both.pattern is None or alone.pattern is None or both.is_cross_attention:
         return False
     block = both.pattern[..., half, half]
     return block.shape == alone.pattern.shape and torch.allclose(block, alone.pattern, rtol=1e-3, atol=1e-3)

@@ -68,7 +68,8 @@ def _job(options: RunOptions, encoder: Encoder) -> Job:
 
 def _measured(job: Job) -> Path:
     pipeline.measure_shards(job, job.remaining)
-    return pipeline.finish(job)
+    pipeline.finish(job)
+    return Path(str(job.options.out))
 
 
 def first_run(options: RunOptions, encoder: Encoder, folder: Path) -> FirstRun:

@@ -31,7 +31,7 @@ from attlas.extract.measurement import layout_of
 from attlas.extract.model.encoder import Encoder
 from attlas.extract.model.token_classes import token_classes
 from attlas.extract.pipeline import BATCH_TOKENS
-from attlas.extract.shard import Instrument, measured_tables
+from attlas.extract.shard import Instrument, measure_sequences
 from attlas.extract.store import Store
 from tests.benchmarks.harness import Result, in_turns, seconds_of
 from tests.benchmarks.usual_way import (
@@ -85,7 +85,7 @@ def our_way(encoder: Encoder, ids: Int[Tensor, "batch token"], folder: Path) -> 
     sequences = pa.table({"sequence_id": numbers, "document_id": numbers, "token_ids": ids.tolist()})
 
     def run() -> None:
-        tables, _ = measured_tables(instrument, sequences, shard=0)
+        tables, _ = measure_sequences(instrument, sequences, shard=0)
         for name, table in tables.items():
             Store.at(folder).write_part(name, 0, table)
 

@@ -80,7 +80,7 @@ def difference(
     for name, side in ((attention.queries, 2), (attention.keys, 3)):
         if name is not None and inputs[name].shape[1] != pattern.shape[side]:
             return "heads are of other tokens"
-    if not attention.crosses and pattern.shape[2] != pattern.shape[3]:
+    if not attention.is_cross_attention and pattern.shape[2] != pattern.shape[3]:
         return "heads look at something else"
     windows = len(pattern) // sequences
     # of each sequence in turn, or the first of each first: as the seam found it by changing the order of sequences
@@ -96,7 +96,7 @@ def difference(
         if any(0 in part.shape for part in parts):
             return "has no real tokens there"
         visible = [(p.amax(0) > 0)[queries][:, keys].numpy() for p in pieces[sequence]]
-        for name, value in expected_columns(parts, visible, crosses=attention.crosses).items():
+        for name, value in expected_columns(parts, visible, is_cross_attention=attention.is_cross_attention).items():
             if not agree(row[name], value):
                 return f"{name} of head {head} in sequence {sequence} is {row[name]}, not {value}"
     return None
@@ -119,7 +119,8 @@ def is_in_pieces(softmaxes: list[Tensor], attention: Any, rows: list[dict[str, A
             continue
         visible = [(piece.amax(0) > 0).numpy() for piece in pieces]
         expected = [
-            expected_columns([piece[head].numpy() for piece in pieces], visible, crosses=False) for head in of_heads
+            expected_columns([piece[head].numpy() for piece in pieces], visible, is_cross_attention=False)
+            for head in of_heads
         ]
         if all(
             agree(row[name], value)
@@ -150,7 +151,9 @@ def real_of(pieces: Tensor, sequence: int, name: str | None, side: int, inputs: 
     return seen if side == -1 or len(seen) == count else torch.ones(count, dtype=torch.bool)
 
 
-def expected_columns(parts: list[np.ndarray], visibles: list[np.ndarray], *, crosses: bool) -> dict[str, float | None]:
+def expected_columns(
+    parts: list[np.ndarray], visibles: list[np.ndarray], *, is_cross_attention: bool
+) -> dict[str, float | None]:
     """What follows from a head's pattern in a sequence, or from its patterns in the windows of one."""
     of_parts = []
     for part, visible in zip(parts, visibles, strict=True):
@@ -163,7 +166,7 @@ def expected_columns(parts: list[np.ndarray], visibles: list[np.ndarray], *, cro
                 oracles.entropy([*p[i], sink[i]]) / np.log(visible[i].sum() + 1) for i in rows if visible[i].sum() > 1
             ]
             columns["entropy_normalized"] = float(np.mean(shares)) if shares else None
-        if not crosses:
+        if not is_cross_attention:
             columns |= oracles.distance_columns(p, visible, rows) | oracles.mass_columns(p, rows, None)
         if len(parts) == 1:
             columns |= oracles.received_columns(p, rows, _sink(p))

@@ -12,7 +12,7 @@ from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.profiles import PROFILE_COLUMNS
 from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
-from attlas.extract.engines.visibility import Axis, see
+from attlas.extract.engines.visibility import Axis, visibility_from_mask
 from attlas.extract.tables import TABLES, needs_of
 from tests.properties import cases
 
@@ -58,7 +58,7 @@ def call_of(
         given = ((place <= place[:, None]) | (place < max(1, tokens // 3))) & among_real
     elif mask == "late":  # the first rows see nothing
         given = (place >= tokens // 2) & (place[:, None] >= tokens // 3) & among_real
-    seen = see(given, causal=causal, queries=Axis(start, length, tokens))
+    seen = visibility_from_mask(given, causal=causal, queries=Axis(start, length, tokens))
     ids = torch.randint(0, 5, (batch, tokens), generator=generator)
     return AttentionCall(
         query,
@@ -253,7 +253,7 @@ def test_a_narrow_pattern_far_away_keeps_its_spread(engine):
     key = torch.full((1, 1, tokens, 4), -30.0)
     key[0, 0, :2] = 0.0
     zeros = torch.zeros(1, dtype=torch.int64)
-    seen = see(None, causal=False, queries=Axis(zeros, zeros + tokens, tokens))
+    seen = visibility_from_mask(None, causal=False, queries=Axis(zeros, zeros + tokens, tokens))
     _, rows = choose(engine).attend(
         AttentionCall(query, key, torch.ones(1, 1, tokens, 4), seen, 1.0), lambda: query, ALL
     )
@@ -266,7 +266,7 @@ def test_a_prefix_that_sees_itself_whole_is_not_taken_for_causal():
     zeros = torch.zeros(1, dtype=torch.int64)
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     mask[:3, :3] = True
-    seen = see(mask, causal=False, queries=Axis(zeros, zeros + tokens, tokens))
+    seen = visibility_from_mask(mask, causal=False, queries=Axis(zeros, zeros + tokens, tokens))
     assert torch.equal(seen.seen(0, tokens)[0, 0], mask)
     assert seen.visible[0, 0].tolist() == mask.sum(-1).tolist()
 
@@ -277,6 +277,6 @@ def test_a_mask_that_says_no_more_than_padding_and_causality_is_dropped(causal):
     place = torch.arange(5)
     real = (place >= start[:, None]) & (place < (start + length)[:, None])
     mask = real[:, None, None, :] & (place[None, :] <= place[:, None] if causal else torch.ones(5, 5, dtype=torch.bool))
-    seen = see(mask, causal=False, queries=Axis(start, length, 5))
+    seen = visibility_from_mask(mask, causal=False, queries=Axis(start, length, 5))
     assert seen.allowed is None
     assert torch.equal(seen.seen(0, 5), mask & real[:, None, :, None])

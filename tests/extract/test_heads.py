@@ -13,7 +13,7 @@ from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, kno
 from attlas.extract.engines.reference import rows_of
 from attlas.extract.engines.rows import AttentionCall
 from attlas.extract.engines.sums import head_sums
-from attlas.extract.engines.visibility import Axis, see
+from attlas.extract.engines.visibility import Axis, visibility_from_mask
 from attlas.extract.measurement import layout_of
 from attlas.extract.model.token_classes import token_classes
 from attlas.extract.tables import TABLES, needs_of
@@ -173,7 +173,7 @@ def test_known_patterns_give_their_closed_forms(letter, n):
     scores = torch.where(torch.tensor(pattern) > 0, 0.0, -1e4)[None, None].float()
     zeros = torch.zeros(1, dtype=torch.int64)
     mask = torch.where(torch.tensor(visible), scores, torch.finfo(torch.float32).min)
-    seen = see(mask, causal=False, queries=Axis(zeros, zeros + n, n))
+    seen = visibility_from_mask(mask, causal=False, queries=Axis(zeros, zeros + n, n))
     flat = torch.zeros(1, 1, n, 4)
     call = AttentionCall(flat, flat, flat, seen, 1.0)
     rows = rows_of(call, flat, known_quantities(ROW_QUANTITIES, call.facts))

@@ -16,12 +16,12 @@ import transformers
 from PIL import Image
 
 from attlas.extract import measure
-from attlas.extract.capture.grid import sight_of
+from attlas.extract.capture.grid import find_patch_layout
 from attlas.extract.corpus import open_corpus
 from attlas.extract.engines import choose
 from attlas.extract.engines.patches import Grid, PatchSums
 from attlas.extract.engines.rows import AttentionCall
-from attlas.extract.engines.visibility import see, whole_axis
+from attlas.extract.engines.visibility import visibility_from_mask, whole_axis
 from attlas.extract.errors import Refusal
 from attlas.extract.job import RunOptions
 from attlas.extract.measurement import layout_of
@@ -170,18 +170,18 @@ def manifest_of(dataset: Path) -> dict:
 )
 def test_the_grid_follows_class_and_register_tokens(kind, prefix):
     model, pixels = vision_model(kind), {"pixel_values": torch.randn(2, 3, SIZE, SIZE)}
-    sight = sight_of(model, layout_of(model, pixels), pixels)
-    assert sight is not None
+    patch_layout = find_patch_layout(model, layout_of(model, pixels), pixels)
+    assert patch_layout is not None
     behind = 5 if kind == "yolos" else 0
-    assert sight.grid == Grid(rows=4, columns=4, prefix=prefix, tokens=prefix + 16 + behind)
+    assert patch_layout.grid == Grid(rows=4, columns=4, prefix=prefix, tokens=prefix + 16 + behind)
 
 
 def test_a_grid_may_be_rectangular_and_differ_from_the_configuration():
     model, pixels = vision_model("vit"), torch.randn(1, 3, 24, 40)
     given = {"pixel_values": pixels, "interpolate_pos_encoding": True}
-    sight = sight_of(model, layout_of(model, given), given)
-    assert sight is not None
-    assert sight.grid == Grid(rows=3, columns=5, prefix=1, tokens=16)
+    patch_layout = find_patch_layout(model, layout_of(model, given), given)
+    assert patch_layout is not None
+    assert patch_layout.grid == Grid(rows=3, columns=5, prefix=1, tokens=16)
 
 
 def test_windows_and_shuffled_tokens_have_no_grid():
@@ -192,9 +192,9 @@ def test_windows_and_shuffled_tokens_have_no_grid():
     torch.manual_seed(0)
     masked = transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION, mask_ratio=0.0)).eval()
     inputs = {"pixel_values": pixels}
-    sight = sight_of(masked, layout_of(masked, inputs), inputs)
-    assert sight is not None
-    assert (sight.tokens, sight.grid) == (17, None)  # all tokens, in random order
+    patch_layout = find_patch_layout(masked, layout_of(masked, inputs), inputs)
+    assert patch_layout is not None
+    assert (patch_layout.tokens, patch_layout.grid) == (17, None)  # all tokens, in random order
 
 
 # --- distances in patches
@@ -206,14 +206,14 @@ def test_distances_match_the_models_eager_patterns(kind, engine):
     model, pixels = vision_model(kind), torch.randn(3, 3, SIZE, SIZE)
     heads = pl.DataFrame(measure(model, pixel_values=pixels, engine=engine)["heads"]).filter(stack="vision")
     inputs = {"pixel_values": pixels}
-    sight = sight_of(model, layout_of(model, inputs), inputs)
-    assert sight is not None and sight.grid is not None
+    patch_layout = find_patch_layout(model, layout_of(model, inputs), inputs)
+    assert patch_layout is not None and patch_layout.grid is not None
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         patterns = model(pixels, output_attentions=True).attentions
     for row in heads.iter_rows(named=True):
         p = patterns[row["layer"]][row["sequence_id"], row["head"]].double().numpy()
-        expected = distance_patches(p, rows=4, columns=4, prefix=sight.grid.prefix)
+        expected = distance_patches(p, rows=4, columns=4, prefix=patch_layout.grid.prefix)
         assert row["distance_patches"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert np.ptp(heads["distance_patches"].to_numpy()) > 0.1  # the patterns are not flat
 
@@ -223,7 +223,7 @@ def call_with(p: torch.Tensor, grid: Grid | None) -> AttentionCall:
     batch, heads, n, _ = p.shape
     keys = torch.eye(n, dtype=p.dtype).expand(batch, heads, n, n)
     axis = whole_axis(batch, n, p.device)
-    seen = see(None, causal=False, queries=axis)
+    seen = visibility_from_mask(None, causal=False, queries=axis)
     return AttentionCall(query=p.clamp_min(1e-30).log(), key=keys, value=keys, visibility=seen, scale=1.0, grid=grid)
 
 

@@ -21,7 +21,7 @@ from attlas.extract.job import RunOptions
 from attlas.extract.measurement import layout_of
 from attlas.extract.memory import bytes_per_token, free_on_host, is_out_of_memory, tokens_that_fit
 from attlas.extract.pipeline import finish, measure_shards, prepare
-from attlas.extract.shard import Instrument, measured_tables
+from attlas.extract.shard import Instrument, measure_sequences
 from attlas.extract.tables import Recorder
 from tests.extract.models import tiny
 
@@ -180,8 +180,8 @@ def test_halves_give_the_same_numbers_as_smaller_batches(instrument, error):
     """The first layer of a failed batch, observed before the failure, is not counted."""
     rows = sequences([24] * 8)
     engine, failed = narrow(instrument.engine, 2, error)
-    halved, facts = measured_tables(replace(instrument, engine=engine), rows, shard=0)
-    smaller, same_facts = measured_tables(replace(instrument, batch_tokens=2 * 24), rows, shard=0)
+    halved, facts = measure_sequences(replace(instrument, engine=engine), rows, shard=0)
+    smaller, same_facts = measure_sequences(replace(instrument, batch_tokens=2 * 24), rows, shard=0)
     assert failed == [8, 4, 4]
     assert halved == smaller
     assert facts == same_facts
@@ -191,8 +191,8 @@ def test_halves_change_numbers_by_no_more_than_the_models_rounding(instrument):
     """Lengths differ, so halves have less padding, and torch rounds float32 products of other shapes differently."""
     rows = sequences([5, 30, 17, 9, 22, 13, 28])
     engine, failed = narrow(instrument.engine, 3)
-    halved, facts = measured_tables(replace(instrument, engine=engine), rows, shard=0)
-    whole, same_facts = measured_tables(instrument, rows, shard=0)
+    halved, facts = measure_sequences(replace(instrument, engine=engine), rows, shard=0)
+    whole, same_facts = measure_sequences(instrument, rows, shard=0)
     assert failed
     assert facts == same_facts  # they describe the batches as planned
     for name in ("heads", "residual"):
@@ -208,7 +208,7 @@ def test_progress_does_not_count_failed_batches(instrument):
     engine, _ = narrow(instrument.engine, 2)
     reports: list[tuple[int, int]] = []
     rows = sequences([24] * 8)
-    measured_tables(
+    measure_sequences(
         replace(instrument, engine=engine),
         rows,
         shard=0,
@@ -221,7 +221,7 @@ def test_progress_does_not_count_failed_batches(instrument):
 def test_a_single_sequence_that_does_not_fit_is_refused_with_advice(instrument):
     engine, _ = narrow(instrument.engine, 0)
     with pytest.raises(Refusal, match=r"one of 24 tokens does not, on cpu \(not enough memory\); use a smaller --max"):
-        measured_tables(replace(instrument, engine=engine), sequences([24, 24]), shard=0)
+        measure_sequences(replace(instrument, engine=engine), sequences([24, 24]), shard=0)
 
 
 def test_any_other_error_ends_the_shard(instrument):
@@ -229,7 +229,7 @@ def test_any_other_error_ends_the_shard(instrument):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        measured_tables(
+        measure_sequences(
             replace(instrument, engine=with_attend(instrument.engine, broken)), sequences([24, 24]), shard=0
         )
 

@@ -179,13 +179,13 @@ def crossing_columns(p: Floats, s: Floats | None, visible: Floats, *, v: Floats,
 
 
 def expected_columns(
-    heads: Heads, sequence: int, head: int, queries: Floats, keys: Floats, *, crosses: bool
+    heads: Heads, sequence: int, head: int, queries: Floats, keys: Floats, *, is_cross_attention: bool
 ) -> oracles.Columns:
     """Of one head on the real tokens of one sequence."""
     p, visible = (getattr(heads, name)[sequence, head][queries][:, keys] for name in ("p", "visible"))
     s = None if heads.s is None else heads.s[sequence, head][queries][:, keys]
     v, w_o = heads.v[sequence, head][keys], heads.w_o[head]
-    columns = (crossing_columns if crosses else oracles.head_columns)(p, s, visible, v=v, w_o=w_o)
+    columns = (crossing_columns if is_cross_attention else oracles.head_columns)(p, s, visible, v=v, w_o=w_o)
     named = {name: value for name, value in columns.items() if name.removeprefix("mass_") not in oracles.TOKEN_CLASSES}
     return {**named, "distance_patches": None, "mass_patches": None}  # there are no patches
 
@@ -202,7 +202,7 @@ def assert_heads(tables, expected: Mapping[str, list[Heads]], *, queries=None, k
             for sequence in range(batch):
                 for head in range(count):
                     columns = expected_columns(
-                        heads, sequence, head, real[sequence], looked_at[sequence], crosses=stack == "cross"
+                        heads, sequence, head, real[sequence], looked_at[sequence], is_cross_attention=stack == "cross"
                     )
                     row = got[stack, sequence, layer, head]
                     assert set(columns) == set(row) - {"stack", "sequence_id", "layer", "head"}
@@ -502,10 +502,10 @@ def test_attention_of_equal_tokens_held_twice_is_self_attention():
 
 @pytest.mark.parametrize("need_weights", [False, True], ids=["", "weights"])
 @pytest.mark.parametrize("setting", ["add_bias_kv", "add_zero_attn"])
-@pytest.mark.parametrize("crosses", [False, True], ids=["self", "cross"])
-def test_keys_that_are_no_tokens_are_refused_by_name(crosses, setting, need_weights):
+@pytest.mark.parametrize("is_cross_attention", [False, True], ids=["self", "cross"])
+def test_keys_that_are_no_tokens_are_refused_by_name(is_cross_attention, setting, need_weights):
     mha, x = multihead(batch_first=True, **{setting: True}), states()
-    key = states(MEMORY) if crosses else x
+    key = states(MEMORY) if is_cross_attention else x
     with pytest.raises(CaptureError, match=setting):
         measure(mha, x, key, key, need_weights=need_weights)
 

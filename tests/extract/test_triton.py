@@ -24,7 +24,7 @@ from attlas.extract.engines import Engine, FusedPass, reference
 from attlas.extract.engines.quantities import ROW_QUANTITIES, known_quantities
 from attlas.extract.engines.rows import AttentionCall, Rows
 from attlas.extract.engines.sums import head_sums
-from attlas.extract.engines.visibility import Axis, see
+from attlas.extract.engines.visibility import Axis, visibility_from_mask
 from tests.extract.test_engines import assert_rows_agree, call_of, doubled, own_output
 from tests.properties import cases
 
@@ -77,7 +77,7 @@ def whole_call(*, tokens: int, heads: int = 2, width: int = 16, size: float = 1.
     generator = torch.Generator().manual_seed(tokens)
     query, key, value = (torch.randn(1, heads, tokens, width, generator=generator) for _ in range(3))
     zeros = torch.zeros(1, dtype=torch.int64)
-    seen = see(mask, causal=causal, queries=Axis(zeros, zeros + tokens, tokens))
+    seen = visibility_from_mask(mask, causal=causal, queries=Axis(zeros, zeros + tokens, tokens))
     return AttentionCall(query * size, key, value, seen, width**-0.5, **others)
 
 
