@@ -107,6 +107,16 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     assert heavy & set(loaded) == set()
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["attlas.extract.tables", "attlas.extract.store", "attlas.flows.checks", "attlas.analysis.query", "attlas"],
+)
+def test_what_reads_datasets_or_checks_a_run_starts_without_torch(module: str) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ended.stdout == "False\n"
+
+
 def modules() -> dict[str, Path]:
     """Every module of the packages, by its name."""
     files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
