@@ -43,14 +43,14 @@ def measure(
 ) -> dict[str, pa.Table]:
     """Measure one batch through any attention model: {"heads": …, "residual": …, "profiles": …} as Arrow tables.
 
-    tables: the names of those to measure; by default all that are not on request. Nothing else is computed.
-
     arguments, inputs: what the model's forward takes: `input_ids` Int[batch, token] with `attention_mask` Int[batch,
     token] where there is padding (left or right), `pixel_values`, the `src` of an nn.TransformerEncoder. An
-    encoder–decoder model without `decoder_input_ids` is measured by its encoder alone. `sequence_id` is the row of the
-    batch. Columns that need the tokenizer (the token classes) are absent without one. `residual` is absent where the
-    model's stream could not be read exactly. Raises Refusal for inputs that cannot be measured, CaptureError where a
-    pattern does not show.
+    encoder–decoder model without `decoder_input_ids` is measured by its encoder alone.
+    tables: the names of those to measure; by default all that are not on request. Nothing else is computed.
+
+    `sequence_id` is the row of the batch. Columns that need the tokenizer (the token classes) are absent without one.
+    `residual` is absent where the model's stream could not be read exactly. Raises Refusal for inputs that cannot be
+    measured, CaptureError where a pattern does not show.
     """
     model = unwrap_model(model)
     given = bind_inputs(model, arguments, inputs, options=_OPTIONS)
@@ -62,12 +62,12 @@ def measure(
     refuse_training(model, given)
     with eval_mode(model):
         try:
-            collector, layout = _measured(model, given, classes, engine=chosen, tables=wanted)
+            collector, layout = _measure_parts(model, given, classes, engine=chosen, tables=wanted)
         except CaptureError:
             if not forget_layouts(model):
                 raise
             # it changed in a way that nothing told: once more from the beginning
-            collector, layout = _measured(model, given, classes, engine=chosen, tables=wanted)
+            collector, layout = _measure_parts(model, given, classes, engine=chosen, tables=wanted)
     if any(table.needs(table.facts).residual for table in wanted):
         _warn_of_absent(layout)
     measured = collector.tables()
@@ -93,7 +93,7 @@ def _chosen_tables(names: Collection[str] | None) -> tuple[Table, ...]:
     return tuple(TABLES[name] for name in known if name in names)
 
 
-def _measured(
+def _measure_parts(
     model: nn.Module, given: Mapping[str, Any], classes: Tensor | None, *, engine: Engine, tables: Iterable[Table]
 ) -> tuple[Collector, Layout]:
     parts = parts_of(model, given)
