@@ -13,7 +13,7 @@ from attlas.extract.corpus import open_corpus
 from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.job import Job, RunOptions
 from attlas.extract.pipeline import finish, measure_shard, prepare
-from attlas.extract.resuming import begun
+from attlas.extract.resuming import begin_or_resume
 from attlas.extract.store import CARD, MANIFEST, WORK, Store, open_dataset
 from tests.extract.models import tiny
 from tests.faults.damage import OF_BYTES, OF_JSON, damages, flipped
@@ -84,7 +84,7 @@ def copied(job: Job, out: Path) -> Job:
 def finished(job: Job) -> Path:
     """Begin the run again in its folder and do what is missing."""
     job.store.refuse_foreign()
-    again = begun(job, open_corpus(job.options.corpus), MAX_LENGTH, lambda *_: None)
+    again = begin_or_resume(job, open_corpus(job.options.corpus), MAX_LENGTH, lambda *_: None)
     for shard in again.remaining:
         measure_shard(again, shard)
     finish(again)
@@ -201,7 +201,7 @@ def test_parts_of_shards_that_a_new_plan_does_not_have_go(job: Job, corpus: Path
 
 def test_a_spool_that_comes_to_harm_while_shards_are_measured_is_named(job: Job, tmp_path: Path) -> None:
     again = copied(job, tmp_path / "out")
-    begun_again = begun(again, open_corpus(again.options.corpus), MAX_LENGTH, lambda *_: None)
+    begun_again = begin_or_resume(again, open_corpus(again.options.corpus), MAX_LENGTH, lambda *_: None)
     spool = folder_of(again) / WORK / "shard-00001.arrow"
     spool.write_bytes(flipped(spool.read_bytes(), at=0.5))
     with pytest.raises(Damaged, match=r"shard-00001\.arrow is not as it was written; the same command plans again"):
