@@ -110,7 +110,7 @@ def test_the_wheel_works_beside_folders_of_the_same_names(wheel: Path, research:
     options = ["--model", "demo", "--corpus", "demo", "--out", "data", "--limit", "2", "--max-length", "32"]
     run("python", "-m", "attlas.flows.cli", "run", *options)
     run("python", "notebook.py")
-    assert "is whole" in run("attlas", "verify", "data")
+    assert "is valid" in run("attlas", "verify", "data")
     assert run("attlas", "--version") == f"attlas {run('python', '-c', 'import attlas; print(attlas.__version__)')}"
 
 

@@ -143,9 +143,9 @@ def test_half_precision_is_summed_in_single(dtype):
     exact = exact_rows(doubled(call), formula(call))
     # weights go to the product with values in the model's type, all else stays in float32
     epsilon = torch.finfo(dtype).eps
-    torch.testing.assert_close(rows.context_norm.double(), exact.context_norm, atol=epsilon, rtol=epsilon)
+    torch.testing.assert_close(rows["context_norm"].double(), exact["context_norm"], atol=epsilon, rtol=epsilon)
     torch.testing.assert_close(output.double(), formula(call), atol=2 * epsilon, rtol=2 * epsilon)
-    rows = dataclasses.replace(rows, context_norm=exact.context_norm)
+    rows = dataclasses.replace(rows, quantities={**rows.quantities, "context_norm": exact["context_norm"]})
     assert_rows_agree(rows, exact, absolute=2e-5, relative=1e-4)
     assert output.dtype == dtype
 
