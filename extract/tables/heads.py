@@ -357,7 +357,7 @@ class HeadRecorder(DenseRecorder):
 
 def _sum_is_not_one(*names: str) -> str:
     terms = " + ".join(f"CAST({name} AS DOUBLE)" for name in names)
-    return f"query_rows > 0 AND ABS({terms} + COALESCE(CAST(mass_sink AS DOUBLE), 0) - 1) > 1e-4"
+    return f"query_rows > 0 AND ABS({terms} + COALESCE(CAST(mass_sink AS DOUBLE), 0) - 1) > 0.0001"
 
 
 TABLE = Table(
