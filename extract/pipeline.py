@@ -120,8 +120,9 @@ def prepare(options: RunOptions, *, tables: Collection[str] = (), progress: Prog
     say("model", 1, 1)
     store = Store.at(options.out)
     batch_tokens = options.batch_tokens or _batch_tokens(store, measured_model, encoder.device, max_length)
-    run = _run(options, encoder, corpus, engine.name, max_length, batch_tokens)
-    run["tables"] = [table.name for table in recorded]
+    run = _run(options, encoder, corpus, engine.name, max_length, batch_tokens) | {
+        "tables": [table.name for table in recorded]
+    }
     return begin_or_resume(Job(options, encoder, engine, store, run, measured_model, recorded), corpus, max_length, say)
 
 

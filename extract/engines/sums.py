@@ -80,11 +80,10 @@ def row_quantities_for(names: Iterable[str]) -> frozenset[str]:
 
 def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> HeadSums:
     """The named head quantities of an observation, and its profiles where asked for."""
-    known = {name: head_quantity(name).compute(o) for name in names if head_quantity(name).is_known(o)}
     values = o.count.new_full((len(names), *o.count.shape), torch.nan)
-    for place, name in enumerate(names):
-        if name in known:
-            values[place] = known[name]
+    for place, quantity in enumerate(map(head_quantity, names)):
+        if quantity.is_known(o):
+            values[place] = quantity.compute(o)
     return HeadSums(values, _profiles(o) if profiles else None)
 
 

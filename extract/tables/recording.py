@@ -5,7 +5,7 @@ A table's module takes the recorder of its kind and says what it keeps of a laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,17 +37,9 @@ class DenseRecorder(Recorder):
         self._values[place][:, sequences] = values
 
     def rows(self) -> Arrays:
-        named = [
-            ({name: getattr(place, _ATTRIBUTES[name]) for name in self._names}, v) for place, v in self._values.items()
-        ]
+        named = [(_keys_of(place, self.table), values) for place, values in self._values.items()]
         blocks = sorted(named, key=lambda block: tuple(block[0].values()))
-        parts = [self._block(keys, values) for keys, values in blocks]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else self._nothing()
-
-    @property
-    def _names(self) -> list[str]:
-        """The keys that a place in the model has, but for the head: an array holds all heads of a layer."""
-        return [name for name in self.table.places if name != "head"]
+        return _joined([self._block(keys, values) for keys, values in blocks], self)
 
     def _block(self, keys: Mapping[str, Any], values: np.ndarray) -> Arrays:
         sequences, heads = values.shape[1], values.shape[2] if values.ndim > 2 else 1
@@ -58,13 +50,6 @@ class DenseRecorder(Recorder):
             **({"head": np.repeat(np.arange(heads), sequences)} if values.ndim > 2 else {}),
         }
         return columns | {name: fact.T.ravel() for name, fact in self.facts(values).items()}
-
-    def _nothing(self) -> Arrays:
-        return {c.name: np.empty(0) for c in (*self.table.keys, *self.scope.columns)}
-
-
-# what the keys of a place are called where a pass is described
-_ATTRIBUTES = {"stack": "stack", "layer": "layer", "site": "name"}
 
 
 class RaggedRecorder(Recorder):
@@ -80,18 +65,12 @@ class RaggedRecorder(Recorder):
     def add(self, place: Any, sequences: np.ndarray, kept: Mapping[str, np.ndarray]) -> None:
         columns = dict(kept)
         chosen = sequences[columns.pop("sequence")]
-        keys = {
-            name: np.full(len(chosen), getattr(place, attribute))
-            for name, attribute in _ATTRIBUTES.items()
-            if name in self.table.places
-        }
+        keys = {name: np.full(len(chosen), key) for name, key in _keys_of(place, self.table).items()}
         ids = {"sequence_id": self.scope.sequence_ids[chosen], "document_id": self.scope.document_ids[chosen]}
         self._parts.append(ids | keys | columns)
 
     def rows(self) -> Arrays:
-        if not self._parts:
-            return {c.name: np.empty(0) for c in (*self.table.keys, *self.scope.columns)}
-        columns = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        columns = _joined(self._parts, self)
         order = np.lexsort([columns[name] for name in reversed(self.table.order)])
         return {name: values[order] for name, values in columns.items()}
 
@@ -110,3 +89,19 @@ class AdditiveRecorder(Recorder):
 
 class StaticRecorder(Recorder):
     """Rows that follow from the parameters alone: a subclass gives them; they are in the part of the first shard."""
+
+
+# what the keys of a place are called where a pass is described
+_ATTRIBUTES = {"stack": "stack", "layer": "layer", "site": "name"}
+
+
+def _keys_of(place: Any, table: Table) -> dict[str, Any]:
+    """The keys of a layer or a site, but for the head: a layer has several."""
+    return {name: getattr(place, _ATTRIBUTES[name]) for name in table.places if name in _ATTRIBUTES}
+
+
+def _joined(parts: Sequence[Arrays], recorder: Recorder) -> Arrays:
+    """Columns one after the other; empty ones where there are no parts."""
+    if not parts:
+        return {c.name: np.empty(0) for c in (*recorder.table.keys, *recorder.scope.columns)}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
