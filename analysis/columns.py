@@ -1,13 +1,13 @@
-"""Tables for a terminal in which no number and no name of a column is ever cut.
+"""Terminal tables that never truncate a number or a column name.
 
-Where the terminal is too narrow for whole cells, texts go over several lines, then numbers part from what stands beside
-them, then columns that may be left out are; what is still too wide is printed wider than the terminal.
+When the terminal is too narrow, text cells are wrapped first, then numeric cells are split at spaces, then optional
+columns are dropped. A table that still does not fit is printed wider than the terminal.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,15 +17,15 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-UNLIMITED = 1_000_000  # columns of what is no terminal
+UNLIMITED = 1_000_000  # width of an output that is not a terminal
 _GAP = 2
-_FOLDED = 24  # columns that a text keeps however narrow the terminal is
+_MIN_TEXT_WIDTH = 24  # of a text column, however narrow the terminal
 Breaks = Literal["never", "at spaces", "anywhere"]
 
 
 @dataclass(frozen=True)
-class Lines:
-    """A text over as many lines as it needs, broken at ordinary spaces only: Rich would break 10 517 at its thin one."""
+class WrappedText:
+    """Text wrapped at ordinary spaces only; Rich itself would also break `10 517` at its thin space."""
 
     text: Text
 
@@ -41,13 +41,13 @@ class Lines:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its name, its cells, and what becomes of it where there is no room."""
+    """A column: its name, its cells, and how it may shrink when there is too little room."""
 
     name: str
     cells: Sequence[str | Text]
     right: bool = False
     breaks: Breaks = "never"
-    may_go: bool = False
+    optional: bool = False
 
     @property
     def texts(self) -> Iterator[str]:
@@ -55,28 +55,28 @@ class Column:
         yield from (str(cell) for cell in self.cells)
 
     @property
-    def whole(self) -> int:
-        """The width of the widest text."""
+    def full_width(self) -> int:
+        """Width of the widest cell or of the name, unwrapped."""
         return max(map(cell_len, self.texts))
 
     @property
-    def least(self) -> int:
-        """The width below which a number, a word or the name would be cut."""
+    def min_width(self) -> int:
+        """Smallest width at which no number, word or name is truncated."""
         if self.breaks == "never":
-            return self.whole
+            return self.full_width
         if self.breaks == "anywhere":
-            return max(cell_len(self.name), min(self.whole, _FOLDED))
+            return max(cell_len(self.name), min(self.full_width, _MIN_TEXT_WIDTH))
         return max(cell_len(word) for text in self.texts for word in text.split(" "))
 
     def split(self) -> Column:
-        """With every cell, and the name, over as many lines as it has words."""
+        """A copy with one word per line in every cell and in the name."""
         cells = [Text(c.replace(" ", "\n")) if isinstance(c, str) else c for c in self.cells]
         return replace(self, name=self.name.replace(" ", "\n"), cells=cells)
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A table that takes the width that it is given, as far as its numbers allow."""
+class FittedTable:
+    """A table that adapts to the available width without truncating numbers."""
 
     columns: Sequence[Column]
     title: str = ""
@@ -84,40 +84,42 @@ class Fitted:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns = list(self.columns)
-        while _sum(c.least for c in columns) > options.max_width and any(c.may_go for c in columns):
-            columns.remove(next(c for c in reversed(columns) if c.may_go))
-        widths, columns = _widths(columns, options.max_width)
+        while _total_width(c.min_width for c in columns) > options.max_width and any(c.optional for c in columns):
+            columns.remove(next(c for c in reversed(columns) if c.optional))
+        widths, columns = _fit_widths(columns, options.max_width)
         if self.title:
-            yield Lines(Text(self.title, style="bold"))
-        yield from console.render(_table(columns, widths), options.update(width=max(_sum(widths), options.max_width)))
-        gone = [c.name for c in self.columns[::-1] if c.may_go][: len(self.columns) - len(columns)]
-        left_out = f"no room for {', '.join(reversed(gone))}: widen the terminal" if gone else ""
-        for note in filter(None, (left_out, self.caption)):
-            yield Lines(Text(note, style="dim italic"))
+            yield WrappedText(Text(self.title, style="bold"))
+        yield from console.render(
+            _rich_table(columns, widths), options.update(width=max(_total_width(widths), options.max_width))
+        )
+        dropped = [c.name for c in self.columns[::-1] if c.optional][: len(self.columns) - len(columns)]
+        note_on_dropped = f"no room for {', '.join(reversed(dropped))}: widen the terminal" if dropped else ""
+        for note in filter(None, (note_on_dropped, self.caption)):
+            yield WrappedText(Text(note, style="dim italic"))
 
 
-def _widths(columns: list[Column], room: int) -> tuple[list[int], list[Column]]:
-    """A width for each column, the numbers over two lines where they don't fit into one."""
+def _fit_widths(columns: list[Column], room: int) -> tuple[list[int], list[Column]]:
+    """Column widths, and the columns, with numeric cells split at spaces if they do not fit on one line."""
     texts = [c.breaks == "anywhere" or (c.breaks == "at spaces" and not c.right) for c in columns]
-    narrow = [c.least if text else c.whole for c, text in zip(columns, texts, strict=True)]
-    if _sum(narrow) > room:
-        narrow = [c.least for c in columns]
+    narrow = [c.min_width if text else c.full_width for c, text in zip(columns, texts, strict=True)]
+    if _total_width(narrow) > room:
+        narrow = [c.min_width for c in columns]
         columns = [c.split() if c.right and c.breaks == "at spaces" else c for c in columns]
-    left = max(0, room - _sum(narrow))
+    spare = max(0, room - _total_width(narrow))
     widths = []
     for column, width in zip(columns, narrow, strict=True):
-        more = 0 if column.right else min(left, column.whole - width)
-        widths.append(width + more)
-        left -= more
+        extra = 0 if column.right else min(spare, column.full_width - width)
+        widths.append(width + extra)
+        spare -= extra
     return widths, columns
 
 
-def _sum(widths: Sequence[int] | Iterator[int]) -> int:
-    found = list(widths)
-    return sum(found) + _GAP * max(0, len(found) - 1)
+def _total_width(widths: Iterable[int]) -> int:
+    widths = list(widths)
+    return sum(widths) + _GAP * max(0, len(widths) - 1)
 
 
-def _table(columns: Sequence[Column], widths: Sequence[int]) -> Table:
+def _rich_table(columns: Sequence[Column], widths: Sequence[int]) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column, width in zip(columns, widths, strict=True):
         table.add_column(Text(column.name), justify="right" if column.right else "left", width=width, overflow="fold")
@@ -127,6 +129,6 @@ def _table(columns: Sequence[Column], widths: Sequence[int]) -> Table:
 
 
 def console_for(stream: object) -> Console:
-    """A console as wide as the terminal; without one, as wide as what is printed."""
+    """A console as wide as the terminal, or of unlimited width if the stream is not a terminal."""
     is_terminal = bool(getattr(stream, "isatty", lambda: False)())
     return Console(file=stream, width=None if is_terminal else UNLIMITED, highlight=False)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""What becomes of a dataset whose parts are not what they should be: a refusal in words, and a note on what is left out."""
+"""Handling of damaged datasets: errors become refusals that name the damage, and values left out are noted."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from attlas.extract.tables import TABLES, Table
 
 
 @contextmanager
-def damage_refused(dataset: Dataset) -> Iterator[None]:
-    """Turn a failure within into a Refusal if `verify` finds the dataset damaged; a failure on a whole one is our own."""
+def refuse_if_damaged(dataset: Dataset) -> Iterator[None]:
+    """Turn an exception in the block into a Refusal if the dataset is damaged; on an intact one it is a bug and propagates."""
     try:
         yield
     except Refusal:
@@ -31,29 +31,27 @@ def damage_refused(dataset: Dataset) -> Iterator[None]:
 
 
 def notes_on_rows(dataset: Dataset, tables: Sequence[str]) -> list[str]:
-    """What the rows hold that no statistic is: a note where NaN or infinities are left out.
+    """Notes on NaN and infinite values, which every analysis leaves out.
 
-    Raises Refusal for rows that do not say whose they are: a key that is null, or a number below 0 (only bins count both
-    ways).
+    Raises Refusal for rows with an invalid key: null, or negative in a column that cannot be (only bins are signed).
     """
     notes = []
     for name in tables:
         rows = dataset.scan(name, finite=False)
         floats = rows.select(cs.float()).collect_schema().names()
         counts = rows.select(
-            _misplaced(TABLES[name]).sum().alias(""), *(pl.col(c).is_finite().not_().sum() for c in floats)
+            _has_invalid_key(TABLES[name]).sum().alias(""), *(pl.col(c).is_finite().not_().sum() for c in floats)
         ).collect(engine="streaming")
-        if misplaced := counts[""][0]:
+        if invalid := counts[""][0]:
             keys = " × ".join(c.name for c in TABLES[name].keys)
-            raise dataset.refusal(f"{plural(misplaced, 'row')} of {name} without a whole key ({keys})")
-        found = [(column, counts[column][0]) for column in floats if counts[column][0]]
-        if found:
-            told = ", ".join(f"{plural(number, 'value')} of {column}" for column, number in found)
-            notes.append(f"NaN and infinities in {name} are left out of every number here: {told}.")
+            raise dataset.refusal(f"{plural(invalid, 'row')} of {name} without a valid key ({keys})")
+        affected = [f"{plural(counts[column][0], 'value')} of {column}" for column in floats if counts[column][0]]
+        if affected:
+            notes.append(f"NaN and infinities in {name} are left out of every number here: {', '.join(affected)}.")
     return notes
 
 
-def _misplaced(table: Table) -> pl.Expr:
+def _has_invalid_key(table: Table) -> pl.Expr:
     numbers = [c.name for c in table.keys if c.dtype.startswith("int") and not c.signed]
     return pl.any_horizontal(
         *(pl.col(c.name).is_null() for c in table.keys), *(pl.col(n).fill_null(0) < 0 for n in numbers)

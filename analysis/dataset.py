@@ -1,4 +1,4 @@
-"""A finished dataset as LazyFrames: exactly the parts that its manifest names, and nothing else."""
+"""A finished dataset as LazyFrames, read from exactly the parts that its manifest names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
 
-from attlas.analysis.parts import DamagedPart, common_schema, kind_of, misfits
+from attlas.analysis.parts import DamagedPart, common_schema, incompatible_columns, value_kind
 from attlas.analysis.scanning import scan_parts
 from attlas.extract.store import Location, Part, Refusal, Storage, is_key, open_dataset, parts_of
 from attlas.extract.tables import TABLES
@@ -18,7 +18,7 @@ from attlas.extract.tables import TABLES
 
 @dataclass(frozen=True)
 class Dataset:
-    """The storage of a finished run and its manifest."""
+    """A finished dataset: its storage and its manifest."""
 
     storage: Storage
     manifest: Mapping[str, Any]
@@ -26,7 +26,7 @@ class Dataset:
 
     @classmethod
     def open(cls, location: Location) -> Dataset:
-        """Open a finished dataset; raises Refusal for an unfinished or foreign folder, and for a damaged manifest."""
+        """Open a finished dataset. Raises Refusal if the run is unfinished, the folder is not a dataset, or the manifest is damaged."""
         return cls(*open_dataset(location))
 
     @property
@@ -34,7 +34,7 @@ class Dataset:
         return tuple(self.manifest["tables"])
 
     def parts(self, table: str) -> list[Part]:
-        """The parts of a table; refuses a path that leaves the dataset, and a table that the run did not write."""
+        """The parts of a table. Raises Refusal for a path outside the dataset and for a table that the run did not write."""
         if table not in self.manifest["tables"]:
             raise Refusal(f"this dataset has the tables {', '.join(self.tables)}; {table!r} is not one; choose another")
         parts = list(parts_of(self.manifest, table))
@@ -44,7 +44,7 @@ class Dataset:
         return parts
 
     def part_schema(self, table: str) -> pa.Schema:
-        """The schema that all parts of a table have; refuses parts that are missing, damaged or of different schemas."""
+        """The common schema of a table's parts. Raises Refusal if parts are missing or damaged, or their schemas differ."""
         if table not in self._schemas:
             self._schemas[table] = self._read_schema(table)
         return self._schemas[table]
@@ -57,47 +57,47 @@ class Dataset:
             schema = common_schema(self.storage, parts)
         except DamagedPart as damage:
             raise self.refusal(str(damage)) from damage
-        wrong = next(misfits(TABLES[table], schema), None) if table in TABLES else None
+        wrong = next(incompatible_columns(TABLES[table], schema), None) if table in TABLES else None
         if wrong:
-            raise self.refusal(f"{parts[0].path} is no part of {table}: {wrong}")
+            raise self.refusal(f"{parts[0].path} is not a part of {table}: {wrong}")
         return schema
 
     def refusal(self, what: str) -> Refusal:
-        """The refusal of a dataset that is not whole."""
+        """A Refusal for a damaged dataset; `what` names the damage."""
         return Refusal(
             f"a dataset is as its manifest says; {self.storage.place()} is not: {what}; run attlas verify, and restore or measure again"
         )
 
     def scan(self, table: str, *, finite: bool = True) -> pl.LazyFrame:
-        """Rows of a table over all its parts, with the columns and types of the contract; names come as strings.
+        """Rows of a table from all its parts, with the columns and types of the contract; categoricals become strings.
 
-        A table of the contract that this run did not write (residual, for some models) has no rows; a statistic that an
-        older dataset does not know is null; so are NaN and infinities, which no statistic is, unless `finite` is off.
+        A table of the contract that the run did not write (residual, for some models) is empty. Columns that an older
+        dataset lacks are null. NaN and infinities, which no statistic takes, become null unless `finite` is False.
         """
         if table in TABLES and table not in self.manifest["tables"]:
-            return empty(table)
+            return empty_table(table)
         schema, parts = self.part_schema(table), self.parts(table)
         if not parts:
-            return empty(table)
+            return empty_table(table)
         rows = scan_parts(self.storage, parts)
         if table not in TABLES:
             return rows.with_columns(cs.categorical().cast(pl.String))
-        wanted = empty(table, optional=TABLES[table].optional & set(schema.names)).collect_schema()
-        return rows.select(_conformed(name, dtype, schema, finite=finite) for name, dtype in wanted.items())
+        wanted = empty_table(table, optional=TABLES[table].optional & set(schema.names)).collect_schema()
+        return rows.select(_contract_column(name, dtype, schema, finite=finite) for name, dtype in wanted.items())
 
 
-def _conformed(name: str, dtype: pl.DataType, schema: pa.Schema, *, finite: bool) -> pl.Expr:
-    """A column of a part as the contract has it; null where the part has none."""
+def _contract_column(name: str, dtype: pl.DataType, schema: pa.Schema, *, finite: bool) -> pl.Expr:
+    """A column with the contract's type; null if the parts lack it."""
     if name not in schema.names:
         return pl.lit(None, dtype=dtype).alias(name)
     column = pl.col(name).cast(dtype)
-    if finite and kind_of(schema.field(name).type) == "number":
+    if finite and value_kind(schema.field(name).type) == "number":
         return pl.when(column.is_finite()).then(column).alias(name)
     return column
 
 
-def empty(table: str, *, optional: frozenset[str] = frozenset()) -> pl.LazyFrame:
-    """A table of the contract without rows."""
+def empty_table(table: str, *, optional: frozenset[str] = frozenset()) -> pl.LazyFrame:
+    """A table of the contract, without rows."""
     frame = pl.from_arrow(pa.Table.from_batches([], TABLES[table].schema(optional=optional)))
     assert isinstance(frame, pl.DataFrame)
     return frame.lazy().with_columns(cs.categorical().cast(pl.String))

@@ -1,4 +1,4 @@
-"""Defects that the measured columns can show, each with its rule and its evidence."""
+"""Defects of heads and of the residual stream, each found by an explicit rule and shown with its evidence."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from attlas.analysis.manifest import section
 from attlas.analysis.residual import residual_through_depth
 
 COLLAPSE_NATS = 0.1
-COLLAPSE_ROWS = 8  # a sequence of a few tokens is sharp whatever the head does
+COLLAPSE_ROWS = 8  # in a sequence of few tokens every head is sharp
 DEAD_SHARE = 0.01
 LOGIT_SHARE = 0.1
 MASSIVE_SIZE, MASSIVE_TIMES = 100.0, 20.0
 SINK_MASS, SINK_WRITES = 0.3, 0.5
-IGNORANT_NATS = 0.02
+MIN_INFORMATION_NATS = 0.02
 POSITIONAL_MASS = 0.4
 GROWTH_TIMES = 10.0
-LARGEST_NUMBER = {"float16": 65504.0, "bfloat16": 3.39e38, "float32": 3.40e38, "float64": 1.79e308}
+DTYPE_MAX = {"float16": 65504.0, "bfloat16": 3.39e38, "float32": 3.40e38, "float64": 1.79e308}
 
 HEAD_COLUMNS = (
     "output_norm",
@@ -49,7 +49,7 @@ _SCHEMA = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the rules look at: means and extremes over the corpus, a row per head or per site."""
+    """Input of the rules: means and extremes over the corpus, a row per head or per site."""
 
     heads: pl.DataFrame
     extremes: pl.DataFrame
@@ -60,7 +60,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Defect:
-    """A rule: the columns it needs, and the rows of the evidence that break it."""
+    """A rule: the columns it needs, the frame of the evidence it reads, and a function that finds the rows that break it."""
 
     name: str
     rule: str
@@ -70,7 +70,7 @@ class Defect:
     find: Callable[[pl.DataFrame, Evidence], pl.DataFrame]
 
 
-def _nonfinite(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
+def _find_nonfinite_rows(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
     return rows.filter(pl.col("nonfinite_rows") > 0).select(
         *HEAD,
         value=pl.col("nonfinite_rows").cast(pl.Float64),
@@ -78,7 +78,7 @@ def _nonfinite(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
     )
 
 
-def _collapse(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
+def _find_entropy_collapse(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
     return rows.filter(pl.col("entropy_max") < COLLAPSE_NATS).select(
         *HEAD,
         value="entropy_max",
@@ -86,7 +86,7 @@ def _collapse(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
     )
 
 
-def _dead(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
+def _find_dead_heads(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
     median = pl.col("output_norm").median().over("stack", "layer")
     return (
         rows.with_columns(layer_median=median)
@@ -105,9 +105,9 @@ def _dead(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
     )
 
 
-def _logits(rows: pl.DataFrame, evidence: Evidence) -> pl.DataFrame:
+def _find_large_logits(rows: pl.DataFrame, evidence: Evidence) -> pl.DataFrame:
     dtype = str(evidence.manifest.get("dtype") or "float32").removeprefix("torch.")
-    limit = LARGEST_NUMBER.get(dtype, LARGEST_NUMBER["float32"])
+    limit = DTYPE_MAX.get(dtype, DTYPE_MAX["float32"])
     return rows.filter(pl.col("score_max") >= LOGIT_SHARE * limit).select(
         *HEAD,
         value="score_max",
@@ -120,7 +120,7 @@ def _logits(rows: pl.DataFrame, evidence: Evidence) -> pl.DataFrame:
     )
 
 
-def _massive(rows: pl.DataFrame, evidence: Evidence) -> pl.DataFrame:
+def _find_massive_activations(rows: pl.DataFrame, evidence: Evidence) -> pl.DataFrame:
     width = section(evidence.manifest, "model").get("width")
     if not isinstance(width, int):
         return rows.clear()
@@ -144,10 +144,10 @@ def _massive(rows: pl.DataFrame, evidence: Evidence) -> pl.DataFrame:
     )
 
 
-def _writing_sinks(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
-    rests = pl.col("mass_first") >= SINK_MASS
+def _find_writing_sinks(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
+    is_sink = pl.col("mass_first") >= SINK_MASS
     writes = pl.col("value_weighted_first") >= SINK_WRITES * pl.col("mass_first")
-    return rows.filter(rests & writes).select(
+    return rows.filter(is_sink & writes).select(
         *HEAD,
         value="value_weighted_first",
         low="value_weighted_first_low",
@@ -160,20 +160,22 @@ def _writing_sinks(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
     )
 
 
-def _ignorant(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
+def _find_content_blind_heads(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
     positional = pl.max_horizontal("mass_previous", "mass_next", "mass_self") >= POSITIONAL_MASS
-    return rows.filter((pl.col("mutual_information_nats") < IGNORANT_NATS) & ~positional.fill_null(False)).select(
+    return rows.filter(
+        (pl.col("mutual_information_nats") < MIN_INFORMATION_NATS) & ~positional.fill_null(False)
+    ).select(
         *HEAD,
         value="mutual_information_nats",
         low="mutual_information_nats_low",
         high="mutual_information_nats_high",
         evidence=pl.format(
-            "which query asks changes where it looks by {} nats", pl.col("mutual_information_nats").round_sig_figs(3)
+            "query and key share {} nats of mutual information", pl.col("mutual_information_nats").round_sig_figs(3)
         ),
     )
 
 
-def _growth(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
+def _find_norm_growth(rows: pl.DataFrame, _: Evidence) -> pl.DataFrame:
     stream = rows.filter((pl.col("site") == "attention") & pl.col("stream_norm").is_not_null())
     ends = stream.group_by("stack").agg(
         pl.col("layer").max(),
@@ -205,23 +207,23 @@ DEFECTS = (
         "scores overflowed or are NaN; those rows could not be measured",
         ("nonfinite_rows",),
         "extremes",
-        _nonfinite,
+        _find_nonfinite_rows,
     ),
     Defect(
         "entropy collapse",
         f"entropy_nats < {COLLAPSE_NATS:g} on every sequence of at least {COLLAPSE_ROWS} rows",
-        "every row rests on a single key, whatever the text; in a previous- or next-token head that is its trade",
+        "every row attends to a single key, whatever the text; expected of previous- and next-token heads",
         ("entropy_max",),
         "extremes",
-        _collapse,
+        _find_entropy_collapse,
     ),
     Defect(
         "dead head",
         f"output_norm < {DEAD_SHARE:.0%} of the layer's median",
-        "the head writes next to nothing into the stream",
+        "the head adds almost nothing to the stream",
         ("output_norm",),
         "heads",
-        _dead,
+        _find_dead_heads,
     ),
     Defect(
         "logits near the limit",
@@ -229,39 +231,39 @@ DEFECTS = (
         "attention logits are about to overflow",
         ("score_max",),
         "extremes",
-        _logits,
+        _find_large_logits,
     ),
     Defect(
         "massive activations",
         f"max_abs ≥ {MASSIVE_SIZE:g} and ≥ {MASSIVE_TIMES:g} times the typical entry",
-        "a few dimensions dwarf the stream (Sun 2024); low precision and quantisation suffer",
+        "a few dimensions dwarf the rest of the stream (Sun 2024), which harms low precision and quantisation",
         ("max_abs",),
         "residual_extremes",
-        _massive,
+        _find_massive_activations,
     ),
     Defect(
         "sink that writes",
         f"mass_first ≥ {SINK_MASS:g} and value_weighted_first ≥ {SINK_WRITES:g} · mass_first",
-        "weight rests on the first token and, unlike in a harmless sink, its value is written everywhere",
+        "attention rests on the first token and, unlike in a harmless sink, its value is written to every position",
         ("mass_first", "value_weighted_first"),
         "heads",
-        _writing_sinks,
+        _find_writing_sinks,
     ),
     Defect(
         "ignores content",
-        f"mutual_information_nats < {IGNORANT_NATS:g} and no previous, next or self mass ≥ {POSITIONAL_MASS:g}",
-        "every query looks at the same places",
+        f"mutual_information_nats < {MIN_INFORMATION_NATS:g} and no previous, next or self mass ≥ {POSITIONAL_MASS:g}",
+        "every query attends to the same positions",
         ("mutual_information_nats",),
         "heads",
-        _ignorant,
+        _find_content_blind_heads,
     ),
     Defect(
         "norm growth",
         f"stream_norm grows {GROWTH_TIMES:g}-fold or more from the first layer to the last",
-        "later updates weigh ever less against the stream",
+        "later updates are ever smaller relative to the stream",
         ("stream_norm",),
         "residual",
-        _growth,
+        _find_norm_growth,
     ),
 )
 
@@ -269,7 +271,7 @@ DEFECTS = (
 def collect_evidence(
     dataset: Dataset, *, heads: pl.DataFrame | None = None, residual: pl.DataFrame | None = None
 ) -> Evidence:
-    """Means and extremes of the columns that the rules need; means that are at hand need not be taken again."""
+    """Means and extremes of the columns that the rules need; means passed as `heads` and `residual` are used as they are."""
     long_enough = pl.col("query_rows") >= COLLAPSE_ROWS
     extremes = (
         dataset.scan("heads")
@@ -299,19 +301,19 @@ def collect_evidence(
 
 
 def find_defects(evidence: Evidence) -> pl.DataFrame:
-    """A row per head or site that breaks a rule, with value, interval where it is a mean, and a sentence."""
-    found = [pl.DataFrame(schema=_SCHEMA)]
+    """A row per head or site that breaks a rule: the value, its interval if it is a mean, and a sentence."""
+    frames = [pl.DataFrame(schema=_SCHEMA)]
     for defect in DEFECTS:
         rows = defect.find(getattr(evidence, defect.frame), evidence)
         if rows.height:
-            found.append(rows.with_columns(defect=pl.lit(defect.name)))
-    return pl.concat([f.cast({n: t for n, t in _SCHEMA.items() if n in f.columns}) for f in found], how="diagonal")
+            frames.append(rows.with_columns(defect=pl.lit(defect.name)))
+    return pl.concat([f.cast({n: t for n, t in _SCHEMA.items() if n in f.columns}) for f in frames], how="diagonal")
 
 
-def rules_table(evidence: Evidence, found: pl.DataFrame) -> pl.DataFrame:
-    """Every rule with how many places break it; `found` is null where the columns that it needs were not measured."""
+def rules_table(evidence: Evidence, defects: pl.DataFrame) -> pl.DataFrame:
+    """Every rule with the number of places that break it; `found` is null if columns that the rule needs were not measured."""
     rows = [
-        (d.name, d.rule, d.meaning, _count(d, found) if _measured(d, getattr(evidence, d.frame)) else None)
+        (d.name, d.rule, d.meaning, _count_places(d, defects) if _has_values(d, getattr(evidence, d.frame)) else None)
         for d in DEFECTS
     ]
     return pl.DataFrame(
@@ -319,9 +321,9 @@ def rules_table(evidence: Evidence, found: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _measured(defect: Defect, frame: pl.DataFrame) -> bool:
+def _has_values(defect: Defect, frame: pl.DataFrame) -> bool:
     return all(frame[name].is_not_null().any() for name in defect.needs)
 
 
-def _count(defect: Defect, found: pl.DataFrame) -> int:
-    return found.filter(pl.col("defect") == defect.name).height
+def _count_places(defect: Defect, defects: pl.DataFrame) -> int:
+    return defects.filter(pl.col("defect") == defect.name).height

@@ -1,4 +1,4 @@
-"""How far the heads look, and how far they could have looked."""
+"""Attention distance: how far heads look, compared with how far they could look."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ COLUMNS = ("distance_tokens", "distance_vs_uniform", "offset_tokens", "offset_st
 
 
 def distance_ranking(dataset: Dataset) -> pl.DataFrame:
-    """Distance columns with intervals, a row per head, the nearest first and the farthest last."""
+    """Distance columns with intervals, a row per head, from nearest to farthest."""
     return head_means(dataset, COLUMNS).sort("distance_tokens", "stack", "layer", "head", nulls_last=True)
 
 
 def offset_profile(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFrame:
-    """Attention against opportunity by signed distance.
+    """Attention relative to opportunity, by signed distance.
 
-    `mass` = sum/Σ sum is the share of the attention at that distance, `opportunity` = count/Σ count the share of the
-    visible pairs, `ratio` the one over the other: 1 for a head that looks evenly at all it may see, as far as sequences
-    are of one length (a long one spreads its rows thinner, and alone fills the far bins).
+    `mass` = sum/Σ sum is the share of the attention at a distance, `opportunity` = count/Σ count the share of the
+    visible (query, key) pairs, and `ratio` = mass/opportunity. The ratio is 1 for a head that attends evenly, if all
+    sequences have the same length; otherwise long ones spread their rows thinner and alone fill the far bins.
     """
     merged = (
         dataset.scan("profiles")
@@ -51,5 +51,5 @@ def offset_profile(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFr
 
 
 def distance_by_position(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFrame:
-    """Mean distance by doubling bin of the query's position."""
+    """Mean distance by the query's position, in doubling bins."""
     return position_means(dataset, "distance_by_position", by=by).rename({"mean": "distance_tokens"})

@@ -1,4 +1,4 @@
-"""How sharply the heads look: by head, by layer, by position in the sequence, and against its length."""
+"""Attention entropy by head, by layer, by position in the sequence and by sequence length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attlas.analysis.weighting import weighted_heads
 from attlas.extract.tables import doubling_bin_edges
 
 COLUMNS = ("entropy_nats", "entropy_normalized", "attended_keys", "max_weight")
-_SHORTEST, _LONGEST = 3, 24  # length strata are (2^k, 2^(k+1)]; all sequences of up to 8 tokens are one
+_SHORTEST, _LONGEST = 3, 24  # length strata are (2^k, 2^(k+1)]; sequences of up to 8 tokens form one
 
 
 def entropy_by_head(dataset: Dataset) -> pl.DataFrame:
@@ -20,14 +20,14 @@ def entropy_by_head(dataset: Dataset) -> pl.DataFrame:
 
 
 def entropy_by_layer(dataset: Dataset) -> pl.LazyFrame:
-    """Entropy columns with intervals, a row per layer: rows of all its heads together."""
+    """Entropy columns with intervals, a row per layer, pooled over its heads."""
     return clustered_mean(weighted_heads(dataset), COLUMNS, ("stack", "layer"))
 
 
 def entropy_by_length(dataset: Dataset) -> pl.LazyFrame:
-    """Entropy columns by layer and stratum of sequence length: `tokens_low` to `tokens_high`.
+    """Entropy columns by layer and stratum of sequence length, `tokens_low` to `tokens_high`.
 
-    A short sequence bounds the entropy, so means over sequences of different length compare like with unlike.
+    The length of a sequence bounds its entropy, so means are only comparable between sequences of similar length.
     """
     stratum = pl.sum_horizontal([pl.col("tokens") > 2**k for k in range(_SHORTEST, _LONGEST)]).cast(pl.Int32)
     lengths = dataset.scan("sequences").select("sequence_id", stratum=stratum)
@@ -39,7 +39,7 @@ def entropy_by_length(dataset: Dataset) -> pl.LazyFrame:
 
 
 def entropy_by_position(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFrame:
-    """Mean row entropy by doubling bin of the query's position, from the profiles; `rows` says over how many."""
+    """Mean row entropy by the query's position, in doubling bins; `rows` is the number of rows in the mean."""
     return position_means(dataset, "entropy_by_position", by=by).rename({"mean": "entropy_nats"})
 
 

@@ -1,4 +1,4 @@
-"""The manifest, for people."""
+"""A manifest as sections of text for people to read."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from attlas.analysis.naming import model_title
 from attlas.analysis.report.numbers import plural
 from attlas.extract.printable import shortened
 
-_SAID_ABOVE = ("model", "corpus", "engine", "device", "dtype", "schema_version")
-_LONGEST = 400
+_SHOWN_ABOVE = ("model", "corpus", "engine", "device", "dtype", "schema_version")
+_MAX_LENGTH = 400
 Section = tuple[str, list[tuple[str, str]]]
 
 
 def describe(manifest: Mapping[str, Any]) -> list[Section]:
-    """Sections of (label, value) that say what was measured, with what, and what came out."""
+    """Sections of (label, value) pairs: the model, the corpus, the measurement, the tables and the software."""
     sections = [
         ("Model", _model(manifest)),
         ("Corpus", _corpus(section(manifest, "corpus"))),
         ("Measurement", _measurement(manifest)),
         ("Tables", _tables(section(manifest, "tables"))),
-        ("Software", [(name, number(version)) for name, version in sorted(section(manifest, "software").items())]),
+        ("Software", [(n, format_value(version)) for n, version in sorted(section(manifest, "software").items())]),
     ]
     return [(title, rows) for title, rows in sections if rows]
 
 
-def number(value: Any) -> str:
-    """A count with its thousands apart; anything else as it is, the middle of a long text left out."""
+def format_value(value: Any) -> str:
+    """A value as text: integers with thousands separators, long texts shortened in the middle."""
     if isinstance(value, bool) or value is None:
         return "—" if value is None else "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        return shortened(", ".join(number(part) for part in value), _LONGEST) or "—"
+        return shortened(", ".join(format_value(part) for part in value), _MAX_LENGTH) or "—"
     if isinstance(value, int):
-        return shortened(f"{value:,}".replace(",", " "), _LONGEST)
-    return f"{value:g}" if isinstance(value, float) else shortened(str(value), _LONGEST)
+        return shortened(f"{value:,}".replace(",", " "), _MAX_LENGTH)
+    return f"{value:g}" if isinstance(value, float) else shortened(str(value), _MAX_LENGTH)
 
 
-def size(octets: int) -> str:
-    """Bytes in the unit that people use."""
-    value, units = float(octets), ["B", "KiB", "MiB", "GiB", "TiB"]
+def format_size(bytes_: int) -> str:
+    """A number of bytes with a binary unit, such as 2.0 KiB."""
+    value, units = float(bytes_), ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
@@ -48,46 +48,46 @@ def size(octets: int) -> str:
 
 def _model(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     model = section(manifest, "model")
-    named = [("name", number(model_title(manifest)))] if model.get("name") or model.get("title") else []
-    named += _named(model, ("revision", "architecture"))
-    rows = [*named, *_stacks(model), *_named(model, ("width", "parameters", "weights_digest", "residual"))]
+    names = [("name", format_value(model_title(manifest)))] if model.get("name") or model.get("title") else []
+    names += _labelled(model, ("revision", "architecture"))
+    rows = [*names, *_stacks(model), *_labelled(model, ("width", "parameters", "weights_digest", "residual"))]
     refusals = section(model, "layout", "residual_refusals")
-    rows += [(f"residual of {stack}", number(why)) for stack, why in refusals.items()]
+    rows += [(f"residual of {stack}", format_value(why)) for stack, why in refusals.items()]
     if name := section(manifest, "tokenizer").get("name"):
-        rows.append(("tokenizer", number(name)))
+        rows.append(("tokenizer", format_value(name)))
     return rows + _images(section(manifest, "images"))
 
 
-def _named(facts: Mapping[str, Any], labels: Sequence[str]) -> list[tuple[str, str]]:
-    return [(label.replace("_", " "), number(facts[label])) for label in labels if facts.get(label) is not None]
+def _labelled(facts: Mapping[str, Any], labels: Sequence[str]) -> list[tuple[str, str]]:
+    return [(label.replace("_", " "), format_value(facts[label])) for label in labels if facts.get(label) is not None]
 
 
 def _stacks(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each stack's layers and heads, and in which way its attention was seen; then the layers without a pattern."""
+    """Layers and heads of each stack and how its attention was captured; then the layers without a pattern."""
     layout = section(model, "layout")
     rows = []
     for facts in model.get("stacks") or []:
         layers = [layer for layer in layout.get("attention") or [] if layer["stack"] == facts["stack"]]
-        told = [_size_of(facts, layers)]
+        texts = [_layers_and_heads(facts, layers)]
         ways = sorted({layer["way"] for layer in layers if layer.get("way")})
         if ways:
-            told.append(f"seen by {' and '.join(ways)}")
-        rows.append((f"stack {facts['stack']}", number(", ".join(text for text in told if text) or None)))
-    silent = layout.get("without_pattern") or []
-    return rows + ([("layers without a pattern", number(silent))] if silent else [])
+            texts.append(f"seen by {' and '.join(ways)}")
+        rows.append((f"stack {facts['stack']}", format_value(", ".join(text for text in texts if text) or None)))
+    without_pattern = layout.get("without_pattern") or []
+    return rows + ([("layers without a pattern", format_value(without_pattern))] if without_pattern else [])
 
 
-def _size_of(stack: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> str:
-    """`6 layers × 12 heads`, or `2–4 heads` where layers differ; as far as the manifest knows."""
-    found = [layer.get("heads") for layer in layers] or [stack.get("heads")]
-    heads = sorted({count for count in found if count is not None})
-    each = "–".join(map(str, heads)) + (" head" if heads == [1] else " heads") if heads else ""
-    number_of = plural(stack["layers"], "layer") if stack.get("layers") is not None else ""
-    return " × ".join(text for text in (number_of, each) if text)
+def _layers_and_heads(stack: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> str:
+    """`6 layers × 12 heads`, or `2–4 heads` if layers differ; parts that the manifest lacks are left out."""
+    counts = [layer.get("heads") for layer in layers] or [stack.get("heads")]
+    heads = sorted({count for count in counts if count is not None})
+    heads_text = "–".join(map(str, heads)) + (" head" if heads == [1] else " heads") if heads else ""
+    layers_text = plural(stack["layers"], "layer") if stack.get("layers") is not None else ""
+    return " × ".join(text for text in (layers_text, heads_text) if text)
 
 
 def _images(images: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = _named(images, ("preprocessor",))
+    rows = _labelled(images, ("preprocessor",))
     if images.get("pixels"):
         shape = f"{' × '.join(map(str, images['pixels']))} pixels"
         tokens = images.get("tokens")
@@ -100,27 +100,27 @@ def _images(images: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _corpus(corpus: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = _named(corpus, ("name", "documents", "sequences", "tokens", "content_tokens", "digest"))
+    rows = _labelled(corpus, ("name", "documents", "sequences", "tokens", "content_tokens", "digest"))
     dropped = corpus.get("dropped") or {}
-    rows += [(f"dropped: {reason}", number(count)) for reason, count in sorted(dropped.items())]
+    rows += [(f"dropped: {reason}", format_value(count)) for reason, count in sorted(dropped.items())]
     return rows
 
 
 def _measurement(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = _named(manifest, ("engine", "device", "dtype"))
+    rows = _labelled(manifest, ("engine", "device", "dtype"))
     waste = manifest.get("padding_waste")
     if waste is not None:
         rows.append(("padded positions", f"{waste:.1%}"))
-    run = {name: value for name, value in section(manifest, "run").items() if name not in _SAID_ABOVE}
+    run = {name: value for name, value in section(manifest, "run").items() if name not in _SHOWN_ABOVE}
     if isinstance(run.get("corpus_files"), list):
         run["corpus_files"] = len(run["corpus_files"])
-    return rows + [(f"run: {name.replace('_', ' ')}", number(value)) for name, value in sorted(run.items())]
+    return rows + [(f"run: {name.replace('_', ' ')}", format_value(value)) for name, value in sorted(run.items())]
 
 
 def _tables(tables: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for name, table in tables.items():
         parts = table["parts"]
-        octets = size(sum(part["bytes"] for part in parts))
-        rows.append((name, f"{plural(table.get('rows') or 0, 'row')}, {plural(len(parts), 'part')}, {octets}"))
+        size = format_size(sum(part["bytes"] for part in parts))
+        rows.append((name, f"{plural(table.get('rows') or 0, 'row')}, {plural(len(parts), 'part')}, {size}"))
     return rows

@@ -1,4 +1,4 @@
-"""Files against the manifest and the contract: everything that can be said of a part without looking at its rows."""
+"""Checks of a dataset's files against the manifest and the contract that need no rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.parts import DamagedPart, first_line, read_footer, size_of
+from attlas.analysis.parts import DamagedPart, first_line, part_size, read_footer
 from attlas.analysis.report.numbers import plural
 from attlas.extract.store import CARD, MANIFEST, WORK, Part, Storage, parts_of, sha256_of
 from attlas.extract.tables import TABLES, Table
@@ -16,7 +16,7 @@ from attlas.extract.tables import TABLES, Table
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: the part (or file) it is in, the check that saw it, and what it saw."""
+    """A problem in a dataset: the part or file that has it, the check that failed, and the details."""
 
     part: str
     check: str
@@ -26,19 +26,21 @@ class Finding:
         return f"{self.part}: {self.check}: {self.message}"
 
 
-def strays(dataset: Dataset) -> Iterator[Finding]:
+def find_stray_files(dataset: Dataset) -> Iterator[Finding]:
+    """Files in the dataset's folder that look like its data but are not in the manifest."""
     named = {part.path for table in dataset.tables for part in parts_of(dataset.manifest, table)}
     tables = {*dataset.tables, *TABLES}
     for name in dataset.storage.list():
         if name in named or name in (MANIFEST, CARD):
             continue
         if name.split("/")[0] == WORK:
-            yield Finding(name, "stray file", "what only an unfinished run needs is gone once it is finished")
+            yield Finding(name, "stray file", "working files are removed when a run is finished")
         elif name.endswith((".parquet", ".tmp")) or name.split("/")[0] in tables:
-            yield Finding(name, "stray file", "the manifest does not name it")
+            yield Finding(name, "stray file", "it is not in the manifest")
 
 
-def totals(dataset: Dataset, table: str) -> Iterator[Finding]:
+def check_row_counts(dataset: Dataset, table: str) -> Iterator[Finding]:
+    """Check a table's row count in the manifest against those of its parts, and that each part is listed once."""
     entry = dataset.manifest["tables"][table]
     parts = list(parts_of(dataset.manifest, table))
     rows = sum(part.rows for part in parts)
@@ -48,16 +50,16 @@ def totals(dataset: Dataset, table: str) -> Iterator[Finding]:
         yield Finding(MANIFEST, "parts", f"{table} names a part twice")
 
 
-def integrity(dataset: Dataset, table: str, part: Part) -> Iterator[Finding]:
-    """What can be said of one file without looking at its rows."""
+def check_file(dataset: Dataset, table: str, part: Part) -> Iterator[Finding]:
+    """Check that a part exists and has the size, checksum, row count and schema that it should have."""
     storage = dataset.storage
     try:
-        size = size_of(storage, part.path)
+        size = part_size(storage, part.path)
     except DamagedPart:
-        yield Finding(part.path, "missing part", "the manifest names it; there is no such file")
+        yield Finding(part.path, "missing part", "it is in the manifest, but there is no such file")
         return
     try:
-        yield from _bytes(storage, part, size)
+        yield from _check_bytes(storage, part, size)
         footer = read_footer(storage, part.path)
     except (DamagedPart, OSError) as error:
         yield Finding(part.path, "unreadable", first_line(error))
@@ -68,7 +70,7 @@ def integrity(dataset: Dataset, table: str, part: Part) -> Iterator[Finding]:
         yield from (Finding(part.path, "schema", text) for text in _schema_differences(TABLES[table], footer.schema))
 
 
-def _bytes(storage: Storage, part: Part, size: int) -> Iterator[Finding]:
+def _check_bytes(storage: Storage, part: Part, size: int) -> Iterator[Finding]:
     if size != part.bytes:
         yield Finding(
             part.path, "size", f"{plural(part.bytes, 'byte')} in the manifest, {plural(size, 'byte')} on disk"
@@ -82,19 +84,19 @@ def _schema_differences(table: Table, schema: pa.Schema) -> Iterator[str]:
     if schema.names != expected.names:
         missing = [n for n in expected.names if n not in schema.names]
         unknown = [n for n in schema.names if n not in expected.names]
-        facts = [
+        differences = [
             f"{label} {', '.join(names)}" for label, names in (("lacks", missing), ("has unknown", unknown)) if names
         ]
-        yield "; ".join(facts) or "columns are not in the contract's order"
+        yield "; ".join(differences) or "columns are not in the contract's order"
         return
-    for found, wanted in zip(schema, expected, strict=True):
-        if found.type != wanted.type:
-            yield f"{found.name} is {found.type}, the contract says {wanted.type}"
-        if found.nullable != wanted.nullable:
-            yield f"{found.name} is {'' if found.nullable else 'not '}nullable, the contract says otherwise"
-        if _facts(found) != _facts(wanted):
-            yield f"{found.name} has other metadata (formula, unit, bounds …) than the contract"
+    for field, wanted in zip(schema, expected, strict=True):
+        if field.type != wanted.type:
+            yield f"{field.name} is {field.type}, the contract says {wanted.type}"
+        if field.nullable != wanted.nullable:
+            yield f"{field.name} is {'' if field.nullable else 'not '}nullable, the contract says otherwise"
+        if _metadata(field) != _metadata(wanted):
+            yield f"{field.name} has other metadata (formula, unit, bounds …) than the contract"
 
 
-def _facts(field: pa.Field) -> dict[bytes, bytes]:
+def _metadata(field: pa.Field) -> dict[bytes, bytes]:
     return {k: v for k, v in (field.metadata or {}).items() if not k.startswith(b"PARQUET:")}

@@ -1,4 +1,4 @@
-"""Head kinds: what a head mostly does, by explicit thresholds, and how far resampled documents agree."""
+"""Head kinds: what each head mostly does, by explicit thresholds, with the agreement of resampled documents."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Kind:
         return f"{self.column} {self.side} {self.threshold:g}"
 
 
-# A head with most of its weight on one thing is of that kind; if several apply, the one farthest beyond its threshold.
-POINTED = (
+# where most of the weight goes; if several kinds apply, the one farthest beyond its threshold wins
+TARGET_KINDS = (
     Kind("previous", "mass_previous", "≥", 0.4, "looks at the token before"),
     Kind("next", "mass_next", "≥", 0.4, "looks at the token after"),
     Kind("self", "mass_self", "≥", 0.4, "looks at the token itself"),
@@ -42,56 +42,56 @@ POINTED = (
     Kind("same-token", "mass_same_token", "≥", 0.25, "looks at other copies of the same token"),
     Kind("induction", "mass_induction", "≥", 0.25, "looks at what followed an earlier copy"),
 )
-# Shapes come only after no single thing has it; the first that applies.
-SHAPED = (
+# the first that applies, and only if no target kind does
+SHAPE_KINDS = (
     Kind(
-        "local", "distance_vs_uniform", "≤", 0.35, "stays near: about a third of the distance of an even head, or less"
+        "local", "distance_vs_uniform", "≤", 0.35, "stays near: at most about a third of the distance of an even head"
     ),
     Kind("broad", "entropy_normalized", "≥", 0.85, "looks almost evenly at everything it may see"),
 )
-KINDS = (*POINTED, *SHAPED)
+KINDS = (*TARGET_KINDS, *SHAPE_KINDS)
 MIXED = "mixed"
 NAMES = (*(k.name for k in KINDS), MIXED)
 
 
 def kinds_table() -> pl.DataFrame:
-    """The thresholds, as they are applied."""
+    """The kinds with their thresholds."""
     rows = [(k.name, k.rule, k.meaning) for k in KINDS] + [(MIXED, "none of these", "no one thing dominates")]
     return pl.DataFrame(rows, schema=["kind", "rule", "meaning"], orient="row")
 
 
 def classify(means: Mapping[str, NDArray[np.float64]]) -> NDArray[np.intp]:
-    """Index into NAMES for every entry of the means (arrays of one shape); unknown means meet no threshold."""
+    """Indices into NAMES, in the common shape of the arrays of means; a NaN mean meets no threshold."""
     shape = next(iter(means.values())).shape
-    excess = np.stack([_excess(k, means, shape) for k in POINTED])
-    chosen = excess.argmax(0)
-    pointed = np.take_along_axis(excess, chosen[None], 0)[0] >= 1
-    found = np.full(shape, NAMES.index(MIXED))
-    for kind in reversed(SHAPED):
-        found = np.where(_excess(kind, means, shape) >= 1, NAMES.index(kind.name), found)
-    return np.where(pointed, chosen, found)
+    excess = np.stack([_excess(k, means, shape) for k in TARGET_KINDS])
+    target = excess.argmax(0)
+    has_target = np.take_along_axis(excess, target[None], 0)[0] >= 1
+    kinds = np.full(shape, NAMES.index(MIXED))
+    for kind in reversed(SHAPE_KINDS):
+        kinds = np.where(_excess(kind, means, shape) >= 1, NAMES.index(kind.name), kinds)
+    return np.where(has_target, target, kinds)
 
 
 def _excess(kind: Kind, means: Mapping[str, NDArray[np.float64]], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """How far beyond its threshold a mean is: 1 at the threshold, more beyond it, 0 where unknown."""
-    known = np.nan_to_num(means.get(kind.column, np.full(shape, np.nan)), nan=-1.0)
+    """How far a mean is beyond its threshold: 1 at the threshold, more beyond it, 0 if it is NaN."""
+    values = np.nan_to_num(means.get(kind.column, np.full(shape, np.nan)), nan=-1.0)
     if kind.side == "≥":
-        return np.maximum(known, 0) / kind.threshold
-    return np.where(known >= 0, kind.threshold / np.maximum(known, 1e-12), 0.0)
+        return np.maximum(values, 0) / kind.threshold
+    return np.where(values >= 0, kind.threshold / np.maximum(values, 1e-12), 0.0)
 
 
 def head_kinds(dataset: Dataset, *, replicates: int = 200, seed: int = 0) -> pl.DataFrame:
-    """Kind of every head with `agreement`: the share of bootstrap replicates over documents that give the same one.
+    """The kind of every head, and `agreement`, the share of bootstrap replicates over documents that give the same kind.
 
-    `agreement` is null for fewer than 2 documents, where resampling says nothing.
+    `agreement` is null for fewer than 2 documents.
     """
     frame = weighted_heads(dataset)
     present = set(frame.collect_schema().names())
     columns = sorted({k.column for k in KINDS} & present)
-    drawn = bootstrap_replicates(frame, columns, HEAD, replicates=replicates, seed=seed)
-    kind = classify(drawn.estimates)
-    agreement = (classify(drawn.means) == kind).mean(0)
-    return drawn.groups.with_columns(
+    bootstrap = bootstrap_replicates(frame, columns, HEAD, replicates=replicates, seed=seed)
+    kind = classify(bootstrap.estimates)
+    agreement = (classify(bootstrap.means) == kind).mean(0)
+    return bootstrap.groups.with_columns(
         pl.Series("kind", np.array(NAMES)[kind]),
-        pl.Series("agreement", np.where(drawn.documents >= 2, agreement, np.nan), nan_to_null=True),
+        pl.Series("agreement", np.where(bootstrap.documents >= 2, agreement, np.nan), nan_to_null=True),
     )

@@ -1,4 +1,4 @@
-"""Reading a manifest's facts, some of which may be null or absent: older datasets know fewer."""
+"""Access to the entries of a manifest, which may be null or, in older datasets, absent."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 
 def section(manifest: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """The object under these keys, one within the other; empty where there is none."""
-    found: Any = manifest
+    """The object under nested keys; empty if there is none."""
+    entry: Any = manifest
     for key in keys:
-        found = found.get(key) or {}
-    return found
+        entry = entry.get(key) or {}
+    return entry

@@ -1,4 +1,4 @@
-"""What a page or a table calls the model and the corpus."""
+"""Display names of the model and the corpus."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from attlas.analysis.manifest import section
 from attlas.extract.printable import printable
 
-_LONGEST = 60
+_MAX_LENGTH = 60
 _DIGEST = re.compile(r"[0-9a-f]{16,}")  # the folder of a revision in the hub's cache
-_CORPORA = {"demo": "demo (Python's reference manual)"}
+_CORPUS_TITLES = {"demo": "demo (Python's reference manual)"}
 
 
 def model_title(manifest: Mapping[str, Any]) -> str:
-    """The model's title, else its name, else its architecture; the architecture beside a name that tells nothing."""
+    """The model's title, name or architecture, whichever is there first; a name that says nothing is followed by the architecture."""
     model = section(manifest, "model")
-    architecture = printable(model.get("architecture") or "", limit=_LONGEST)
+    architecture = printable(model.get("architecture") or "", limit=_MAX_LENGTH)
     name = short_name(model.get("title") or model.get("name") or "")
     if name and ((name != "demo" and not _DIGEST.fullmatch(name)) or not architecture):
         return name
@@ -26,14 +26,14 @@ def model_title(manifest: Mapping[str, Any]) -> str:
 
 
 def corpus_title(manifest: Mapping[str, Any]) -> str:
-    """The corpus by its name."""
+    """The display name of the corpus."""
     name = section(manifest, "corpus").get("name") or "a corpus"
-    return _CORPORA.get(name, short_name(name))
+    return _CORPUS_TITLES.get(name, short_name(name))
 
 
 def short_name(name: str) -> str:
-    """A name that fits a heading: of a path of some machine the last part, the middle of a long name left out."""
+    """A name short enough for a heading: the last part of a local path, and long names shortened in the middle."""
     path = PureWindowsPath(name) if re.match(r"[A-Za-z]:[\\/]|\\\\", name) else PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or path.parts[:1] == ("~",):
         name = path.name or name
-    return printable(name, limit=_LONGEST)
+    return printable(name, limit=_MAX_LENGTH)

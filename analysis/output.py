@@ -1,4 +1,4 @@
-"""Where an answer goes: all of it, or an error. A file appears whole or not at all."""
+"""Output of query results: written completely or reported as an error. A file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import IO, Any
 
 from attlas.extract.store import Refusal
 
-_AT_ONCE = 1 << 24
-_OPEN_FILES = {"/dev/stdout": 1, "/dev/stderr": 2}
-_OPEN_FILE = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
+_CHUNK_BYTES = 1 << 24
+_STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+_DESCRIPTOR_PATH = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
 
 
 class OutputError(Exception):
-    """An answer that could not be written whole."""
+    """A result that could not be written completely."""
 
     def __init__(self, place: object, reason: str) -> None:
         self.reason = reason
@@ -32,9 +32,9 @@ class OutputError(Exception):
 
 
 def write_whole(chunks: Iterable[bytes | memoryview], stream: IO[Any]) -> None:
-    """Write all of the bytes; OutputError where the stream takes less, BrokenPipeError where nobody reads on.
+    """Write all chunks to a stream. Raises OutputError if it takes less, BrokenPipeError if the reader has gone away.
 
-    A text stream gets them through its binary buffer, or as UTF-8 text where it has none.
+    A text stream is written through its binary buffer, or as UTF-8 text if it has none.
     """
     try:
         stream.flush()
@@ -54,22 +54,22 @@ def _write(chunk: memoryview, stream: IO[Any]) -> None:
         target.write(bytes(chunk).decode())
         return
     while chunk:
-        piece = chunk[:_AT_ONCE]  # one call writes at most 2 GiB, and of a pipe less
-        written = target.write(piece) if descriptor is None else _write_now(descriptor, piece)
+        piece = chunk[:_CHUNK_BYTES]  # one call writes at most 2 GiB, and less to a pipe
+        written = target.write(piece) if descriptor is None else _write_descriptor(descriptor, piece)
         if not written:
             raise OSError(errno.EIO, "nothing more is taken")
         chunk = chunk[written:]
 
 
 def _descriptor(stream: IO[Any]) -> int | None:
-    """Of a stream of the system: past every buffer, a short write is seen."""
+    """The file descriptor of a stream, if it has one: writing to it directly reveals short writes."""
     try:
         return stream.fileno()
     except (OSError, AttributeError):  # a stream in memory
         return None
 
 
-def _write_now(descriptor: int, piece: memoryview) -> int:
+def _write_descriptor(descriptor: int, piece: memoryview) -> int:
     while True:
         try:
             return os.write(descriptor, piece)
@@ -83,12 +83,12 @@ def _reason(error: OSError) -> str:
 
 @contextmanager
 def answer_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write an answer to. It takes its name when all is written; what had the name until then is kept.
+    """A temporary file that replaces `path` when the block ends; until then, an existing file stays as it is.
 
-    Devices, pipes and open files (/dev/stdout) are written as they are. Raises Refusal for a path that can't be written,
-    before anything is computed, and OutputError where it can't be finished.
+    Devices, pipes and open files (/dev/stdout) are written directly. Raises Refusal if the path can't be written, before
+    anything is computed, and OutputError if writing fails.
     """
-    descriptor, target, temporary = _opened(path)
+    descriptor, target, temporary = _open_target(path)
     try:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             yield file
@@ -104,33 +104,33 @@ def answer_file(path: Path) -> Iterator[IO[bytes]]:
         raise OutputError(path, _reason(error)) from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)  # gone already if it became the answer
+            temporary.unlink(missing_ok=True)  # already gone if it replaced the target
 
 
-def _opened(path: Path) -> tuple[int, Path, Path | None]:
-    """A descriptor to write to; the file that it stands for, and the one that it is until it is whole."""
+def _open_target(path: Path) -> tuple[int, Path, Path | None]:
+    """(descriptor, target, temporary): a descriptor to write to, the file to be written, and the temporary file, if any."""
     try:
-        opened = _open_file(path)
-        if opened is not None:
-            return os.dup(opened), path, None
+        open_descriptor = _open_descriptor(path)
+        if open_descriptor is not None:
+            return os.dup(open_descriptor), path, None
         target = path.resolve()
-        held = target.stat() if target.exists() else None
-        if held is not None and not stat.S_ISREG(held.st_mode):
+        existing = target.stat() if target.exists() else None
+        if existing is not None and not stat.S_ISREG(existing.st_mode):
             return os.open(target, os.O_WRONLY), target, None
-        if held is not None and not os.access(target, os.W_OK):
+        if existing is not None and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, "it is read-only")
         temporary = target.with_name(f".attlas-{secrets.token_hex(6)}.tmp")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        if held is not None:
-            os.fchmod(descriptor, stat.S_IMODE(held.st_mode))
+        if existing is not None:
+            os.fchmod(descriptor, stat.S_IMODE(existing.st_mode))
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise Refusal(f"--output is a file that can be written; {path}: {why}; check the path") from error
     return descriptor, target, temporary
 
 
-def _open_file(path: Path) -> int | None:
-    """The number of a file that this process holds open, where the path names one."""
+def _open_descriptor(path: Path) -> int | None:
+    """The descriptor of an open file of this process, if the path names one."""
     name = os.path.abspath(path)  # noqa: PTH100 - resolving would follow /dev/stdout to the file behind it
-    match = _OPEN_FILE.fullmatch(name)
-    return int(match.group(1)) if match else _OPEN_FILES.get(name)
+    match = _DESCRIPTOR_PATH.fullmatch(name)
+    return int(match.group(1)) if match else _STANDARD_STREAMS.get(name)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from attlas.analysis.damage import damage_refused
+from attlas.analysis.damage import refuse_if_damaged
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.parts import first_line, unreadable_rows
+from attlas.analysis.parts import first_line, rows_error
 from attlas.analysis.result import FORMATS as FORMATS
 from attlas.analysis.result import Format as Format
 from attlas.analysis.result import write_result as write_result
@@ -46,7 +46,7 @@ def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
         raise Refusal(f"a query's time limit is above 0 seconds; got {timeout_s:g}; give a positive number")
     _refuse_other_statements(sql)
     with (
-        damage_refused(dataset),
+        refuse_if_damaged(dataset),
         _connection(dataset, sql) as connection,
         _time_limit(connection, timeout_s) as expired,
     ):
@@ -77,13 +77,13 @@ def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
 
 def _refuse_damage(dataset: Dataset, sql: str) -> None:
     """Where a query fails on bytes that are not the manifest's, they are to blame, not the query."""
-    from attlas.analysis.integrity import integrity
+    from attlas.analysis.integrity import check_file
 
     for table in filter(partial(_is_named, sql), dataset.tables):
         for part in dataset.parts(table):
-            for finding in integrity(dataset, table, part):
+            for finding in check_file(dataset, table, part):
                 raise dataset.refusal(str(finding))
-            reason = unreadable_rows(dataset.storage, part.path)
+            reason = rows_error(dataset.storage, part.path)
             if reason is not None:
                 raise dataset.refusal(f"{part.path}: its rows cannot be read ({reason})")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.heads import joined_means, statistics_of
+from attlas.analysis.heads import means_in_chunks, statistic_columns
 from attlas.analysis.weighting import weighted_residual
 
 SITES = ("embedding", "attention", "cross_attention", "mlp", "final_norm")  # in the order in which they happen
@@ -18,8 +18,8 @@ def residual_through_depth(dataset: Dataset, columns: tuple[str, ...] | None = N
     `depth` counts the sites of a stack from 0.
     """
     frame = weighted_residual(dataset)
-    names = list(columns) if columns is not None else statistics_of("residual", frame)
-    means = joined_means(frame, names, SITE)
+    names = list(columns) if columns is not None else statistic_columns("residual", frame)
+    means = means_in_chunks(frame, names, SITE)
     order = pl.col("site").replace_strict(
         list(SITES), list(range(len(SITES))), default=len(SITES), return_dtype=pl.Int32
     )

@@ -89,7 +89,7 @@ def _as_table(table: pa.Table, stream: IO[Any]) -> Iterator[bytes]:
     """The first rows under their names, as wide as they are; texts go over several lines where a terminal is narrower."""
     from rich.text import Text
 
-    from attlas.analysis.columns import Column, Fitted, Lines, console_for
+    from attlas.analysis.columns import Column, FittedTable, WrappedText, console_for
 
     shown = table.slice(0, _SHOWN_ROWS)
     columns = [
@@ -105,8 +105,8 @@ def _as_table(table: pa.Table, stream: IO[Any]) -> Iterator[bytes]:
     rest = f"; {left} more not shown: add LIMIT, or choose --format csv, json or parquet" if left > 0 else ""
     console = console_for(stream if isinstance(stream, io.TextIOBase) else io.StringIO())
     with console.capture() as captured:
-        console.print(Fitted(columns), crop=False)
-        console.print(Lines(Text(f"{plural(table.num_rows, 'row')}{rest}")), crop=False)
+        console.print(FittedTable(columns), crop=False)
+        console.print(WrappedText(Text(f"{plural(table.num_rows, 'row')}{rest}")), crop=False)
     yield captured.get().encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
 
 

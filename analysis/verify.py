@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.integrity import Finding as Finding
-from attlas.analysis.integrity import integrity, strays, totals
+from attlas.analysis.integrity import check_file, check_row_counts, find_stray_files
 from attlas.analysis.manifest import section
 from attlas.analysis.parts import first_line
 from attlas.analysis.report.numbers import plural
@@ -43,7 +43,7 @@ def verify(location: Location) -> list[Finding]:
 
 def findings_in(dataset: Dataset) -> list[Finding]:
     """Everything that is wrong with an open dataset."""
-    findings = list(strays(dataset))
+    findings = list(find_stray_files(dataset))
     always = [table.name for table in TABLES.values() if table.is_always_written]
     lacking = [table for table in always if table not in dataset.tables]
     if lacking:
@@ -52,9 +52,9 @@ def findings_in(dataset: Dataset) -> list[Finding]:
         )
     sound: dict[str, list[Part]] = {table: [] for table in always}
     for table in dataset.tables:
-        findings += totals(dataset, table)
+        findings += check_row_counts(dataset, table)
         for part in dataset.parts(table):  # refuses parts outside the dataset
-            wrong = list(integrity(dataset, table, part))
+            wrong = list(check_file(dataset, table, part))
             findings += wrong
             if not wrong:
                 sound.setdefault(table, []).append(part)

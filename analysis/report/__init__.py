@@ -16,7 +16,7 @@ def write_report(location: Location, out: Path | str | None = None) -> Path | st
 
     Returns the path of the page, or its URL in an object store.
     """
-    from attlas.analysis.damage import damage_refused
+    from attlas.analysis.damage import refuse_if_damaged
     from attlas.analysis.dataset import Dataset
     from attlas.analysis.report.content import gather
     from attlas.analysis.report.page import render
@@ -28,7 +28,7 @@ def write_report(location: Location, out: Path | str | None = None) -> Path | st
         storage.refuse_obstacle(REPORT)
     elif Path(out).is_dir():
         raise Refusal(f"a report is a file; {out} is a folder; give the name of a file in it")
-    with damage_refused(dataset):
+    with refuse_if_damaged(dataset):
         page = render(gather(dataset)).encode()
     if out is not None:
         write_atomically(Path(out), page)
@@ -40,11 +40,11 @@ def write_report(location: Location, out: Path | str | None = None) -> Path | st
 
 def summary(location: Location) -> RenderableType:
     """What the report finds, as tables for a terminal."""
-    from attlas.analysis.damage import damage_refused
+    from attlas.analysis.damage import refuse_if_damaged
     from attlas.analysis.dataset import Dataset
     from attlas.analysis.report.content import gather
     from attlas.analysis.report.terminal import tables
 
     dataset = Dataset.open(location)
-    with damage_refused(dataset):
+    with refuse_if_damaged(dataset):
         return tables(gather(dataset))

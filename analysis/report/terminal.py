@@ -8,7 +8,7 @@ import polars as pl
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from attlas.analysis.columns import Column, Fitted, Lines
+from attlas.analysis.columns import Column, FittedTable, WrappedText
 from attlas.analysis.manifest import section
 from attlas.analysis.naming import corpus_title, model_title
 from attlas.analysis.report import findings
@@ -26,18 +26,18 @@ def tables(content: Content) -> RenderableType:
     for table in (_extremes(content), _kinds(content), _defects(content)):
         parts += ["", table]
     notes = findings.notes(content)
-    parts += ["", *(Lines(Text(f"Note: {printable(note)}", style="dim")) for note in notes)] if notes else []
+    parts += ["", *(WrappedText(Text(f"Note: {printable(note)}", style="dim")) for note in notes)] if notes else []
     return Group(*parts)
 
 
-def _title(content: Content) -> Lines:
+def _title(content: Content) -> WrappedText:
     tokens = section(content.manifest, "corpus").get("tokens") or 0
     counts = (plural(content.heads.height, "head"), plural(content.documents, "document"), plural(tokens, "token"))
     title = Text(model_title(content.manifest), style="bold")
-    return Lines(title.append(f" on {corpus_title(content.manifest)}: {', '.join(counts)}", "not bold"))
+    return WrappedText(title.append(f" on {corpus_title(content.manifest)}: {', '.join(counts)}", "not bold"))
 
 
-def _extremes(content: Content) -> Fitted:
+def _extremes(content: Content) -> FittedTable:
     """The sharpest, broadest, nearest and farthest heads, with half-widths of their 95 % intervals."""
     rows = []
     for name, column, largest in (
@@ -52,7 +52,7 @@ def _extremes(content: Content) -> Fitted:
         "entropy_normalized": "entropy of max",
         content.distance: f"{content.distance.removeprefix('distance_')} away",
     } | {mass: mass.removeprefix("mass_") for mass in _MASSES}
-    return Fitted(
+    return FittedTable(
         (
             Column("", [name for name, _ in rows]),
             Column("head", [printable(row["label"]) for _, row in rows]),
@@ -63,7 +63,7 @@ def _extremes(content: Content) -> Fitted:
                     [_with_half(row, column) for _, row in rows],
                     right=True,
                     breaks="at spaces",
-                    may_go=column in _MASSES,
+                    optional=column in _MASSES,
                 )
                 for column, heading in headings.items()
             ),
@@ -77,9 +77,9 @@ def _with_half(row: dict[str, Any], column: str) -> str:
     return f"{estimate(row[column], low, high)} {half_width(low, high)}".strip()
 
 
-def _kinds(content: Content) -> Fitted:
+def _kinds(content: Content) -> FittedTable:
     counts = findings.kind_counts(content)
-    return Fitted(
+    return FittedTable(
         (
             Column("kind", [kind for kind, _, _ in counts]),
             Column("heads", [str(number) for _, number, _ in counts], right=True),
@@ -96,11 +96,11 @@ def _firm(content: Content, kind: str) -> str:
     return str(int((own >= findings.FIRM).sum())) if len(own) else "–"
 
 
-def _defects(content: Content) -> Fitted:
+def _defects(content: Content) -> FittedTable:
     rules = content.rules.rows(named=True)
     found = ["not measured" if row["found"] is None else str(row["found"]) for row in rules]
     styles = ["bold red" if row["found"] else "dim" for row in rules]
-    return Fitted(
+    return FittedTable(
         (
             Column("defect", [row["defect"] for row in rules]),
             Column("found", [Text(text, style=s) for text, s in zip(found, styles, strict=True)], right=True),

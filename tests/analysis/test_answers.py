@@ -10,7 +10,7 @@ from attlas.analysis.dataset import Dataset
 from attlas.analysis.defects import DEFECTS, collect_evidence, find_defects, rules_table
 from attlas.analysis.distance import distance_by_position, distance_ranking, offset_profile
 from attlas.analysis.entropy import entropy_by_head, entropy_by_layer, entropy_by_length, entropy_by_position
-from attlas.analysis.info import describe, number, size
+from attlas.analysis.info import describe, format_size, format_value
 from attlas.analysis.kinds import KINDS, MIXED, NAMES, classify, head_kinds, kinds_table
 from attlas.analysis.residual import residual_through_depth
 from tests.analysis.synthetic import write_dataset
@@ -236,5 +236,5 @@ def test_the_stacks_and_images_of_a_model_are_described() -> None:
 
 
 def test_numbers_and_sizes_are_written_for_people() -> None:
-    assert (number(1234567), number(None), number(True), number(0.25)) == ("1 234 567", "—", "yes", "0.25")
-    assert (size(10), size(2048), size(5 * 2**30)) == ("10 B", "2.0 KiB", "5.0 GiB")
+    assert [format_value(v) for v in (1234567, None, True, 0.25)] == ["1 234 567", "—", "yes", "0.25"]
+    assert (format_size(10), format_size(2048), format_size(5 * 2**30)) == ("10 B", "2.0 KiB", "5.0 GiB")

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from attlas.analysis.columns import Column, Fitted
+from attlas.analysis.columns import Column, FittedTable
 from attlas.analysis.naming import corpus_title, model_title, short_name
 from attlas.analysis.report import summary, write_report
 from attlas.analysis.report.numbers import plural
@@ -80,8 +80,11 @@ def test_the_summary_keeps_to_the_terminal_where_it_can(folder: Path, width: int
 
 
 def test_columns_are_left_out_from_the_right_and_named() -> None:
-    table = Fitted(
-        [Column("a", ["1"]), *(Column(n, ["1.234 ±0.005"], right=True, breaks="at spaces", may_go=True) for n in "bc")]
+    table = FittedTable(
+        [
+            Column("a", ["1"]),
+            *(Column(n, ["1.234 ±0.005"], right=True, breaks="at spaces", optional=True) for n in "bc"),
+        ]
     )
     console = Console(width=10, file=io.StringIO())
     console.print(table, crop=False)
