@@ -1,8 +1,8 @@
 """Read-only SQL over the tables of a dataset.
 
-DuckDB never gets the right to open a file. The tables are handed to it as Arrow datasets over the manifest's parts,
-and external access is switched off and locked: a COPY hidden in a common table expression parses as a SELECT, so the
-statement's type alone would not keep it from writing.
+DuckDB is never allowed to open a file. The tables are registered as Arrow datasets over the manifest's parts, and
+external access is disabled and locked. Checking the type of the statement would not be enough: a COPY inside a common
+table expression parses as a SELECT.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow.dataset as arrow
 
-_MEMORY = "4GB"
+_MEMORY_LIMIT = "4GB"
 _AS_TEXT = re.compile(r"\b(BLOB|BIT|INTERVAL|MAP|UNION|VARIANT|GEOMETRY|DATE|TIME|TIMESTAMP\w*|TIMETZ|UUID)\b")
 _EXPLAIN = re.compile(r"\s*explain\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE)
 
 
 def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
-    """The result of one SELECT (or WITH, FROM, VALUES, DESCRIBE, SHOW, SUMMARIZE, EXPLAIN of one) over the tables.
+    """Run one read-only SQL statement over the tables: SELECT, WITH, FROM, VALUES, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN.
 
-    Raises Refusal for anything else, for SQL that DuckDB rejects, for a file, and for a query that runs too long.
+    Raises Refusal for any other statement, SQL that DuckDB rejects, access to files, and queries beyond the time limit.
     """
     dataset = Dataset.open(location)
     if not timeout_s > 0:
@@ -53,7 +53,7 @@ def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
         import duckdb
 
         try:
-            return _plain(_writable(connection.sql(sql)).to_arrow_table())
+            return _normalize(_cast_to_writable_types(connection.sql(sql)).to_arrow_table())
         except duckdb.InterruptException as error:
             if expired.is_set():
                 raise Refusal(
@@ -71,15 +71,15 @@ def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
                 f"the tables are {', '.join(dataset.tables)}"
             ) from error
         except duckdb.Error as error:
-            _refuse_damage(dataset, sql)
+            _refuse_damaged_parts(dataset, sql)
             raise Refusal(f"the query must be valid DuckDB SQL; it says: {first_line(error)}") from error
 
 
-def _refuse_damage(dataset: Dataset, sql: str) -> None:
-    """Where a query fails on bytes that are not the manifest's, they are to blame, not the query."""
+def _refuse_damaged_parts(dataset: Dataset, sql: str) -> None:
+    """Raise Refusal if a table that the query reads has a damaged part, which is then why the query failed."""
     from attlas.analysis.integrity import check_file
 
-    for table in filter(partial(_is_named, sql), dataset.tables):
+    for table in filter(partial(_mentions, sql), dataset.tables):
         for part in dataset.parts(table):
             for finding in check_file(dataset, table, part):
                 raise dataset.refusal(str(finding))
@@ -88,7 +88,7 @@ def _refuse_damage(dataset: Dataset, sql: str) -> None:
                 raise dataset.refusal(f"{part.path}: its rows cannot be read ({reason})")
 
 
-def _is_named(sql: str, table: str) -> bool:
+def _mentions(sql: str, table: str) -> bool:
     return table.lower() in sql.lower()
 
 
@@ -103,7 +103,7 @@ def _refuse_other_statements(sql: str) -> None:
         raise Refusal(f"a query is one statement; got {len(statements)}; give a single SELECT")
     kind = statements[0].type
     if kind == duckdb.StatementType.EXPLAIN:
-        # EXPLAIN ANALYZE runs what it explains
+        # EXPLAIN ANALYZE runs the statement
         _refuse_other_statements(_EXPLAIN.sub("", _without_comments(statements[0].query), count=1))
     elif kind != duckdb.StatementType.SELECT:
         raise Refusal(f"a query only reads; got {kind.name}; give a single SELECT (or WITH, FROM, DESCRIBE, EXPLAIN)")
@@ -115,18 +115,18 @@ def _without_comments(sql: str) -> str:
 
 @contextmanager
 def _connection(dataset: Dataset, sql: str) -> Iterator[duckdb.DuckDBPyConnection]:
-    """An in-memory database that holds the tables and can open nothing."""
+    """An in-memory database with the tables, which cannot open files."""
     import duckdb
 
     threads = min(os.cpu_count() or 1, 8)
-    connection = duckdb.connect(":memory:", config={"threads": threads, "memory_limit": _MEMORY})
+    connection = duckdb.connect(":memory:", config={"threads": threads, "memory_limit": _MEMORY_LIMIT})
     try:
         for table in dataset.tables:
             try:
-                connection.register(table, _rows(dataset, table))
+                connection.register(table, _table_source(dataset, table))
             except Refusal:
-                if _is_named(sql, table):
-                    raise  # what a query does not read may be damaged
+                if _mentions(sql, table):
+                    raise  # tables that the query does not read may be damaged
         for setting in ("python_enable_replacements=false", "temp_directory=''", "enable_external_access=false"):
             connection.execute(f"SET {setting}")
         connection.execute("SET lock_configuration=true")
@@ -135,8 +135,8 @@ def _connection(dataset: Dataset, sql: str) -> Iterator[duckdb.DuckDBPyConnectio
         connection.close()
 
 
-def _rows(dataset: Dataset, table: str) -> arrow.Dataset | pa.Table:
-    """The rows of a table where they lie; of parts that are missing or damaged a Refusal."""
+def _table_source(dataset: Dataset, table: str) -> arrow.Dataset | pa.Table:
+    """A table's parts as an Arrow dataset. Raises Refusal if parts are missing or damaged."""
     schema, parts = dataset.part_schema(table), dataset.parts(table)
     if not parts:
         return schema.empty_table() if len(schema) else pa.table({"nothing": pa.array([], pa.null())})
@@ -161,8 +161,8 @@ def _time_limit(connection: duckdb.DuckDBPyConnection, seconds: float) -> Iterat
         timer.join()
 
 
-def _writable(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
-    """The relation with what is no number, truth, text, list or record as text: not every format knows the others."""
+def _cast_to_writable_types(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
+    """Cast columns to text whose types some output format lacks: all but numbers, booleans, text, lists and structs."""
     types = [str(dtype) for dtype in relation.types]
     if not any(map(_AS_TEXT.search, types)):
         return relation
@@ -173,23 +173,23 @@ def _writable(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
     return relation.project(", ".join(columns))
 
 
-def _plain(table: pa.Table) -> pa.Table:
-    """DuckDB's 128-bit sums as int64 where they fit, and every column under a name of its own."""
+def _normalize(table: pa.Table) -> pa.Table:
+    """Convert DuckDB's 128-bit sums to int64 if they fit, and make column names unique."""
     names: list[str] = []
     columns = []
     for name, column in zip(table.column_names, table.columns, strict=True):
-        names.append(_unused(name, names))
-        columns.append(_narrow(column))
+        names.append(_unique_name(name, names))
+        columns.append(_narrow_decimal(column))
     return pa.Table.from_arrays(columns, names=names)
 
 
-def _unused(name: str, names: list[str]) -> str:
-    """The name, or the first of name_1, name_2, … that is none yet."""
+def _unique_name(name: str, names: list[str]) -> str:
+    """The name, or the first of name_1, name_2, … that is not taken."""
     numbered = (f"{name}_{number}" for number in itertools.count(1))
     return name if name not in names else next(n for n in numbered if n not in names)
 
 
-def _narrow(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _narrow_decimal(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if not pa.types.is_decimal(column.type):
         return column
     try:

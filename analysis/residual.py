@@ -1,4 +1,4 @@
-"""The residual stream through depth: how it grows, turns and gathers."""
+"""The residual stream through depth."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from attlas.analysis.dataset import Dataset
 from attlas.analysis.heads import means_in_chunks, statistic_columns
 from attlas.analysis.weighting import weighted_residual
 
-SITES = ("embedding", "attention", "cross_attention", "mlp", "final_norm")  # in the order in which they happen
+SITES = ("embedding", "attention", "cross_attention", "mlp", "final_norm")  # in the order in which a block runs them
 SITE = ("stack", "layer", "site")
 
 
 def residual_through_depth(dataset: Dataset, columns: tuple[str, ...] | None = None) -> pl.DataFrame:
-    """Token-weighted means with intervals, a row per stack, layer and site, in the order in which they happen.
+    """Token-weighted means with intervals, a row per stack, layer and site, in the order in which the model runs them.
 
     `depth` counts the sites of a stack from 0.
     """

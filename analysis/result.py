@@ -1,4 +1,4 @@
-"""The rows of an answer, written for people or for programs."""
+"""Query results written as a table for people, or as CSV, JSON or Parquet."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ from attlas.extract.store import Refusal
 
 Format = Literal["table", "csv", "json", "parquet"]
 FORMATS: tuple[Format, ...] = ("table", "csv", "json", "parquet")
-_SHOWN_ROWS = 200
-_LONGEST_CELL = 2_000
-_AT_ONCE = 1 << 16  # rows
+_MAX_ROWS = 200
+_MAX_CELL_LENGTH = 2_000
+_CHUNK_ROWS = 1 << 16
 
 
 def write_result(table: pa.Table, format: Format, stream: IO[Any]) -> None:
-    """Write a result for people (`table`) or for programs (`csv`, `json`: a list of objects, `parquet`).
+    """Write a result as a table for people (`table`), or as `csv`, `json` (a list of objects) or `parquet`.
 
-    A text stream takes all but parquet; for that its binary buffer is used. Raises OutputError where the stream does not
-    take all of it.
+    Parquet needs a binary stream, or a text stream with a binary buffer. Raises OutputError if the stream does not take
+    everything.
     """
     if format not in FORMATS:
         raise Refusal(f"a format is one of {', '.join(FORMATS)}; got {format!r}; choose one of them")
     if format == "parquet":
-        _refuse_text(stream)
-    chunks = {"table": _as_table, "csv": _as_csv, "json": _as_json, "parquet": _as_parquet}[format]
+        _refuse_text_stream(stream)
+    chunks = {"table": _table_chunks, "csv": _csv_chunks, "json": _json_chunks, "parquet": _parquet_chunks}[format]
     write_whole(chunks(table, stream), stream)
 
 
-def _refuse_text(stream: IO[Any]) -> None:
+def _refuse_text_stream(stream: IO[Any]) -> None:
     if isinstance(getattr(stream, "buffer", stream), io.TextIOBase):
         raise Refusal("Parquet is binary; the output is a text stream; give --output FILE")
     if stream is sys.stdout and sys.stdout.isatty():
         raise Refusal("Parquet is binary; the output is a terminal; give --output FILE, or another --format")
 
 
-def _as_parquet(table: pa.Table, _: IO[Any]) -> Iterator[memoryview]:
+def _parquet_chunks(table: pa.Table, _: IO[Any]) -> Iterator[memoryview]:
     import pyarrow.parquet as pq
 
-    written = pa.BufferOutputStream()
-    pq.write_table(table, written, compression="zstd")
-    yield memoryview(written.getvalue())
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    yield memoryview(sink.getvalue())
 
 
-def _as_csv(table: pa.Table, _: IO[Any]) -> Iterator[bytes]:
+def _csv_chunks(table: pa.Table, _: IO[Any]) -> Iterator[bytes]:
     frame = _frame(table)
     frame = frame.with_columns(_csv_cell(name, dtype) for name, dtype in frame.schema.items() if dtype.is_nested())
-    for start in range(0, max(1, frame.height), _AT_ONCE):
-        yield frame.slice(start, _AT_ONCE).write_csv(include_header=start == 0).encode()
+    for start in range(0, max(1, frame.height), _CHUNK_ROWS):
+        yield frame.slice(start, _CHUNK_ROWS).write_csv(include_header=start == 0).encode()
 
 
 def _csv_cell(name: str, dtype: pl.DataType) -> pl.Expr:
-    """A list of plain values with spaces between them; what is nested deeper as JSON."""
+    """A nested column as text: a list of scalars separated by spaces, anything else as JSON."""
     column = pl.col(name)
     if isinstance(dtype, (pl.List, pl.Array)) and not dtype.inner.is_nested():  # pyright: ignore[reportAttributeAccessIssue]
         return column.cast(pl.List(pl.String)).list.join(" ")
@@ -70,12 +70,12 @@ def _csv_cell(name: str, dtype: pl.DataType) -> pl.Expr:
     return pl.when(column.is_not_null()).then(wrapped.str.strip_prefix('{"x":').str.strip_suffix("}")).alias(name)
 
 
-def _as_json(table: pa.Table, _: IO[Any]) -> Iterator[bytes]:
+def _json_chunks(table: pa.Table, _: IO[Any]) -> Iterator[bytes]:
     # JSON has no NaN and no infinity
     frame = _frame(table).with_columns(pl.when(cs.float().is_finite()).then(cs.float()))
     yield b"["
-    for start in range(0, frame.height, _AT_ONCE):
-        yield (b"," if start else b"") + frame.slice(start, _AT_ONCE).write_json().encode()[1:-1]
+    for start in range(0, frame.height, _CHUNK_ROWS):
+        yield (b"," if start else b"") + frame.slice(start, _CHUNK_ROWS).write_json().encode()[1:-1]
     yield b"]\n"
 
 
@@ -85,13 +85,13 @@ def _frame(table: pa.Table) -> pl.DataFrame:
     return frame.with_columns(cs.categorical().cast(pl.String))
 
 
-def _as_table(table: pa.Table, stream: IO[Any]) -> Iterator[bytes]:
-    """The first rows under their names, as wide as they are; texts go over several lines where a terminal is narrower."""
+def _table_chunks(table: pa.Table, stream: IO[Any]) -> Iterator[bytes]:
+    """The first rows as a table; in a terminal that is too narrow, text is wrapped."""
     from rich.text import Text
 
     from attlas.analysis.columns import Column, FittedTable, WrappedText, console_for
 
-    shown = table.slice(0, _SHOWN_ROWS)
+    shown = table.slice(0, _MAX_ROWS)
     columns = [
         Column(
             printable(field.name),
@@ -101,16 +101,16 @@ def _as_table(table: pa.Table, stream: IO[Any]) -> Iterator[bytes]:
         )
         for field, column in zip(shown.schema, shown.columns, strict=True)
     ]
-    left = table.num_rows - _SHOWN_ROWS
-    rest = f"; {left} more not shown: add LIMIT, or choose --format csv, json or parquet" if left > 0 else ""
+    omitted = table.num_rows - _MAX_ROWS
+    hint = f"; {omitted} more not shown: add LIMIT, or choose --format csv, json or parquet" if omitted > 0 else ""
     console = console_for(stream if isinstance(stream, io.TextIOBase) else io.StringIO())
-    with console.capture() as captured:
+    with console.capture() as capture:
         console.print(FittedTable(columns), crop=False)
-        console.print(WrappedText(Text(f"{plural(table.num_rows, 'row')}{rest}")), crop=False)
-    yield captured.get().encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
+        console.print(WrappedText(Text(f"{plural(table.num_rows, 'row')}{hint}")), crop=False)
+    yield capture.get().encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "null"
-    return f"{value:.6g}" if isinstance(value, float) else printable(value, limit=_LONGEST_CELL)
+    return f"{value:.6g}" if isinstance(value, float) else printable(value, limit=_MAX_CELL_LENGTH)

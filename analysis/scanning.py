@@ -1,4 +1,4 @@
-"""Scans Parquet parts in place, with Polars or Arrow, reading only the columns and row groups that are needed."""
+"""Scans of Parquet parts with Polars or Arrow that read only the columns and row groups they need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def scan_parts(storage: Storage, parts: Iterable[Part]) -> pl.LazyFrame:
-    """The rows of parts with a common schema."""
+    """The rows of parts with a common schema as a LazyFrame."""
     sources = [storage.source(part.path) for part in parts]
     if _are_local(sources):
         return pl.scan_parquet(sources, glob=False, hive_partitioning=False)

@@ -1,4 +1,4 @@
-"""Is a dataset what its manifest and its schema say? Every part that is wrong is named, with what is wrong in it."""
+"""Verification of a dataset against its manifest, its schema and the rules of its tables."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from attlas.analysis.scanning import scan_parts
 from attlas.extract.store import MANIFEST, Location, Part, name_of
 from attlas.extract.tables import TABLES, Agreement, Table
 
-BOUND_TOLERANCE = 1e-4  # of float32 means, relative beyond 1
+BOUND_TOLERANCE = 1e-4  # of float32 means; relative to bounds beyond ±1
 _ROW = "|row"
-# Polars panics, outside of Exception, where Rust code meets what it holds to be impossible
+# a panic in Polars' Rust code is not a subclass of Exception
 READING_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError, MemoryError)
 _SHARD = re.compile(r"shard-(\d+)\.parquet$")
 
 
 @dataclass(frozen=True)
 class Check:
-    """A rule that rows keep; `bad` marks the rows that break it."""
+    """A rule for rows; `bad` selects the rows that break it."""
 
     name: str
     bad: pl.Expr
@@ -37,84 +37,87 @@ class Check:
 
 
 def verify(location: Location) -> list[Finding]:
-    """Everything that is wrong with a dataset; an empty list for a sound one. Refusal where there is no dataset."""
+    """All problems of a dataset; an empty list if there are none. Raises Refusal if there is no dataset."""
     return findings_in(Dataset.open(location))
 
 
 def findings_in(dataset: Dataset) -> list[Finding]:
-    """Everything that is wrong with an open dataset."""
+    """All problems of an open dataset."""
     findings = list(find_stray_files(dataset))
     always = [table.name for table in TABLES.values() if table.is_always_written]
-    lacking = [table for table in always if table not in dataset.tables]
-    if lacking:
+    missing = [table for table in always if table not in dataset.tables]
+    if missing:
         findings.append(
-            Finding(MANIFEST, "tables", f"every dataset has {', '.join(always)}; {', '.join(lacking)} missing")
+            Finding(MANIFEST, "tables", f"every dataset has {', '.join(always)}; {', '.join(missing)} missing")
         )
-    sound: dict[str, list[Part]] = {table: [] for table in always}
+    intact: dict[str, list[Part]] = {table: [] for table in always}
     for table in dataset.tables:
         findings += check_row_counts(dataset, table)
-        for part in dataset.parts(table):  # refuses parts outside the dataset
-            wrong = list(check_file(dataset, table, part))
-            findings += wrong
-            if not wrong:
-                sound.setdefault(table, []).append(part)
-    return findings + list(_contents(dataset, sound))
+        for part in dataset.parts(table):  # raises Refusal for parts outside the dataset
+            problems = list(check_file(dataset, table, part))
+            findings += problems
+            if not problems:
+                intact.setdefault(table, []).append(part)
+    return findings + list(_check_rows(dataset, intact))
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _contents(dataset: Dataset, sound: Mapping[str, list[Part]]) -> Iterator[Finding]:
-    """Checks of the rows of the parts whose files are sound."""
-    linked = all(_whole(dataset, sound, table) for table in ("documents", "sequences"))
-    sequences = _scan(dataset, sound["sequences"]) if linked else None
-    for name, parts in sound.items():
+def _check_rows(dataset: Dataset, intact: Mapping[str, list[Part]]) -> Iterator[Finding]:
+    """Check the rows of the parts whose files are intact."""
+    sequences_are_intact = all(_is_intact(dataset, intact, table) for table in ("documents", "sequences"))
+    sequences = _scan(dataset, intact["sequences"]) if sequences_are_intact else None
+    for name, parts in intact.items():
         if name not in TABLES:
             continue
         for part in parts:
-            yield from _readable(part.path, _part_findings(dataset, TABLES[name], part, sequences))
-        if _whole(dataset, sound, name):
-            yield from _readable(name, _whole_findings(dataset, TABLES[name], sound))
+            yield from _catch_read_errors(part.path, _check_part(dataset, TABLES[name], part, sequences))
+        if _is_intact(dataset, intact, name):
+            yield from _catch_read_errors(name, _check_table(dataset, TABLES[name], intact))
 
 
-def _readable(part: str, findings: Iterator[Finding]) -> Iterator[Finding]:
-    """The findings; one more where the rows can't be read to the end, whatever the reader raises of them."""
+def _catch_read_errors(part: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yield the findings; an error while reading the rows becomes a finding too."""
     try:
         yield from findings
     except READING_ERRORS as error:
         yield Finding(part, "unreadable", first_line(error))
 
 
-def _whole(dataset: Dataset, sound: Mapping[str, list[Part]], table: str) -> bool:
+def _is_intact(dataset: Dataset, intact: Mapping[str, list[Part]], table: str) -> bool:
+    """Whether the table has parts and all of them are intact."""
     parts = dataset.parts(table) if table in dataset.tables else []
-    return bool(parts) and len(sound.get(table, [])) == len(parts)
+    return bool(parts) and len(intact.get(table, [])) == len(parts)
 
 
 def _scan(dataset: Dataset, parts: Iterable[Part]) -> pl.LazyFrame:
     return scan_parts(dataset.storage, parts).with_columns(cs.categorical().cast(pl.String))
 
 
-def _part_findings(dataset: Dataset, table: Table, part: Part, sequences: pl.LazyFrame | None) -> Iterator[Finding]:
+def _check_part(dataset: Dataset, table: Table, part: Part, sequences: pl.LazyFrame | None) -> Iterator[Finding]:
     frame = _scan(dataset, [part])
     checks = [*_value_checks(table, frame), *_order_checks(table, frame)]
-    of_sequences = "sequence_id" in table.schema().names and table.kind != "plan"
-    yield from _broken(part, frame.with_row_index(_ROW), checks + ([] if of_sequences else _rule_checks(table, frame)))
+    is_per_sequence = "sequence_id" in table.schema().names and table.kind != "plan"
+    yield from _violations(
+        part, frame.with_row_index(_ROW), checks + ([] if is_per_sequence else _rule_checks(table, frame))
+    )
     if sequences is None:
         return
     match = _SHARD.search(part.path)
     shard = int(match.group(1)) if match else -1
-    own = sequences.filter(pl.col("shard") == shard)
-    if of_sequences:
-        frame = _with_sequence(dataset, frame, own)
-        yield from _broken(part, frame, [*_sequence_checks(dataset, table, frame), *_rule_checks(table, frame)])
+    planned = sequences.filter(pl.col("shard") == shard)
+    if is_per_sequence:
+        frame = _with_sequence(dataset, frame, planned)
+        yield from _violations(part, frame, [*_sequence_checks(dataset, table, frame), *_rule_checks(table, frame)])
         if table.kind == "dense":
-            yield from _rectangle(dataset, table, part, frame, own)
+            yield from _check_completeness(dataset, table, part, frame, planned)
     elif "shard" in table.schema().names:
-        yield from _broken(part, frame, [Check("shard", pl.col("shard") != shard, f"a shard other than {shard}")])
+        yield from _violations(part, frame, [Check("shard", pl.col("shard") != shard, f"a shard other than {shard}")])
 
 
-def _broken(part: Part, frame: pl.LazyFrame, checks: list[Check]) -> Iterator[Finding]:
-    """Count the rows that break each rule, all in one pass."""
+def _violations(part: Part, frame: pl.LazyFrame, checks: list[Check]) -> Iterator[Finding]:
+    """Findings on the rows that break each rule, counted in one pass."""
     counts = frame.select(
         pl.len().alias("rows"), *(c.bad.fill_null(False).sum().alias(str(i)) for i, c in enumerate(checks))
     ).collect(engine="streaming")
@@ -126,7 +129,7 @@ def _broken(part: Part, frame: pl.LazyFrame, checks: list[Check]) -> Iterator[Fi
 
 
 def _value_checks(table: Table, frame: pl.LazyFrame) -> list[Check]:
-    """Nulls, NaN and infinities, and bounds that are numbers."""
+    """Checks for nulls, NaN, infinities and numeric bounds."""
     present = set(frame.collect_schema().names())
     checks = []
     for column in (c for c in table.columns if c.name in present):
@@ -159,28 +162,28 @@ def _bound(name: str, bound: pl.Expr, side: str, text: str, *, exact: bool) -> C
 
 
 def _order_checks(table: Table, frame: pl.LazyFrame) -> list[Check]:
-    """Sorted by the table's order, keys unique. Names (stack, site, profile) may come in any order, each in one run."""
+    """Checks that keys are unique and rows sorted; names (stack, site, profile) may come in any order, each in a single run."""
     keys = [c.name for c in table.keys]
     schema = frame.collect_schema()
-    misplaced, same = pl.lit(False), pl.lit(True)
+    unsorted, same = pl.lit(False), pl.lit(True)
     for i, name in enumerate(table.order):
         changed = pl.col(name) != pl.col(name).shift(1)
         if schema[name] == pl.String:
-            # a run of a name that begins after the name was seen already under the same leading columns
+            # a run of a name that has already occurred under the same leading columns
             again = pl.col(_ROW) > pl.col(_ROW).min().over(table.order[: i + 1])
-            misplaced = misplaced | (same & changed & again)
+            unsorted = unsorted | (same & changed & again)
         else:
-            misplaced = misplaced | (same & (pl.col(name) < pl.col(name).shift(1)))
+            unsorted = unsorted | (same & (pl.col(name) < pl.col(name).shift(1)))
         same = same & ~changed
     return [
         Check("keys", pl.struct(keys).is_duplicated(), f"the same {' × '.join(keys)} again"),
-        Check("order", misplaced, f"not sorted by {', '.join(table.order)}"),
+        Check("order", unsorted, f"not sorted by {', '.join(table.order)}"),
     ]
 
 
-def _with_sequence(dataset: Dataset, frame: pl.LazyFrame, own: pl.LazyFrame) -> pl.LazyFrame:
-    """Rows with what rules may use of their sequence: `n`, its tokens, and `of_tokens`."""
-    facts = own.select("sequence_id", n=pl.col("tokens").cast(pl.Float64), of=pl.col("document_id"))
+def _with_sequence(dataset: Dataset, frame: pl.LazyFrame, planned: pl.LazyFrame) -> pl.LazyFrame:
+    """Add the columns of the sequence that rules may use: `n`, its number of tokens, and `of_tokens`."""
+    facts = planned.select("sequence_id", n=pl.col("tokens").cast(pl.Float64), of=pl.col("document_id"))
     return frame.join(facts, on="sequence_id", how="left").with_columns(of_tokens=_is_of_tokens(dataset))
 
 
@@ -193,14 +196,14 @@ def _sequence_checks(dataset: Dataset, table: Table, frame: pl.LazyFrame) -> lis
 
 
 def _symbolic_bounds(dataset: Dataset, table: Table, present: Collection[str]) -> list[Check]:
-    """Bounds in terms of the sequence's length n and the stream's width d; only where n counts keys and queries."""
-    known = pl.col("of_tokens")  # what merges tokens changes its width as well
-    n = pl.when(known).then(pl.col("n"))
+    """Bounds in terms of the sequence's length n and the stream's width d, for stacks whose queries and keys are tokens."""
+    of_tokens = pl.col("of_tokens")  # a stack that merges tokens changes its width too
+    n = pl.when(of_tokens).then(pl.col("n"))
     outcomes = pl.lit(0.0)
     if table.outcome is not None and table.outcome in present:
         outcomes = pl.col(table.outcome).is_not_null().cast(pl.Float64)
     width = section(dataset.manifest, "model").get("width")
-    d = pl.when(known).then(float(width)) if isinstance(width, int) else pl.lit(None, dtype=pl.Float64)
+    d = pl.when(of_tokens).then(float(width)) if isinstance(width, int) else pl.lit(None, dtype=pl.Float64)
     symbols = {
         "n": n,
         "n−1": n - 1,
@@ -221,53 +224,54 @@ def _symbolic_bounds(dataset: Dataset, table: Table, present: Collection[str]) -
 
 
 def _is_of_tokens(dataset: Dataset) -> pl.Expr:
-    """Whether queries and keys are the tokens of the sequence; windows, pooled states and latents are others."""
+    """Whether queries and keys are the tokens of the sequence, not windows, pooled states or latents."""
     stacks = section(dataset.manifest, "model").get("stacks") or []
     return pl.col("stack").is_in([stack["stack"] for stack in stacks if stack.get("of_tokens")])
 
 
-def _rectangle(dataset: Dataset, table: Table, part: Part, frame: pl.LazyFrame, own: pl.LazyFrame) -> Iterator[Finding]:
-    """Every sequence of the shard has every head (or site), as many as the model has."""
-    found = frame.select(
+def _check_completeness(
+    dataset: Dataset, table: Table, part: Part, frame: pl.LazyFrame, planned: pl.LazyFrame
+) -> Iterator[Finding]:
+    """Check that every sequence of the shard has a row for every head (or site) of the model."""
+    counts = frame.select(
         rows=pl.len(), sequences=pl.col("sequence_id").n_unique(), places=pl.struct(table.places).n_unique()
     ).collect(engine="streaming")
-    rows, with_rows, distinct = found.row(0)
-    planned = own.select(pl.len()).collect().item()
-    if with_rows != planned:
-        planned = plural(planned, "sequence")
-        yield Finding(part.path, "row count", f"{planned} in the shard, rows of {with_rows}")
+    rows, with_rows, distinct = counts.row(0)
+    expected = planned.select(pl.len()).collect().item()
+    if with_rows != expected:
+        yield Finding(part.path, "row count", f"{plural(expected, 'sequence')} in the shard, rows of {with_rows}")
     if rows != with_rows * distinct:
-        places_of_each = f"{plural(with_rows, 'sequence')} × {plural(distinct, 'place')}"
-        yield Finding(part.path, "row count", f"{places_of_each}, but {plural(rows, 'row')}")
+        product = f"{plural(with_rows, 'sequence')} × {plural(distinct, 'place')}"
+        yield Finding(part.path, "row count", f"{product}, but {plural(rows, 'row')}")
     layers = section(dataset.manifest, "model", "layout").get("attention") or []
     heads = [layer.get("heads") for layer in layers]
     if "head" in table.places and layers and None not in heads and distinct != sum(heads):
-        of_model = f"{plural(sum(heads), 'head')} in {plural(len(layers), 'layer')} of the model"
-        yield Finding(part.path, "row count", f"{of_model}, {plural(distinct, 'head')} in the part")
+        in_model = f"{plural(sum(heads), 'head')} in {plural(len(layers), 'layer')} of the model"
+        yield Finding(part.path, "row count", f"{in_model}, {plural(distinct, 'head')} in the part")
 
 
-# --- the tables' own rules -----------------------------------------------------------------------------------------
+# --- the rules of the tables ---------------------------------------------------------------------------------------
 
 
 def _rule_checks(table: Table, frame: pl.LazyFrame) -> list[Check]:
-    """The table's rules, as far as the columns that they are about are there."""
+    """The table's rules whose columns are all present."""
     present = set(frame.collect_schema().names())
     rules = [(rule, pl.sql_expr(rule.wrong)) for rule in table.rules]
     return [Check(r.name, wrong, r.message) for r, wrong in rules if set(wrong.meta.root_names()) <= present]
 
 
-def _whole_findings(dataset: Dataset, table: Table, sound: Mapping[str, list[Part]]) -> Iterator[Finding]:
-    """What is wrong with the table as a whole, or against another one."""
-    frame = _scan(dataset, sound[table.name])
+def _check_table(dataset: Dataset, table: Table, intact: Mapping[str, list[Part]]) -> Iterator[Finding]:
+    """Check the table as a whole, and against other tables."""
+    frame = _scan(dataset, intact[table.name])
     if table.counted_by is not None:
-        yield from _numbering(table.name, table.counted_by, frame)
-    yield from _corpus_totals(dataset, table, frame)
+        yield from _check_numbering(table.name, table.counted_by, frame)
+    yield from _check_corpus_totals(dataset, table, frame)
     for agreement in table.agreements:
-        if _whole(dataset, sound, agreement.table):
-            yield from _disagreements(dataset, table, agreement, sound)
+        if _is_intact(dataset, intact, agreement.table):
+            yield from _check_agreement(dataset, table, agreement, intact)
 
 
-def _numbering(table: str, key: str, frame: pl.LazyFrame) -> Iterator[Finding]:
+def _check_numbering(table: str, key: str, frame: pl.LazyFrame) -> Iterator[Finding]:
     facts = frame.select(
         bad=(pl.col(key) != pl.int_range(pl.len(), dtype=pl.Int64)).sum(), duplicates=pl.len() - pl.col(key).n_unique()
     ).collect()
@@ -277,8 +281,8 @@ def _numbering(table: str, key: str, frame: pl.LazyFrame) -> Iterator[Finding]:
         )
 
 
-def _corpus_totals(dataset: Dataset, table: Table, frame: pl.LazyFrame) -> Iterator[Finding]:
-    """Facts of the corpus in the manifest against what the table's rows come to."""
+def _check_corpus_totals(dataset: Dataset, table: Table, frame: pl.LazyFrame) -> Iterator[Finding]:
+    """Check counts of the corpus in the manifest against the table's rows."""
     if not table.totals:
         return
     corpus = section(dataset.manifest, "corpus")
@@ -290,17 +294,17 @@ def _corpus_totals(dataset: Dataset, table: Table, frame: pl.LazyFrame) -> Itera
             )
 
 
-def _disagreements(
-    dataset: Dataset, table: Table, agreement: Agreement, sound: Mapping[str, list[Part]]
+def _check_agreement(
+    dataset: Dataset, table: Table, agreement: Agreement, intact: Mapping[str, list[Part]]
 ) -> Iterator[Finding]:
-    """Where two tables disagree: shard by shard for what is written by shard, else over all of the rows."""
+    """Check that two tables agree: shard by shard if they are written by shard, else over all rows."""
     if table.kind == "plan":
         yield from _compare(
-            dataset, agreement, sound[table.name], sound[agreement.table], f"{table.name}, {agreement.table}"
+            dataset, agreement, intact[table.name], intact[agreement.table], f"{table.name}, {agreement.table}"
         )
         return
-    others = {name_of(part.path): part for part in sound[agreement.table]}
-    for part in sound[table.name]:
+    others = {name_of(part.path): part for part in intact[agreement.table]}
+    for part in intact[table.name]:
         other = others.pop(name_of(part.path), None)
         if other is None:
             yield Finding(part.path, agreement.name, f"no {agreement.table} of the same shard")

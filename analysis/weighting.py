@@ -1,4 +1,4 @@
-"""What a mean is over: rows of a sequence weigh alike, so a sequence weighs as many rows as were measured in it."""
+"""Weights of means: every measured row counts the same, so a sequence weighs as many rows as were measured in it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ SUM, WEIGHT = "|sum", "|weight"
 
 
 def weighted_heads(dataset: Dataset) -> pl.LazyFrame:
-    """`heads` with `weight`: the rows measured."""
+    """`heads` with `weight`, the number of measured rows."""
     return dataset.scan("heads").with_columns(weight=pl.col("query_rows").cast(pl.Float64))
 
 
 def weighted_residual(dataset: Dataset) -> pl.LazyFrame:
-    """`residual` with `weight`: the tokens of the sequence."""
+    """`residual` with `weight`, the number of tokens of the sequence."""
     tokens = dataset.scan("sequences").select("sequence_id", weight=pl.col("tokens").cast(pl.Float64))
     return dataset.scan("residual").join(tokens, on="sequence_id", how="left")
 
@@ -25,7 +25,7 @@ def weighted_residual(dataset: Dataset) -> pl.LazyFrame:
 def document_sums(
     frame: pl.LazyFrame, columns: Sequence[str], by: Sequence[str], *, weight: str = "weight"
 ) -> pl.LazyFrame:
-    """Per group and document, for every column: Σ w·y and Σ w over the rows where y is known; and Σ w over all."""
+    """Sums by group and document: for every column Σ w·y and Σ w over the rows where y is not null, and Σ w over all rows."""
     w = pl.col(weight).cast(pl.Float64)
     sums = [
         expression

@@ -1,4 +1,4 @@
-"""The report: one page that opens anywhere, and key tables for the terminal."""
+"""The report of a dataset: a self-contained HTML page, and a summary for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def write_report(location: Location, out: Path | str | None = None) -> Path | str:
-    """Write the report of a finished dataset as one self-contained HTML page, by default report.html beside its tables.
+    """Write the report of a finished dataset as one self-contained HTML page, by default report.html in its folder.
 
     Returns the path of the page, or its URL in an object store.
     """
@@ -39,7 +39,7 @@ def write_report(location: Location, out: Path | str | None = None) -> Path | st
 
 
 def summary(location: Location) -> RenderableType:
-    """What the report finds, as tables for a terminal."""
+    """The key tables of the report, for a terminal."""
     from attlas.analysis.damage import refuse_if_damaged
     from attlas.analysis.dataset import Dataset
     from attlas.analysis.report.content import gather

@@ -1,4 +1,4 @@
-"""Everything that the report says, as frames; how it looks is said elsewhere."""
+"""The content of the report, as data frames."""
 
 from __future__ import annotations
 
@@ -48,68 +48,67 @@ class Content:
 
     @property
     def distance(self) -> str:
-        """The column that says how far a head looks: over the image where patches have rows and columns."""
-        return "distance_patches" if is_known(self.heads, "distance_patches") else "distance_tokens"
+        """The column for the distance of a head's attention: in patches for images with a grid, else in tokens."""
+        return "distance_patches" if has_values(self.heads, "distance_patches") else "distance_tokens"
 
     @property
     def documents(self) -> int:
-        """Documents that gave a measured sequence."""
+        """The number of documents with a measured sequence."""
         highest = self.heads["documents"].max()
         return highest if isinstance(highest, int) else 0
 
 
-def is_known(heads: pl.DataFrame, column: str) -> bool:
+def has_values(heads: pl.DataFrame, column: str) -> bool:
     return column in heads.columns and heads[column].is_not_null().any()
 
 
-def _in_order(frame: pl.DataFrame, manifest: Mapping[str, Any]) -> pl.DataFrame:
-    """Rows by stack as the model runs them, else as they are; stacks that the manifest leaves out come last."""
+def _sort_stacks(frame: pl.DataFrame, manifest: Mapping[str, Any]) -> pl.DataFrame:
+    """Sort rows by stack in the manifest's order, stably; stacks that the manifest does not list come last."""
     stacks = list(dict.fromkeys(stack["stack"] for stack in section(manifest, "model").get("stacks") or []))
     place = pl.col("stack").replace_strict(stacks, range(len(stacks)), default=len(stacks), return_dtype=pl.Int64)
     return frame.sort(place, maintain_order=True)
 
 
-def _classes_of_no_token(means: pl.DataFrame) -> list[pl.Expr]:
-    """Null for the mass of every class that no sequence has a token of: no head could look at one."""
-    known = [name for name in CLASS_MASSES if name in means.columns]
-    nowhere = [name for name in known if (means[name].fill_null(0) == 0).all()]
-    return [pl.lit(None, pl.Float64).alias(name + end) for name in nowhere for end in ("", "_low", "_high", "_se")]
+def _nulls_for_absent_classes(means: pl.DataFrame) -> list[pl.Expr]:
+    """Nulls for the masses of token classes that occur in no sequence, to which no head could attend."""
+    absent = [name for name in CLASS_MASSES if name in means.columns and (means[name].fill_null(0) == 0).all()]
+    return [pl.lit(None, pl.Float64).alias(name + suffix) for name in absent for suffix in ("", "_low", "_high", "_se")]
 
 
 def gather(dataset: Dataset) -> Content:
-    """Run the analyses of the report; raises Refusal for a dataset whose parts or keys are damaged."""
+    """Run the analyses of the report. Raises Refusal for a dataset with damaged parts or keys."""
     damage = notes_on_rows(dataset, tuple(TABLES))
 
-    def in_order(frame: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
-        return _in_order(frame.lazy().collect(), dataset.manifest)
+    def sort_stacks(frame: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
+        return _sort_stacks(frame.lazy().collect(), dataset.manifest)
 
-    means = in_order(head_means(dataset))
+    means = sort_stacks(head_means(dataset))
     if not means.height:
-        raise dataset.refusal("heads has no rows, which a report is about")
-    nowhere = _classes_of_no_token(means)
+        raise dataset.refusal("heads has no rows to report on")
+    nulls = _nulls_for_absent_classes(means)
     several = means["stack"].n_unique() > 1
     heads = (
-        in_order(means.join(head_kinds(dataset), on=HEAD, how="left").sort(HEAD))
+        sort_stacks(means.join(head_kinds(dataset), on=HEAD, how="left").sort(HEAD))
         .with_row_index("id")
-        .with_columns(label(several_stacks=several), *nowhere)
+        .with_columns(label(several_stacks=several), *nulls)
     )
-    residual = in_order(residual_through_depth(dataset))
+    residual = sort_stacks(residual_through_depth(dataset))
     evidence = collect_evidence(dataset, heads=means, residual=residual)
-    found = find_defects(evidence)
+    defects = find_defects(evidence)
     lengths = dataset.scan("sequences").select(low=pl.col("tokens").min(), high=pl.col("tokens").max()).collect()
     return Content(
         manifest=dataset.manifest,
         heads=heads,
-        overall=in_order(clustered_mean(weighted_heads(dataset), CLASSES, ("stack",))).with_columns(*nowhere),
-        layers=in_order(entropy_by_layer(dataset)),
-        lengths=in_order(entropy_by_length(dataset)),
-        positions=in_order(entropy_by_position(dataset, by=LAYER)),
-        offsets=in_order(offset_profile(dataset)).join(
+        overall=sort_stacks(clustered_mean(weighted_heads(dataset), CLASSES, ("stack",))).with_columns(*nulls),
+        layers=sort_stacks(entropy_by_layer(dataset)),
+        lengths=sort_stacks(entropy_by_length(dataset)),
+        positions=sort_stacks(entropy_by_position(dataset, by=LAYER)),
+        offsets=sort_stacks(offset_profile(dataset)).join(
             heads.select(*HEAD, "id", "label", "kind"), on=HEAD, how="inner", maintain_order="left"
         ),
         residual=residual,
-        defects=found,
-        rules=rules_table(evidence, found),
+        defects=defects,
+        rules=rules_table(evidence, defects),
         sequence_tokens=(lengths["low"][0] or 0, lengths["high"][0] or 0),
         damage=damage,
     )

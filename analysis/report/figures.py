@@ -1,4 +1,4 @@
-"""Figures as inline SVG: no scripts, no fonts, no files; every mark has a title that says its value."""
+"""Figures as inline SVG without scripts, fonts or files; every mark has a title with its value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Cell:
-    """One head on a map."""
+    """A head in a heat map or in the atlas."""
 
     id: int
     label: str
@@ -30,7 +30,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart; `band` is (low, high) at each point; `style` a class of the style sheet."""
+    """A line of a chart; `band` is (low, high) at each point, `style` a class of the style sheet."""
 
     label: str
     points: Sequence[Point]
@@ -47,7 +47,7 @@ def step(value: float, low: float, high: float) -> int:
 
 
 def heat_map(cells: Sequence[Cell], *, title: str, low: float, high: float) -> Markup:
-    """Layers down, heads across, the value as colour; unknown values are hatched out."""
+    """Layers down, heads across, the value as colour; cells without a value are hatched."""
     layers, heads = _extent(cells)
     size = max(5.0, min(21.0, 300 / max(heads, 1)))
     left, gap = 26.0, 2.0 if size > 9 else 0.5
@@ -64,7 +64,7 @@ def heat_map(cells: Sequence[Cell], *, title: str, low: float, high: float) -> M
 
 
 def atlas(cells: Sequence[Cell], *, title: str) -> Markup:
-    """Every head as the small shape of its attention over signed distance, coloured by kind."""
+    """Every head as a small profile of its attention over signed distance, coloured by kind."""
     layers, heads = _extent(cells)
     across = max(14.0, min(82.0, 990 / max(heads, 1)))
     down = max(14.0, min(46.0, across * 0.62))
@@ -84,7 +84,7 @@ def atlas(cells: Sequence[Cell], *, title: str) -> Markup:
 
 
 def _sparkline(profile: Sequence[tuple[int, float]], reach: int, x: float, y: float, w: float, h: float) -> str:
-    """Share of the mass by distance bin, square-rooted so that faint tails stay visible beside a peak of 1."""
+    """Share of the mass by distance bin, on a square-root scale that keeps faint tails visible beside a peak of 1."""
     if not profile:
         return ""
     slot = w / (2 * reach + 1)
@@ -150,7 +150,7 @@ def chart(
     markers: bool = True,
     pad: float = 0.0,
 ) -> Markup:
-    """Lines with bands over a frame; `baseline` is a height to compare with."""
+    """Lines with bands; `baseline` draws a reference line at that height."""
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
     ys += [v for curve in curves for pair in curve.band for v in pair if v is not None]
@@ -187,18 +187,18 @@ def _chart_axes(
 
 
 def _band(curve: Curve, frame: Frame) -> str:
-    known = [
+    points = [
         (frame.x(x), frame.y(low), frame.y(high))
         for (x, _), (low, high) in zip(curve.points, curve.band, strict=False)
         if low is not None and high is not None
     ]
-    if not known:
+    if not points:
         return ""
-    if len(known) == 1:
-        x, low, high = known[0]
+    if len(points) == 1:
+        x, low, high = points[0]
         return f'<path class="whisker {curve.style}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
-    upper = "L".join(f"{x:.1f} {high:.1f}" for x, _, high in known)
-    lower = "L".join(f"{x:.1f} {low:.1f}" for x, low, _ in reversed(known))
+    upper = "L".join(f"{x:.1f} {high:.1f}" for x, _, high in points)
+    lower = "L".join(f"{x:.1f} {low:.1f}" for x, low, _ in reversed(points))
     return f'<path class="band {curve.style}" d="M{upper}L{lower}z"/>'
 
 
@@ -221,7 +221,7 @@ def _line(curve: Curve, frame: Frame, *, markers: bool) -> str:
 
 
 def nice_ticks(low: float, high: float, *, wanted: int = 4) -> list[float]:
-    """Round numbers that span low to high."""
+    """Round numbers from at most low to at least high."""
     if not high > low:
         low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
     raw = (high - low) / wanted
@@ -237,7 +237,7 @@ def _text(text: str) -> Markup:
 
 def _svg(width: float, height: float, title: str, marks: Sequence[str]) -> Markup:
     body = "".join(marks)
-    # safe: every text in the marks is escaped where it is written
+    # safe: every text in the marks has already been escaped
     return Markup(
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px" role="img" '
         f'aria-label="{_text(title)}">{body}</svg>'

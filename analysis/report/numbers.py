@@ -1,4 +1,4 @@
-"""Numbers as people read them: as many digits as their interval knows, a true minus, percent where it is a share."""
+"""Numbers for people to read: as many digits as the interval justifies, a true minus sign, percent for shares."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 MISSING = "–"
 THIN = "\u202f"  # a narrow space that does not break
-_FINEST = 6  # decimals beyond which an exponent reads better
+_FINEST = 6  # more decimals than this are written with an exponent
 
 
-def shown(value: float | None) -> str:
-    """Three significant digits or so, no exponent where there need be none."""
+def format_number(value: float | None) -> str:
+    """About three significant digits, with an exponent only for very small numbers."""
     if value is None:
         return MISSING
     size = abs(value)
@@ -36,24 +36,24 @@ def percent(value: float | None) -> str:
 
 
 def estimate(value: float | None, low: float | None, high: float | None, *, share: bool = False) -> str:
-    """A value to the digits that its interval knows."""
-    return _written(value, _decimals(low, high, share=share), share=share)
+    """A value with as many digits as its interval justifies."""
+    return _format(value, _decimals(low, high, share=share), share=share)
 
 
 def interval(low: float | None, high: float | None, *, share: bool = False) -> str:
-    """The interval in words, or why there is none."""
+    """The interval as text, or the reason why there is none."""
     if low is None or high is None:
         return "no interval: fewer than 2 documents"
     decimals = _decimals(low, high, share=share)
-    bottom, top = _written(low, decimals, share=share), _written(high, decimals, share=share)
+    bottom, top = _format(low, decimals, share=share), _format(high, decimals, share=share)
     return f"95{THIN}% interval {bottom} to {top}"
 
 
 def half_width(low: float | None, high: float | None) -> str:
-    """± half of the interval, to the digits of its estimate; nothing without an interval."""
+    """± half of the interval, with the digits of the estimate; empty without an interval."""
     if low is None or high is None:
         return ""
-    return f"±{_written((high - low) / 2, _decimals(low, high, share=False), share=False)}"
+    return f"±{_format((high - low) / 2, _decimals(low, high, share=False), share=False)}"
 
 
 def count(value: int) -> str:
@@ -65,7 +65,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def _decimals(low: float | None, high: float | None, *, share: bool) -> int | None:
-    """Decimals that show the first digit of the interval's half-width; None where only an exponent would."""
+    """The number of decimals that shows the first digit of the half-width; None if that takes an exponent."""
     if low is None or high is None or not high > low:
         return None
     half = (high - low) / 2 * (100 if share else 1)
@@ -73,8 +73,8 @@ def _decimals(low: float | None, high: float | None, *, share: bool) -> int | No
     return decimals if decimals <= _FINEST else None
 
 
-def _written(value: float | None, decimals: int | None, *, share: bool) -> str:
+def _format(value: float | None, decimals: int | None, *, share: bool) -> str:
     if value is None or decimals is None:
-        return percent(value) if share else shown(value)
+        return percent(value) if share else format_number(value)
     text = f"{100 * value if share else value:,.{decimals}f}".replace(",", THIN).replace("-", "−")
     return f"{text}{THIN}%" if share else text

@@ -1,4 +1,4 @@
-"""From the content to one HTML page with everything in it."""
+"""Rendering of the report's content as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ from attlas.analysis.kinds import kinds_table
 from attlas.analysis.manifest import section
 from attlas.analysis.naming import corpus_title, model_title
 from attlas.analysis.report import findings
-from attlas.analysis.report.content import Content, is_known
+from attlas.analysis.report.content import Content, has_values
 from attlas.analysis.report.figures import RAMP, Cell, atlas, heat_map
-from attlas.analysis.report.numbers import count, estimate, half_width, interval, percent, shown
-from attlas.analysis.report.panels import RESIDUAL_PANELS, distance_panels, entropy_panels, residual_panels, some_layers
+from attlas.analysis.report.numbers import count, estimate, format_number, half_width, interval, percent
+from attlas.analysis.report.panels import (
+    RESIDUAL_PANELS,
+    distance_panels,
+    entropy_panels,
+    layer_legend,
+    residual_panels,
+)
 from attlas.analysis.residual import SITES
 from attlas.extract.printable import printable
 from attlas.extract.tables import TABLES
 
 _HERE = Path(__file__).parent
-# stops of the sequential scale, shallow to deep, as a sea chart has them; the dark page begins in the dark
+# stops of the sequential scale, from shallow to deep as on a sea chart; reversed in brightness for the dark page
 _LIGHT = ("#f3ead8", "#cfe0cf", "#8dc3b8", "#4795a6", "#235f8a", "#12325f")
 _DARK = ("#1d2733", "#1f4257", "#20667a", "#35928f", "#86c39a", "#f2ecc6")
 
 
 @dataclass(frozen=True)
 class Map:
-    """A column that is shown as a map of heads."""
+    """A column that the report shows as a heat map of heads."""
 
     column: str
     title: str
-    says: str
+    subtitle: str
     unit: str
-    highest: float | None = None  # the end of the scale where it is a fixed one
+    highest: float | None = None  # upper end of the scale; None for the largest value
 
 
 MAPS = (
@@ -56,7 +62,7 @@ MAPS = (
     Map("mass_previous", "Previous token", "weight on the token before", "share"),
     Map("mass_next", "Next token", "weight on the token after", "share"),
     Map("mass_first", "First token", "weight on the sequence's first token", "share"),
-    Map("mass_separator", "Separators", "weight on tokens that end or part sequences", "share"),
+    Map("mass_separator", "Separators", "weight on tokens that end or separate sequences", "share"),
     Map("mass_whitespace", "White space", "weight on line ends, tabs and runs of spaces", "share"),
     Map("mass_punctuation", "Punctuation", "weight on punctuation and symbols", "share"),
     Map("mass_word_start", "Words", "weight on words, or on their first pieces", "share"),
@@ -87,28 +93,28 @@ TABLE_COLUMNS = (
 
 
 def render(content: Content) -> str:
-    """The page."""
+    """The report as an HTML page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         autoescape=True,
         loader=FileSystemLoader(_HERE),
         undefined=StrictUndefined,
-        finalize=_visible,
+        finalize=_escape_controls,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(shown=shown, percent=percent, count=count, name=_isolated)
+    environment.filters.update(percent=percent, name=_isolate_direction)
     return environment.get_template("page.html").render(_context(content))
 
 
-def _visible(value: object) -> object:
-    """Text of the data with its control characters shown; our own markup and numbers as they are."""
+def _escape_controls(value: object) -> object:
+    """Escape control characters in text from the data; leave markup and numbers unchanged."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _isolated(text: object) -> Markup:
-    """A name from the data: what it holds can't be markup, and its direction ends where it ends."""
+def _isolate_direction(text: object) -> Markup:
+    """A name from the data, escaped and with its text direction isolated."""
     return Markup("<bdi>{}</bdi>").format(printable(text))
 
 
@@ -123,21 +129,23 @@ def _context(content: Content) -> dict[str, Any]:
         "kind_sentence": findings.kind_sentence(content),
         "kind_counts": findings.kind_counts(content),
         "kinds": kinds_table().rows(named=True),
-        "atlases": [(stack, _atlas(content, stack), _no_shape(content, stack)) for stack in content.stacks],
+        "atlases": [
+            (stack, _stack_atlas(content, stack), _missing_shape_reason(content, stack)) for stack in content.stacks
+        ],
         "maps": list(_maps(content)),
         "steps": range(RAMP),
         "distance": list(distance_panels(content)),
         "charts": list(entropy_panels(content)),
         "residual": list(residual_panels(content)),
         "sites": [s for s in SITES if s in set(content.residual["site"])],
-        "layer_steps": some_layers(content),
-        "table": _table(content),
-        "defects": _defects(content),
+        "layer_steps": layer_legend(content),
+        "table": _heads_table(content),
+        "defects": _defect_sections(content),
         "formulas": _formulas(content),
         "provenance": describe(content.manifest),
         "several": len(content.stacks) > 1,
-        "light": _ramp(_LIGHT),
-        "dark": _ramp(_DARK),
+        "light": _color_ramp(_LIGHT),
+        "dark": _color_ramp(_DARK),
         "style": Markup((_HERE / "style.css").read_text("utf-8")),
         "script": Markup((_HERE / "page.js").read_text("utf-8")),
     }
@@ -164,35 +172,37 @@ def _facts(content: Content) -> str:
 
 
 def _maps(content: Content) -> list[dict[str, Any]]:
-    shown_maps = []
+    maps = []
     for item in MAPS:
-        if not is_known(content.heads, item.column):
+        if not has_values(content.heads, item.column):
             continue
         top = content.heads[item.column].max()
         high = item.highest or (float(top) if isinstance(top, (int, float)) and top > 0 else 1.0)
-        drawn = []
+        figures = []
         for stack in content.stacks:
-            cells = [_cell(row, item.column) for row in _of_stack(content.heads, stack)]
-            drawn.append((stack, heat_map(cells, title=f"{item.title} by layer and head, {stack}", low=0.0, high=high)))
-        shown_maps.append({"map": item, "low": "0", "high": shown(high), "drawn": drawn})
-    return shown_maps
+            cells = [_cell(row, item.column) for row in _stack_rows(content.heads, stack)]
+            figures.append(
+                (stack, heat_map(cells, title=f"{item.title} by layer and head, {stack}", low=0.0, high=high))
+            )
+        maps.append({"map": item, "low": "0", "high": format_number(high), "figures": figures})
+    return maps
 
 
-def _of_stack(frame: pl.DataFrame, stack: str) -> list[dict[str, Any]]:
+def _stack_rows(frame: pl.DataFrame, stack: str) -> list[dict[str, Any]]:
     return frame.filter(pl.col("stack") == stack).rows(named=True)
 
 
 def _cell(row: dict[str, Any], column: str) -> Cell:
     value = row[column]
-    said = (
-        f"{shown(value)} ({interval(row[f'{column}_low'], row[f'{column}_high'])})"
+    text = (
+        f"{format_number(value)} ({interval(row[f'{column}_low'], row[f'{column}_high'])})"
         if value is not None
         else "undefined"
     )
-    return Cell(row["id"], row["label"], row["layer"], row["head"], value, f"{row['label']}: {column} {said}")
+    return Cell(row["id"], row["label"], row["layer"], row["head"], value, f"{row['label']}: {column} {text}")
 
 
-def _atlas(content: Content, stack: str) -> Markup:
+def _stack_atlas(content: Content, stack: str) -> Markup:
     profiles = {
         key[0]: list(zip(rows["bin"].to_list(), rows["mass"].fill_null(0).to_list(), strict=True))
         for key, rows in content.offsets.filter(pl.col("stack") == stack).group_by("id", maintain_order=True)
@@ -205,25 +215,25 @@ def _atlas(content: Content, stack: str) -> Markup:
             row["head"],
             row["entropy_normalized"],
             f"{row['label']}: {row['kind']} ({percent(row['agreement'])} of replicates agree), "
-            f"entropy {percent(row['entropy_normalized'])}, distance {shown(row['distance_tokens'])} tokens",
+            f"entropy {percent(row['entropy_normalized'])}, distance {format_number(row['distance_tokens'])} tokens",
             row["kind"],
             profiles.get(row["id"], ()),
         )
-        for row in _of_stack(content.heads, stack)
+        for row in _stack_rows(content.heads, stack)
     ]
     return atlas(cells, title=f"Every head of {stack} as the shape of its attention over signed distance")
 
 
-def _no_shape(content: Content, stack: str) -> str:
-    """Why the plates of a stack show no shape; empty where they do."""
+def _missing_shape_reason(content: Content, stack: str) -> str:
+    """Why the plates of a stack show no shape; empty if they do."""
     if (content.offsets["stack"] == stack).any():
         return ""
-    return "Queries and keys are of different sequences: there is no distance between them, and no shape over it."
+    return "Queries and keys come from different sequences: there is no distance between them, hence no shape."
 
 
-def _table(content: Content) -> dict[str, Any]:
+def _heads_table(content: Content) -> dict[str, Any]:
     units = {c.name: c.unit for c in TABLES["heads"].facts}
-    columns = [c for c in TABLE_COLUMNS if is_known(content.heads, c)]
+    columns = [c for c in TABLE_COLUMNS if has_values(content.heads, c)]
     rows = [
         {
             "id": row["id"],
@@ -248,18 +258,17 @@ def _table_cell(row: dict[str, Any], column: str) -> dict[str, Any]:
     }
 
 
-def _defects(content: Content) -> list[dict[str, Any]]:
-    found = []
+def _defect_sections(content: Content) -> list[dict[str, Any]]:
+    several = len(content.stacks) > 1
+    sections = []
     for rule in content.rules.iter_rows(named=True):
-        own = content.defects.filter(pl.col("defect") == rule["defect"])
-        found.append(
-            {**rule, "places": [_place(row, several=len(content.stacks) > 1) for row in own.iter_rows(named=True)]}
-        )
-    return sorted(found, key=lambda d: (d["found"] is None, not d["found"]))
+        rows = content.defects.filter(pl.col("defect") == rule["defect"]).iter_rows(named=True)
+        sections.append({**rule, "places": [_place(row, several=several) for row in rows]})
+    return sorted(sections, key=lambda d: (d["found"] is None, not d["found"]))
 
 
 def _place(row: dict[str, Any], *, several: bool) -> tuple[str, str, str]:
-    """Where a defect is, what shows it, and the interval of its value."""
+    """(place, evidence, interval) of a defect."""
     name = (
         f"L{row['layer']}H{row['head']}" if row["head"] is not None else f"L{row['layer']} {row['site'] or ''}".strip()
     )
@@ -269,19 +278,19 @@ def _place(row: dict[str, Any], *, several: bool) -> tuple[str, str, str]:
 
 def _formulas(content: Content) -> list[tuple[str, str, str, str, str]]:
     used = {m.column for m in MAPS} | set(TABLE_COLUMNS)
-    heads = [("heads", c) for c in TABLES["heads"].facts if c.name in used and is_known(content.heads, c.name)]
+    heads = [("heads", c) for c in TABLES["heads"].facts if c.name in used and has_values(content.heads, c.name)]
     panels = {column for column, _, _ in RESIDUAL_PANELS}
     residual = [("residual", c) for c in TABLES["residual"].facts if c.name in panels]
     return [(f"{table}.{c.name}", c.formula, c.unit, c.meaning, c.reference) for table, c in heads + residual]
 
 
-def _ramp(stops: Sequence[str]) -> list[str]:
-    """The sequential scale: RAMP colours evenly along the stops."""
-    colours = [tuple(int(stop[i : i + 2], 16) for i in (1, 3, 5)) for stop in stops]
-    found = []
+def _color_ramp(stops: Sequence[str]) -> list[str]:
+    """The sequential scale: RAMP colours, evenly spaced along the stops."""
+    stops_rgb = [tuple(int(stop[i : i + 2], 16) for i in (1, 3, 5)) for stop in stops]
+    ramp = []
     for i in range(RAMP):
-        place = i / (RAMP - 1) * (len(colours) - 1)
-        at = min(int(place), len(colours) - 2)
-        mixed = [round(a + (b - a) * (place - at)) for a, b in zip(colours[at], colours[at + 1], strict=True)]
-        found.append("#{:02x}{:02x}{:02x}".format(*mixed))
-    return found
+        place = i / (RAMP - 1) * (len(stops_rgb) - 1)
+        at = min(int(place), len(stops_rgb) - 2)
+        mixed = [round(a + (b - a) * (place - at)) for a, b in zip(stops_rgb[at], stops_rgb[at + 1], strict=True)]
+        ramp.append("#{:02x}{:02x}{:02x}".format(*mixed))
+    return ramp

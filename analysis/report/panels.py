@@ -1,4 +1,4 @@
-"""The charts of the report, each with its numbers beside it."""
+"""The charts of the report, each with a table of its numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import polars as pl
 
 from attlas.analysis.report.content import Content
 from attlas.analysis.report.figures import RAMP, Curve, chart
-from attlas.analysis.report.numbers import count, estimate, interval, plural, shown
+from attlas.analysis.report.numbers import count, estimate, format_number, interval, plural
 from attlas.analysis.residual import SITES
 
 RESIDUAL_PANELS = (
@@ -18,11 +18,11 @@ RESIDUAL_PANELS = (
     ("update_ratio", "Update ratio", "size of the update against the stream"),
     ("update_cosine", "Update cosine", "writes something new (0), sharpens (+) or erases (−)"),
     ("anisotropy", "Anisotropy", "mean cosine between different tokens"),
-    ("outlier_ratio", "Outlier ratio", "how far the largest dimension stands out"),
+    ("outlier_ratio", "Outlier ratio", "how much the largest dimension stands out"),
     ("max_abs", "Largest activation", "largest entry of the stream, mean over sequences"),
 )
-_MOST_NUMBERS = 400  # heads up to which every distance panel has its table beside it
-_OCTAVES = 6  # attention against opportunity is shown from 2^−6 to 2^6 times
+_MAX_HEADS_WITH_TABLES = 400  # models with more heads have no tables beside their distance panels
+_OCTAVES = 6  # the scale of attention over opportunity reaches from 2^−6 to 2^6
 _LEGEND_LAYERS = 16
 
 
@@ -42,7 +42,7 @@ def distance_panels(content: Content) -> Iterator[dict[str, Any]]:
                 baseline=0.0,
                 markers=False,
             ),
-            "table": _distance_table(rows) if content.heads.height <= _MOST_NUMBERS else None,
+            "table": _distance_table(rows) if content.heads.height <= _MAX_HEADS_WITH_TABLES else None,
         }
 
 
@@ -51,16 +51,16 @@ def _times(octaves: int) -> str:
 
 
 def _head_curves(rows: pl.DataFrame) -> list[Curve]:
-    # what lies beyond the scale is drawn on its edge
+    # values beyond the scale are drawn at its edge
     octaves = pl.col("ratio").log(2).clip(-_OCTAVES, _OCTAVES)
     return [
         Curve(
-            f"{own['label'][0]} ({own['kind'][0]})",
-            own.filter(pl.col("ratio").is_not_null()).select("bin", octaves).rows(),
-            f"headline k-{own['kind'][0]}",
-            id=own["id"][0],
+            f"{head['label'][0]} ({head['kind'][0]})",
+            head.filter(pl.col("ratio").is_not_null()).select("bin", octaves).rows(),
+            f"headline k-{head['kind'][0]}",
+            id=head["id"][0],
         )
-        for own in rows.partition_by("id", maintain_order=True)
+        for head in rows.partition_by("id", maintain_order=True)
     ]
 
 
@@ -72,19 +72,20 @@ def _distance_table(rows: pl.DataFrame) -> dict[str, Any]:
     return {
         "header": ["distance", *labels],
         "rows": [
-            [span, *map(shown, values)] for span, values in zip(spans, wide.select(labels).iter_rows(), strict=True)
+            [span, *map(format_number, values)]
+            for span, values in zip(spans, wide.select(labels).iter_rows(), strict=True)
         ],
     }
 
 
 def _span(low: int, high: int) -> str:
-    """A bin of distances or positions: 5 to 8."""
+    """A bin of distances or positions as text: `5 to 8`."""
     text = f"{low}" if low == high else f"{low} to {high}"
     return text.replace("-", "−")
 
 
 def _distance_ticks(reach: int) -> list[tuple[float, str]]:
-    """Bin numbers under the distances at which they end: ±1, ±4, ±16, ±64 …"""
+    """Ticks at bins, labelled with the distance at which each ends: ±1, ±4, ±16, ±64 …"""
     numbers = [0, *range(1, reach + 1, 2)]
     return [
         (sign * b, "0" if b == 0 else f"{'−' if sign < 0 else ''}{1 if b == 1 else 2 ** (b - 1)}")
@@ -94,26 +95,26 @@ def _distance_ticks(reach: int) -> list[tuple[float, str]]:
 
 
 def _layer_step(layer: int, layers: int) -> int:
-    """Layers take the deeper half of the scale, so that the first is visible on the page."""
+    """The colour step of a layer, from the deeper part of the scale so that the first layer is visible on the page."""
     return 6 + round((RAMP - 7) * layer / max(layers - 1, 1))
 
 
-def _layer_legend(content: Content) -> list[tuple[int, int]]:
+def _layer_steps(content: Content) -> list[tuple[int, int]]:
     highest = content.heads["layer"].max()
     last = highest if isinstance(highest, int) else 0
     return [(layer, _layer_step(layer, last + 1)) for layer in range(last + 1)]
 
 
-def some_layers(content: Content) -> list[tuple[int, int]]:
-    """The legend of a deep model names some layers only, the first and the last among them."""
-    layers = _layer_legend(content)
+def layer_legend(content: Content) -> list[tuple[int, int]]:
+    """(layer, colour step) of the layers in the legend: of a deep model only some, the first and last included."""
+    layers = _layer_steps(content)
     every = math.ceil(len(layers) / _LEGEND_LAYERS)
     return [*layers[:-1:every], layers[-1]]
 
 
 def entropy_panels(content: Content) -> list[dict[str, Any]]:
     panels = []
-    steps = dict(_layer_legend(content))
+    steps = dict(_layer_steps(content))
     for stack in content.stacks:
         where = f", {stack}" if len(content.stacks) > 1 else ""
         positions = content.positions.filter(pl.col("stack") == stack)
@@ -123,7 +124,7 @@ def entropy_panels(content: Content) -> list[dict[str, Any]]:
                 rows.select("bin", "entropy_nats").rows(),
                 f"s{steps[layer]}",
                 titles=[
-                    f"layer {layer}, positions {low}–{high}: {shown(value)} nats"
+                    f"layer {layer}, positions {low}–{high}: {format_number(value)} nats"
                     for low, high, value in rows.select("low", "high", "entropy_nats").iter_rows()
                 ],
             )
@@ -133,7 +134,7 @@ def entropy_panels(content: Content) -> list[dict[str, Any]]:
         panels.append(
             {
                 "title": f"Entropy by position{where}",
-                "says": "nats, mean over heads; positions in doubling bins",
+                "subtitle": "nats, mean over heads; positions in doubling bins",
                 "figure": chart(
                     curves,
                     title=f"Entropy in nats by position, a line per layer{where}",
@@ -168,7 +169,7 @@ def _length_panel(content: Content, stack: str, where: str, steps: dict[int, int
     ticks = lengths.select("stratum", "tokens_high").unique().sort("stratum").rows()
     return {
         "title": f"Entropy by sequence length{where}",
-        "says": "share of the maximum, with 95 % bands; strata of length, so that like meets like",
+        "subtitle": "share of the maximum, with 95 % bands; in strata of length, which bounds entropy",
         "figure": chart(
             curves,
             title=f"Normalised entropy by sequence length, a line per layer{where}",
@@ -181,29 +182,28 @@ def _length_panel(content: Content, stack: str, where: str, steps: dict[int, int
 
 
 def _curve_table(label: str, ticks: Sequence[tuple[int, int]], curves: Sequence[Curve]) -> dict[str, Any]:
-    """The numbers of a chart, for those who read them rather than see them."""
+    """The numbers of a chart as a table."""
     values = [dict(curve.points) for curve in curves]
     return {
         "header": [label, *(curve.label for curve in curves)],
-        "rows": [[count(name), *(shown(v.get(x)) for v in values)] for x, name in ticks],
+        "rows": [[count(name), *(format_number(v.get(x)) for v in values)] for x, name in ticks],
     }
 
 
 def residual_panels(content: Content) -> list[dict[str, Any]]:
     panels = []
-    for column, title, says in RESIDUAL_PANELS:
-        known = content.residual.filter(pl.col(column).is_not_null())
-        if not known.height:
-            continue
-        for (stack,), rows in known.group_by("stack", maintain_order=True):
-            where = f", {stack}" if known["stack"].n_unique() > 1 else ""
-            curves = [_site_curve(column, site, own) for (site,), own in rows.group_by("site", maintain_order=True)]
+    for column, title, subtitle in RESIDUAL_PANELS:
+        values = content.residual.filter(pl.col(column).is_not_null())
+        for (stack,), rows in values.group_by("stack", maintain_order=True):
+            where = f", {stack}" if values["stack"].n_unique() > 1 else ""
+            sites = rows.group_by("site", maintain_order=True)
+            curves = [_site_curve(column, site, site_rows) for (site,), site_rows in sites]
             layers = sorted(set(rows["layer"].to_list()))
             every = max(1, len(layers) // 8)
             panels.append(
                 {
                     "title": f"{title}{where}",
-                    "says": says,
+                    "subtitle": subtitle,
                     "figure": chart(
                         curves,
                         title=f"{title} by layer, a line per site, with 95 % intervals{where}",

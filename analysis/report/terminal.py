@@ -1,4 +1,4 @@
-"""The report's key tables, for a terminal."""
+"""The key tables of the report, for a terminal."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from attlas.analysis.report.content import Content
 from attlas.analysis.report.numbers import estimate, half_width, percent, plural
 from attlas.extract.printable import printable
 
-_RANKED = 3
+_HEADS_PER_EXTREME = 3
 _MASSES = ("mass_previous", "mass_first", "mass_separator")
 
 
 def tables(content: Content) -> RenderableType:
-    """Heads that stand out, head kinds and defects; as wide as the terminal, but no number is cut."""
+    """Heads that stand out, head kinds and defects, fitted to the terminal without truncating numbers."""
     parts: list[RenderableType] = [_title(content)]
-    for table in (_extremes(content), _kinds(content), _defects(content)):
+    for table in (_extremes_table(content), _kinds_table(content), _defects_table(content)):
         parts += ["", table]
     notes = findings.notes(content)
     parts += ["", *(WrappedText(Text(f"Note: {printable(note)}", style="dim")) for note in notes)] if notes else []
@@ -37,8 +37,8 @@ def _title(content: Content) -> WrappedText:
     return WrappedText(title.append(f" on {corpus_title(content.manifest)}: {', '.join(counts)}", "not bold"))
 
 
-def _extremes(content: Content) -> FittedTable:
-    """The sharpest, broadest, nearest and farthest heads, with half-widths of their 95 % intervals."""
+def _extremes_table(content: Content) -> FittedTable:
+    """The sharpest, broadest, nearest and farthest heads, with the half-widths of their 95 % intervals."""
     rows = []
     for name, column, largest in (
         ("sharpest", "entropy_normalized", False),
@@ -46,7 +46,9 @@ def _extremes(content: Content) -> FittedTable:
         ("nearest", content.distance, False),
         ("farthest", content.distance, True),
     ):
-        ranked = content.heads.filter(pl.col(column).is_not_null()).sort(column, descending=largest).head(_RANKED)
+        ranked = (
+            content.heads.filter(pl.col(column).is_not_null()).sort(column, descending=largest).head(_HEADS_PER_EXTREME)
+        )
         rows += [(name if i == 0 else "", row) for i, row in enumerate(ranked.iter_rows(named=True))]
     headings = {
         "entropy_normalized": "entropy of max",
@@ -60,7 +62,7 @@ def _extremes(content: Content) -> FittedTable:
             *(
                 Column(
                     heading,
-                    [_with_half(row, column) for _, row in rows],
+                    [_estimate_and_half_width(row, column) for _, row in rows],
                     right=True,
                     breaks="at spaces",
                     optional=column in _MASSES,
@@ -72,38 +74,38 @@ def _extremes(content: Content) -> FittedTable:
     )
 
 
-def _with_half(row: dict[str, Any], column: str) -> str:
+def _estimate_and_half_width(row: dict[str, Any], column: str) -> str:
     low, high = row[f"{column}_low"], row[f"{column}_high"]
     return f"{estimate(row[column], low, high)} {half_width(low, high)}".strip()
 
 
-def _kinds(content: Content) -> FittedTable:
+def _kinds_table(content: Content) -> FittedTable:
     counts = findings.kind_counts(content)
     return FittedTable(
         (
             Column("kind", [kind for kind, _, _ in counts]),
             Column("heads", [str(number) for _, number, _ in counts], right=True),
-            Column("firm", [_firm(content, kind) for kind, _, _ in counts], right=True),
+            Column("firm", [_firm_count(content, kind) for kind, _, _ in counts], right=True),
             Column("", [meaning for _, _, meaning in counts], breaks="at spaces"),
         ),
         title="Head kinds",
-        caption=f"firm: at least {percent(findings.FIRM)} of bootstrap replicates over documents agree",
+        caption=f"firm: at least {percent(findings.FIRM_AGREEMENT)} of bootstrap replicates over documents agree",
     )
 
 
-def _firm(content: Content, kind: str) -> str:
-    own = content.heads.filter(pl.col("kind") == kind)["agreement"].drop_nulls()
-    return str(int((own >= findings.FIRM).sum())) if len(own) else "–"
+def _firm_count(content: Content, kind: str) -> str:
+    agreement = content.heads.filter(pl.col("kind") == kind)["agreement"].drop_nulls()
+    return str(int((agreement >= findings.FIRM_AGREEMENT).sum())) if len(agreement) else "–"
 
 
-def _defects(content: Content) -> FittedTable:
+def _defects_table(content: Content) -> FittedTable:
     rules = content.rules.rows(named=True)
-    found = ["not measured" if row["found"] is None else str(row["found"]) for row in rules]
+    counts = ["not measured" if row["found"] is None else str(row["found"]) for row in rules]
     styles = ["bold red" if row["found"] else "dim" for row in rules]
     return FittedTable(
         (
             Column("defect", [row["defect"] for row in rules]),
-            Column("found", [Text(text, style=s) for text, s in zip(found, styles, strict=True)], right=True),
+            Column("found", [Text(text, style=s) for text, s in zip(counts, styles, strict=True)], right=True),
             Column("rule", [row["rule"] for row in rules], breaks="at spaces"),
         ),
         title="Defects looked for",

@@ -15,7 +15,7 @@ from attlas.analysis.heads import HEAD
 from attlas.analysis.report import summary, write_report
 from attlas.analysis.report.content import gather
 from attlas.analysis.report.figures import nice_ticks, step
-from attlas.analysis.report.numbers import THIN, estimate, half_width, interval, percent, shown
+from attlas.analysis.report.numbers import THIN, estimate, format_number, half_width, interval, percent
 from attlas.extract.store import Refusal, Store, read_json, write_json
 from tests.analysis.synthetic import rewrite, write_dataset
 
@@ -137,7 +137,7 @@ def test_the_findings_are_those_of_the_tables(html: str, folder: Path) -> None:
 def test_one_document_gives_a_report_without_intervals_that_says_so(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "d", documents=1, layers=1, heads=2)
     text = write_report(root).read_text("utf-8")
-    assert "Fewer than 2 documents were measured: estimates stand without intervals." in text
+    assert "Fewer than 2 documents were measured: estimates have no intervals." in text
     assert f"95{THIN}% interval" not in text
     assert "no interval: fewer than 2 documents" in text
 
@@ -249,7 +249,7 @@ def test_numbers_show_the_digits_that_their_interval_knows() -> None:
 
 
 def test_numbers_read_well_without_an_interval() -> None:
-    assert [shown(v) for v in (None, 0, 0.0123, -2.5, 31.44, 987.6, 12345.6, 2e-7)] == [
+    assert [format_number(v) for v in (None, 0, 0.0123, -2.5, 31.44, 987.6, 12345.6, 2e-7)] == [
         "–",
         "0",
         "0.012",
