@@ -1,4 +1,7 @@
-"""The data dictionary and the dataset card, written from the tables: `python -m attlas.extract.dictionary > data/README.md`."""
+"""The data dictionary and the dataset card as Markdown, generated from the tables.
+
+`python -m attlas.extract.dictionary > data/README.md` writes the dictionary.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,19 @@ m_i = |V_i|, d = j − i. A `heads` column is the unweighted mean over the seque
 many: weight by it when averaging over sequences). Rows that see nothing or have non-finite scores are left out and
 counted. Logarithms are natural; 0 ln 0 = 0; `_std` is a population deviation. Statistics are float32, accumulators float64.
 
-A sequence of an image is what the model makes of it: patches row by row, and class or register tokens, all counted as
-tokens. Columns that need token ids or a tokenizer's classes are null for it. `distance_patches` is there where changing
-one patch at a time changes one token at a time, in raster order; elsewhere the grid is not known.
+The sequence of an image is what the model makes of it: patches row by row, and class or register tokens, all counted as
+tokens. Columns that need token ids or a tokenizer's classes are null for images. `distance_patches` is given if changing
+one patch at a time changes one token at a time, in raster order; otherwise the grid is not known.
 
 Float32 columns agree with their formula in float64, on the pattern the model really used, to 1e-5 absolute or 1e-4
 relative, whichever is larger (float32 models). null means undefined; NaN and infinities never occur.
 """
 
 _PRIVACY = """\
-No text and no token ids are in a dataset unless asked for (`--tokens ids` or `text`). A document's `digest` is keyed with
-a secret and null without one. The manifest's corpus digest is unkeyed unless a key is given: it shows whether two runs read
-the same corpus, and lets whoever has the exact whole corpus confirm it. While a run is unfinished its working folder `_work`
-holds token ids (and the text, with `--tokens text`; of images names and SHA-256); it is removed when the run is finished.
+A dataset contains no text and no token ids unless asked for (`--tokens ids` or `text`). A document's `digest` is keyed with
+a secret, and null without one. The manifest's corpus digest is unkeyed unless a key is given: it shows whether two runs read
+the same corpus, and lets anyone who has exactly this corpus confirm it. Until a run is finished, its working folder `_work`
+holds token ids (with `--tokens text` also the text; for images, names and SHA-256), and is then removed.
 """
 
 
@@ -41,13 +44,13 @@ def data_dictionary() -> str:
         _GROUND_RULES,
         "## Privacy",
         _PRIVACY,
-        *(_table(t) for t in TABLES.values()),
+        *(_table_section(t) for t in TABLES.values()),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def dataset_card(manifest: Mapping[str, Any]) -> str:
-    """The card beside the manifest: front matter for the hub's viewer and `load_dataset(folder, "heads")`."""
+    """The dataset card: front matter for the hub's viewer and `load_dataset(folder, "heads")`, then facts and tables."""
     configs = [
         f"- config_name: {name}\n  data_files: {json.dumps(f'{name}/*.parquet')}"
         + ("\n  default: true" if name == "heads" else "")
@@ -57,23 +60,23 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
     facts = [
         (
             "model",
-            f"{_plain(model.get('title') or model['name'])} ({model['architecture']}, {_stacks(model['stacks'])})",
+            f"{_escape(model.get('title') or model['name'])} ({model['architecture']}, {_layers_and_heads(model['stacks'])})",
         ),
         (
             "corpus",
-            f"{_plain(corpus['name'])}: {corpus['documents']:,} documents, {corpus['sequences']:,} sequences, {corpus['tokens']:,} tokens",
+            f"{_escape(corpus['name'])}: {corpus['documents']:,} documents, {corpus['sequences']:,} sequences, {corpus['tokens']:,} tokens",
         ),
-        _sequences(manifest),
+        _sequence_facts(manifest),
         ("engine", f"{manifest['engine']} on {manifest['device']}, {manifest['dtype']}"),
-        ("residual", _plain(model["residual"])),
+        ("residual", _escape(model["residual"])),
     ]
     parts = [
         "---\nconfigs:\n" + "\n".join(configs) + "\ntags:\n- attention\n- interpretability\n---",
         "# Attention statistics",
         "Statistics of every attention head and every residual update, one row per sequence, written by attlas.",
-        _rows(("what", "which"), facts),
+        _markdown_table(("what", "which"), facts),
         "## Tables",
-        _rows(
+        _markdown_table(
             ("table", "one row per", "rows"),
             [(f"`{n}`", TABLES[n].row, f"{t['rows']:,}") for n, t in manifest["tables"].items()],
         ),
@@ -86,8 +89,8 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _sequences(manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """What a sequence is: a window of a text, or an image."""
+def _sequence_facts(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """(label, text) on what a sequence is: a window of a text, or an image."""
     if "images" not in manifest:
         return "windows", f"{manifest['run']['max_length']} tokens, overlapping by {manifest['run']['stride']}"
     images = manifest["images"]
@@ -98,36 +101,38 @@ def _sequences(manifest: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
-def _stacks(stacks: Sequence[Mapping[str, Any]]) -> str:
-    """How many layers of how many heads; of which stack, where there are several."""
-    said = [f"{s['layers']} layers" + ("" if s["heads"] is None else f" × {s['heads']} heads") for s in stacks]
+def _layers_and_heads(stacks: Sequence[Mapping[str, Any]]) -> str:
+    """Numbers of layers and heads, by stack if there are several."""
+    texts = [f"{s['layers']} layers" + ("" if s["heads"] is None else f" × {s['heads']} heads") for s in stacks]
     return (
-        said[0] if len(said) == 1 else ", ".join(f"{s['stack']} {text}" for s, text in zip(stacks, said, strict=True))
+        texts[0]
+        if len(texts) == 1
+        else ", ".join(f"{s['stack']} {text}" for s, text in zip(stacks, texts, strict=True))
     )
 
 
-def _table(table: Table) -> str:
+def _table_section(table: Table) -> str:
     optional = {c.name for c in table.columns if c.name in table.optional}
-    rows = [_column(c, on_request=c.name in optional) for c in table.columns]
+    rows = [_column_row(c, on_request=c.name in optional) for c in table.columns]
     order = ", ".join(f"`{n}`" for n in table.order)
     title = f"## `{table.name}`: one row per {table.row}\n\nSorted by {order} within a part."
-    columns = _rows(("column", "type", "unit", "bounds", "formula", "meaning"), rows)
+    columns = _markdown_table(("column", "type", "unit", "bounds", "formula", "meaning"), rows)
     return "\n\n".join(part for part in (title, columns, table.notes) if part)
 
 
-def _column(column: Column, *, on_request: bool) -> tuple[str, ...]:
+def _column_row(column: Column, *, on_request: bool) -> tuple[str, ...]:
     kind = column.dtype + ("" if not column.nullable else ", nullable") + (", on request" if on_request else "")
     meaning = column.meaning + (f" ({column.reference})" if column.reference else "")
     return (f"`{column.name}`", kind, column.unit, column.bounds_text, column.formula, meaning)
 
 
-def _rows(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _plain(text: str) -> str:
-    """A name from outside as text that Markdown and HTML leave alone."""
+def _escape(text: str) -> str:
+    """A name from the data with everything escaped that Markdown or HTML could interpret."""
     return "".join(c if c.isalnum() or c in " -_./:,=()+'’" else f"&#{ord(c)};" for c in text)
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and are read as if anything could have happened to them since."""
+"""Atomic, durable file writes, and reads that expect missing, damaged or irregular files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from attlas.extract.errors import Damaged, first_line
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place, durably, once the block has ended.
+def atomic_replacement(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that replaces it, durably, when the block ends.
 
-    Where the block or the file system fails, the temporary file goes and `path` is as it was; an OSError names `path`.
+    If the block or the file system fails, the temporary file is removed and `path` is unchanged; an OSError names `path`.
     """
-    temporary = _temporary(path)
+    temporary = _temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -32,7 +32,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _named(error, path) from error
+        raise _error_with_path(error, path) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -48,35 +48,35 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
-    """A name beside the file that no other process or thread takes."""
+def _temporary_path(path: Path) -> Path:
+    """A path beside the file that no other process or thread uses."""
     return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def _named(error: OSError, path: Path) -> OSError:
-    """The same error, with the file that the user knows; libraries leave it out or name the temporary one."""
+def _error_with_path(error: OSError, path: Path) -> OSError:
+    """The same error with the path that the user knows; libraries omit it or name the temporary file."""
     if error.errno is None:
         return OSError(f"{path} can't be written: {first_line(error)}")
     return OSError(error.errno, f"can't be written: {os.strerror(error.errno)}", str(path))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing, durably."""
-    with written_whole(path) as temporary:
+    """Write a file atomically and durably."""
+    with atomic_replacement(path) as temporary:
         temporary.write_bytes(content)
 
 
 def put_if_absent(path: Path, content: bytes) -> bool:
-    """Create a whole file, durably, unless there is one of that name: of all who try at once, one succeeds.
+    """Create a file, durably, unless it exists; of several callers at once, exactly one succeeds and gets True.
 
-    It is linked into place, which is atomic on a network file system too. Where there are no hard links it is created
-    exclusively, and a kill in between can leave it cut off.
+    The file is linked into place, which is atomic on network file systems too. Without hard links it is created
+    exclusively, and a killed process can leave it truncated.
     """
-    temporary = _temporary(path)
+    temporary = _temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _named(error, path) from error
+        raise _error_with_path(error, path) from error
     try:
         _write_durably(temporary, content, "xb")
         os.link(temporary, path)
@@ -84,8 +84,8 @@ def put_if_absent(path: Path, content: bytes) -> bool:
         return False
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise _named(error, path) from error
-        return _create(path, content)
+            raise _error_with_path(error, path) from error
+        return _create_exclusively(path, content)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -93,14 +93,14 @@ def put_if_absent(path: Path, content: bytes) -> bool:
     return True
 
 
-def _create(path: Path, content: bytes) -> bool:
+def _create_exclusively(path: Path, content: bytes) -> bool:
     try:
         _write_durably(path, content, "xb")
     except FileExistsError:
         return False
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise _named(error, path) from error
+        raise _error_with_path(error, path) from error
     _sync_folder(path.parent)
     return True
 
@@ -113,7 +113,7 @@ def _write_durably(path: Path, content: bytes, mode: Literal["wb", "xb"]) -> Non
 
 
 def discard(path: Path) -> None:
-    """Remove a file, or a folder that lies in a file's place."""
+    """Remove a file, or a folder that is in its place."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -121,7 +121,7 @@ def discard(path: Path) -> None:
 
 
 def read_file(path: Path) -> bytes | None:
-    """The bytes of a regular file, or None where there is nothing. Raises Damaged."""
+    """The content of a regular file, or None if it does not exist. Raises Damaged if it cannot be read."""
     try:
         with open_regular(path) as file:
             return file.read()
@@ -132,15 +132,15 @@ def read_file(path: Path) -> bytes | None:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading; a directory, a pipe or a device in its place is an OSError, and nothing is waited for."""
-    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - the caller closes it
+    """Open a regular file for reading. Raises OSError, without blocking, for a folder, a pipe or a device."""
+    file = open(path, "rb", opener=_open_nonblocking)  # noqa: SIM115 - the caller closes it
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(None, "it is no regular file", str(path))
+        raise OSError(None, "it is not a regular file", str(path))
     return file
 
 
-def _open_at_once(path: str, flags: int) -> int:
+def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 

@@ -1,4 +1,4 @@
-"""Layouts of models, found once for inputs of a kind, and again when a model has changed."""
+"""Cache of model layouts, by kind of inputs and state of the model."""
 
 from __future__ import annotations
 
@@ -19,49 +19,49 @@ from attlas.extract.capture.seam import same_values
 from attlas.extract.model.inputs import TEXT_INPUTS, sequence_count
 from attlas.extract.model.probe_inputs import probe_inputs
 
-# kinds of inputs and states of a model that are remembered: one that changes all the time is no reason to keep them all
-_KEPT = 16
+# per model; bounds memory for a model that keeps changing
+_MAX_CACHED = 16
 
 
 @dataclass(frozen=True)
-class _Examined:
-    """A layout, and the weights that the model had; of no matter where all was found."""
+class _CachedLayout:
+    """A layout, and the state of the weights with which it was found."""
 
     layout: Layout
     weights: int
 
-    def holds(self, model: nn.Module) -> bool:
-        """Whether weights that were written since may have changed it: an update of zero is none that could be found."""
-        return _is_whole(self.layout) or self.weights == weights_state(model)
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether the layout is still valid. New weights can complete one with gaps: a projection or update of zero is not found."""
+        return _is_complete(self.layout) or self.weights == weights_state(model)
 
 
-_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Examined]] = weakref.WeakKeyDictionary()
+_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, dict[Any, _CachedLayout]] = weakref.WeakKeyDictionary()
 
 
 def layout_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layout:
-    """The model's layout for inputs of these names, found by a probe of a few tokens, or the first of `inputs`.
+    """The model's layout for inputs of these names, found by a pass over a few probe tokens, or over the first of `inputs`.
 
-    It is found once, as long as the model stays what it is: its modules, code, hooks, configuration.
+    It is cached until the model changes: its modules, code, hooks or configuration.
     """
-    known = _LAYOUTS.setdefault(model, {})
+    cached = _LAYOUTS.setdefault(model, {})
     key = (_inputs_key(model, inputs), fingerprint(model))
-    if key not in known or not known[key].holds(model):
-        known.pop(key, None)
+    if key not in cached or not cached[key].is_current(model):
+        cached.pop(key, None)
         probe, sequences = probe_inputs(model, inputs)
         with uncompiled():
             layout = find_layout(model, probe, batch=sequences)
-        known[key] = _Examined(layout, weights_state(model))
-        for oldest in list(known)[:-_KEPT]:
-            del known[oldest]
-    return known[key].layout
+        cached[key] = _CachedLayout(layout, weights_state(model))
+        for oldest in list(cached)[:-_MAX_CACHED]:
+            del cached[oldest]
+    return cached[key].layout
 
 
 def forget_layouts(model: nn.Module) -> bool:
-    """Let a model be examined again; False where it has not been before."""
+    """Forget the cached layouts of a model; returns whether there were any."""
     return bool(_LAYOUTS.pop(model, None))
 
 
-def _is_whole(layout: Layout) -> bool:
+def _is_complete(layout: Layout) -> bool:
     projected = all(attention.projection is not None for attention in layout.attentions)
     return projected and layout.residual_refusal is None and not layout.residual_refusals
 
@@ -69,12 +69,12 @@ def _is_whole(layout: Layout) -> bool:
 def _inputs_key(model: nn.Module, inputs: Mapping[str, Any] | None) -> frozenset[Any]:
     names = frozenset({"input_ids"} if inputs is None else inputs) - {"attention_mask"}
     if inputs is not None and not hasattr(model, "config"):
-        names = _kinds(inputs)
+        names = _tensor_kinds(inputs)
     return names if inputs is None or names <= TEXT_INPUTS else names | {min(2, sequence_count(model, inputs))}
 
 
-def _kinds(inputs: Mapping[str, Any]) -> frozenset[Any]:
-    """Everything about the inputs of a module of no known make that can change which attention calls it makes."""
+def _tensor_kinds(inputs: Mapping[str, Any]) -> frozenset[Any]:
+    """Everything about the inputs of a module without a config that can change which attention calls it makes."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     return frozenset(
         (

@@ -1,6 +1,6 @@
-"""A stored plan: what the pass over the corpus found, and each shard's spool, from which it is measured.
+"""The stored plan: totals of the pass over the corpus, and a spool per shard, from which the shard is measured.
 
-Both are checked against their SHA-256 whenever they are read: a shard is measured as it was planned, or planned again.
+Both are checked against their SHA-256 whenever they are read; if one is damaged, the corpus is planned again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from attlas.extract.errors import Damaged, first_line
-from attlas.extract.shapes import Malformed, count, every, mapping, record, sha256
+from attlas.extract.shapes import Malformed, count, list_of, mapping_of, record, sha256
 from attlas.extract.store import Storage
 from attlas.extract.store.layout import PLAN, SPOOL, WORK, spool_key
 from attlas.extract.store.sealed import get_sealed, put_sealed
@@ -23,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the pass found; `tokens` counts special tokens and overlaps, `content_tokens` the documents' own ids."""
+    """Totals of the pass; `tokens` includes special tokens and overlaps, `content_tokens` only the documents' ids."""
 
     shards: int
     shard_sequences: int
@@ -36,7 +36,7 @@ class Plan:
     spools: tuple[str, ...]  # SHA-256 of each shard's spool
 
 
-_OF_A_PLAN = record(
+_PLAN_SHAPE = record(
     {
         "shards": count,
         "shard_sequences": count,
@@ -44,9 +44,9 @@ _OF_A_PLAN = record(
         "documents": count,
         "tokens": count,
         "content_tokens": count,
-        "dropped": mapping(count),
+        "dropped": mapping_of(count),
         "corpus_digest": sha256,
-        "spools": every(sha256),
+        "spools": list_of(sha256),
     }
 )
 
@@ -56,16 +56,16 @@ def write_plan(storage: Storage, plan: Plan) -> None:
 
 
 def read_plan(storage: Storage, *, progress: Progress | None = None) -> Plan | None:
-    """The finished plan, or None where there is none yet, or where it or a spool of it is damaged.
+    """The finished plan, or None if there is none yet, or it or one of its spools is damaged.
 
-    `progress` is told how many of the spools are checked, and how many there are.
+    `progress` is called with the number of checked spools and the number of all spools.
     """
     try:
-        held = get_sealed(storage, PLAN)
-        if held is None:
+        stored = get_sealed(storage, PLAN)
+        if stored is None:
             return None
-        _OF_A_PLAN(held, "")
-        facts: dict[str, Any] = {**held, "spools": tuple(held["spools"])}
+        _PLAN_SHAPE(stored, "")
+        facts: dict[str, Any] = {**stored, "spools": tuple(stored["spools"])}
         plan = Plan(**facts)
         for shard, digest in enumerate(plan.spools):
             _read_spool(storage, shard, digest)
@@ -77,12 +77,12 @@ def read_plan(storage: Storage, *, progress: Progress | None = None) -> Plan | N
 
 
 def read_shard(storage: Storage, shard: int, *, digest: str | None = None) -> tuple[pa.Table, pa.Table]:
-    """(sequences, documents) of a shard. Raises Damaged, also where the spool is not the one of this digest."""
+    """(sequences, documents) of a shard. Raises Damaged, also if the spool does not have this digest."""
     with pa.BufferReader(_read_spool(storage, shard, digest)) as file:
         try:
             return pa.ipc.open_stream(file).read_all(), pa.ipc.open_stream(file).read_all()
         except (pa.ArrowException, OSError) as error:
-            raise Damaged(f"{storage.place(spool_key(shard))} is no spool ({first_line(error)})") from error
+            raise Damaged(f"{storage.place(spool_key(shard))} is not a spool ({first_line(error)})") from error
 
 
 def _read_spool(storage: Storage, shard: int, digest: str | None) -> bytes:
@@ -108,7 +108,7 @@ def write_spool(storage: Storage, shard: int, sequences: pa.Table, documents: pa
 
 
 def clear_plan(storage: Storage) -> None:
-    """Remove a plan and what a pass that was killed has left; the plan first, so that it never stands alone."""
+    """Remove a plan and its spools; the plan first, so that it never exists without them."""
     storage.delete(PLAN)
     for name in storage.names(WORK) or ():
         if name.startswith(SPOOL) and ".arrow" in name:

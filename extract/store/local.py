@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from attlas.extract.errors import Refusal
-from attlas.extract.files import discard, open_regular, put_if_absent, read_file, write_atomically, written_whole
+from attlas.extract.files import atomic_replacement, discard, open_regular, put_if_absent, read_file, write_atomically
 from attlas.extract.store.flock import flock, flock_holder
 from attlas.extract.store.interface import Storage, is_key
 
@@ -35,7 +35,7 @@ class LocalFolder(Storage):
 
     @contextmanager
     def writing(self, key: str) -> Iterator[BinaryIO]:
-        with written_whole(self._path(key)) as temporary, temporary.open("wb") as file:
+        with atomic_replacement(self._path(key)) as temporary, temporary.open("wb") as file:
             yield file
 
     def get(self, key: str) -> bytes | None:

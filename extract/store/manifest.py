@@ -9,12 +9,12 @@ from typing import Any
 from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.shapes import (
     Malformed,
-    anything,
+    any_value,
     count,
-    every,
     flag,
-    mapping,
-    maybe,
+    list_of,
+    mapping_of,
+    nullable,
     record,
     sha256,
     share,
@@ -27,29 +27,33 @@ from attlas.extract.store.versions import check_version
 from attlas.extract.tables import TABLES
 
 _NAME = re.compile(r"[\w.-]+\.parquet", re.ASCII)
-_STACK = record({"stack": text, "layers": count, "heads": maybe(count)}, optional={"of_tokens": flag})
+_STACK = record({"stack": text, "layers": count, "heads": nullable(count)}, optional={"of_tokens": flag})
 _ATTENTION = record({"stack": text, "layer": count, "heads": count, "way": text})
 _LAYOUT = record(
-    {"attention": every(_ATTENTION)},
-    optional={"sites": every(mapping(anything)), "without_pattern": every(text), "residual_refusals": mapping(text)},
+    {"attention": list_of(_ATTENTION)},
+    optional={
+        "sites": list_of(mapping_of(any_value)),
+        "without_pattern": list_of(text),
+        "residual_refusals": mapping_of(text),
+    },
 )
 _MODEL = record(
     {
         "name": text,
         "architecture": text,
-        "width": maybe(count),
+        "width": nullable(count),
         "residual": text,
-        "stacks": every(_STACK),
+        "stacks": list_of(_STACK),
         "layout": _LAYOUT,
     },
     optional={
-        "revision": maybe(text),
-        "weights_digest": maybe(text),
+        "revision": nullable(text),
+        "weights_digest": nullable(text),
         "measured": text,
         "parameters": count,
-        "stack": maybe(text),
-        "layers": maybe(count),
-        "heads": maybe(count),
+        "stack": nullable(text),
+        "layers": nullable(count),
+        "heads": nullable(count),
     },
 )
 _CORPUS = record(
@@ -59,17 +63,18 @@ _CORPUS = record(
         "sequences": count,
         "tokens": count,
         "content_tokens": count,
-        "dropped": mapping(count),
+        "dropped": mapping_of(count),
     },
-    optional={"digest": maybe(text), "digest_keyed": flag},
+    optional={"digest": nullable(text), "digest_keyed": flag},
 )
-_RUN = record({}, optional={"corpus_files": every(anything), "max_length": count, "stride": count})
+_RUN = record({}, optional={"corpus_files": list_of(any_value), "max_length": count, "stride": count})
 _GRID = record({"rows": count, "columns": count, "first_patch": count})
 _IMAGES = record(
-    {"preprocessor": text, "pixels": every(count), "tokens": count, "grids": mapping(_GRID)}, optional={"digest": text}
+    {"preprocessor": text, "pixels": list_of(count), "tokens": count, "grids": mapping_of(_GRID)},
+    optional={"digest": text},
 )
 PART = record({"path": text, "rows": count, "bytes": count, "sha256": sha256})
-_TABLE = record({"rows": count, "parts": every(PART)})
+_TABLE = record({"rows": count, "parts": list_of(PART)})
 _MANIFEST = record(
     {
         "run": _RUN,
@@ -78,15 +83,15 @@ _MANIFEST = record(
         "engine": text,
         "device": text,
         "dtype": text,
-        "tables": mapping(_TABLE),
+        "tables": mapping_of(_TABLE),
     },
     optional={
         "tokenizer": record({"name": text}, optional={"digest": text}),
         "images": _IMAGES,
-        "software": mapping(text),
+        "software": mapping_of(text),
         "shards": count,
         "padding_waste": share,
-        "by_reference": mapping(every(text)),
+        "by_reference": mapping_of(list_of(text)),
     },
 )
 
@@ -107,7 +112,7 @@ def read_manifest(storage: Storage) -> dict[str, Any] | None:
 
 def _check(manifest: Any, place: str) -> None:
     """Raise Malformed, naming the key, where a manifest is not of the shape that this version writes and reads."""
-    record({"schema_version": anything})(manifest, "")
+    record({"schema_version": any_value})(manifest, "")
     check_version(manifest, place)
     _MANIFEST(manifest, "")
     for table, facts in manifest["tables"].items():

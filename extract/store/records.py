@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from attlas.extract.errors import Damaged
-from attlas.extract.shapes import Malformed, count, mapping, record, sha256
+from attlas.extract.shapes import Malformed, count, mapping_of, record, sha256
 from attlas.extract.store.interface import Storage
 from attlas.extract.store.layout import RECORDS, part_key, record_key, shard_in
 from attlas.extract.store.manifest import PART
@@ -26,7 +26,7 @@ class ShardRecord:
 
 
 _RECORD = record(
-    {"shard": count, "parts": mapping(PART), "facts": record({"positions": count, "padded": count}), "spool": sha256}
+    {"shard": count, "parts": mapping_of(PART), "facts": record({"positions": count, "padded": count}), "spool": sha256}
 )
 
 

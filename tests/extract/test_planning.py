@@ -331,7 +331,7 @@ def test_a_damaged_spool_is_named(minilm, tmp_path):
     planned(documents_of(TEXTS), minilm, tmp_path)
     spool = tmp_path / WORK / "shard-00000.arrow"
     spool.write_bytes(spool.read_bytes()[:-40])
-    with pytest.raises(Damaged, match=r"shard-00000\.arrow is no spool"):
+    with pytest.raises(Damaged, match=r"shard-00000\.arrow is not a spool"):
         read_shard(tmp_path, 0)
     spool.unlink()
     with pytest.raises(Damaged, match=r"shard-00000\.arrow is missing"):
