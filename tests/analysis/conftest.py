@@ -1,4 +1,4 @@
-"""One synthetic dataset for all tests of analysis that only read."""
+"""A synthetic dataset shared by all tests that only read it."""
 
 from pathlib import Path
 

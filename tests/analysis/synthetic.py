@@ -1,4 +1,4 @@
-"""A dataset of the contract's layout, from patterns that are known: what analysis reads, without a model."""
+"""Synthetic datasets with known attention patterns, for tests of the analysis without a model."""
 
 import hashlib
 import math
@@ -26,40 +26,40 @@ def softmax(scores: Floats) -> Floats:
     return e / e.sum(-1, keepdims=True)
 
 
-def near(random: np.random.Generator, n: int, *, scale: float) -> Floats:
-    """Scores that fall with distance, with some noise."""
+def local_scores(random: np.random.Generator, n: int, *, scale: float) -> Floats:
+    """Noisy scores that decrease with distance."""
     d = np.abs(oracles.offsets(n))
     return -d / scale + random.normal(0, 0.3, (n, n))
 
 
-def at_offset(random: np.random.Generator, n: int, *, offset: int) -> Floats:
-    """Scores that pick one offset (the token itself where there is none)."""
+def offset_scores(random: np.random.Generator, n: int, *, offset: int) -> Floats:
+    """Scores with a peak at one offset, clipped to the sequence."""
     target = np.clip(np.arange(n) + offset, 0, n - 1)
     return random.normal(0, 0.3, (n, n)) + 6.0 * (np.arange(n)[None, :] == target[:, None])
 
 
-def on_first(random: np.random.Generator, n: int) -> Floats:
+def first_token_scores(random: np.random.Generator, n: int) -> Floats:
     return random.normal(0, 0.5, (n, n)) + 5.0 * (np.arange(n) == 0)[None, :]
 
 
-def even(random: np.random.Generator, n: int) -> Floats:
+def even_scores(random: np.random.Generator, n: int) -> Floats:
     return random.normal(0, 0.2, (n, n))
 
 
-def sharp(random: np.random.Generator, n: int) -> Floats:
-    """Every row on one key: an entropy collapse."""
+def collapsed_scores(random: np.random.Generator, n: int) -> Floats:
+    """All rows attend to one key: an entropy collapse."""
     return random.normal(0, 0.1, (n, n)) + 40.0 * (np.arange(n) == n // 2)[None, :]
 
 
 RECIPES: tuple[Callable[[np.random.Generator, int], Floats], ...] = (
-    lambda r, n: at_offset(r, n, offset=-1),
-    lambda r, n: at_offset(r, n, offset=1),
-    lambda r, n: at_offset(r, n, offset=0),
-    on_first,
-    even,
-    lambda r, n: near(r, n, scale=1.5),
-    lambda r, n: near(r, n, scale=6.0),
-    sharp,
+    lambda r, n: offset_scores(r, n, offset=-1),
+    lambda r, n: offset_scores(r, n, offset=1),
+    lambda r, n: offset_scores(r, n, offset=0),
+    first_token_scores,
+    even_scores,
+    lambda r, n: local_scores(r, n, scale=1.5),
+    lambda r, n: local_scores(r, n, scale=6.0),
+    collapsed_scores,
 )
 
 
@@ -76,17 +76,17 @@ def write_dataset(
     corpus_name: str = "made up",
     tokens_mode: str = "classes",
 ) -> Path:
-    """Write a whole dataset, one dropped document among its documents; the same seed gives the same bytes."""
+    """Write a complete dataset in which document 1 is dropped; the same seed gives the same bytes."""
     random = np.random.default_rng(seed)
     document_rows, sequence_rows = _corpus(random, documents, lengths, shard_sequences)
     shards = max(row["shard"] for row in sequence_rows) + 1
     store = Store.at(root)
     parts: dict[str, list[Part]] = {name: [] for name in TABLES}
     for shard in range(shards):
-        own = [row for row in sequence_rows if row["shard"] == shard]
-        tables = _measure(random, own, layers=layers, heads=heads)
+        shard_rows = [row for row in sequence_rows if row["shard"] == shard]
+        tables = _measure(random, shard_rows, layers=layers, heads=heads)
         tables["documents"] = [row for row in document_rows if row["shard"] == shard]
-        tables["sequences"] = own
+        tables["sequences"] = shard_rows
         for name, rows in tables.items():
             parts[name].append(store.write_part(name, shard, _table(name, rows)))
     store.finish(
@@ -96,7 +96,7 @@ def write_dataset(
 
 
 def rewrite(root: Path, part: str, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Change the rows of a part and make the manifest fit the new file."""
+    """Change the rows of a part, and update the manifest to match the new file."""
     table = change(pq.read_table(root / part))
     name, number = part.split("/")[0], int(part[-13:-8])
     Store.at(root).write_part(name, number, table)
@@ -110,8 +110,8 @@ def rewrite(root: Path, part: str, change: Callable[[pa.Table], pa.Table]) -> No
     write_json(root / "manifest.json", manifest)
 
 
-def resealed(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the rows, bytes and checksums of the parts as they lie there now."""
+def with_new_checksums(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Update the row counts, sizes and checksums in a manifest from the files."""
     for table in manifest["tables"].values():
         for part in table["parts"]:
             path = root / part["path"]
@@ -172,10 +172,10 @@ def _measure(
         key = {"sequence_id": row["sequence_id"], "document_id": row["document_id"], "stack": "encoder"}
         kinds = ["bos", *random.choice(["word_start", "subword", "punctuation", "number"], n - 2), "separator"]
         ids = random.integers(0, 8, n)
-        taste = random.normal(0, 0.3)  # what the sequences of one document share, so that clustering matters
+        effect = random.normal(0, 0.3)  # of the sequence, so that its heads depend on each other
         for layer in range(layers):
             for head in range(heads):
-                scores = RECIPES[(layer * heads + head) % len(RECIPES)](random, n) * (1 + 0.1 * taste)
+                scores = RECIPES[(layer * heads + head) % len(RECIPES)](random, n) * (1 + 0.1 * effect)
                 p, v, w_o = softmax(scores), random.normal(size=(n, 4)), random.normal(size=(4, WIDTH))
                 columns = oracles.head_columns(p, scores, v=v, w_o=w_o, tokens=ids, classes=kinds)
                 head_rows.append({**key, "layer": layer, "head": head, **columns})
@@ -198,7 +198,7 @@ def _measure(
 
 
 def _add_profiles(profiles: dict[tuple[int, int, str, int], list[float]], layer: int, head: int, p: Floats) -> None:
-    found = {
+    values = {
         "offset": oracles.offset_profile(p),
         "entropy": oracles.entropy_histogram(p),
         "max_weight": oracles.max_weight_histogram(p),
@@ -207,7 +207,7 @@ def _add_profiles(profiles: dict[tuple[int, int, str, int], list[float]], layer:
         "received_by_position": oracles.received_by_position(p),
     }
     for name in PROFILES:
-        for number, (total, count) in found[name].items():
+        for number, (total, count) in values[name].items():
             entry = profiles.setdefault((layer, head, name, number), [0.0, 0.0])
             entry[0] += total
             entry[1] += count
@@ -230,7 +230,7 @@ def _residual(
 
 
 def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows as the table of the contract, sorted as its parts are."""
+    """Rows as an Arrow table with the schema and the sort order of the contract."""
     table = TABLES[name]
     schema = table.schema()
     columns = []
@@ -240,11 +240,11 @@ def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
             columns.append(pa.array(values, pa.string()).dictionary_encode().cast(field.type))
         else:
             columns.append(pa.array([None if _undefined(v) else v for v in values], field.type))
-    plain = pa.schema(
+    decoded = pa.schema(
         [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in schema]
     )
-    whole = pa.Table.from_arrays([c.cast(f.type) for c, f in zip(columns, plain, strict=True)], schema=plain)
-    order = whole.sort_by([(column, "ascending") for column in table.order])
+    table_rows = pa.Table.from_arrays([c.cast(f.type) for c, f in zip(columns, decoded, strict=True)], schema=decoded)
+    order = table_rows.sort_by([(column, "ascending") for column in table.order])
     encoded = [
         c.combine_chunks().dictionary_encode().cast(f.type) if pa.types.is_dictionary(f.type) else c
         for c, f in zip(order.columns, schema, strict=True)
@@ -301,7 +301,7 @@ def _manifest(
         "dtype": "float32",
         "padding_waste": 0.1,
         "tables": {
-            name: {"rows": sum(p.rows for p in found), "parts": [asdict(p) for p in found]}
-            for name, found in parts.items()
+            name: {"rows": sum(p.rows for p in table_parts), "parts": [asdict(p) for p in table_parts]}
+            for name, table_parts in parts.items()
         },
     }

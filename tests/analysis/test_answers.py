@@ -1,4 +1,4 @@
-"""Entropy, distance, residual, kinds and defects on patterns whose answers are known."""
+"""Entropy, distance, residual, kinds and defects of patterns with known answers."""
 
 from pathlib import Path
 
@@ -24,9 +24,9 @@ def at(frame: pl.DataFrame, place: tuple[int, int]) -> dict:
 
 
 def test_the_sharp_head_comes_first_and_the_even_one_last(folder: Path) -> None:
-    found = entropy_by_head(Dataset.open(folder))
-    assert found.select("layer", "head").row(0) == SHARP
-    assert found.select("layer", "head").row(-1) == EVEN
+    result = entropy_by_head(Dataset.open(folder))
+    assert result.select("layer", "head").row(0) == SHARP
+    assert result.select("layer", "head").row(-1) == EVEN
 
 
 def test_a_layers_entropy_is_the_row_weighted_mean_of_its_heads(folder: Path) -> None:
@@ -34,8 +34,8 @@ def test_a_layers_entropy_is_the_row_weighted_mean_of_its_heads(folder: Path) ->
     heads = dataset.scan("heads").collect()
     layers = entropy_by_layer(dataset).collect()
     for layer in layers.iter_rows(named=True):
-        own = heads.filter(pl.col("layer") == layer["layer"])
-        expected = np.average(own["entropy_nats"].cast(pl.Float64), weights=own["query_rows"])
+        head_rows = heads.filter(pl.col("layer") == layer["layer"])
+        expected = np.average(head_rows["entropy_nats"].cast(pl.Float64), weights=head_rows["query_rows"])
         assert layer["entropy_nats"] == pytest.approx(expected, rel=1e-12)
 
 
@@ -59,9 +59,9 @@ def test_entropy_by_position_averages_to_the_heads_entropy(folder: Path) -> None
 
 
 def test_heads_are_ranked_from_nearest_to_farthest(folder: Path) -> None:
-    found = distance_ranking(Dataset.open(folder))
-    assert found.select("layer", "head").row(0) == SELF
-    assert found["distance_tokens"].is_sorted()
+    result = distance_ranking(Dataset.open(folder))
+    assert result.select("layer", "head").row(0) == SELF
+    assert result["distance_tokens"].is_sorted()
 
 
 def test_offset_shares_sum_to_one_and_peak_where_the_head_looks(folder: Path) -> None:
@@ -70,8 +70,8 @@ def test_offset_shares_sum_to_one_and_peak_where_the_head_looks(folder: Path) ->
     assert totals["mass"].to_list() == pytest.approx([1.0] * totals.height)
     assert totals["opportunity"].to_list() == pytest.approx([1.0] * totals.height)
     for place, offset in ((PREVIOUS, -1), (NEXT, 1), (SELF, 0)):
-        own = profile.filter((pl.col("layer") == place[0]) & (pl.col("head") == place[1]))
-        assert own.sort("mass")["low"][-1] == offset
+        head_rows = profile.filter((pl.col("layer") == place[0]) & (pl.col("head") == place[1]))
+        assert head_rows.sort("mass")["low"][-1] == offset
 
 
 def test_an_even_head_looks_as_opportunity_has_it_where_sequences_are_of_one_length(tmp_path: Path) -> None:
@@ -85,32 +85,34 @@ def test_distance_by_position_averages_to_the_heads_distance(folder: Path) -> No
     dataset = Dataset.open(folder)
     positions = distance_by_position(dataset).collect()
     ranking = distance_ranking(dataset)
-    own = positions.filter((pl.col("layer") == 1) & (pl.col("head") == 0))
-    mean = np.average(own["distance_tokens"], weights=own["rows"])
+    head_rows = positions.filter((pl.col("layer") == 1) & (pl.col("head") == 0))
+    mean = np.average(head_rows["distance_tokens"], weights=head_rows["rows"])
     assert mean == pytest.approx(at(ranking, EVEN)["distance_tokens"], rel=1e-6)
 
 
 def test_residual_sites_come_in_the_order_in_which_they_happen(folder: Path) -> None:
-    found = residual_through_depth(Dataset.open(folder))
-    assert found["site"].to_list() == ["embedding", "attention", "mlp", "attention", "mlp", "final_norm"]
-    assert found["depth"].to_list() == list(range(6))
-    assert (found["stream_norm_low"] < found["stream_norm"]).all()
-    assert found.filter(pl.col("site") == "embedding")["update_ratio"][0] is None
+    result = residual_through_depth(Dataset.open(folder))
+    assert result["site"].to_list() == ["embedding", "attention", "mlp", "attention", "mlp", "final_norm"]
+    assert result["depth"].to_list() == list(range(6))
+    assert (result["stream_norm_low"] < result["stream_norm"]).all()
+    assert result.filter(pl.col("site") == "embedding")["update_ratio"][0] is None
 
 
 def test_residual_means_weigh_sequences_by_their_tokens(folder: Path) -> None:
     dataset = Dataset.open(folder)
     rows = dataset.scan("residual").join(dataset.scan("sequences").select("sequence_id", "tokens"), on="sequence_id")
-    own = rows.filter((pl.col("layer") == 0) & (pl.col("site") == "mlp")).collect()
-    expected = np.average(own["update_norm"].cast(pl.Float64), weights=own["tokens"])
-    found = residual_through_depth(dataset, ("update_norm",))
-    assert found.filter((pl.col("layer") == 0) & (pl.col("site") == "mlp"))["update_norm"][0] == pytest.approx(expected)
+    site_rows = rows.filter((pl.col("layer") == 0) & (pl.col("site") == "mlp")).collect()
+    expected = np.average(site_rows["update_norm"].cast(pl.Float64), weights=site_rows["tokens"])
+    result = residual_through_depth(dataset, ("update_norm",))
+    assert result.filter((pl.col("layer") == 0) & (pl.col("site") == "mlp"))["update_norm"][0] == pytest.approx(
+        expected
+    )
 
 
 def test_known_patterns_have_their_kind_and_every_replicate_agrees(folder: Path) -> None:
-    found = head_kinds(Dataset.open(folder))
+    result = head_kinds(Dataset.open(folder))
     for place, kind in ((PREVIOUS, "previous"), (NEXT, "next"), (SELF, "self"), (FIRST, "first"), (EVEN, "broad")):
-        assert (at(found, place)["kind"], at(found, place)["agreement"]) == (kind, 1.0)
+        assert (at(result, place)["kind"], at(result, place)["agreement"]) == (kind, 1.0)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
@@ -138,12 +140,12 @@ def test_the_table_of_kinds_states_every_threshold() -> None:
 
 def test_defects_name_the_heads_that_have_them(folder: Path) -> None:
     evidence = collect_evidence(Dataset.open(folder))
-    found = find_defects(evidence)
-    places = {(row["defect"], row["layer"], row["head"]) for row in found.iter_rows(named=True)}
+    result = find_defects(evidence)
+    places = {(row["defect"], row["layer"], row["head"]) for row in result.iter_rows(named=True)}
     assert ("entropy collapse", *SHARP) in places
     assert ("ignores content", *EVEN) in places
     assert ("ignores content", *SELF) not in places
-    counts = dict(rules_table(evidence, found).select("defect", "found").rows())
+    counts = dict(rules_table(evidence, result).select("defect", "found").rows())
     assert counts["entropy collapse"] == 1
     assert counts["non-finite rows"] == 0
 
@@ -183,8 +185,8 @@ def test_norm_growth_is_measured_from_the_first_layer_to_the_last(folder: Path) 
 
     evidence = collect_evidence(Dataset.open(folder))
     grown = evidence.residual.with_columns(pl.col("stream_norm") * 30.0 ** pl.col("layer"))
-    found = find_defects(replace(evidence, residual=grown)).filter(pl.col("defect") == "norm growth")
-    assert (found.height, found["layer"][0]) == (1, 1)
+    result = find_defects(replace(evidence, residual=grown)).filter(pl.col("defect") == "norm growth")
+    assert (result.height, result["layer"][0]) == (1, 1)
     assert find_defects(evidence).filter(pl.col("defect") == "norm growth").height == 0
 
 
@@ -192,8 +194,8 @@ def test_a_rule_whose_columns_were_not_measured_says_so(folder: Path) -> None:
     from dataclasses import replace
 
     evidence = collect_evidence(Dataset.open(folder))
-    blind = replace(evidence, heads=evidence.heads.with_columns(output_norm=pl.lit(None, dtype=pl.Float64)))
-    rules = rules_table(blind, find_defects(blind))
+    without_norms = replace(evidence, heads=evidence.heads.with_columns(output_norm=pl.lit(None, dtype=pl.Float64)))
+    rules = rules_table(without_norms, find_defects(without_norms))
     assert rules.filter(pl.col("found").is_null())["defect"].to_list() == ["dead head"]
     assert rules.height == len(DEFECTS)
 

@@ -100,7 +100,7 @@ def test_a_nearly_constant_column_keeps_its_digits() -> None:
 
 
 def test_bootstrap_agrees_with_the_linearised_error_and_repeats_with_its_seed() -> None:
-    frame = _simulated(1, seed=3)
+    frame = _simulate(1, seed=3)
     linear = clustered_mean(frame, ["y"], ["dataset"]).collect()
     drawn = bootstrap_mean(frame, ["y"], ["dataset"], replicates=2000, seed=1).collect()
     again = bootstrap_mean(frame, ["y"], ["dataset"], replicates=2000, seed=1).collect()
@@ -112,20 +112,20 @@ def test_bootstrap_agrees_with_the_linearised_error_and_repeats_with_its_seed() 
 
 def test_nominal_95_percent_intervals_cover_the_truth_with_40_documents() -> None:
     simulations = 4000
-    found = clustered_mean(_simulated(simulations, seed=7), ["y"], ["dataset"]).collect()
+    found = clustered_mean(_simulate(simulations, seed=7), ["y"], ["dataset"]).collect()
     covered = found.filter((pl.col("y_low") <= 0) & (pl.col("y_high") >= 0)).height / simulations
     assert 0.93 <= covered <= 0.97
 
 
 def test_an_interval_that_ignores_documents_would_cover_far_less() -> None:
-    """The simulation is a hard one: rows of a document depend on each other."""
-    alone = _simulated(1000, seed=7).with_columns(document_id=pl.int_range(pl.len()))
+    """The simulation is demanding: rows of a document depend on each other."""
+    alone = _simulate(1000, seed=7).with_columns(document_id=pl.int_range(pl.len()))
     found = clustered_mean(alone, ["y"], ["dataset"]).collect()
     assert found.filter((pl.col("y_low") <= 0) & (pl.col("y_high") >= 0)).height < 0.9 * found.height
 
 
-def _simulated(datasets: int, *, seed: int) -> pl.LazyFrame:
-    """Datasets of 40 documents with an effect of their own each, sequences of very different weight, true mean 0."""
+def _simulate(datasets: int, *, seed: int) -> pl.LazyFrame:
+    """Datasets of 40 documents with random effects, and sequences of very different weights; the true mean is 0."""
     random = np.random.default_rng(seed)
     shape = (datasets, DOCUMENTS, PER_DOCUMENT)
     effect = random.normal(0, 1, shape[:2])[..., None]

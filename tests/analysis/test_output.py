@@ -1,4 +1,4 @@
-"""An answer is written whole, or the command fails and leaves nothing behind."""
+"""Results are written completely, or the command fails and leaves nothing behind."""
 
 import io
 import os
@@ -32,8 +32,8 @@ def write_to(path: Path, form: Format = "csv", rows: pa.Table = RESULT) -> None:
         write_result(rows, form, file)
 
 
-class Sluggish(io.RawIOBase):
-    """A stream that takes a few bytes at a time, as a pipe does, and at last nothing."""
+class SlowStream(io.RawIOBase):
+    """A stream that takes a few bytes at a time, like a pipe, and eventually nothing more."""
 
     def __init__(self, most: int) -> None:
         self.taken, self.most = bytearray(), most
@@ -48,7 +48,7 @@ class Sluggish(io.RawIOBase):
 
 
 def test_what_a_stream_takes_in_pieces_arrives_whole() -> None:
-    stream = Sluggish(10**9)
+    stream = SlowStream(10**9)
     write_result(RESULT, "csv", cast(IO[bytes], stream))
     assert pl.read_csv(bytes(stream.taken)).height == RESULT.num_rows
 
@@ -56,7 +56,7 @@ def test_what_a_stream_takes_in_pieces_arrives_whole() -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_stream_that_stops_taking_is_an_error(form: Format) -> None:
     with pytest.raises(OutputError, match="did not take all of it"):
-        write_result(RESULT, form, cast(IO[bytes], Sluggish(200)))
+        write_result(RESULT, form, cast(IO[bytes], SlowStream(200)))
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -81,26 +81,26 @@ def test_every_format_reads_back_from_a_file(tmp_path: Path, form: Format) -> No
     assert read[form](tmp_path / "none").height == 0
 
 
-def too_large() -> None:
+def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("held", [None, "what was there"])
-def test_a_file_that_cannot_be_finished_leaves_what_was_there(folder: Path, tmp_path: Path, held: str | None) -> None:
+@pytest.mark.parametrize("before", [None, "what was there"])
+def test_a_file_that_cannot_be_finished_leaves_what_was_there(folder: Path, tmp_path: Path, before: str | None) -> None:
     target = tmp_path / "answer.csv"
-    if held:
-        target.write_text(held)
-    ended = subprocess.run(
+    if before:
+        target.write_text(before)
+    result = subprocess.run(
         [*ATTLAS, "query", folder, "SELECT * FROM heads", "--format", "csv", "--output", target],
         capture_output=True,
         text=True,
-        preexec_fn=too_large,
+        preexec_fn=limit_file_size,
     )
-    assert ended.returncode == 1
-    assert f"{target} did not take all of it (File too large)" in ended.stderr
-    assert [p.name for p in tmp_path.iterdir()] == (["answer.csv"] if held else [])
-    assert held is None or target.read_text() == held
+    assert result.returncode == 1
+    assert f"{target} did not take all of it (File too large)" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == (["answer.csv"] if before else [])
+    assert before is None or target.read_text() == before
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(folder: Path) -> None:

@@ -24,14 +24,14 @@ VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Tags, their attributes and the text of a page; unclosed tags show in `open`."""
+    """Tags, attributes and text of a page; `open` holds unclosed tags, `misnested` those closed out of order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
         self.open: list[str] = []
-        self.crossed: list[str] = []
+        self.misnested: list[str] = []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -46,7 +46,7 @@ class Page(HTMLParser):
         if self.open and self.open[-1] == tag:
             self.open.pop()
         else:
-            self.crossed.append(tag)
+            self.misnested.append(tag)
 
     def handle_data(self, data: str) -> None:
         self.text.append(data)
@@ -103,7 +103,7 @@ def test_the_page_loads_nothing(html: str) -> None:
 
 def test_tags_are_closed_in_order(html: str) -> None:
     page = Page(html)
-    assert (page.open, page.crossed) == ([], [])
+    assert (page.open, page.misnested) == ([], [])
 
 
 def test_every_head_is_in_the_atlas_and_in_the_table(html: str, folder: Path) -> None:
@@ -129,8 +129,10 @@ def test_the_findings_are_those_of_the_tables(html: str, folder: Path) -> None:
 
     farthest = distance_ranking(Dataset.open(folder)).row(-1, named=True)
     low, high = farthest["distance_tokens_low"], farthest["distance_tokens_high"]
-    said = f"It looks {estimate(farthest['distance_tokens'], low, high)} tokens away on average ({interval(low, high)})"
-    assert said in html
+    sentence = (
+        f"It looks {estimate(farthest['distance_tokens'], low, high)} tokens away on average ({interval(low, high)})"
+    )
+    assert sentence in html
     assert f">L{farthest['layer']}H{farthest['head']}</button>" in html
 
 
@@ -169,7 +171,7 @@ def test_a_stack_without_distances_says_so_at_its_atlas(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2)
     _rename_some_rows(root, "cross")
     for path in sorted((root / "profiles").glob("*.parquet")):
-        rewrite(root, f"profiles/{path.name}", _without_offsets_of_cross)
+        rewrite(root, f"profiles/{path.name}", _drop_cross_offsets)
     page = Page(write_report(root).read_text("utf-8"))
     assert _atlases(page) == ["encoder", "cross"]
     assert "".join(page.text).count("there is no distance between them") == 1
@@ -187,13 +189,13 @@ def test_heads_that_look_over_an_image_are_ranked_by_patches(tmp_path: Path) -> 
     assert "Distance over the image" in text and "heads.distance_patches" in text
     console = Console(width=140, file=io.StringIO())
     console.print(summary(root))
-    said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert "patches" in said
-    nearest = next(line for line in said.splitlines() if "nearest" in line)
+    output = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "patches" in output
+    nearest = next(line for line in output.splitlines() if "nearest" in line)
     assert "L0H1" in nearest and "8.00" in nearest
 
 
-def _without_offsets_of_cross(rows: pa.Table) -> pa.Table:
+def _drop_cross_offsets(rows: pa.Table) -> pa.Table:
     pairs = zip(rows["stack"].to_pylist(), rows["profile"].to_pylist(), strict=True)
     return rows.filter([pair != ("cross", "offset") for pair in pairs])
 
@@ -271,7 +273,7 @@ def test_ticks_span_the_data_and_steps_span_the_scale() -> None:
 
 
 def _rename_some_rows(root: Path, stack: str) -> None:
-    """Call head 1 of every measured table another stack's; checksums do not matter to a report."""
+    """Move head 1 to another stack in every measured table; a report does not check checksums."""
     for table in ("heads", "profiles"):
         for path in sorted((root / table).glob("*.parquet")):
             rows = pq.read_table(path)

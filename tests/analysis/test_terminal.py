@@ -1,4 +1,4 @@
-"""What people read in a terminal: whole numbers, one line a name, plurals."""
+"""Terminal output: complete numbers, names on one line, correct plurals."""
 
 import io
 import re
@@ -27,7 +27,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def printed(root: Path, width: int) -> str:
+def render_summary(root: Path, width: int) -> str:
     console = Console(width=width, file=io.StringIO(), highlight=False)
     console.print(summary(root), crop=False)
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
@@ -63,7 +63,7 @@ def test_a_long_text_keeps_its_beginning_and_its_end() -> None:
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
 def test_no_number_of_the_summary_is_cut(folder: Path, width: int) -> None:
-    whole, narrow = printed(folder, 1000), printed(folder, width)
+    whole, narrow = render_summary(folder, 1000), render_summary(folder, width)
     assert "…" not in narrow
     left_out = re.findall(r"no room for (.*): widen", " ".join(narrow.split()))
     if width >= 80:
@@ -76,7 +76,7 @@ def test_no_number_of_the_summary_is_cut(folder: Path, width: int) -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_the_summary_keeps_to_the_terminal_where_it_can(folder: Path, width: int) -> None:
-    assert max(len(line.rstrip()) for line in printed(folder, width).splitlines()) <= width
+    assert max(len(line.rstrip()) for line in render_summary(folder, width).splitlines()) <= width
 
 
 def test_columns_are_left_out_from_the_right_and_named() -> None:
@@ -101,9 +101,9 @@ def test_a_query_table_never_cuts_a_number_or_a_name(
     monkeypatch.setenv("COLUMNS", width)
     monkeypatch.setenv("TERM", "dumb")
     columns = {f"a_rather_long_name_{i}": pa.array([0.000123456, 123456789.0], pa.float64()) for i in range(12)}
-    said = stream()
-    write_result(pa.table({**columns, "path": ["x" * 300, "y"]}), "table", said)
-    text = said.getvalue()
+    output = stream()
+    write_result(pa.table({**columns, "path": ["x" * 300, "y"]}), "table", output)
+    text = output.getvalue()
     header = text.splitlines()[0].split()
     assert header == [*columns, "path"]
     assert text.count("0.000123456") == text.count("1.23457e+08") == 12
@@ -112,17 +112,17 @@ def test_a_query_table_never_cuts_a_number_or_a_name(
 
 
 def test_names_in_a_query_table_keep_to_their_line() -> None:
-    said = io.StringIO()
-    write_result(pa.table({HOSTILE: [HOSTILE], "nested": [[HOSTILE]]}), "table", said)
-    assert not UNSEEN.search(said.getvalue())
-    assert len(said.getvalue().splitlines()) == 4  # names, rule, row, count
+    output = io.StringIO()
+    write_result(pa.table({HOSTILE: [HOSTILE], "nested": [[HOSTILE]]}), "table", output)
+    assert not UNSEEN.search(output.getvalue())
+    assert len(output.getvalue().splitlines()) == 4  # names, rule, row, count
 
 
 def test_programs_get_names_as_they_are() -> None:
     for form in ("csv", "json"):
-        said = io.StringIO()
-        write_result(pa.table({"name": [HOSTILE]}), form, said)
-        assert "\u202egnp." in said.getvalue()
+        output = io.StringIO()
+        write_result(pa.table({"name": [HOSTILE]}), form, output)
+        assert "\u202egnp." in output.getvalue()
 
 
 def test_names_on_the_page_are_shown_and_isolated(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_names_on_the_page_are_shown_and_isolated(tmp_path: Path) -> None:
     assert not UNSEEN.search(page)
     assert r"<h1>Where <bdi>a\x1b[31m\r\nattlas" in page
     assert "<bdi>אב</bdi>" in page
-    assert not UNSEEN.search(printed(root, 80))
+    assert not UNSEEN.search(render_summary(root, 80))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_names_in_headings_are_short_and_tell_nothing_of_the_machine() -> None:
 def test_one_is_no_plural(tmp_path: Path) -> None:
     assert (plural(1, "row"), plural(0, "row"), plural(2, "row")) == ("1 row", "0 rows", "2 rows")
     root = write_dataset(tmp_path / "d", documents=1, layers=1, heads=1)
-    assert "1 head, 1 document, " in printed(root, 200)
+    assert "1 head, 1 document, " in render_summary(root, 200)
     page = write_report(root).read_text("utf-8")
     for one in ("layer", "head", "document"):
         assert f"<b>1</b><span>{one}</span>" in page

@@ -1,4 +1,4 @@
-"""Every tampering is found, in the part where it is. Rewritten parts get a fresh checksum, so that only the rows speak."""
+"""Every manipulation is found, in the part that has it. Rewritten parts get new checksums, so that only their rows are wrong."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,16 +21,16 @@ def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "d", documents=4, layers=1, heads=3)
 
 
-def with_column(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[pa.Table], pa.Table]:
-    def changed(table: pa.Table) -> pa.Table:
+def change_column(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[pa.Table], pa.Table]:
+    def apply(table: pa.Table) -> pa.Table:
         field = table.schema.field(name)
         values = change(table.column(name).to_numpy(zero_copy_only=False).copy())
         return table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
 
-    return changed
+    return apply
 
 
-def first_row(value: float) -> Callable[[np.ndarray], np.ndarray]:
+def set_first_row(value: float) -> Callable[[np.ndarray], np.ndarray]:
     def change(values: np.ndarray) -> np.ndarray:
         values[0] = value
         return values
@@ -42,7 +42,7 @@ def checks(findings: list[Finding]) -> set[tuple[str, str]]:
     return {(f.part, f.check) for f in findings}
 
 
-def test_a_sound_dataset_has_no_findings(dataset: Path) -> None:
+def test_an_intact_dataset_has_no_findings(dataset: Path) -> None:
     assert verify(dataset) == []
 
 
@@ -84,21 +84,21 @@ def test_a_manifest_that_counts_wrong(dataset: Path) -> None:
     assert checks(verify(dataset)) == {("manifest.json", "row count"), ("manifest.json", "corpus")}
 
 
-def renamed(table: pa.Table) -> pa.Table:
+def rename_column(table: pa.Table) -> pa.Table:
     return table.rename_columns(["entropy" if n == "entropy_nats" else n for n in table.column_names])
 
 
-def retyped(table: pa.Table) -> pa.Table:
+def change_type(table: pa.Table) -> pa.Table:
     i = table.schema.get_field_index("entropy_nats")
     return table.set_column(i, table.schema.field(i).with_type(pa.float64()), table.column(i).cast(pa.float64()))
 
 
-def remarked(table: pa.Table) -> pa.Table:
+def change_metadata(table: pa.Table) -> pa.Table:
     i = table.schema.get_field_index("entropy_nats")
     return table.cast(table.schema.set(i, table.schema.field(i).with_metadata({"formula": "another"})))
 
 
-def made_nullable(table: pa.Table) -> pa.Table:
+def make_nullable(table: pa.Table) -> pa.Table:
     i = table.schema.get_field_index("query_rows")
     return table.cast(table.schema.set(i, table.schema.field(i).with_nullable(True)))
 
@@ -106,10 +106,10 @@ def made_nullable(table: pa.Table) -> pa.Table:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (renamed, "lacks entropy_nats; has unknown entropy"),
-        (retyped, "entropy_nats is double, the contract says float"),
-        (remarked, "entropy_nats has other metadata"),
-        (made_nullable, "query_rows is nullable"),
+        (rename_column, "lacks entropy_nats; has unknown entropy"),
+        (change_type, "entropy_nats is double, the contract says float"),
+        (change_metadata, "entropy_nats has other metadata"),
+        (make_nullable, "query_rows is nullable"),
     ],
 )
 def test_another_schema(dataset: Path, change: Callable[[pa.Table], pa.Table], message: str) -> None:
@@ -138,12 +138,12 @@ def test_another_schema(dataset: Path, change: Callable[[pa.Table], pa.Table], m
     ],
 )
 def test_a_wrong_value_in_one_row(dataset: Path, column: str, value: float, check: str) -> None:
-    rewrite(dataset, HEADS, with_column(column, first_row(value)))
+    rewrite(dataset, HEADS, change_column(column, set_first_row(value)))
     assert (HEADS, check) in checks(verify(dataset))
 
 
 def test_rows_of_several_stacks_are_counted_where_they_are_of_tokens(dataset: Path) -> None:
-    rewrite(dataset, HEADS, with_column("query_rows", first_row(1)))
+    rewrite(dataset, HEADS, change_column("query_rows", set_first_row(1)))
     path = dataset / "manifest.json"
     for of_tokens, found in ((True, True), (False, False)):
         manifest = read_json(path)
@@ -184,7 +184,7 @@ def test_profiles_that_do_not_add_up(dataset: Path, profile: str) -> None:
     def change(table: pa.Table) -> pa.Table:
         hit = np.array(table["profile"].to_pylist()) == profile
         for name in ("sum", "count"):
-            table = with_column(name, lambda values: np.where(hit, 2 * values, values))(table)
+            table = change_column(name, lambda values: np.where(hit, 2 * values, values))(table)
         return table
 
     rewrite(dataset, part, change)
@@ -195,22 +195,22 @@ def test_profiles_that_do_not_add_up(dataset: Path, profile: str) -> None:
 
 def test_profiles_of_another_shard(dataset: Path) -> None:
     part = "profiles/shard-00000.parquet"
-    rewrite(dataset, part, with_column("shard", first_row(9)))
+    rewrite(dataset, part, change_column("shard", set_first_row(9)))
     assert (part, "shard") in checks(verify(dataset))
 
 
 def test_a_sequence_of_no_document(dataset: Path) -> None:
-    rewrite(dataset, "sequences/shard-00000.parquet", with_column("document_id", lambda ids: ids + 100))
+    rewrite(dataset, "sequences/shard-00000.parquet", change_column("document_id", lambda ids: ids + 100))
     assert ("documents, sequences", "links") in checks(verify(dataset))
 
 
 def test_documents_that_miscount_their_sequences(dataset: Path) -> None:
-    rewrite(dataset, "documents/shard-00000.parquet", with_column("sequences", lambda counts: counts + 1))
+    rewrite(dataset, "documents/shard-00000.parquet", change_column("sequences", lambda counts: counts + 1))
     assert ("documents, sequences", "links") in checks(verify(dataset))
 
 
 def test_sequences_that_are_not_numbered_from_zero(dataset: Path) -> None:
-    rewrite(dataset, "sequences/shard-00000.parquet", with_column("sequence_id", lambda ids: ids + 1))
+    rewrite(dataset, "sequences/shard-00000.parquet", change_column("sequence_id", lambda ids: ids + 1))
     assert ("sequences", "keys") in checks(verify(dataset))
 
 

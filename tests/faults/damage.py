@@ -1,4 +1,4 @@
-"""Ways in which a file on disk comes to harm."""
+"""Kinds of damage to a file on disk."""
 
 import json
 import os
@@ -9,86 +9,86 @@ from typing import Any
 Damage = Callable[[Path], None]
 
 
-def rewritten(change: Callable[[bytes], bytes]) -> Damage:
+def rewrite_bytes(change: Callable[[bytes], bytes]) -> Damage:
     def damage(path: Path) -> None:
         path.write_bytes(change(path.read_bytes()))
 
     return damage
 
 
-def flipped(content: bytes, *, at: float) -> bytes:
-    """One bit changed, at this share of the file."""
-    changed = bytearray(content)
-    changed[min(int(len(content) * at), len(content) - 1)] ^= 1
-    return bytes(changed)
+def flip_bit(content: bytes, *, at: float) -> bytes:
+    """The content with one bit flipped, at this fraction of the file."""
+    flipped = bytearray(content)
+    flipped[min(int(len(content) * at), len(content) - 1)] ^= 1
+    return bytes(flipped)
 
 
-def a_directory(path: Path) -> None:
+def replace_by_directory(path: Path) -> None:
     path.unlink()
     path.mkdir()
     (path / "inside").write_text("x")
 
 
-def a_pipe(path: Path) -> None:
+def replace_by_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
 
 
-def a_loop_of_links(path: Path) -> None:
+def replace_by_link_loop(path: Path) -> None:
     path.unlink()
     path.symlink_to(path)
 
 
-def a_link_to_nothing(path: Path) -> None:
+def replace_by_broken_link(path: Path) -> None:
     path.unlink()
     path.symlink_to(path.with_name("nowhere"))
 
 
-OF_BYTES: dict[str, Damage] = {
-    "empty": rewritten(lambda _: b""),
-    "cut off": rewritten(lambda content: content[: len(content) // 2]),
-    "last byte lost": rewritten(lambda content: content[:-1]),
-    "longer": rewritten(lambda content: content + b"\0"),
-    "null bytes": rewritten(lambda content: bytes(len(content))),
-    "not UTF-8": rewritten(lambda content: b"\xff\xfe" + content[2:]),
-    "bit flipped early": rewritten(lambda content: flipped(content, at=0.1)),
-    "bit flipped in the middle": rewritten(lambda content: flipped(content, at=0.5)),
-    "bit flipped late": rewritten(lambda content: flipped(content, at=0.93)),
-    "another file": rewritten(lambda _: b'{"shards": 3}'),
+BYTE_DAMAGES: dict[str, Damage] = {
+    "empty": rewrite_bytes(lambda _: b""),
+    "cut off": rewrite_bytes(lambda content: content[: len(content) // 2]),
+    "last byte lost": rewrite_bytes(lambda content: content[:-1]),
+    "longer": rewrite_bytes(lambda content: content + b"\0"),
+    "null bytes": rewrite_bytes(lambda content: bytes(len(content))),
+    "not UTF-8": rewrite_bytes(lambda content: b"\xff\xfe" + content[2:]),
+    "bit flipped early": rewrite_bytes(lambda content: flip_bit(content, at=0.1)),
+    "bit flipped in the middle": rewrite_bytes(lambda content: flip_bit(content, at=0.5)),
+    "bit flipped late": rewrite_bytes(lambda content: flip_bit(content, at=0.93)),
+    "another file": rewrite_bytes(lambda _: b'{"shards": 3}'),
     "gone": Path.unlink,
-    "a directory": a_directory,
-    "a pipe": a_pipe,
-    "a loop of links": a_loop_of_links,
-    "a link to nothing": a_link_to_nothing,
+    "a directory": replace_by_directory,
+    "a pipe": replace_by_pipe,
+    "a loop of links": replace_by_link_loop,
+    "a link to nothing": replace_by_broken_link,
 }
 
 
-def edited(change: Callable[[Any], Any]) -> Damage:
-    """Valid JSON, and other than what was written."""
-    return rewritten(lambda content: json.dumps(change(json.loads(content))).encode())
+def edit_json(change: Callable[[Any], Any]) -> Damage:
+    """Replace the file by other, valid JSON."""
+    return rewrite_bytes(lambda content: json.dumps(change(json.loads(content))).encode())
 
 
-OF_JSON: dict[str, Damage] = {
-    "a list": edited(lambda value: [value]),
-    "null": edited(lambda _: None),
-    "a number": edited(lambda _: 7),
-    "nested": edited(lambda _: json.loads("[" * 400 + "]" * 400)),
-    "no keys": edited(lambda _: {}),
-    "another key": edited(lambda value: value | {"more": 1}),
-    "first key lost": edited(lambda value: dict(list(value.items())[1:])),
-    "last key lost": edited(lambda value: dict(list(value.items())[:-1])),
-    "all null": edited(lambda value: dict.fromkeys(value)),
-    "all text": edited(lambda value: {key: str(entry) for key, entry in value.items()}),
-    "all lists": edited(lambda value: {key: [entry] for key, entry in value.items()}),
-    "all negative": edited(lambda value: dict.fromkeys(value, -1)),
-    "beyond 64 bits": edited(lambda value: dict.fromkeys(value, 1 << 70)),
-    "another schema": edited(lambda value: value | {"schema_version": 99}),
-    "numbers one more": edited(lambda value: {k: v + 1 if type(v) is int else v for k, v in value.items()}),
+JSON_DAMAGES: dict[str, Damage] = {
+    "a list": edit_json(lambda value: [value]),
+    "null": edit_json(lambda _: None),
+    "a number": edit_json(lambda _: 7),
+    "nested": edit_json(lambda _: json.loads("[" * 400 + "]" * 400)),
+    "no keys": edit_json(lambda _: {}),
+    "another key": edit_json(lambda value: value | {"more": 1}),
+    "first key lost": edit_json(lambda value: dict(list(value.items())[1:])),
+    "last key lost": edit_json(lambda value: dict(list(value.items())[:-1])),
+    "all null": edit_json(lambda value: dict.fromkeys(value)),
+    "all text": edit_json(lambda value: {key: str(entry) for key, entry in value.items()}),
+    "all lists": edit_json(lambda value: {key: [entry] for key, entry in value.items()}),
+    "all negative": edit_json(lambda value: dict.fromkeys(value, -1)),
+    "beyond 64 bits": edit_json(lambda value: dict.fromkeys(value, 1 << 70)),
+    "another schema": edit_json(lambda value: value | {"schema_version": 99}),
+    "numbers one more": edit_json(lambda value: {k: v + 1 if type(v) is int else v for k, v in value.items()}),
 }
 
 
 def damages(path: Path) -> Iterator[tuple[str, Damage]]:
-    """Every damage that makes sense for a file of that name."""
-    yield from OF_BYTES.items()
+    """Name and function of every damage that applies to the file."""
+    yield from BYTE_DAMAGES.items()
     if path.suffix == ".json":
-        yield from OF_JSON.items()
+        yield from JSON_DAMAGES.items()

@@ -1,4 +1,4 @@
-"""Compiled code that was kept and came to harm is compiled again and kept anew; nothing foreign is ever loaded."""
+"""Damaged files in the kernel cache are compiled again and replaced; foreign code is never loaded."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 from numba import njit, types
 
 from attlas.extract.engines import kernel_cache
-from tests.faults.damage import OF_BYTES
+from tests.faults.damage import BYTE_DAMAGES
 
 NAME = "test.double"
 ROOT = Path(__file__).parents[2]
@@ -23,8 +23,8 @@ def double(values: Any) -> None:
         values[n] *= 2
 
 
-def compiled(name: str = NAME) -> Any:
-    """The kernel, which is checked to work."""
+def compile_kernel(name: str = NAME) -> Any:
+    """Compile or load the kernel, and check that it works."""
     signature = types.void(types.Array(types.float64, 1, "C"))
     dispatcher = kernel_cache.compiled(name, lambda keeps: njit(signature, cache=keeps)(double))
     values = np.array([1.0, 2.5])
@@ -44,11 +44,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def said_not_to_be_kept() -> Any:
+def warns_that_it_is_not_kept() -> Any:
     return pytest.warns(UserWarning, match="can't be kept: .*; set NUMBA_CACHE_DIR to a folder that can be written")
 
 
-def kept_file(name: str = NAME) -> Path:
+def cache_file(name: str = NAME) -> Path:
     folder = kernel_cache.cache_folder()
     assert folder is not None
     return folder / f"{name}.kernel"
@@ -56,83 +56,83 @@ def kept_file(name: str = NAME) -> Path:
 
 def test_what_was_compiled_is_loaded_the_next_time() -> None:
     assert not kernel_cache.is_kept(NAME)
-    assert not was_loaded(compiled())
+    assert not was_loaded(compile_kernel())
     assert kernel_cache.is_kept(NAME)
-    before = kept_file().read_bytes()
-    assert was_loaded(compiled())
-    assert kept_file().read_bytes() == before
-    assert [path.name for path in kept_file().parent.iterdir()] == [kept_file().name]
-    assert kept_file().parent.stat().st_mode & 0o077 == 0
+    before = cache_file().read_bytes()
+    assert was_loaded(compile_kernel())
+    assert cache_file().read_bytes() == before
+    assert [path.name for path in cache_file().parent.iterdir()] == [cache_file().name]
+    assert cache_file().parent.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("what", list(OF_BYTES))
+@pytest.mark.parametrize("what", list(BYTE_DAMAGES))
 def test_a_damaged_file_is_compiled_again_and_replaced(what: str) -> None:
-    compiled()
-    OF_BYTES[what](kept_file())
+    compile_kernel()
+    BYTE_DAMAGES[what](cache_file())
     assert not kernel_cache.is_kept(NAME)
-    assert not was_loaded(compiled())
-    assert was_loaded(compiled())
+    assert not was_loaded(compile_kernel())
+    assert was_loaded(compile_kernel())
 
 
 def test_a_file_of_another_kernel_is_not_loaded() -> None:
-    compiled("test.other")
-    kept_file().write_bytes(kept_file("test.other").read_bytes())
-    assert not was_loaded(compiled())
+    compile_kernel("test.other")
+    cache_file().write_bytes(cache_file("test.other").read_bytes())
+    assert not was_loaded(compile_kernel())
 
 
 def test_a_file_of_another_version_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled()
-    ours, content = kept_file(), kept_file().read_bytes()
+    compile_kernel()
+    ours, content = cache_file(), cache_file().read_bytes()
     ours.parent.rename(ours.parent.with_name("0" * 16))
-    assert not was_loaded(compiled())
+    assert not was_loaded(compile_kernel())
     changed = bytearray(content)
     changed[:32] = bytes(32)
     ours.write_bytes(changed)
-    assert not was_loaded(compiled())
+    assert not was_loaded(compile_kernel())
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
 def test_a_folder_that_others_can_write_is_not_used(mode: int) -> None:
-    compiled()
-    before = kept_file().read_bytes()
-    kept_file().parent.chmod(mode)
+    compile_kernel()
+    before = cache_file().read_bytes()
+    cache_file().parent.chmod(mode)
     assert not kernel_cache.is_kept(NAME)
-    with said_not_to_be_kept():
-        assert not was_loaded(compiled())
-    assert kept_file().read_bytes() == before
+    with warns_that_it_is_not_kept():
+        assert not was_loaded(compile_kernel())
+    assert cache_file().read_bytes() == before
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
 @pytest.mark.parametrize("which", ["the folder", "the file"])
 def test_what_belongs_to_another_user_is_not_loaded(which: str) -> None:
-    compiled()
-    os.chown(kept_file().parent if which == "the folder" else kept_file(), 12345, 12345)
-    with said_not_to_be_kept() if which == "the folder" else nullcontext():
-        assert not was_loaded(compiled())
+    compile_kernel()
+    os.chown(cache_file().parent if which == "the folder" else cache_file(), 12345, 12345)
+    with warns_that_it_is_not_kept() if which == "the folder" else nullcontext():
+        assert not was_loaded(compile_kernel())
 
 
 def test_a_folder_that_is_a_link_is_not_used(tmp_path: Path) -> None:
-    compiled()
-    folder = kept_file().parent
+    compile_kernel()
+    folder = cache_file().parent
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
-    with said_not_to_be_kept():
-        assert not was_loaded(compiled())
+    with warns_that_it_is_not_kept():
+        assert not was_loaded(compile_kernel())
 
 
 def test_without_a_folder_to_write_into_it_is_compiled_each_time(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file" / "cache"))
     for _ in range(2):
-        with said_not_to_be_kept():
-            assert not was_loaded(compiled())
+        with warns_that_it_is_not_kept():
+            assert not was_loaded(compile_kernel())
     assert not kernel_cache.is_kept(NAME)
 
 
 def test_processes_that_compile_at_once_leave_one_good_file(home: Path) -> None:
-    code = "from tests.faults.test_kernel_cache import compiled; compiled()"
+    code = "from tests.faults.test_kernel_cache import compile_kernel; compile_kernel()"
     command = [sys.executable, "-c", code]
     runs = [subprocess.Popen(command, cwd=ROOT, env={**os.environ, "XDG_CACHE_HOME": str(home)}) for _ in range(3)]
     assert [run.wait(120) for run in runs] == [0, 0, 0]
-    assert was_loaded(compiled())
-    assert [path.name for path in kept_file().parent.iterdir()] == [kept_file().name]
+    assert was_loaded(compile_kernel())
+    assert [path.name for path in cache_file().parent.iterdir()] == [cache_file().name]

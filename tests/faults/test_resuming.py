@@ -1,4 +1,4 @@
-"""An interrupted run whose files came to harm goes on to the same bytes, or is refused by the name of the file."""
+"""An interrupted run with a damaged file either resumes to the same bytes, or is refused with the name of the file."""
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from attlas.extract.pipeline import finish, measure_shard, prepare
 from attlas.extract.resuming import begin_or_resume
 from attlas.extract.store import CARD, MANIFEST, WORK, Store, open_dataset
 from tests.extract.models import tiny
-from tests.faults.damage import OF_BYTES, OF_JSON, damages, flipped
+from tests.faults.damage import BYTE_DAMAGES, JSON_DAMAGES, damages, flip_bit
 
 MAX_LENGTH = 12
 DONE = (0, 2)
@@ -31,7 +31,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Hundreds of passes of a few tokens: threads would only wait for each other."""
+    """Use one thread: in hundreds of passes over a few tokens, threads would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def model(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def job(corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run that was stopped after two of its shards."""
+    """A run interrupted after two of its shards."""
     out = tmp_path_factory.mktemp("interrupted") / "out"
     options = RunOptions(
         model=str(model), corpus=str(corpus), out=out, max_length=MAX_LENGTH, shard_sequences=2, engine="reference"
@@ -64,10 +64,10 @@ def job(corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def undamaged(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return contents(finished(copied(job, tmp_path_factory.mktemp("undamaged") / "out")))
+    return contents(finish_run(copy_job(job, tmp_path_factory.mktemp("undamaged") / "out")))
 
 
-def folder_of(job: Job) -> Path:
+def output_folder(job: Job) -> Path:
     return Path(job.options.out)
 
 
@@ -75,74 +75,74 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def copied(job: Job, out: Path) -> Job:
-    """The same run in a copy of its folder, its model as it is in memory."""
-    shutil.copytree(folder_of(job), out)
+def copy_job(job: Job, out: Path) -> Job:
+    """The same run in a copy of its folder, with the same model object."""
+    shutil.copytree(output_folder(job), out)
     return replace(job, store=Store.at(out), options=replace(job.options, out=out), plan=None, lock=None)
 
 
-def finished(job: Job) -> Path:
-    """Begin the run again in its folder and do what is missing."""
+def finish_run(job: Job) -> Path:
+    """Resume the run in its folder and finish it."""
     job.store.refuse_foreign()
     again = begin_or_resume(job, open_corpus(job.options.corpus), MAX_LENGTH, lambda *_: None)
     for shard in again.remaining:
         measure_shard(again, shard)
     finish(again)
-    return folder_of(again)
+    return output_folder(again)
 
 
 def assert_same_or_refused(job: Job, name: str, what: str, undamaged: dict[str, bytes]) -> bool:
-    """Resume; True where it came to the same bytes."""
-    path = folder_of(job) / name
+    """Resume; returns whether the result has the same bytes, or False if the run is refused."""
+    path = output_folder(job) / name
     try:
-        finished(job)
+        finish_run(job)
     except Refusal as refusal:
         assert path.name in str(refusal), (name, what)
         return False
-    assert contents(folder_of(job)) == undamaged, (name, what)
-    assert not any(p.is_symlink() for p in folder_of(job).rglob("*")), (name, what)
+    assert contents(output_folder(job)) == undamaged, (name, what)
+    assert not any(p.is_symlink() for p in output_folder(job).rglob("*")), (name, what)
     return True
 
 
-def kinds(job: Job) -> Iterator[str]:
-    """One file of each kind that an interrupted run holds: of a shard that is done, and of one that is not."""
+def one_file_of_each_kind(job: Job) -> Iterator[str]:
+    """One file of each kind in the folder of an interrupted run, for finished and for missing shards."""
     records = [f"{WORK}/records/{shard:05d}.json" for shard in DONE]
     spools = [f"{WORK}/shard-{shard:05d}.arrow" for shard in (0, 1)]
     parts = [f"{table}/shard-{DONE[1]:05d}.parquet" for table in ("documents", "sequences", "heads", "profiles")]
     for name in (f"{WORK}/run.json", f"{WORK}/plan.json", f"{WORK}/lock", *records[:1], *spools, *parts):
-        assert (folder_of(job) / name).is_file(), name
+        assert (output_folder(job) / name).is_file(), name
         yield name
 
 
-def resumed_after(names: Iterable[tuple[str, str]], job: Job, undamaged: dict[str, bytes], out: Path) -> set[str]:
-    """Do each (file, damage) to a copy of the run and resume it; the damages that led to the same bytes."""
+def resume_after_damage(names: Iterable[tuple[str, str]], job: Job, undamaged: dict[str, bytes], out: Path) -> set[str]:
+    """Apply each (file, damage) to a copy of the run and resume it; returns the damages that led to the same bytes."""
     same = set()
     for name, what in names:
-        again = copied(job, out)
-        dict(damages(Path(name)))[what](folder_of(again) / name)
+        again = copy_job(job, out)
+        dict(damages(Path(name)))[what](output_folder(again) / name)
         if assert_same_or_refused(again, name, what, undamaged):
             same.add(what)
-        shutil.rmtree(folder_of(again))
+        shutil.rmtree(output_folder(again))
     return same
 
 
-# the newline at the end says nothing
+# the last byte is a newline, which is not significant
 HARMLESS = {"last byte lost"}
 
 
-def test_whose_folder_it_is_cannot_be_made_again(job: Job, undamaged: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_damaged_run_file_is_refused(job: Job, undamaged: dict[str, bytes], tmp_path: Path) -> None:
     name = f"{WORK}/run.json"
     every = [(name, what) for what, _ in damages(Path(name))]
-    assert resumed_after(every, job, undamaged, tmp_path / "out") == HARMLESS
+    assert resume_after_damage(every, job, undamaged, tmp_path / "out") == HARMLESS
 
 
-QUICK = ("bit flipped in the middle",)
+QUICK_DAMAGES = ("bit flipped in the middle",)
 
 
-def test_what_can_be_made_again_is(job: Job, undamaged: dict[str, bytes], tmp_path: Path) -> None:
-    for name in [n for n in kinds(job) if not n.endswith("run.json")]:
-        wanted = {what for what, _ in damages(Path(name)) if what in QUICK}
-        same = resumed_after([(name, what) for what in wanted], job, undamaged, tmp_path / "out")
+def test_other_damaged_files_are_made_again(job: Job, undamaged: dict[str, bytes], tmp_path: Path) -> None:
+    for name in [n for n in one_file_of_each_kind(job) if not n.endswith("run.json")]:
+        wanted = {what for what, _ in damages(Path(name)) if what in QUICK_DAMAGES}
+        same = resume_after_damage([(name, what) for what in wanted], job, undamaged, tmp_path / "out")
         assert same == wanted, name
 
 
@@ -150,70 +150,72 @@ def test_what_can_be_made_again_is(job: Job, undamaged: dict[str, bytes], tmp_pa
 def test_every_damage_to_every_file_that_can_be_made_again(
     job: Job, undamaged: dict[str, bytes], tmp_path: Path
 ) -> None:
-    for name in [n for n in kinds(job) if not n.endswith("run.json")]:
+    for name in [n for n in one_file_of_each_kind(job) if not n.endswith("run.json")]:
         every = {what for what, _ in damages(Path(name))}
-        same = resumed_after([(name, what) for what in every], job, undamaged, tmp_path / "out")
-        # a folder that lies where a part goes may be the user's
+        same = resume_after_damage([(name, what) for what in every], job, undamaged, tmp_path / "out")
+        # a folder in the place of a part may be the user's
         assert every - same == ({"a directory"} if name.endswith(".parquet") else set()), name
 
 
-def test_what_lies_in_the_way_of_folders_is_named(job: Job, undamaged: dict[str, bytes], tmp_path: Path) -> None:
-    again = copied(job, tmp_path / "records")
-    shutil.rmtree(folder_of(again) / WORK / "records")
-    (folder_of(again) / WORK / "records").write_text("x")
-    assert contents(finished(again)) == undamaged
-    again = copied(job, tmp_path / "heads")
-    shutil.rmtree(folder_of(again) / "heads")
-    (folder_of(again) / "heads").write_text("x")
+def test_files_and_folders_in_the_way_are_replaced_or_named(
+    job: Job, undamaged: dict[str, bytes], tmp_path: Path
+) -> None:
+    again = copy_job(job, tmp_path / "records")
+    shutil.rmtree(output_folder(again) / WORK / "records")
+    (output_folder(again) / WORK / "records").write_text("x")
+    assert contents(finish_run(again)) == undamaged
+    again = copy_job(job, tmp_path / "heads")
+    shutil.rmtree(output_folder(again) / "heads")
+    (output_folder(again) / "heads").write_text("x")
     with pytest.raises(Refusal, match=r"a folder is to be written at .*heads, where something else lies"):
-        finished(again)
-    again = copied(job, tmp_path / "card")
-    (folder_of(again) / CARD).mkdir()
+        finish_run(again)
+    again = copy_job(job, tmp_path / "card")
+    (output_folder(again) / CARD).mkdir()
     with pytest.raises(Refusal, match=r"a file is to be written at .*README\.md, where a folder lies"):
-        finished(again)
+        finish_run(again)
 
 
-def test_a_shard_that_would_be_planned_otherwise_now_is_measured_again(job: Job, corpus: Path, tmp_path: Path) -> None:
-    """A corpus of the same names and sizes is another corpus; its records don't fit once the plan is lost."""
-    again = copied(job, tmp_path / "out")
-    (folder_of(again) / WORK / "plan.json").unlink()
+def test_a_shard_whose_plan_has_changed_is_measured_again(job: Job, corpus: Path, tmp_path: Path) -> None:
+    """A changed corpus of the same size invalidates the records once the plan is lost."""
+    again = copy_job(job, tmp_path / "out")
+    (output_folder(again) / WORK / "plan.json").unlink()
     before = corpus.read_text()
     corpus.write_text(before.swapcase().replace("SHARD", "TABLE"))
     try:
-        whole = finished(again)
+        whole = finish_run(again)
     finally:
         corpus.write_text(before)
     assert verify(whole) == []
 
 
-def test_parts_of_shards_that_a_new_plan_does_not_have_go(job: Job, corpus: Path, tmp_path: Path) -> None:
-    again = copied(job, tmp_path / "out")
-    (folder_of(again) / WORK / "plan.json").unlink()
+def test_parts_of_shards_that_a_new_plan_lacks_are_removed(job: Job, corpus: Path, tmp_path: Path) -> None:
+    again = copy_job(job, tmp_path / "out")
+    (output_folder(again) / WORK / "plan.json").unlink()
     before = corpus.read_text()
     corpus.write_text("Few words." + " " * (len(before) - 10))
     try:
-        whole = finished(again)
+        whole = finish_run(again)
     finally:
         corpus.write_text(before)
     assert open_dataset(whole)[1]["shards"] == 1
     assert verify(whole) == []
 
 
-def test_a_spool_that_comes_to_harm_while_shards_are_measured_is_named(job: Job, tmp_path: Path) -> None:
-    again = copied(job, tmp_path / "out")
-    begun_again = begin_or_resume(again, open_corpus(again.options.corpus), MAX_LENGTH, lambda *_: None)
-    spool = folder_of(again) / WORK / "shard-00001.arrow"
-    spool.write_bytes(flipped(spool.read_bytes(), at=0.5))
+def test_a_spool_damaged_while_shards_are_measured_is_named(job: Job, tmp_path: Path) -> None:
+    again = copy_job(job, tmp_path / "out")
+    resumed = begin_or_resume(again, open_corpus(again.options.corpus), MAX_LENGTH, lambda *_: None)
+    spool = output_folder(again) / WORK / "shard-00001.arrow"
+    spool.write_bytes(flip_bit(spool.read_bytes(), at=0.5))
     with pytest.raises(Damaged, match=r"shard-00001\.arrow is not as it was written; the same command plans again"):
-        measure_shard(begun_again, 1)
+        measure_shard(resumed, 1)
 
 
 @pytest.mark.parametrize("name", ["empty", "cut off", "null bytes", "not UTF-8", "a directory", "a pipe", "no keys"])
 def test_a_finished_dataset_with_a_damaged_manifest_is_refused_and_left_alone(
     job: Job, tmp_path: Path, name: str
 ) -> None:
-    whole = finished(copied(job, tmp_path / "out"))
-    {**OF_BYTES, **OF_JSON}[name](whole / MANIFEST)
+    whole = finish_run(copy_job(job, tmp_path / "out"))
+    {**BYTE_DAMAGES, **JSON_DAMAGES}[name](whole / MANIFEST)
     before = contents(whole) if name != "a pipe" else {}
     with pytest.raises(Refusal, match=r"manifest\.json"):
         prepare(replace(job.options, out=whole))
@@ -224,14 +226,14 @@ def test_a_finished_dataset_with_a_damaged_manifest_is_refused_and_left_alone(
 def test_a_run_that_is_refused_while_it_plans_keeps_what_an_earlier_one_measured(
     job: Job, undamaged: dict[str, bytes], corpus: Path, tmp_path: Path
 ) -> None:
-    again = copied(job, tmp_path / "out")
-    (folder_of(again) / WORK / "plan.json").unlink()
+    again = copy_job(job, tmp_path / "out")
+    (output_folder(again) / WORK / "plan.json").unlink()
     before = corpus.read_bytes()
     corpus.write_bytes(b" " * len(before))
     try:
         with pytest.raises(Refusal, match="at least one document"):
-            finished(again)
+            finish_run(again)
     finally:
         corpus.write_bytes(before)
     assert all(again.store.read_record(shard) is not None for shard in DONE)
-    assert contents(finished(again)) == undamaged
+    assert contents(finish_run(again)) == undamaged

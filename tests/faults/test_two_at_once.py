@@ -1,4 +1,4 @@
-"""Two runs and one folder: one of them takes it, and what a killed one held is free."""
+"""Two runs into one folder: exactly one gets it, and the lock of a killed run is free."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from attlas.analysis.verify import verify
-from attlas.extract.corpus import open_corpus  # noqa: F401 - loads what a first claim would else load in the race
+from attlas.extract.corpus import open_corpus  # noqa: F401 - imported here, so that the race does not include the import
 from attlas.extract.errors import Refusal
 from attlas.extract.files import put_if_absent
 from attlas.extract.job import RunOptions
@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = 100
 
 
-def racing(folder: Path, claim: Callable[[Store, int], object], *, threads: int) -> list[int]:
-    """The numbers of the threads whose claim was not refused, when all try at once."""
+def race(folder: Path, claim: Callable[[Store, int], object], *, threads: int) -> list[int]:
+    """Let all threads claim at once; returns the numbers of those that were not refused."""
     start = threading.Barrier(threads)
 
-    def tried(number: int) -> bool:
+    def try_claim(number: int) -> bool:
         start.wait()
         try:
             claim(Store.at(folder), number)
@@ -36,13 +36,13 @@ def racing(folder: Path, claim: Callable[[Store, int], object], *, threads: int)
         return True
 
     with ThreadPoolExecutor(threads) as pool:
-        return [number for number, took in enumerate(pool.map(tried, range(threads))) if took]
+        return [number for number, took in enumerate(pool.map(try_claim, range(threads))) if took]
 
 
 def test_of_different_runs_in_threads_exactly_one_takes_a_folder(tmp_path: Path) -> None:
     for n in range(FOLDERS):
         folder = tmp_path / str(n)
-        (winner,) = racing(folder, lambda store, number: store.claim({"run": number}), threads=4)
+        (winner,) = race(folder, lambda store, number: store.claim({"run": number}), threads=4)
         assert Store.at(folder).held_run() == {"run": winner}
         assert [path.name for path in (folder / WORK).iterdir()] == ["run.json"]
 
@@ -50,15 +50,15 @@ def test_of_different_runs_in_threads_exactly_one_takes_a_folder(tmp_path: Path)
 def test_of_identical_runs_in_threads_exactly_one_takes_the_lock(tmp_path: Path) -> None:
     for n in range(FOLDERS):
         locks = []
-        gone = threading.Barrier(4)
+        all_done = threading.Barrier(4)
 
-        def taken(store: Store, number: int, locks: list = locks, gone: threading.Barrier = gone) -> None:
+        def take_lock(store: Store, number: int, locks: list = locks, all_done: threading.Barrier = all_done) -> None:
             try:
                 locks.append(store.lock())
             finally:
-                gone.wait()  # a thread that has ended holds no lock
+                all_done.wait()  # a thread that has ended holds no lock
 
-        assert len(racing(tmp_path / str(n), taken, threads=4)) == 1
+        assert len(race(tmp_path / str(n), take_lock, threads=4)) == 1
         locks[0].release()
 
 
@@ -98,7 +98,7 @@ def test_of_different_runs_in_processes_exactly_one_takes_a_folder(tmp_path: Pat
     assert sorted(won) == list(range(FOLDERS))
 
 
-def test_a_file_is_put_whole_and_once(tmp_path: Path) -> None:
+def test_a_file_is_created_completely_and_once(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file"
     assert put_if_absent(path, b"first")
     assert not put_if_absent(path, b"second")
@@ -116,7 +116,7 @@ time.sleep(600)
 """
 
 
-def test_a_lock_goes_with_the_process_that_is_killed(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     store = Store.at(tmp_path / "out")
     with subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(tmp_path / "out")], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -155,7 +155,7 @@ def test_looking_whether_a_folder_is_busy_creates_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("lay", [lambda p: p.mkdir(), os.mkfifo, lambda p: p.symlink_to(p)])
-def test_what_lies_in_the_locks_place_goes(tmp_path: Path, lay: Callable[[Path], None]) -> None:
+def test_anything_in_the_place_of_the_lock_is_replaced(tmp_path: Path, lay: Callable[[Path], None]) -> None:
     path = tmp_path / WORK / "lock"
     path.parent.mkdir()
     lay(path)
