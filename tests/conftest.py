@@ -1,9 +1,9 @@
-"""What every test may rely on: no network, no telemetry, the demo model loaded once."""
+"""The environment of all tests: no network, no telemetry, and the demo model loaded once."""
 
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", TQDM_DISABLE="1")
-# kernels are interpreted; Triton asks when it is first imported, which torch.compile may do
+# interpret kernels; Triton reads this when it is first imported, for example by torch.compile
 os.environ["TRITON_INTERPRET"] = "1"
 
 import random
@@ -20,12 +20,12 @@ from hypothesis import is_hypothesis_test, settings
 from tests.properties import QUICK, THOROUGH
 from tests.shapes import check_shapes
 
-# fixtures that start a server of Prefect: the files that name one share a worker, so that it starts once
+# fixtures that start a Prefect server; files that use the same one share a worker, so that it starts once
 SERVERS = ("test_server", "real_server")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Check shapes, choose how many cases properties get, compile the engine before workers start that would each do so."""
+    """Enable shape checks, choose the number of property cases, and compile the engine once before workers start."""
     check_shapes()
     settings.load_profile(THOROUGH if _is_slow_tier(config) else QUICK)
     if getattr(config.option, "numprocesses", None):
@@ -43,7 +43,7 @@ def _is_slow_tier(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Properties belong to both tiers; of a test with `sample(n)`, so many cases are quick and the others slow."""
+    """Put property tests in both tiers, and of a test with `sample(n)` n cases in the quick tier and the others in the slow one."""
     cases = defaultdict(list)
     for item in items:
         if _is_slow_tier(config) and is_hypothesis_test(getattr(item, "obj", None)):
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Workers take tests one by one, but for the files that need the same server (pytest-xdist 3.8 loses its own groups)."""
+    """Distribute tests one by one, except files that need the same server (pytest-xdist 3.8 breaks its own groups)."""
     from xdist.scheduler import LoadScopeScheduling
 
     @cache
@@ -72,13 +72,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    """A test that leaves torch with another number of threads would change what the next one measures."""
+def _unchanged_threads() -> Iterator[None]:
+    """Fail a test that changes torch's number of threads, which would affect the next one."""
     torch = sys.modules.get("torch")
     before = torch and torch.get_num_threads()
     yield
     if torch:
-        assert torch.get_num_threads() == before, "torch's number of threads is not what it was"
+        assert torch.get_num_threads() == before, "the test changed torch's number of threads"
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +91,7 @@ def demo():
 
 @pytest.fixture(scope="session")
 def demo_texts() -> list[str]:
-    """Real prose: the documents of the built-in corpus."""
+    """The documents of the built-in corpus, real prose."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]

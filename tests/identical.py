@@ -1,10 +1,10 @@
-"""Proof by identical numbers: the same runs by two versions of attlas, compared bit for bit.
+"""Compare two versions of attlas bit for bit on the same runs.
 
-    python -m tests.identical write TREE FOLDER [RUN …]   by the version whose source tree that is; all runs by default
-    python -m tests.identical compare OLD NEW             exit status 1 where a number differs
+    python -m tests.identical write TREE FOLDER [RUN …]   write runs (default: all) with the version in a source tree
+    python -m tests.identical compare OLD NEW             exit with status 1 if a number differs
 
-Models and corpora are made once, in FOLDER/../identical-inputs. Columns that have been renamed are compared under their
-new names; what only one version has is listed.
+Models and corpora are created once, in FOLDER/../identical-inputs. Renamed columns are compared under their new names;
+columns that only one version has are listed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ for name, table in measure(model, tokenizer=tokenizer, **inputs).items():
 
 
 def make_inputs(folder: Path) -> Path:
-    """Small models of several families, texts and images."""
+    """Create small models of several families, texts and images, unless they exist."""
     if folder.exists():
         return folder
     import torch
@@ -95,15 +95,15 @@ def make_inputs(folder: Path) -> Path:
 
 
 def write(tree: Path, folder: Path, chosen: Sequence[str]) -> None:
-    """The chosen runs, by the version in a source tree."""
+    """Write the chosen runs with the version in a source tree."""
     inputs = make_inputs(folder.parent / "identical-inputs")
     packages = {name: f"attlas.{name}" if (tree / "attlas").is_dir() else name for name in ("extract", "flows")}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{tree}{os.pathsep}{Path(__file__).parents[1]}"}
     for name, options in _OPTIONS.items():
         if name not in chosen:
             continue
-        given = [option.format(inputs=inputs) for option in options]
-        command = [sys.executable, "-c", _COMMAND_LINE.format(**packages), "run", *given, "--out", folder / name]
+        arguments = [option.format(inputs=inputs) for option in options]
+        command = [sys.executable, "-c", _COMMAND_LINE.format(**packages), "run", *arguments, "--out", folder / name]
         subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
         print(f"{name}: written")
     if "left-padded" not in chosen:
@@ -115,15 +115,15 @@ def write(tree: Path, folder: Path, chosen: Sequence[str]) -> None:
 
 
 def compare(old: Path, new: Path) -> int:
-    """Print, for every table of every run, whether all columns of both are the same bit for bit; how many tables are not."""
-    wrong = 0
+    """Print for every table of every run whether all common columns are identical; returns the number of other tables."""
+    different = 0
     for run in (run for run in _RUNS if (old / run).is_dir() and (new / run).is_dir()):
         for name, table in _tables(old / run):
             after = dict(_tables(new / run)).get(name)
-            told = "absent" if after is None else _differences(_renamed(name, table), after)
-            wrong += told.startswith(("absent", "differs"))
-            print(f"{run:12} {name:10} {table.num_rows:8,} rows  {told}")
-    return wrong
+            result = "absent" if after is None else _differences(_with_new_names(name, table), after)
+            different += result.startswith(("absent", "differs"))
+            print(f"{run:12} {name:10} {table.num_rows:8,} rows  {result}")
+    return different
 
 
 def _tables(folder: Path) -> Iterator[tuple[str, pa.Table]]:
@@ -134,7 +134,7 @@ def _tables(folder: Path) -> Iterator[tuple[str, pa.Table]]:
             yield path.name, pa.concat_tables(pq.read_table(part) for part in sorted(path.glob("*.parquet")))
 
 
-def _renamed(name: str, table: pa.Table) -> pa.Table:
+def _with_new_names(name: str, table: pa.Table) -> pa.Table:
     new_names = RENAMED.get(name, {})
     return table.rename_columns([new_names.get(column, column) for column in table.column_names])
 
@@ -147,12 +147,12 @@ def _differences(old: pa.Table, new: pa.Table) -> str:
     only = [f"-{n}" for n in old.column_names if n not in common] + [
         f"+{n}" for n in new.column_names if n not in common
     ]
-    told = f"differs: {', '.join(different)}" if different else f"{len(common)} columns identical"
-    return told + (f" ({' '.join(only)})" if only else "")
+    result = f"differs: {', '.join(different)}" if different else f"{len(common)} columns identical"
+    return result + (f" ({' '.join(only)})" if only else "")
 
 
 def _bits(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Floats as integers of the same bits, so that −0 is not 0; names as strings."""
+    """Floats as integers with the same bits, which tells −0 from 0; dictionaries as strings."""
     if pa.types.is_dictionary(column.type):
         return pc.cast(column, pa.string()).combine_chunks()
     column = column.combine_chunks()

@@ -1,4 +1,4 @@
-"""The lowest versions that pyproject.toml admits, as pip constraints: `python tests/lowest.py` prints them."""
+"""Print the lowest versions that pyproject.toml allows, as pip constraints: `python tests/lowest.py`."""
 
 import re
 import tomllib
@@ -6,25 +6,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
-# its CPU build of this version is the only one that installs everywhere the tests run
-INSTALLED_APART = {"torch"}
+# no other CPU build installs on every machine that runs the tests
+INSTALLED_SEPARATELY = {"torch"}
 
 
-def lowest(requirements: Iterable[str]) -> Iterator[str]:
-    """`name==floor` of every requirement with a lower bound, but for what is installed in a step of its own.
+def lowest_versions(requirements: Iterable[str]) -> Iterator[str]:
+    """`name==version` for every requirement except those that are installed separately.
 
-    Raises ValueError for a requirement without one: a range that begins nowhere cannot be tested where it begins.
+    Raises ValueError for a requirement without a lower bound, which cannot be tested at its lowest version.
     """
     for requirement in requirements:
         match = re.match(r"([\w.-]+)\s*(?:>=|==)\s*([\w.]+)", requirement)
         if match is None:
             raise ValueError(
-                f"a dependency has a lower bound; {requirement!r} has none; add the lowest version that works"
+                f"a dependency must have a lower bound; got {requirement!r}; add the lowest version that works"
             )
-        name, floor = match.groups()
-        if name not in INSTALLED_APART:
-            yield f"{name}=={floor}"
+        name, version = match.groups()
+        if name not in INSTALLED_SEPARATELY:
+            yield f"{name}=={version}"
 
 
 if __name__ == "__main__":
-    print("\n".join(lowest(tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]["dependencies"])))
+    print("\n".join(lowest_versions(tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]["dependencies"])))

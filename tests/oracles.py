@@ -1,6 +1,6 @@
-"""The catalogue's formulas once more, in float64 and as plainly as they can be written.
+"""Independent float64 implementations of the catalogue's formulas, written as directly as possible.
 
-Nothing here is shared with the code under test: a number both arrive at was arrived at twice. `p` is the pattern
+They share nothing with the code under test. `p` is the pattern
 of one head on one sequence, rows are queries and columns keys, real tokens only; `s` the masked, scaled scores;
 `visible` the keys the mask lets a row see; `sink` the mass of a learned sink, per row. `None` means undefined.
 """
@@ -18,7 +18,7 @@ Profile = dict[int, tuple[float, int]]
 
 TOKEN_CLASSES = ("bos", "separator", "special", "whitespace", "punctuation", "number", "word_start", "subword")
 HISTOGRAM_BINS = 64
-# Keys that hold 50 % to within one part in a million hold half: a tie must not turn on the last bit of a float32.
+# Keys with half of the mass to within one part in a million have half of it: ties must not depend on rounding in float32.
 MASS_SLACK = 1e-6
 
 
@@ -43,28 +43,28 @@ def population_std(values: Iterable[float]) -> float | None:
     return float(np.sqrt(((numbers - numbers.mean()) ** 2).mean())) if numbers.size else None
 
 
-def everything_visible(p: Floats, visible: Bools | None) -> Bools:
+def all_visible_by_default(p: Floats, visible: Bools | None) -> Bools:
     return np.ones(p.shape, dtype=bool) if visible is None else np.asarray(visible, dtype=bool)
 
 
-def row_kinds(p: Floats, s: Floats | None, visible: Bools) -> tuple[list[int], int, int]:
-    """The measured rows, and how many rows are masked (no visible key) and non-finite (among visible keys)."""
+def classify_rows(p: Floats, s: Floats | None, visible: Bools) -> tuple[list[int], int, int]:
+    """The measured rows, the number of masked rows (no visible key) and of non-finite rows (in a visible key)."""
     measured, masked, nonfinite = [], 0, 0
     for i in range(len(p)):
-        seen = visible[i]
-        if not seen.any():
+        visible_keys = visible[i]
+        if not visible_keys.any():
             masked += 1
-        elif not np.isfinite(p[i, seen]).all() or (s is not None and not np.isfinite(s[i, seen]).all()):
+        elif not np.isfinite(p[i, visible_keys]).all() or (s is not None and not np.isfinite(s[i, visible_keys]).all()):
             nonfinite += 1
         else:
-            if (p[i, ~seen] != 0).any():
+            if (p[i, ~visible_keys] != 0).any():
                 raise ValueError(f"a row has mass on visible keys only; row {i} has some elsewhere: check `visible`")
             measured.append(i)
     return measured, masked, nonfinite
 
 
 def measured_rows(p: Floats, s: Floats | None, visible: Bools) -> list[int]:
-    return row_kinds(p, s, visible)[0]
+    return classify_rows(p, s, visible)[0]
 
 
 def row_entropies(p: Floats, rows: list[int], sink: Floats | None) -> list[float]:
@@ -96,16 +96,16 @@ def head_columns(
     sink: Floats | None = None,
     grid: tuple[int, int, int] | None = None,
 ) -> Columns:
-    """Every column of `heads` for one head on one sequence; None where an argument is missing or a rule says null.
+    """Every column of `heads` for one head on one sequence; None if an argument is missing or the column is undefined.
 
-    `grid`: rows and columns of an image's patches, and how many tokens stand before them.
+    `grid`: rows and columns of an image's patches, and the number of tokens before them.
 
     p, s, visible [n, n]; v [n, d_v]; w_o [d_v, d_model] without bias; context [n, d_v], else Σ p v; tokens, classes,
     sink [n].
     """
     p = np.asarray(p, dtype=np.float64)
-    visible = everything_visible(p, visible)
-    rows, masked, nonfinite = row_kinds(p, s, visible)
+    visible = all_visible_by_default(p, visible)
+    rows, masked, nonfinite = classify_rows(p, s, visible)
     return {
         **entropy_columns(p, visible, rows, sink),
         **concentration_columns(p, rows),
@@ -245,11 +245,11 @@ def score_columns(s: Floats | None, visible: Bools, rows: list[int]) -> Columns:
 def write_columns(
     p: Floats, visible: Bools, rows: list[int], *, v: Floats | None, w_o: Floats | None, context: Floats | None
 ) -> Columns:
-    """What the head writes: the context before W_O, the update after, and how much of it comes from the first key."""
+    """Norms of the context (before W_O) and of the output (after it), and the share of the first key."""
     columns: Columns = {"context_norm": None, "output_norm": None, "value_weighted_first": None}
     if context is None and v is not None:
         v = np.asarray(v, dtype=np.float64)
-        # Visible keys only, so that whatever stands in an invisible value (NaN included) can't be multiplied by 0.
+        # visible keys only, because 0 times an invisible value may be NaN
         context = np.zeros((len(p), v.shape[1]))
         for i in rows:
             context[i] = p[i, visible[i]] @ v[visible[i]]
@@ -259,12 +259,12 @@ def write_columns(
     if context is not None and w_o is not None:
         columns["output_norm"] = mean(float(np.linalg.norm(context[i] @ w_o)) for i in rows)
     if v is not None and w_o is not None:
-        weighted = norm_weighted(p, visible, rows, v=v, w_o=w_o)
+        weighted = norm_weighted_pattern(p, visible, rows, v=v, w_o=w_o)
         columns["value_weighted_first"] = ratio(float(weighted[:, 0].sum()), float(weighted.sum()))
     return columns
 
 
-def norm_weighted(p: Floats, visible: Bools, rows: list[int], *, v: Floats, w_o: Floats) -> Floats:
+def norm_weighted_pattern(p: Floats, visible: Bools, rows: list[int], *, v: Floats, w_o: Floats) -> Floats:
     """p·‖v_j W_O‖ for the measured rows, not renormalised (Kobayashi 2020)."""
     norms = np.array([np.linalg.norm(value @ w_o) for value in np.asarray(v, dtype=np.float64)])
     weighted = np.zeros((len(rows), p.shape[1]))
@@ -286,7 +286,7 @@ def sample_columns(
 ) -> Columns:
     """The columns of `heads` that need whole rows; shares of mass are shares of what the row gives to its keys."""
     p = np.asarray(p, dtype=np.float64)
-    visible = everything_visible(p, visible)
+    visible = all_visible_by_default(p, visible)
     rows = measured_rows(p, s, visible)
     return {
         **norm_columns(p, visible, rows, v=v, w_o=w_o),
@@ -299,9 +299,9 @@ def sample_columns(
 def norm_columns(p: Floats, visible: Bools, rows: list[int], *, v: Floats | None, w_o: Floats | None) -> Columns:
     if v is None or w_o is None:
         return {"norm_entropy_nats": None, "norm_distance_tokens": None, "norm_max_weight": None}
-    weighted = norm_weighted(p, visible, rows, v=v, w_o=w_o)
+    weighted = norm_weighted_pattern(p, visible, rows, v=v, w_o=w_o)
     distance = np.abs(offsets(len(p)))
-    # A row whose every value writes nothing has no pattern of norms, and is left out.
+    # a row in which no value writes anything has no norm-weighted pattern and is left out
     pairs = [(i, row / row.sum()) for i, row in zip(rows, weighted, strict=True) if row.sum() > 0]
     return {
         "norm_entropy_nats": mean(entropy(row) for _, row in pairs),
@@ -496,7 +496,7 @@ def histogram_bin(share: float) -> int:
     return max(0, min(HISTOGRAM_BINS - 1, math.floor(HISTOGRAM_BINS * share)))
 
 
-def binned(entries: Iterable[tuple[int, float]]) -> Profile:
+def sum_by_bin(entries: Iterable[tuple[int, float]]) -> Profile:
     """Sum and count of (bin, value) entries, by bin; empty bins are absent."""
     profile: Profile = {}
     for number, value in entries:
@@ -505,7 +505,7 @@ def binned(entries: Iterable[tuple[int, float]]) -> Profile:
     return profile
 
 
-def by_row(
+def profile_of(
     p: Floats,
     visible: Bools | None,
     s: Floats | None,
@@ -513,20 +513,20 @@ def by_row(
 ) -> Profile:
     """The profile of what `entries` yields for (pattern, visible keys, measured rows)."""
     p = np.asarray(p, dtype=np.float64)
-    visible = everything_visible(p, visible)
-    return binned(entries(p, visible, measured_rows(p, s, visible)))
+    visible = all_visible_by_default(p, visible)
+    return sum_by_bin(entries(p, visible, measured_rows(p, s, visible)))
 
 
 def offset_profile(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
     """Mass by signed offset; the count is of visible pairs, whether or not they hold mass."""
 
-    def entries(p: Floats, seen: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
+    def entries(p: Floats, visible_keys: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
         for i in rows:
             for j in range(p.shape[1]):
-                if seen[i, j]:
+                if visible_keys[i, j]:
                     yield signed_bin(j - i), float(p[i, j])
 
-    return by_row(p, visible, s, entries)
+    return profile_of(p, visible, s, entries)
 
 
 def entropy_histogram(
@@ -534,12 +534,12 @@ def entropy_histogram(
 ) -> Profile:
     """Rows by H/ln m, of the rows that see two keys or more; sum = count."""
 
-    def entries(p: Floats, seen: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
-        wide = [i for i in rows if seen[i].sum() >= 2]
+    def entries(p: Floats, visible_keys: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
+        wide = [i for i in rows if visible_keys[i].sum() >= 2]
         for i, h in zip(wide, row_entropies(p, wide, sink), strict=True):
-            yield histogram_bin(h / math.log(seen[i].sum())), 1.0
+            yield histogram_bin(h / math.log(visible_keys[i].sum())), 1.0
 
-    return by_row(p, visible, s, entries)
+    return profile_of(p, visible, s, entries)
 
 
 def max_weight_histogram(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
@@ -548,7 +548,7 @@ def max_weight_histogram(p: Floats, visible: Bools | None = None, *, s: Floats |
     def entries(p: Floats, _: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
         return ((histogram_bin(float(p[i].max())), 1.0) for i in rows)
 
-    return by_row(p, visible, s, entries)
+    return profile_of(p, visible, s, entries)
 
 
 def entropy_by_position(
@@ -559,7 +559,7 @@ def entropy_by_position(
     def entries(p: Floats, _: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
         return ((doubling_bin(i), h) for i, h in zip(rows, row_entropies(p, rows, sink), strict=True))
 
-    return by_row(p, visible, s, entries)
+    return profile_of(p, visible, s, entries)
 
 
 def distance_by_position(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
@@ -569,7 +569,7 @@ def distance_by_position(p: Floats, visible: Bools | None = None, *, s: Floats |
         d = np.abs(offsets(len(p)))
         return ((doubling_bin(i), float((p[i] * d[i]).sum())) for i in rows)
 
-    return by_row(p, visible, s, entries)
+    return profile_of(p, visible, s, entries)
 
 
 def received_by_position(p: Floats, visible: Bools | None = None, *, s: Floats | None = None) -> Profile:
@@ -578,7 +578,7 @@ def received_by_position(p: Floats, visible: Bools | None = None, *, s: Floats |
     def entries(p: Floats, _: Bools, rows: list[int]) -> Iterable[tuple[int, float]]:
         return ((doubling_bin(j), float(p[rows, j].sum())) for j in range(p.shape[1]))
 
-    return by_row(p, visible, s, entries)
+    return profile_of(p, visible, s, entries)
 
 
 # --- weights -------------------------------------------------------------------------------------------------------

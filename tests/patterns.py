@@ -1,4 +1,4 @@
-"""Patterns whose statistics are known in closed form, and the closed forms, as the catalogue gives them.
+"""Attention patterns with known statistics, and their closed forms from the catalogue.
 
 The letters are the catalogue's: U uniform, C causal uniform, I each token itself, P the previous token (row 0
 itself), F the first token. Only C has a mask; the others see every key.
@@ -43,7 +43,7 @@ PATTERNS: dict[str, Callable[[int], Pattern]] = {
     "F": first,
 }
 
-# A sequence of one token has no second key to be uncertain about and no distance to compare with: null.
+# null for a sequence of one token, which has neither uncertainty nor distance
 UNDEFINED_FOR_ONE_TOKEN = frozenset({"entropy_normalized", "distance_vs_uniform"})
 
 
@@ -81,12 +81,12 @@ def _side(n: int) -> float:
 
 
 def _two_rows(n: int) -> float:
-    # Rows 0 and 1 both look at token 0; with one token there is only row 0, and the catalogue's 2/n becomes 1.
+    # rows 0 and 1 both attend to token 0; with one token there is only row 0, and 2/n becomes 1
     return min(2, n) / n
 
 
 def _second_row(n: int) -> float:
-    # Row 1 looks at token 0, its previous one; with one token there is no row 1, and the catalogue's 1/n becomes 0.
+    # row 1 attends to token 0, its previous one; with one token there is no row 1, and 1/n becomes 0
     return 0.0 if n == 1 else 1 / n
 
 
@@ -103,7 +103,7 @@ def _causal_spread(n: int) -> float:
     return math.fsum(_uniform_spread(m) for m in range(1, n + 1)) / n
 
 
-KNOWN: dict[str, dict[str, ClosedForm]] = {
+CLOSED_FORMS: dict[str, dict[str, ClosedForm]] = {
     "entropy_nats": {"U": math.log, "C": lambda n: math.lgamma(n + 1) / n, "I": _zero, "P": _zero, "F": _zero},
     "entropy_std_nats": {"U": _zero, "I": _zero, "P": _zero, "F": _zero},
     "entropy_normalized": {"U": _one, "C": _one, "I": _zero, "P": _zero, "F": _zero},
@@ -145,8 +145,8 @@ KNOWN: dict[str, dict[str, ClosedForm]] = {
 }
 
 
-def known(column: str, letter: str, n: int) -> float | None:
-    """The closed form of a cell of the catalogue's table at n tokens; None where the column is null there."""
+def closed_form(column: str, letter: str, n: int) -> float | None:
+    """The value of a column for a pattern of n tokens; None if it is null."""
     if n == 1 and column in UNDEFINED_FOR_ONE_TOKEN:
         return None
-    return KNOWN[column][letter](n)
+    return CLOSED_FORMS[column][letter](n)

@@ -1,4 +1,4 @@
-"""How many cases a property is tried on: some in the quick tier, all in the slow one."""
+"""The number of cases of property tests: some in the quick tier, all in the slow one."""
 
 from hypothesis import settings
 
@@ -9,6 +9,6 @@ settings.register_profile(THOROUGH, deadline=None)
 
 
 def cases(thorough: int, *, quick: int) -> settings:
-    """The settings of a property, by the tier that is being run: conftest.py chooses the profile before tests are read."""
+    """Settings with the number of cases of the current tier, whose profile conftest.py loads before collection."""
     chosen = settings.get_current_profile_name()
     return settings(max_examples=thorough if chosen == THOROUGH else quick, deadline=None)

@@ -1,4 +1,4 @@
-"""Shapes in signatures and records, checked at every call that the tests make."""
+"""Run-time checks of the tensor shapes in signatures and records, at every call that the tests make."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from unittest.mock import patch
 from jaxtyping import _import_hook, install_import_hook
 
 # compiled modules are left out: numba and Triton read a function's own source and signature
-CHECKED = (
+CHECKED_MODULES = (
     "attlas.extract.capture",
     "attlas.extract.collector",
     "attlas.extract.engines.cpu",
@@ -31,12 +31,12 @@ CHECKED = (
 )
 
 
-# jaxtyping's names for dtypes, and ours for shapes that return
+# names of dtypes in jaxtyping, and aliases of shaped types in attlas
 STATES_A_SHAPE = re.compile(r"\b((Float|Int|UInt|Bool|Shaped|Num)\d*\[|Values\b|PerSequence\b)")
 
 
-class StatedShapes(_import_hook.JaxtypingTransformer):
-    """Check the functions that state a shape, and no function within another: each time one is made costs a millisecond."""
+class ShapedFunctionTransformer(_import_hook.JaxtypingTransformer):
+    """Check functions whose signature has a shape, except nested ones: wrapping them costs a millisecond per definition."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:  # noqa: N802 - the name that `ast` calls
         signature = f"{ast.unparse(node.args)} {ast.unparse(node.returns) if node.returns else ''}"
@@ -45,15 +45,15 @@ class StatedShapes(_import_hook.JaxtypingTransformer):
 
 
 def check_shapes() -> None:
-    """Check every call of the modules above from now on; they must not be imported yet."""
-    _import_hook.JaxtypingTransformer = StatedShapes
-    install_import_hook(CHECKED, "tests.shapes.checker")
-    # what is imported here first does not see the change below
+    """Check every call in the modules above from now on; they must not have been imported yet."""
+    _import_hook.JaxtypingTransformer = ShapedFunctionTransformer
+    install_import_hook(CHECKED_MODULES, "tests.shapes.checker")
+    # imported here, so that they do not see the patch below
     import torch  # noqa: F401
 
     checker(lambda: None)
 
-    # the catalogue's modules name torch for type checkers alone, so that commands start without it
+    # the tables import torch only for type checkers, so that commands start without it
     with patch("typing.TYPE_CHECKING", True):
         import attlas.extract.tables  # noqa: F401
 
@@ -61,5 +61,5 @@ def check_shapes() -> None:
 def checker(function):
     from beartype import BeartypeConf, beartype
 
-    # where a float is asked for, an int serves (PEP 484)
+    # an int is accepted as a float (PEP 484)
     return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)

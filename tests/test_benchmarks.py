@@ -18,9 +18,9 @@ from attlas.extract.capture.seam import replaced_sdpa
 from attlas.extract.job import RunOptions
 from attlas.extract.measurement import measure
 from tests.benchmarks import memory, report, run, usual, usual_way, workloads
-from tests.benchmarks.bench import benchmarks, chosen
-from tests.benchmarks.forward import measured_against_plain
-from tests.benchmarks.harness import Benchmark, Result, Seconds, in_turns, seconds_of
+from tests.benchmarks.bench import benchmarks, select
+from tests.benchmarks.forward import compare_forward
+from tests.benchmarks.harness import Benchmark, Result, Seconds, alternate, time_call
 from tests.extract.models import tiny
 
 NAMES = (
@@ -38,8 +38,8 @@ NAMES = (
 
 
 @pytest.fixture(autouse=True, scope="module")
-def spared() -> Iterator[None]:
-    """Garbage is collected before every timed run: what is there now is spared, which is all that other tests imported."""
+def freeze_garbage() -> Iterator[None]:
+    """Exempt existing objects from the garbage collection before every timed run."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -47,7 +47,7 @@ def spared() -> Iterator[None]:
 
 @pytest.fixture
 def demo_once(demo, monkeypatch):
-    """The demo model that the other tests use."""
+    """Make the workloads use the demo model of the other tests."""
     monkeypatch.setattr(workloads, "demo", lambda: demo)
     return demo
 
@@ -58,7 +58,7 @@ def test_sides_take_turns_and_neither_is_always_first():
     def side(name: str) -> Callable[[], float]:
         return lambda: float(order.append(name) or len(order))
 
-    seconds = in_turns(side("ours"), side("theirs"), repeats=3)
+    seconds = alternate(side("ours"), side("theirs"), repeats=3)
     assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
     assert seconds == Seconds(ours=(1, 4, 5), theirs=(2, 3, 6)), "each turn's time is its side's"
 
@@ -73,7 +73,7 @@ def test_what_a_side_takes_is_the_time_around_it_alone():
         inside.append(time.perf_counter() - began)
 
     began = time.perf_counter()
-    seconds = seconds_of(side)
+    seconds = time_call(side)
     around = time.perf_counter() - began
     assert len(inside) == 1
     assert inside[0] <= seconds <= around
@@ -87,17 +87,17 @@ def test_a_rate_is_of_the_quickest_run_and_its_ratio_is_ours_over_theirs():
 
 def test_every_name_of_the_table_is_there_and_the_longest_waits_to_be_named():
     everything = benchmarks()
-    by_default = [b.name for b in chosen(everything, [])]
+    by_default = [b.name for b in select(everything, [])]
     assert sorted(by_default) == sorted(NAMES)
-    assert [b.name for b in everything if b.waits] == ["memory/one-layer-32768"]
-    assert "memory/one-layer-32768" not in [b.name for b in chosen(everything, ["memory/*"])]
-    assert [b.name for b in chosen(everything, ["memory/one-layer-32768"])] == ["memory/one-layer-32768"]
+    assert [b.name for b in everything if b.by_name_only] == ["memory/one-layer-32768"]
+    assert "memory/one-layer-32768" not in [b.name for b in select(everything, ["memory/*"])]
+    assert [b.name for b in select(everything, ["memory/one-layer-32768"])] == ["memory/one-layer-32768"]
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_names():
     one = Benchmark("forward/minilm-128", lambda repeats: Result(1, 1, "s"), 1)
     with pytest.raises(ValueError, match=r"'minilm' matches none of forward/minilm-128"):
-        chosen([one], ["minilm"])
+        select([one], ["minilm"])
 
 
 def test_results_of_other_names_stay_in_the_file(tmp_path: Path):
@@ -115,11 +115,11 @@ def test_the_spread_is_that_of_the_paired_ratios():
     assert report.spread(Result(1, 1, "s")) == ""
 
 
-def test_a_machine_that_others_use_is_not_quiet():
+def test_a_machine_that_others_use_is_not_idle():
     cores = os.cpu_count() or 1
     start, end = report.Clock(wall=0, all=10, own=5), report.Clock(wall=10, all=10 + 6 * cores, own=5 + 4 * cores)
     assert str(start.until(end)) == "10 s, 20% of the cores taken by others"
-    assert "not quiet" in start.until(end).warning
+    assert "not idle" in start.until(end).warning
     assert start.until(report.Clock(wall=10, all=15, own=10)).warning == ""
     assert report.Clock.now().until(report.Clock.now()).seconds > 0
 
@@ -149,10 +149,10 @@ def test_a_forward_pass_is_measured_and_the_other_is_not(demo_once, family):
     work = workloads.Workload(tiny(family), torch.randint(1, 60, (2, 12)), torch.tensor([12, 9]))
     calls = []
     plain = workloads.plain_pass(work)
-    with replaced_sdpa(lambda request: calls.append("seen") or request.call_original()):
+    with replaced_sdpa(lambda request: calls.append(request) or request.call_original()):
         plain()
     assert len(calls) == 3, "the plain pass takes torch's own attention"
-    result = measured_against_plain(work, repeats=2)
+    result = compare_forward(work, repeats=2)
     assert result.ratio > 0
     assert len(result.paired) == 2
 
@@ -170,8 +170,8 @@ USUAL_KEYS = {
     "residual": ("layer", "site", "sequence_id"),
     "profiles": ("layer", "head", "profile", "bin"),
 }
-# what the usual side leaves out: BERT has one stack and no learned sink, text has no patches, without padding
-# every row is measured, and a notebook has one shard
+# columns that the usual side omits: BERT has one stack and no learned sink, text has no patches, every row is
+# measured without padding, and a notebook has one shard
 NOT_USUAL = {
     "heads": {"stack", "mass_sink", "distance_patches", "mass_patches", "query_rows", "masked_rows", "nonfinite_rows"},
     "residual": {"stack"},
@@ -180,36 +180,36 @@ NOT_USUAL = {
 
 
 @pytest.fixture(scope="module")
-def both_ways(demo):
-    """(usual, ours) of every table, the rows in the same order: two sequences of 48 tokens."""
+def usual_and_ours(demo):
+    """(usual, ours) of every table, with rows in the same order, for two sequences of 48 tokens."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(workloads, "demo", lambda: demo)
         ids = workloads.minilm(2, 48).ids
         classes = torch.from_numpy(workloads._demo_classes()[ids].astype(np.int64))
-    usual_ones = usual.usual_tables(usual.eager_copy(demo.model), ids, classes)
+    theirs = usual.usual_tables(usual.eager_copy(demo.model), ids, classes)
     ours = measure(demo.model, tokenizer=demo.tokenizer, input_ids=ids)
     return {
-        name: tuple(_in_order(tables[name], keys) for tables in (usual_ones, ours)) for name, keys in USUAL_KEYS.items()
+        name: tuple(_sort_rows(tables[name], keys) for tables in (theirs, ours)) for name, keys in USUAL_KEYS.items()
     }
 
 
-def _in_order(table, keys):
-    """Sorted by keys; words that are held as numbers of a dictionary are words again."""
+def _sort_rows(table, keys):
+    """Rows sorted by keys, with dictionaries as strings."""
     words = {f.name: table[f.name].cast("string") for f in table.schema if pa.types.is_dictionary(f.type)}
     plain = pa.table({name: words.get(name, table[name]) for name in table.column_names})
     return plain.sort_by([(key, "ascending") for key in keys])
 
 
 @pytest.mark.parametrize("table", USUAL_KEYS)
-def test_the_usual_way_gives_all_columns_and_rows(both_ways, table):
-    theirs, ours = both_ways[table]
+def test_the_usual_way_gives_all_columns_and_rows(usual_and_ours, table):
+    theirs, ours = usual_and_ours[table]
     assert set(theirs.column_names) == set(ours.column_names) - NOT_USUAL[table]
     for key in USUAL_KEYS[table]:
         assert theirs[key].to_pylist() == ours[key].to_pylist(), key
 
 
-def test_what_the_usual_way_leaves_out_of_heads_says_nothing(both_ways):
-    _, ours = both_ways["heads"]
+def test_what_the_usual_way_leaves_out_of_heads_says_nothing(usual_and_ours):
+    _, ours = usual_and_ours["heads"]
     constants = {name: set(ours[name].to_pylist()) for name in NOT_USUAL["heads"]}
     assert constants == {
         "stack": {"encoder"},
@@ -223,26 +223,26 @@ def test_what_the_usual_way_leaves_out_of_heads_says_nothing(both_ways):
 
 
 @pytest.mark.parametrize("table", ["heads", "residual"])
-def test_the_usual_way_finds_the_same_numbers(both_ways, table):
-    theirs, ours = both_ways[table]
+def test_the_usual_way_finds_the_same_numbers(usual_and_ours, table):
+    theirs, ours = usual_and_ours[table]
     for name in set(theirs.column_names) - set(USUAL_KEYS[table]):
         assert_within_tolerance(theirs[name], ours[name], name)
 
 
-def test_the_usual_way_finds_the_same_profiles(both_ways):
-    theirs, ours = both_ways["profiles"]
+def test_the_usual_way_finds_the_same_profiles(usual_and_ours):
+    theirs, ours = usual_and_ours["profiles"]
     by_row = np.isin(ours["profile"].to_pylist(), ["entropy", "max_weight"])
     for name in ("sum", "count"):
         found, expected = theirs[name].to_numpy(), ours[name].to_numpy()
         assert_within_tolerance(found[~by_row], expected[~by_row], name)
-        # a row that stands on the edge between two bins is rounded into either
+        # a row at the edge between two bins may be rounded into either
         moved = np.cumsum(found[by_row] - expected[by_row])
         assert np.isin(moved, [-1, 0, 1]).all()
         assert moved[-1] == 0
 
 
 def assert_within_tolerance(found, expected, name):
-    """What the data dictionary promises of float32: 1e-5 or 1e-4 of it, whichever is larger; null where it is null."""
+    """Check the tolerance of the data dictionary for float32: 1e-5 absolute or 1e-4 relative, whichever is larger."""
     found, expected = (np.asarray(values, np.float64) for values in (found, expected))
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected), err_msg=name)
     off = np.abs(found - expected) > np.maximum(1e-5, 1e-4 * np.abs(expected))
@@ -269,7 +269,7 @@ def test_both_ways_are_compared_in_one_result(demo_once, monkeypatch):
         yield lambda: 1.0
 
     monkeypatch.setattr(usual, "usual_process", here)
-    result = usual.parquet_against_usual(demo_once, workloads.minilm(2, 16), repeats=2, at_once=2)
+    result = usual.compare_with_usual(demo_once, workloads.minilm(2, 16), repeats=2, at_once=2)
     assert result.theirs == 32
     assert result.ours > 0
     assert len(result.paired) == 2
@@ -288,7 +288,7 @@ def test_plain_passes_see_the_batches_of_the_run(demo, tmp_path: Path):
     options = RunOptions(model="demo", corpus="demo", out=tmp_path, max_length=32, limit=1, device="cpu")
     first = run.first_run(options, demo, tmp_path)
     assert sum(int(inputs["attention_mask"].sum()) for inputs in first.batches) == first.tokens
-    result = run.run_against_plain(first, options, demo, repeats=1)
+    result = run.compare_run(first, options, demo, repeats=1)
     assert result.ratio > 0
     bytes_ = run.heads_bytes(first.dataset)
     parts = list((first.dataset / "heads").iterdir())
@@ -297,9 +297,9 @@ def test_plain_passes_see_the_batches_of_the_run(demo, tmp_path: Path):
     assert bytes_.theirs > 0
 
 
-def test_growth_is_what_an_act_holds_at_its_largest():
-    def holds_and_lets_go() -> None:
+def test_growth_is_the_peak_of_allocated_memory():
+    def allocate() -> None:
         np.ones(64 * memory.MIB, np.uint8)
 
-    assert 60 * memory.MIB < memory.peak_growth(holds_and_lets_go) < 80 * memory.MIB
+    assert 60 * memory.MIB < memory.peak_growth(allocate) < 80 * memory.MIB
     assert memory.peak_growth(lambda: None) < 4 * memory.MIB

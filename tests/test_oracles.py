@@ -39,13 +39,15 @@ def same(first: oracles.Columns, second: oracles.Columns) -> None:
 def test_closed_forms_hold(letter, n):
     p, visible = patterns.PATTERNS[letter](n)
     columns = oracles.head_columns(p, visible=visible)
-    expected = {c: patterns.known(c, letter, n) for c, forms in patterns.KNOWN.items() if letter in forms}
+    expected = {c: patterns.closed_form(c, letter, n) for c, forms in patterns.CLOSED_FORMS.items() if letter in forms}
     same(expected, {column: columns[column] for column in expected})
 
 
 def test_only_the_cells_that_the_catalogue_leaves_blank_have_no_closed_form():
     blank = {
-        (column, letter) for column, forms in patterns.KNOWN.items() for letter in set(patterns.PATTERNS) - set(forms)
+        (column, letter)
+        for column, forms in patterns.CLOSED_FORMS.items()
+        for letter in set(patterns.PATTERNS) - set(forms)
     }
     assert blank == {
         ("entropy_std_nats", "C"),
@@ -81,7 +83,7 @@ def test_a_causal_mask_alone_gives_mutual_information(n):
 
 def test_one_token_has_no_normalised_entropy_and_no_distance_to_compare_with():
     columns = oracles.head_columns(*patterns.uniform(1)[:1])
-    assert {c for c in patterns.KNOWN if columns[c] is None} == patterns.UNDEFINED_FOR_ONE_TOKEN
+    assert {c for c in patterns.CLOSED_FORMS if columns[c] is None} == patterns.UNDEFINED_FOR_ONE_TOKEN
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -285,7 +287,7 @@ def test_sample_columns_of_a_uniform_pattern(n):
     assert columns["gini"] == near(0)
     assert columns["norm_entropy_nats"] == near(math.log(n))
     assert columns["norm_max_weight"] == near(1 / n)
-    assert columns["norm_distance_tokens"] == near(patterns.known("distance_tokens", "U", n))
+    assert columns["norm_distance_tokens"] == near(patterns.closed_form("distance_tokens", "U", n))
 
 
 @pytest.mark.parametrize("letter", ["I", "P", "F"])
@@ -342,7 +344,7 @@ def stream(n: int = 6, d: int = 5, *, seed: int = 20) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("factor", "known"),
+    ("factor", "expected"),
     [
         (-1, {"update_ratio": 1, "update_cosine": -1, "stream_gain": 0, "step_cosine": None}),
         (-0.5, {"update_ratio": 0.5, "update_cosine": -1, "stream_gain": 0.5, "step_cosine": 1}),
@@ -351,10 +353,10 @@ def stream(n: int = 6, d: int = 5, *, seed: int = 20) -> np.ndarray:
         (0, {"update_ratio": 0, "update_cosine": None, "stream_gain": 1, "step_cosine": 1}),
     ],
 )
-def test_an_update_along_the_stream(factor, known):
+def test_an_update_along_the_stream(factor, expected):
     x = stream()
     columns = oracles.residual_columns(x, factor * x, x + factor * x)
-    for column, value in known.items():
+    for column, value in expected.items():
         assert columns[column] == (None if value is None else near(value)), column
     assert columns["stream_norm"] == near(np.linalg.norm(x, axis=1).mean())
     assert columns["update_norm"] == near(abs(factor) * np.linalg.norm(x, axis=1).mean())
@@ -377,8 +379,8 @@ def test_ratios_are_per_token_before_they_are_averaged():
 
 def test_without_a_stream_before_only_the_stream_after_is_described():
     columns = oracles.residual_columns(None, None, stream())
-    known = {name for name, value in columns.items() if value is not None}
-    assert known == {"anisotropy", "max_abs", "outlier_dim", "outlier_ratio", "kurtosis"}
+    defined = {name for name, value in columns.items() if value is not None}
+    assert defined == {"anisotropy", "max_abs", "outlier_dim", "outlier_ratio", "kurtosis"}
 
 
 def test_anisotropy_of_known_streams():

@@ -1,1 +1,1 @@
-"""`make bench`: how fast, how large, how small, against doing without or doing it the usual way. Never assertions."""
+"""`make bench`: speed, memory and size compared with the plain forward pass or the usual way. No assertions."""

@@ -17,15 +17,15 @@ RESULTS = Path(__file__).parents[2] / "data" / "bench.json"
 
 
 def benchmarks() -> tuple[Benchmark, ...]:
-    """All of them, in the order in which they run; those whose passes are short repeat more."""
+    """All benchmarks in the order in which they run; those with short passes are repeated more often."""
     from tests.benchmarks import run
-    from tests.benchmarks.forward import measured_against_plain
-    from tests.benchmarks.memory import growth_against_plain
+    from tests.benchmarks.forward import compare_forward
+    from tests.benchmarks.memory import compare_peak_memory
     from tests.benchmarks.usual import minilm_usual
     from tests.benchmarks.workloads import Workload, bert_base, gpt2, longformer, minilm, minilm_padded, mpnet
 
     def forward(workload: Callable[[], Workload]) -> Callable[[int], Result]:
-        return lambda repeats: measured_against_plain(workload(), repeats)
+        return lambda repeats: compare_forward(workload(), repeats)
 
     return (
         Benchmark("forward/minilm-128", forward(lambda: minilm(32, 128)), 15),
@@ -40,14 +40,14 @@ def benchmarks() -> tuple[Benchmark, ...]:
         Benchmark("run/minilm-128", run.minilm_run, 4),
         Benchmark("usual/minilm-512", lambda repeats: minilm_usual(minilm(8, 512), repeats, at_once=8), 7),
         Benchmark("usual-by-one/minilm-512", lambda repeats: minilm_usual(minilm(8, 512), repeats, at_once=1), 7),
-        Benchmark("memory/bert-base-8192", lambda _: growth_against_plain(8192, 12), 1),
-        Benchmark("memory/one-layer-32768", lambda _: growth_against_plain(32768, 1), 1, waits=True),
+        Benchmark("memory/bert-base-8192", lambda _: compare_peak_memory(8192, 12), 1),
+        Benchmark("memory/one-layer-32768", lambda _: compare_peak_memory(32768, 1), 1, by_name_only=True),
         Benchmark("bytes-per-row/heads", run.minilm_heads_bytes, 1),
     )
 
 
-def chosen(everything: Sequence[Benchmark], patterns: Sequence[str]) -> list[Benchmark]:
-    """Those that a pattern matches, or all; one that waits must be named in full. Raises ValueError for no match."""
+def select(everything: Sequence[Benchmark], patterns: Sequence[str]) -> list[Benchmark]:
+    """The benchmarks that match a pattern, or all; `by_name_only` ones need their full name. Raises ValueError if nothing matches."""
     for pattern in patterns:
         if not any(fnmatchcase(b.name, pattern) for b in everything):
             names = ", ".join(b.name for b in everything)
@@ -55,50 +55,48 @@ def chosen(everything: Sequence[Benchmark], patterns: Sequence[str]) -> list[Ben
     return [
         b
         for b in everything
-        if b.name in patterns or (not b.waits and any(fnmatchcase(b.name, p) for p in patterns or ["*"]))
+        if b.name in patterns or (not b.by_name_only and any(fnmatchcase(b.name, p) for p in patterns or ["*"]))
     ]
 
 
 def main() -> None:
-    started = report.Clock.now()
-    picked, repeats = _asked_for()
+    start = report.Clock.now()
+    selected, repeats = _parse_arguments()
     import torch
 
     from attlas.extract.memory import keep_freed_memory
 
-    keep_freed_memory(
-        longest=2048
-    )  # a run does so for its whole process: both sides have it, whichever benchmark comes first
+    keep_freed_memory(longest=2048)  # as in a run; for both sides, whichever benchmark comes first
     console = Console(width=None if os.isatty(1) else 140, highlight=False)
     console.print(report.machine())
     threads = torch.get_num_threads()
     results: dict[str, Result] = {}
-    for benchmark in picked:
-        begun = report.Clock.now()
+    for benchmark in selected:
+        began = report.Clock.now()
         result = results[benchmark.name] = benchmark.measure(repeats or benchmark.repeats)
-        assert torch.get_num_threads() == threads, f"{benchmark.name} left its sides with different numbers of threads"
+        assert torch.get_num_threads() == threads, f"{benchmark.name} changed the number of threads"
         report.write(RESULTS, {benchmark.name: result})
-        console.print(f"{benchmark.name}: {result.ratio:.3f}, {begun.until(report.Clock.now())}", style="dim")
+        console.print(f"{benchmark.name}: {result.ratio:.3f}, {began.until(report.Clock.now())}", style="dim")
     console.print()
     report.show(results, console)
-    whole = started.until(report.Clock.now())
-    console.print(f"\n{report.LEGEND}\n\nwritten to {RESULTS}, {whole}")
-    console.print(whole.warning, style="bold red")
+    total = start.until(report.Clock.now())
+    console.print(f"\n{report.LEGEND}\n\nwritten to {RESULTS}, {total}")
+    console.print(total.warning, style="bold red")
 
 
-def _asked_for() -> tuple[list[Benchmark], int | None]:
-    """The benchmarks that the command line names, and the number of turns where it gives one."""
+def _parse_arguments() -> tuple[list[Benchmark], int | None]:
+    """The benchmarks and the number of repeats from the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a name or a pattern, such as 'forward/*'; default: all"
     )
-    parser.add_argument("--repeats", type=int, metavar="N", help="turns of each; default: a number of its own")
-    asked = parser.parse_args()
-    if asked.repeats is not None and asked.repeats < 1:
-        parser.error(f"--repeats is at least 1; got {asked.repeats}")
+    parser.add_argument("--repeats", type=int, metavar="N", help="repeats of each benchmark; default: its own number")
+    arguments = parser.parse_args()
+    if arguments.repeats is not None and arguments.repeats < 1:
+        parser.error(f"--repeats is at least 1; got {arguments.repeats}")
     os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")  # read when tqdm and the hub are imported
     try:
-        return chosen(benchmarks(), asked.names), asked.repeats
+        return select(benchmarks(), arguments.names), arguments.repeats
     except ValueError as error:
         parser.error(str(error))
 

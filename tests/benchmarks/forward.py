@@ -1,14 +1,14 @@
-"""forward/*: a measured forward pass against the plain one, tokens per second."""
+"""forward/*: tokens per second of a measured forward pass and of the plain one."""
 
 from __future__ import annotations
 
-from tests.benchmarks.harness import Result, interleaved
+from tests.benchmarks.harness import Result, time_alternately
 from tests.benchmarks.workloads import Workload, measured_pass, plain_pass
 
 
-def measured_against_plain(work: Workload, repeats: int) -> Result:
+def compare_forward(work: Workload, repeats: int) -> Result:
     ours, theirs = measured_pass(work), plain_pass(work)
-    for _ in range(2):  # compiled and warm before anything counts
+    for _ in range(2):  # warm-up: compile and allocate
         ours()
         theirs()
-    return interleaved(ours, theirs, repeats=repeats).rates(work.tokens, "tokens/s")
+    return time_alternately(ours, theirs, repeats=repeats).rates(work.tokens, "tokens/s")

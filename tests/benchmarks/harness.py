@@ -1,4 +1,4 @@
-"""Two sides in turn on one machine, and what comes of it."""
+"""Timing of two sides, ours and theirs, alternately on one machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 
 @dataclass(frozen=True)
 class Result:
-    """What both sides reached. `paired` are the ratios of neighbouring runs: their spread is the noise."""
+    """The results of both sides. `paired` are ratios of neighbouring runs, whose spread is the noise."""
 
     ours: float
     theirs: float
@@ -26,35 +26,35 @@ class Result:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A name and what measures it, given how often; one that takes minutes waits until it is asked for by name."""
+    """A benchmark: its name and a function of the number of repeats; `by_name_only` for those that take minutes."""
 
     name: str
     measure: Callable[[int], Result]
     repeats: int
-    waits: bool = False
+    by_name_only: bool = False
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Run times of both sides, those of the same turn at the same place."""
+    """Run times of both sides, in pairs."""
 
     ours: tuple[float, ...]
     theirs: tuple[float, ...]
 
     def rates(self, amount: float, unit: str) -> Result:
-        """Amount per second: the quickest run of each side, which is the least disturbed one, and the paired ratios."""
+        """Amount per second in the fastest, least disturbed run of each side, and the paired ratios."""
         paired = tuple(b / a for a, b in zip(self.ours, self.theirs, strict=True))
         return Result(amount / min(self.ours), amount / min(self.theirs), unit, paired)
 
 
-def interleaved(ours: Callable[[], object], theirs: Callable[[], object], *, repeats: int) -> Seconds:
-    """Time both in this process, turn by turn."""
-    return in_turns(partial(seconds_of, ours), partial(seconds_of, theirs), repeats=repeats)
+def time_alternately(ours: Callable[[], object], theirs: Callable[[], object], *, repeats: int) -> Seconds:
+    """Time two functions alternately in this process."""
+    return alternate(partial(time_call, ours), partial(time_call, theirs), repeats=repeats)
 
 
-def in_turns(ours: Callable[[], float], theirs: Callable[[], float], *, repeats: int) -> Seconds:
-    """Two sides that say themselves how many seconds they took; who goes first alternates, so that neither always runs
-    on what the other left behind."""
+def alternate(ours: Callable[[], float], theirs: Callable[[], float], *, repeats: int) -> Seconds:
+    """Run two functions that return their own seconds; which goes first alternates, so that neither always runs on warm
+    caches of the other."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
@@ -62,8 +62,8 @@ def in_turns(ours: Callable[[], float], theirs: Callable[[], float], *, repeats:
     return Seconds(tuple(seconds[0]), tuple(seconds[1]))
 
 
-def seconds_of(side: Callable[[], object]) -> float:
-    gc.collect()  # nobody pays for the other's garbage; meanwhile the other's threads go to sleep
+def time_call(side: Callable[[], object]) -> float:
+    gc.collect()  # of the other side; meanwhile its threads go to sleep
     start = time.perf_counter()
     side()
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""memory/*: how much more memory a measured forward pass takes at its peak than a plain one, each in its own process."""
+"""memory/*: peak memory of a measured forward pass and of a plain one, each in its own process."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ MIB = 1 << 20
 _WARM_TOKENS = 256
 
 
-def growth_against_plain(tokens: int, layers: int) -> Result:
-    ours, theirs = (_in_a_process(side, tokens, layers) / MIB for side in ("measured", "plain"))
+def compare_peak_memory(tokens: int, layers: int) -> Result:
+    ours, theirs = (_growth_in_subprocess(side, tokens, layers) / MIB for side in ("measured", "plain"))
     return Result(ours, theirs, "MiB", note=f"{ours - theirs:+,.0f} MiB")
 
 
 def peak_growth(act: Callable[[], object]) -> int:
-    """Bytes by which this process grows, at its largest, while it acts. Linux only."""
+    """Peak growth of this process in bytes while `act` runs. Linux only."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory still held would be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew from here
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is kept would be reused without growth
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_bytes("VmRSS")
     act()
     return _status_bytes("VmHWM") - before
@@ -37,18 +37,18 @@ def _status_bytes(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
-def _in_a_process(side: str, tokens: int, layers: int) -> int:
+def _growth_in_subprocess(side: str, tokens: int, layers: int) -> int:
     command = [sys.executable, "-m", __name__, side, str(tokens), str(layers)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(side: str, tokens: str, layers: str) -> None:
-    """Print the growth of one pass, in bytes; compilation and first allocations come before it."""
+    """Print the growth of one pass in bytes, after a warm-up for compilation and first allocations."""
     from attlas.extract.memory import keep_freed_memory
     from tests.benchmarks.workloads import Workload, bert_base, measured_pass, plain_pass
 
-    if side == "measured":  # as in a run, and in nothing else
+    if side == "measured":  # as in a run
         keep_freed_memory(longest=int(tokens))
     way = {"measured": measured_pass, "plain": plain_pass}[side]
     work = bert_base(1, int(tokens), layers=int(layers))

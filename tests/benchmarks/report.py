@@ -1,4 +1,4 @@
-"""What is printed and what is written."""
+"""The output of the benchmarks: a table, and data/bench.json."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from rich.table import Table
 from tests.benchmarks.harness import Result
 
 LEGEND = """\
-ratio is ours ÷ theirs, each the quickest of its runs; median and range are those of the ratios of neighbouring runs
-forward/*  tokens/s of a measured forward pass, every column included, against the plain one (real tokens alone count)
-by-hand/*  the same of a model that computes softmax by itself, replay/* of one whose attention is run again
-run/*      tokens/s from tokenisation to Parquet and manifest, against plain passes over the same batches; the model's
-           loading and Prefect's start are left out: they cost the same however large the corpus is
-usual/*    tokens/s from a batch to Parquet, against eager patterns, hooks and the same statistics in torch, in a process of its
-           own with torch's allocator as it is; usual-by-one gives its model one sequence at a time
-memory/*   growth of the process at its peak, and its difference, against the plain pass
-bytes/*    of a `heads` row on disk, against pyarrow's defaults"""
+ratio is ours ÷ theirs, each the fastest of its runs; median and range are of the ratios of neighbouring runs
+forward/*  tokens/s of a measured forward pass, with all columns, against the plain one (padding does not count)
+by-hand/*  the same for a model that computes softmax itself, replay/* for one whose attention is run again
+run/*      tokens/s from tokenisation to Parquet and manifest, against plain passes over the same batches; without
+           loading the model and starting Prefect, whose cost does not depend on the corpus
+usual/*    tokens/s from a batch to Parquet, against eager patterns, hooks and the same statistics in torch, in a separate
+           process with torch's default allocator; usual-by-one gives its model one sequence at a time
+memory/*   peak growth of the process, against the plain pass, and the difference
+bytes/*    bytes of a `heads` row on disk, against pyarrow's defaults"""
 
 
 def machine() -> str:
-    """The machine and what computes on it, in a line."""
+    """One line on the machine, its load and the engine."""
     import torch
 
     from attlas.extract.engines import choose
@@ -49,7 +49,7 @@ def _cpu() -> str:
 
 @dataclass(frozen=True)
 class Clock:
-    """A moment: seconds on the wall, seconds that all cores have worked, and those of them that this process had."""
+    """A moment: wall-clock seconds, CPU seconds of all cores, and those of this process."""
 
     wall: float
     all: float
@@ -69,7 +69,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Span:
-    """Seconds, and the share of all cores that other processes had meanwhile."""
+    """A duration, and the share of all cores that other processes used meanwhile."""
 
     seconds: float
     others: float
@@ -79,8 +79,8 @@ class Span:
 
     @property
     def warning(self) -> str:
-        # a core that is shared slows both sides, but not alike: pools of threads wait for their slowest one
-        return "the machine was not quiet; believe no ratio and run it again" if self.others > 0.05 else ""
+        # a shared core slows both sides, but not equally: thread pools wait for their slowest thread
+        return "the machine was not idle: ratios are unreliable; run it again" if self.others > 0.05 else ""
 
 
 def show(results: Mapping[str, Result], console: Console) -> None:
@@ -97,17 +97,17 @@ def show(results: Mapping[str, Result], console: Console) -> None:
 
 
 def spread(result: Result) -> str:
-    """Median, least and largest of the paired ratios."""
+    """Median and range of the paired ratios."""
     if not result.paired:
         return ""
     return f"{median(result.paired):.3f} ({min(result.paired):.3f}–{max(result.paired):.3f})"
 
 
 def write(path: Path, results: Mapping[str, Result]) -> None:
-    """Put these results in the place of earlier ones of the same name; others stay."""
-    held = {entry["name"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
-    held |= {
+    """Write results to the file, replacing those of the same names and keeping others."""
+    entries = {entry["name"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
+    entries |= {
         name: {"name": name, "ratio": r.ratio, "ours": r.ours, "theirs": r.theirs, "unit": r.unit}
         for name, r in results.items()
     }
-    path.write_text(json.dumps(list(held.values()), indent=1) + "\n")
+    path.write_text(json.dumps(list(entries.values()), indent=1) + "\n")

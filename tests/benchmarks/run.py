@@ -1,6 +1,6 @@
-"""run/* and bytes-per-row/*: what `attlas run` does from tokenisation to Parquet and manifest.
+"""run/* and bytes-per-row/*: `attlas run` from tokenisation to Parquet and manifest.
 
-The model is in memory already and there is no Prefect: both cost the same however large the corpus is.
+Loading the model and starting Prefect are excluded: their cost does not depend on the corpus.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from attlas.extract import pipeline
 from attlas.extract.job import Job, RunOptions
 from attlas.extract.model.encoder import Encoder
 from attlas.extract.store import open_dataset, parts_of
-from tests.benchmarks.harness import Result, interleaved
+from tests.benchmarks.harness import Result, time_alternately
 from tests.benchmarks.workloads import demo
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ Inputs = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class FirstRun:
-    """A run that nobody timed: it warmed everything up, its dataset is there, and what the model was given is kept."""
+    """An untimed first run, for warm-up: its dataset, and the inputs that the model was given."""
 
     folder: Path
     dataset: Path
@@ -41,24 +41,24 @@ class FirstRun:
     tokens: int
 
 
-def run_against_plain(first: FirstRun, options: RunOptions, encoder: Encoder, repeats: int) -> Result:
-    """Whole runs, each in a folder of its own, against plain passes over the very batches that the first one made."""
+def compare_run(first: FirstRun, options: RunOptions, encoder: Encoder, repeats: int) -> Result:
+    """Compare whole runs, each in a new folder, with plain passes over the batches of the first run."""
     numbers = itertools.count()
 
     def ours() -> None:
-        measured_run(replace(options, out=first.folder / f"run-{next(numbers)}"), encoder)
+        run_once(replace(options, out=first.folder / f"run-{next(numbers)}"), encoder)
 
     def theirs() -> None:
         with torch.inference_mode():
             for inputs in first.batches:
                 encoder.model(**inputs)
 
-    return interleaved(ours, theirs, repeats=repeats).rates(first.tokens, "tokens/s")
+    return time_alternately(ours, theirs, repeats=repeats).rates(first.tokens, "tokens/s")
 
 
-def measured_run(options: RunOptions, encoder: Encoder) -> Path:
-    """Plan, measure, finish; gives the dataset's folder. The model is not loaded again."""
-    return _measured(_job(options, encoder))
+def run_once(options: RunOptions, encoder: Encoder) -> Path:
+    """Plan, measure and finish a run with a loaded model; returns the dataset's folder."""
+    return _measure(_job(options, encoder))
 
 
 def _job(options: RunOptions, encoder: Encoder) -> Job:
@@ -66,27 +66,26 @@ def _job(options: RunOptions, encoder: Encoder) -> Job:
         return pipeline.prepare(options)
 
 
-def _measured(job: Job) -> Path:
+def _measure(job: Job) -> Path:
     pipeline.measure_shards(job, job.remaining)
     pipeline.finish(job)
     return Path(str(job.options.out))
 
 
 def first_run(options: RunOptions, encoder: Encoder, folder: Path) -> FirstRun:
-    job = _job(
-        replace(options, out=folder / "first"), encoder
-    )  # examines the model, in passes that are no batches of the run
-    with recording(encoder.model) as batches:
-        dataset = _measured(job)
+    # examines the model, in passes that are not batches of the run
+    job = _job(replace(options, out=folder / "first"), encoder)
+    with record_inputs(encoder.model) as batches:
+        dataset = _measure(job)
     _, manifest = open_dataset(dataset)
     return FirstRun(folder, dataset, batches, manifest["corpus"]["tokens"])
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[list[Inputs]]:
-    """What the model is given inside this context, call by call."""
+def record_inputs(model: nn.Module) -> Iterator[list[Inputs]]:
+    """The inputs of every call of the model in this context."""
     calls: list[Inputs] = []
-    # inputs come by name alone: a run makes them so
+    # a run passes all inputs by name
     handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
     try:
         yield calls
@@ -95,22 +94,22 @@ def recording(model: nn.Module) -> Iterator[list[Inputs]]:
 
 
 def heads_bytes(dataset: Path) -> Result:
-    """Bytes on disk per row of `heads`, against the same parts as pyarrow writes them when told nothing."""
+    """Bytes on disk per row of `heads`, compared with the same parts written with pyarrow's defaults."""
     _, manifest = open_dataset(dataset)
     parts = list(parts_of(manifest, "heads"))
     rows = sum(part.rows for part in parts)
-    plain = 0
+    default_bytes = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part.parquet"
         for part in parts:
             pq.write_table(pq.read_table(dataset / part.path), path)
-            plain += path.stat().st_size
-    return Result(sum(part.bytes for part in parts) / rows, plain / rows, "bytes/row", note=f"{rows:,} rows")
+            default_bytes += path.stat().st_size
+    return Result(sum(part.bytes for part in parts) / rows, default_bytes / rows, "bytes/row", note=f"{rows:,} rows")
 
 
 @cache
 def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder where runs write by default, gone when the process ends."""
+    """A temporary folder for runs, deleted when the process ends."""
     return tempfile.TemporaryDirectory(prefix="bench-", dir=ROOT / "data")
 
 
@@ -120,7 +119,7 @@ def _first() -> FirstRun:
 
 
 def minilm_run(repeats: int) -> Result:
-    return run_against_plain(_first(), OPTIONS, demo(), repeats)
+    return compare_run(_first(), OPTIONS, demo(), repeats)
 
 
 def minilm_heads_bytes(repeats: int) -> Result:

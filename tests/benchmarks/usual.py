@@ -1,10 +1,9 @@
-"""usual/*: the way it is usually done: eager patterns in memory, hooks for the rest, the same statistics in torch.
+"""usual/*: attlas against the usual way, with eager patterns in memory, hooks and the same statistics in torch.
 
-Both sides go from a batch of ids to Parquet and give the same columns, but for those that say nothing of a BERT without
+Both sides go from a batch of ids to Parquet and write the same columns, except those that are constant for a BERT without
 padding: `mass_sink`, `query_rows`, `masked_rows`, `nonfinite_rows`, `stack`, and the numbers of document and shard. The
-usual side runs in a process of its own, whose allocator is torch's and glibc's own: `keep_freed_memory`, which a run
-switches on, is no part of a notebook. It waits on a pipe while ours runs, and takes its time itself, around the work
-alone; so do we.
+usual side runs in its own process, because a notebook does not use `keep_freed_memory` as a run does. It waits on a pipe
+while ours runs. Both sides time only their own work.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from attlas.extract.model.token_classes import token_classes
 from attlas.extract.pipeline import BATCH_TOKENS
 from attlas.extract.shard import Instrument, measure_sequences
 from attlas.extract.store import Store
-from tests.benchmarks.harness import Result, in_turns, seconds_of
+from tests.benchmarks.harness import Result, alternate, time_call
 from tests.benchmarks.usual_way import (
     Call,
     Profile,
@@ -51,30 +50,30 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     Columns = Mapping[str, Tensor]
-    Seen = Mapping[str, tuple[Tensor, Tensor]]  # what a module read and wrote, by its name
+    ModuleStates = Mapping[str, tuple[Tensor, Tensor]]  # (input, output) of modules by name
 
 ROOT = Path(__file__).parents[2]
 _HOOKED = ("query", "key", "value", "attention.output.dense", "LayerNorm")
 
 
 def minilm_usual(work: Workload, repeats: int, *, at_once: int) -> Result:
-    return parquet_against_usual(demo(), work, repeats, at_once=at_once)
+    return compare_with_usual(demo(), work, repeats, at_once=at_once)
 
 
-def parquet_against_usual(encoder: Encoder, work: Workload, repeats: int, *, at_once: int) -> Result:
-    """From a batch of the demo model's ids, without padding, to Parquet, both ways.
+def compare_with_usual(encoder: Encoder, work: Workload, repeats: int, *, at_once: int) -> Result:
+    """Compare both ways from a batch of the demo model's ids, without padding, to Parquet.
 
-    `at_once` is how many sequences the usual side gives its model.
+    `at_once` is the number of sequences that the usual side gives its model.
     """
     with (
         tempfile.TemporaryDirectory() as folder,
         usual_process(work.ids, Path(folder) / "usual", at_once=at_once) as theirs,
     ):
-        ours = partial(seconds_of, our_way(encoder, work.ids, Path(folder) / "ours"))
-        for _ in range(2):  # compiled and warm before anything counts
+        ours = partial(time_call, our_way(encoder, work.ids, Path(folder) / "ours"))
+        for _ in range(2):  # warm-up: compile and allocate
             ours()
             theirs()
-        return in_turns(ours, theirs, repeats=repeats).rates(work.tokens, "tokens/s")
+        return alternate(ours, theirs, repeats=repeats).rates(work.tokens, "tokens/s")
 
 
 def our_way(encoder: Encoder, ids: Int[Tensor, "batch token"], folder: Path) -> Callable[[], None]:
@@ -106,7 +105,7 @@ def usual_way(encoder: Encoder, ids: Int[Tensor, "batch token"], folder: Path, *
 
 @contextmanager
 def usual_process(ids: Int[Tensor, "batch token"], folder: Path, *, at_once: int) -> Iterator[Callable[[], float]]:
-    """A process that does it the usual way whenever it is told to, and answers with the seconds that it took."""
+    """A process that does the work the usual way on request, and returns the seconds that it took."""
     command = [sys.executable, "-m", __name__]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
@@ -120,26 +119,26 @@ def usual_process(ids: Int[Tensor, "batch token"], folder: Path, *, at_once: int
 
         threads = torch.get_num_threads()
         started_with = ask(ids=ids.tolist(), folder=str(folder), at_once=at_once, threads=threads)
-        assert started_with == threads, "both sides compute with as many threads"
+        assert started_with == threads, "both sides use the same number of threads"
         yield ask
 
 
 def main() -> None:
-    """The usual side: read what to work on, then work as often as a line comes, until there are no more."""
+    """The usual side: read the task, then do it once per line of input."""
     task = json.loads(sys.stdin.readline())
     torch.set_num_threads(task["threads"])
     run = usual_way(demo(), torch.tensor(task["ids"]), Path(task["folder"]), at_once=task["at_once"])
     print(torch.get_num_threads(), flush=True)
     for _ in sys.stdin:
-        print(seconds_of(run), flush=True)
+        print(time_call(run), flush=True)
 
 
 def usual_tables(
     model: nn.Module, ids: Int[Tensor, "batch token"], classes: Int[Tensor, "batch token"], *, at_once: int = 1
 ) -> dict[str, pa.Table]:
-    """The three tables; `classes` are indices into TOKEN_CLASSES, `at_once` is how many sequences the model is given.
+    """The three tables; `classes` are indices into TOKEN_CLASSES, `at_once` is the number of sequences per forward pass.
 
-    One at a time is twice as quick as eight: its patterns fit into the caches, and into blocks that glibc keeps when freed.
+    One at a time is twice as fast as eight: its patterns fit into caches and into blocks that glibc keeps when freed.
     """
     with torch.inference_mode():
         grams = write_grams(model)
@@ -155,14 +154,14 @@ def usual_tables(
 
 
 def eager_copy(model: nn.Module) -> nn.Module:
-    """The model with attention that gives its patterns."""
+    """A copy of the model with eager attention, which returns patterns."""
     copied: Any = copy.deepcopy(model)
     copied.set_attn_implementation("eager")
     return copied
 
 
 def write_grams(model: Any) -> list[Float[Tensor, "head width width"]]:
-    """W_O^h W_O^hᵀ of every head, layer by layer."""
+    """W_O^h W_O^hᵀ of every head, by layer."""
     heads = model.config.num_attention_heads
     projections = [layer.attention.output.dense.weight.unflatten(1, (heads, -1)) for layer in model.encoder.layer]
     return [torch.einsum("ohw,ohv->hwv", w, w) for w in projections]
@@ -172,53 +171,53 @@ def quantities(
     model: Any, ids: Int[Tensor, "batch token"], grams: Sequence[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Quantities of heads [layer, batch, head, …] and columns of the stream's sites [site, batch]."""
-    with hooked(model) as seen:
+    with record_module_states(model) as states:
         patterns = model(input_ids=ids, output_attentions=True).attentions
     same, follows = repetitions(ids)
-    calls = [call_of(seen, layer, gram) for layer, gram in enumerate(grams)]
+    calls = [call_of(states, layer, gram) for layer, gram in enumerate(grams)]
     heads = [
         pattern_quantities(p, same, follows) | score_quantities(call) | norm_quantities(call)
         for p, call in zip(patterns, calls, strict=True)
     ]
-    norms = [states for name, states in seen.items() if name.endswith("LayerNorm")]
+    norms = [pair for name, pair in states.items() if name.endswith("LayerNorm")]
     attentions = [(call.contexts, of["context_norm"]) for call, of in zip(calls, heads, strict=True)]
     return _stacked(heads), _stacked(site_columns(norms, attentions, epsilon=model.config.layer_norm_eps))
 
 
 @contextmanager
-def hooked(model: nn.Module) -> Iterator[Seen]:
-    """What the modules of interest read and write in this context, in the order in which they do."""
-    seen = {}
+def record_module_states(model: nn.Module) -> Iterator[ModuleStates]:
+    """Inputs and outputs of the modules that the statistics need, in the order of their calls in this context."""
+    states = {}
 
     def keep(name: str) -> Any:
-        return lambda module, read, wrote: seen.__setitem__(name, (read[0], wrote))
+        return lambda module, read, wrote: states.__setitem__(name, (read[0], wrote))
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if name.endswith(_HOOKED):
                 stack.callback(module.register_forward_hook(keep(name)).remove)
-        yield seen
+        yield states
 
 
-def call_of(seen: Seen, layer: int, gram: Float[Tensor, "head width width"]) -> Call:
+def call_of(states: ModuleStates, layer: int, gram: Float[Tensor, "head width width"]) -> Call:
     attention = f"encoder.layer.{layer}.attention"
 
     def by_head(states: Tensor) -> Tensor:
         return states.unflatten(-1, gram.shape[:2]).transpose(1, 2)
 
-    query, key, value = (by_head(seen[f"{attention}.self.{name}"][1]) for name in ("query", "key", "value"))
-    return Call(query, key, value, contexts=by_head(seen[f"{attention}.output.dense"][0]), gram=gram)
+    query, key, value = (by_head(states[f"{attention}.self.{name}"][1]) for name in ("query", "key", "value"))
+    return Call(query, key, value, contexts=by_head(states[f"{attention}.output.dense"][0]), gram=gram)
 
 
 def _stacked(tables: Sequence[Columns]) -> dict[str, Tensor]:
-    """Columns of all layers or sites; NaN where one has no such column."""
+    """Columns stacked over layers or sites; NaN where one lacks the column."""
     names = dict.fromkeys(name for table in tables for name in table)
     undefined = torch.full((next(iter(tables[0].values())).shape[0],), torch.nan)
     return {name: torch.stack([table.get(name, undefined) for table in tables]) for name in names}
 
 
 def _table(columns: Columns, axes: Sequence[str]) -> pa.Table:
-    """A row for every place along the axes; NaN becomes null."""
+    """A row for every combination of the axes; NaN becomes null."""
     numbers = np.indices(next(iter(columns.values())).shape)
     values = dict(zip(axes, numbers, strict=True)) | {name: of.numpy() for name, of in columns.items()}
     return pa.table({name: pa.array(of.ravel(), from_pandas=True) for name, of in values.items()})
@@ -233,7 +232,7 @@ def _residual_table(columns: Columns) -> pa.Table:
 
 
 def _profiles_table(profiles: Mapping[str, Profile]) -> pa.Table:
-    """A row for every bin in which something is counted."""
+    """A row for every bin with a positive count."""
     tables = []
     for name, profile in profiles.items():
         counts = profile.counts.expand_as(profile.sums)

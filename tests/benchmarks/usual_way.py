@@ -1,7 +1,7 @@
-"""The statistics of `heads`, `residual` and `profiles` in torch, as a careful notebook writes them.
+"""The statistics of `heads`, `residual` and `profiles` in torch, as a careful notebook would compute them.
 
-Written from the formulas and from nothing of `extract`: that makes it a competitor and a second opinion. For sequences of
-one length without padding. Of two natural ways, the one that was quicker on a CPU stands here.
+Written from the formulas, without using `extract`, which makes it both a competitor and an independent check. For sequences
+of equal length without padding. Where two implementations are natural, this is the faster one on a CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Call:
-    """One attention layer, by head: what its pattern does not tell."""
+    """One attention layer by head: what cannot be derived from its pattern."""
 
     query: Float[Tensor, "batch head token width"]
     key: Float[Tensor, "batch head token width"]
@@ -37,7 +37,7 @@ class Call:
 
 
 def repetitions(ids: Int[Tensor, "batch token"]) -> tuple[Pairs, Pairs]:
-    """Where the key is another copy of the query, and where it follows an earlier copy."""
+    """Pairs in which the key is another copy of the query, and pairs in which it follows an earlier copy."""
     same = (ids[:, :, None] == ids[:, None, :]) & ~torch.eye(ids.shape[1], dtype=torch.bool)
     follows = same.roll(1, dims=-1).tril()
     follows[..., 0] = False
@@ -45,13 +45,13 @@ def repetitions(ids: Int[Tensor, "batch token"]) -> tuple[Pairs, Pairs]:
 
 
 def pattern_quantities(p: Float[Tensor, "batch head query key"], same: Pairs, follows: Pairs) -> dict[str, Tensor]:
-    """Of rows, keys and diagonals of a pattern, each formula as it is written."""
+    """Quantities of the rows, keys and diagonals of a pattern."""
     n = p.shape[-1]
     place = torch.arange(n, dtype=p.dtype)
     d = place - place[:, None]
     offset = torch.einsum("bhqk,qk->bhq", p, d)
     return {
-        # where p is zero, the product is, whatever is in the logarithm
+        # where p is zero the product is zero, whatever the logarithm
         "entropy": -p.clamp_min(_TINY).log_().mul_(p).sum(-1),
         "collision": torch.linalg.vector_norm(p, dim=-1).square(),
         "max_weight": p.amax(-1),
@@ -66,22 +66,22 @@ def pattern_quantities(p: Float[Tensor, "batch head query key"], same: Pairs, fo
 
 
 def _mass_of(p: Tensor, pairs: Pairs) -> Float[Tensor, "batch head"]:
-    """Σ p over a few pairs, which in float32, added one by one, loses four digits of seven."""
+    """Σ p over a few pairs, in float64: adding them one by one in float32 would lose four of seven digits."""
     sequence, query, key = pairs
     total = p.new_zeros(p.shape[:2], dtype=torch.float64)
     return total.index_add_(0, sequence, p[sequence, :, query, key].double()).to(p.dtype)
 
 
 def diagonal_sums(p: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head distance"]:
-    """Σ_i p[i, i + d] at index d + n − 1: in rows of 2n + 1, what was laid in rows of 2n stands by its distance."""
+    """Σ_i p[i, i + d] at index d + n − 1: rows of length 2n, viewed as rows of length 2n + 1, are aligned by distance."""
     n = p.shape[-1]
-    laid = p.new_zeros(*p.shape[:2], n * (2 * n + 1))
-    laid[..., : 2 * n * n].unflatten(-1, (n, 2 * n))[..., n:] = p
-    return laid.unflatten(-1, (n, 2 * n + 1)).sum(-2)[..., 1:-1]
+    padded_rows = p.new_zeros(*p.shape[:2], n * (2 * n + 1))
+    padded_rows[..., : 2 * n * n].unflatten(-1, (n, 2 * n))[..., n:] = p
+    return padded_rows.unflatten(-1, (n, 2 * n + 1)).sum(-2)[..., 1:-1]
 
 
 def score_quantities(call: Call) -> dict[str, Float[Tensor, "batch head"]]:
-    """The scores again, which the model does not return."""
+    """Statistics of the scores, which the model does not return."""
     scores = call.query / math.sqrt(call.query.shape[-1]) @ call.key.mT
     mean = scores.mean((-1, -2))
     square = torch.linalg.vector_norm(scores, dim=(-1, -2)).square() / scores[0, 0].numel()
@@ -167,9 +167,9 @@ def _share_of_first(written: Tensor) -> Tensor:
 def site_columns(
     norms: Sequence[tuple[Tensor, Tensor]], attentions: Sequence[tuple[Tensor, Tensor]], *, epsilon: float
 ) -> list[dict[str, Float[Tensor, " batch"]]]:
-    """The columns of `residual`, site by site, from what the norms read and wrote and from contexts and their sizes.
+    """The columns of `residual` by site, from inputs and outputs of the norms, and from contexts and their norms.
 
-    The first norm is that of the embeddings; every other reads x' = x + F(x), where x is what the one before wrote.
+    The first norm follows the embeddings; every other reads x' = x + F(x), where x is the output of the previous norm.
     """
     sizes = [wrote.norm(dim=-1) for _, wrote in norms]
     columns = []
@@ -237,7 +237,7 @@ def _combined_heads(
 
 @dataclass(frozen=True)
 class Profile:
-    """Sum and count of the bins of every head; counts that all heads share are held once."""
+    """Sum and count of the bins of every head; counts shared by all heads are stored once."""
 
     bins: Int[Tensor, " bin"]
     sums: Float[Tensor, "layer head bin"]

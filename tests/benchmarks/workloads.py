@@ -1,4 +1,4 @@
-"""The models and batches that are measured, and both ways through them: measured and plain."""
+"""Models and batches for the benchmarks, with a measured and a plain forward pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from attlas.extract.tables import recorded_tables
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and a batch, right-padded, with all that a run knows of it: token ids and classes too."""
+    """A model and a right-padded batch, with the token ids and classes that a run has."""
 
     model: nn.Module
     ids: Tensor
@@ -43,14 +43,14 @@ class Workload:
 
     @property
     def batch(self) -> Batch:
-        # a random model's vocabulary takes its classes from the demo tokenizer, over and over
+        # classes of the demo tokenizer, repeated for the vocabulary of a random model
         classes = np.resize(_demo_classes(), int(self.ids.max()) + 1).astype(np.int64)
         axis = Axis(torch.zeros_like(self.length), self.length, self.ids.shape[1])
         return Batch(len(self.ids), {"input_ids": Tokens(axis, self.ids, torch.from_numpy(classes)[self.ids])})
 
 
 def measured_pass(work: Workload) -> Callable[[], None]:
-    """A forward pass with all that a run does per batch; columns and tables follow once per shard."""
+    """A forward pass with everything that a run does per batch; columns and tables are made once per shard."""
     model, inputs, batch = work.model, work.inputs, work.batch
     layout = layout_of(model)
     engine = choose("auto")
@@ -64,7 +64,7 @@ def measured_pass(work: Workload) -> Callable[[], None]:
 
 
 def plain_pass(work: Workload) -> Callable[[], None]:
-    """The same pass, unwatched."""
+    """The same pass without attlas."""
     model, inputs = work.model, work.inputs
 
     def run() -> None:
@@ -90,7 +90,7 @@ def minilm(sequences: int, tokens: int) -> Workload:
 
 
 def minilm_padded(sequences: int, tokens: int) -> Workload:
-    """The same, cut to lengths that rise evenly to the full one; a third of all positions is padding."""
+    """The same with evenly increasing lengths, so that a third of all positions is padding."""
     special = special_tokens(demo().tokenizer)
     lengths = np.linspace(tokens // 3, tokens, sequences).round().astype(int)
     rows = []
@@ -109,7 +109,7 @@ def bert_base(sequences: int, tokens: int, *, layers: int = 12) -> Workload:
 
 
 def mpnet(sequences: int, tokens: int) -> Workload:
-    """MPNet-base's shape, whose softmax is computed by hand, random weights, random ids."""
+    """MPNet-base's shape, which computes softmax itself, random weights, random ids."""
     from transformers import MPNetConfig, MPNetModel
 
     config = MPNetConfig(max_position_embeddings=tokens + 2)
@@ -150,7 +150,7 @@ def gpt2(sequences: int, tokens: int) -> Workload:
     return _random(model, sequences, tokens)
 
 
-# as drawn, scores deviate by 0.3 and every pattern is flat; with larger queries and keys by 2, as in trained models
+# with initial weights the scores deviate by 0.3 and patterns are flat; with larger ones by 2, as in trained models
 _SHARPENED = 2.5
 
 
@@ -169,7 +169,7 @@ def _padded(rows: list[np.ndarray]) -> Workload:
 
 
 def _demo_windows(count: int, tokens: int) -> list[np.ndarray]:
-    """Windows of exactly so many tokens, from all over the demo corpus."""
+    """Windows of exactly `tokens` tokens, spread over the demo corpus."""
     tokenizer = demo().tokenizer
     special = special_tokens(tokenizer)
     texts = [document.text for document in open_corpus("demo")]

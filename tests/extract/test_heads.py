@@ -20,7 +20,7 @@ from attlas.extract.tables import TABLES, needs_of
 from attlas.extract.tables.heads import HeadQuantities
 from tests import oracles
 from tests.extract.models import eager_patterns, tiny
-from tests.patterns import KNOWN, causal_uniform, first, identity, previous, uniform
+from tests.patterns import CLOSED_FORMS, causal_uniform, first, identity, previous, uniform
 
 HEADS = TABLES["heads"]
 
@@ -182,7 +182,7 @@ def test_known_patterns_give_their_closed_forms(letter, n):
     quantities = HeadQuantities(names, observed.values.numpy())
     columns = {c.name: c.compute for c in HEADS.facts}
     checked = 0
-    for name, closed in KNOWN.items():
+    for name, closed in CLOSED_FORMS.items():
         if letter not in closed or name not in columns:
             continue
         expected, compute = closed[letter](n), columns[name]

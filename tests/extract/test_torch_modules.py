@@ -162,7 +162,7 @@ def decode(decoder, x: Floats, memory: Floats, mask=None, padding=None, memory_p
 
 def crossing_columns(p: Floats, s: Floats | None, visible: Floats, *, v: Floats, w_o: Floats) -> oracles.Columns:
     """Every column of a head whose keys are another sequence's."""
-    rows, masked, nonfinite = oracles.row_kinds(p, s, visible)
+    rows, masked, nonfinite = oracles.classify_rows(p, s, visible)
     return {
         **oracles.entropy_columns(p, visible, rows, None),
         **oracles.concentration_columns(p, rows),
