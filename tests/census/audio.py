@@ -119,16 +119,16 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 def inputs(model_type: str, model: nn.Module) -> dict[str, Tensor]:
     """Two different sounds, the second shorter where the architecture takes a mask."""
-    from tests.census.tiny import takes
+    from tests.census.tiny import forward_parameters
 
-    config, names = model.config, takes(type(model))
+    config, names = model.config, forward_parameters(type(model))
     if model_type in MAKERS:
         return MAKERS[model_type](config)
     built = masked_features(config, names) if "input_features" in names else masked_waveforms(config, names)
-    return {**built, **decoded(names)}
+    return {**built, **decoder_ids(names)}
 
 
-def decoded(names: tuple[str, ...]) -> dict[str, Tensor]:
+def decoder_ids(names: tuple[str, ...]) -> dict[str, Tensor]:
     """The ids a decoder starts from."""
     return {"decoder_input_ids": torch.randint(32, 128, (BATCH, DECODED))} if "decoder_input_ids" in names else {}
 
@@ -148,9 +148,9 @@ def masked_features(config: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 def masked_waveforms(config: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Waveforms: batch sample, or batch channel sample."""
-    long = CODECS & set(towers(config))
-    samples = CODEC_SAMPLES if long else SAMPLES
-    shape = (BATCH, 1, samples) if long else (BATCH, samples)
+    codecs = CODECS & set(towers(config))
+    samples = CODEC_SAMPLES if codecs else SAMPLES
+    shape = (BATCH, 1, samples) if codecs else (BATCH, samples)
     return {"input_values": torch.randn(shape), **mask(names, samples)}
 
 
@@ -206,10 +206,10 @@ def speech_to_speech(config: Any) -> dict[str, Tensor]:
     }
 
 
-def translated(config: Any) -> dict[str, Tensor]:
+def speech_translation(config: Any) -> dict[str, Tensor]:
     """Features, of speech only, and the ids of its translation."""
     features = torch.randn(BATCH, FRAMES, BINS)
-    return {"input_features": features, **mask(("attention_mask",), FRAMES), **decoded(("decoder_input_ids",))}
+    return {"input_features": features, **mask(("attention_mask",), FRAMES), **decoder_ids(("decoder_input_ids",))}
 
 
 def waveform_and_features(config: Any) -> dict[str, Tensor]:
@@ -276,7 +276,7 @@ MAKERS: dict[str, Maker] = {
     "neucodec": waveform_and_features,
     "pocket_tts_audio_tokenizer_decoder": latents,
     "speecht5": speech_to_speech,
-    **dict.fromkeys(("seamless_m4t", "seamless_m4t_v2"), translated),
+    **dict.fromkeys(("seamless_m4t", "seamless_m4t_v2"), speech_translation),
     "vibevoice_acoustic_tokenizer_decoder": frames,
     "vibevoice_acoustic_tokenizer_encoder": waveform,
     "xcodec2": waveform_and_features,

@@ -1,7 +1,7 @@
-"""The census: every architecture of transformers as a tiny random model, measured, against its own eager patterns.
+"""The census: every architecture of transformers as a tiny random model, measured and compared with its own eager patterns.
 
-`python -m tests.census.census [model_type … | text | vision | audio | multimodal]` prints a line of each; `make census`
-measures all of them and writes data/COVERAGE.md.
+`python -m tests.census.census [model_type … | text | vision | audio | multimodal]` prints a line per architecture;
+`make census` measures all of them and writes data/COVERAGE.md.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from attlas.extract.engines import choose
 from attlas.extract.errors import CaptureError, Refusal
 from attlas.extract.measurement import layout_of, measure
 from tests.census.judge import Verdict, verdict_on
-from tests.census.own import Own, attends, readings
-from tests.census.pool import each, in_a_process
+from tests.census.model_patterns import ModelPatterns, attends, eager_readings
+from tests.census.pool import map_in_processes, run_in_process
 from tests.census.through_run import NO_IDS, YES, through_run
-from tests.census.tiny import GAIN, Built, NotBuilt, architectures, build, forward, reason_of, takes
+from tests.census.tiny import GAIN, NotBuilt, TinyModel, architectures, build, forward, forward_parameters, reason_of
 
 if TYPE_CHECKING:
     from attlas.extract.capture.layout import Layout
@@ -37,7 +37,7 @@ OUTCOMES = (EXACT, FALLBACK, UNCOMPARED, REFUSED, WITHOUT, NOT_BUILT, WRONG)
 ATTENDING = (EXACT, FALLBACK, UNCOMPARED, REFUSED, WRONG)
 FALLBACKS = {"softmax", "replay"}
 SMALL_GAIN = 0.2
-# what is called attention there is no softmax over keys, so there is no pattern
+# their attention is not a softmax over keys, so there is no pattern
 WITHOUT_PATTERN = {
     "autoformer": "weighs delays of the whole series by autocorrelation",
     "mobilevitv2": "one vector of weights for all queries",
@@ -51,7 +51,7 @@ WITHOUT_PATTERN = {
 
 @dataclass(frozen=True)
 class Entry:
-    """An architecture's line in the census."""
+    """The result for one architecture."""
 
     model_type: str
     modality: str
@@ -59,9 +59,9 @@ class Entry:
     reason: str = ""
     stacks: str = ""
     ways: tuple[str, ...] = ()
-    compared: int = 0  # patterns of the model's own
+    compared: int = 0  # number of patterns returned by the model
     residual: str = ""
-    through_run: str = NO_IDS  # YES, or in words why `attlas run` does not measure it
+    through_run: str = NO_IDS  # YES, or the reason why `attlas run` does not measure it
 
     @property
     def fast(self) -> bool:
@@ -69,40 +69,41 @@ class Entry:
 
 
 def entry(model_type: str) -> Entry:
-    """Build, measure and compare one architecture.
-
-    With large weights some tiny models amplify rounding so much that their own two forms differ, or let weights of keys
-    underflow to zero; these are compared with smaller ones, or in float64.
-    """
+    """Build, measure and compare one architecture."""
     warnings.simplefilter("ignore")
-    found = judged(model_type)
-    return replace(found, through_run=through_run(model_type)) if found.outcome in ATTENDING else found
+    result = entry_with_retries(model_type)
+    return replace(result, through_run=through_run(model_type)) if result.outcome in ATTENDING else result
 
 
-def judged(model_type: str) -> Entry:
-    found = compared(Making(model_type))
-    if found.outcome in (WRONG, REFUSED):
-        for said, making in (
-            ("with smaller weights", Making(model_type, gain=SMALL_GAIN)),
-            ("in float64", Making(model_type, double=True)),
-            ("as it attends by eager code", Making(model_type, attention="eager")),
+def entry_with_retries(model_type: str) -> Entry:
+    """Compare an architecture; if that fails, again with other variants of its tiny model.
+
+    With large weights, some tiny models amplify rounding so much that their SDPA and eager forms differ, or weights
+    underflow to zero. These are compared with smaller weights or in float64.
+    """
+    result = compare(Variant(model_type))
+    if result.outcome in (WRONG, REFUSED):
+        for difference, variant in (
+            ("with smaller weights", Variant(model_type, gain=SMALL_GAIN)),
+            ("in float64", Variant(model_type, double=True)),
+            ("as it attends by eager code", Variant(model_type, attention="eager")),
         ):
-            again = compared(making)
+            again = compare(variant)
             if again.outcome in (EXACT, FALLBACK):
-                return replace(again, reason=f"compared {said}")
-    return found
+                return replace(again, reason=f"compared {difference}")
+    return result
 
 
 @dataclass(frozen=True)
-class Making:
-    """How a tiny model is made."""
+class Variant:
+    """A variant of a tiny model."""
 
     model_type: str
     gain: float = GAIN
     double: bool = False
-    attention: str | None = None  # as it is measured
+    attention: str | None = None  # implementation with which it is measured
 
-    def built(self, attention: str | None = None) -> Built | NotBuilt:
+    def build(self, attention: str | None = None) -> TinyModel | NotBuilt:
         built = build(self.model_type, attention=attention or self.attention, gain=self.gain)
         if isinstance(built, NotBuilt):
             return built
@@ -112,8 +113,8 @@ class Making:
         return replace(built, model=built.model.double(), inputs=inputs)
 
 
-def compared(making: Making) -> Entry:
-    model_type, built = making.model_type, making.built()
+def compare(variant: Variant) -> Entry:
+    model_type, built = variant.model_type, variant.build()
     kind = built.modality
     if isinstance(built, NotBuilt):
         return Entry(model_type, kind, NOT_BUILT, built.reason)
@@ -121,33 +122,33 @@ def compared(making: Making) -> Entry:
         forward(built)
     except Exception as error:
         return Entry(model_type, kind, NOT_BUILT, f"its forward pass fails: {reason_of(error)}")
-    eager = making.built("eager")
-    own = iter(()) if isinstance(eager, NotBuilt) else readings(eager)
+    eager = variant.build("eager")
+    readings = iter(()) if isinstance(eager, NotBuilt) else eager_readings(eager)
     try:
-        tables = measured(built)
+        tables = measure_batch(built)
     except (CaptureError, Refusal) as error:
         if model_type in WITHOUT_PATTERN:
             return Entry(model_type, kind, WITHOUT, WITHOUT_PATTERN[model_type])
-        shown = any(part.returned or part.softmaxes for part in next(own, []))
-        outcome = REFUSED if shown or attends(built) else WITHOUT
+        has_patterns = any(part.returned or part.softmaxes for part in next(readings, []))
+        outcome = REFUSED if has_patterns or attends(built) else WITHOUT
         return Entry(model_type, kind, outcome, "" if outcome == WITHOUT else str(error))
     except Exception as error:
         return Entry(model_type, kind, WRONG, reason_of(error))
-    return _judged(built, tables, own)
+    return _judge(built, tables, readings)
 
 
-def _judged(built: Built, tables: Mapping[str, pa.Table], own: Iterator[list[Own]]) -> Entry:
-    """What the reading of the batch that agrees best says of the measured rows."""
+def _judge(built: TinyModel, tables: Mapping[str, pa.Table], readings: Iterator[list[ModelPatterns]]) -> Entry:
+    """Compare the measured rows with the reading of the batch that agrees best."""
     rows = tables["heads"].to_pylist()
     best, layout = Verdict((), -1), None
-    for reading in own:
-        claim = claimed(built, reading[0].inputs)
+    for reading in readings:
+        claim = layout_for(built, reading[0].inputs)
         verdict = None if claim is None else verdict_on(reading, claim.attentions, rows)
         if verdict is not None and (layout is None or verdict.rank > best.rank):
             best, layout = verdict, claim
         if layout is not None and best.rank == (True, len(layout.attentions)):
             break
-    layout = layout or claimed(built, built.inputs)
+    layout = layout or layout_for(built, built.inputs)
     if layout is None:
         return Entry(built.model_type, built.modality, WRONG, "measured, but examined again it is refused")
     outcome = FALLBACK if layout.ways & FALLBACKS else EXACT
@@ -163,22 +164,22 @@ def _judged(built: Built, tables: Mapping[str, pa.Table], own: Iterator[list[Own
     )
 
 
-def measured(built: Built) -> dict[str, pa.Table]:
-    """The tables of a batch, of all stacks that it reaches."""
+def measure_batch(built: TinyModel) -> dict[str, pa.Table]:
+    """The tables of a batch, for all stacks that run."""
     torch.manual_seed(2)
-    return measure(built.model, **_asked(built, built.inputs))
+    return measure(built.model, **_measure_arguments(built, built.inputs))
 
 
-def claimed(built: Built, inputs: Mapping[str, Tensor]) -> Layout | None:
-    """What was found of the model when it was examined on inputs like these; None where it was on none like them."""
+def layout_for(built: TinyModel, inputs: Mapping[str, Tensor]) -> Layout | None:
+    """The layout that attlas found for such inputs; None if it refuses them."""
     try:
-        return layout_of(built.model, _asked(built, inputs))
+        return layout_of(built.model, _measure_arguments(built, inputs))
     except Exception:
         return None
 
 
-def _asked(built: Built, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {**inputs, "use_cache": False} if "use_cache" in takes(type(built.model)) else dict(inputs)
+def _measure_arguments(built: TinyModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {**inputs, "use_cache": False} if "use_cache" in forward_parameters(type(built.model)) else dict(inputs)
 
 
 def main(wanted: list[str]) -> None:
@@ -187,14 +188,14 @@ def main(wanted: list[str]) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    in_a_process(choose("auto", device="cpu").make_ready)  # compiled once, not by each process in its time
-    known = architectures()
-    chosen = [t for t in known if not wanted or t in wanted or known[t] in wanted]
+    run_in_process(choose("auto", device="cpu").make_ready)  # compile once, instead of in each process
+    modalities = architectures()
+    chosen = [t for t in modalities if not wanted or t in wanted or modalities[t] in wanted]
     began, entries = time.monotonic(), []
-    for model_type, found in each(entry, chosen):
-        result = found or Entry(model_type, known[model_type], WRONG, "died, or took too long")
+    for model_type, found in map_in_processes(entry, chosen):
+        result = found or Entry(model_type, modalities[model_type], WRONG, "died, or took too long")
         entries.append(result)
-        said = (
+        fields = (
             result.model_type,
             result.modality,
             result.outcome,
@@ -205,9 +206,9 @@ def main(wanted: list[str]) -> None:
             result.reason,
             result.through_run,
         )
-        print("\t".join(said), flush=True)
-    asked = [e.through_run.startswith(YES) for e in entries if e.through_run != NO_IDS]
-    print(f"{sum(asked)} of {len(asked)} that read ids go through attlas run")
+        print("\t".join(fields), flush=True)
+    runs = [e.through_run.startswith(YES) for e in entries if e.through_run != NO_IDS]
+    print(f"{sum(runs)} of {len(runs)} that read ids go through attlas run")
     print(Counter(e.outcome for e in entries), f"{time.monotonic() - began:.0f} s")
     if not wanted:
         from tests.census.coverage import coverage

@@ -1,6 +1,6 @@
-"""What is measured against what the model itself gives: every pattern, in every column that follows from it.
+"""Comparison of measured rows with the model's own patterns, in every column that can be derived from a pattern.
 
-Knows nothing of how attention is found. Of the layout it reads what is claimed of each layer, to be held to the numbers.
+It does not depend on how attention is found. From the layout it reads only the properties of each layer, which it checks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests import oracles
-from tests.census.own import Own
+from tests.census.model_patterns import ModelPatterns
 
 ABSOLUTE, RELATIVE = 1e-5, 1e-4
 
@@ -23,34 +23,34 @@ ABSOLUTE, RELATIVE = 1e-5, 1e-4
 class Verdict:
     """How one reading of a batch compares with the measured rows."""
 
-    missed: tuple[str, ...]  # patterns of the model's own that were not measured
-    compared: int  # layers that equal one of them, in every part of the inputs
+    missed: tuple[str, ...]  # the model's patterns that were not measured
+    compared: int  # layers that equal one of its patterns, in every part of the inputs
 
     @property
     def rank(self) -> tuple[bool, int]:
         return not self.missed, self.compared
 
 
-def verdict_on(own: Sequence[Own], attentions: Sequence[Any], rows: Sequence[dict[str, Any]]) -> Verdict:
-    """Hold measured rows to a model's own patterns: for a batch as a whole, or for each of its sequences alone."""
+def verdict_on(own: Sequence[ModelPatterns], attentions: Sequence[Any], rows: Sequence[dict[str, Any]]) -> Verdict:
+    """Compare measured rows with a model's own patterns, for a batch as a whole or for each sequence alone."""
     if len(own) > 1 and {r["sequence_id"] for r in rows} != {*range(len(own))}:
         return Verdict((f"the rows are not of {len(own)} sequences",), 0)
     missed, compared = [], []
     for number, part in enumerate(own):
         of_part = [{**r, "sequence_id": 0} for r in rows if r["sequence_id"] == number] if len(own) > 1 else list(rows)
-        not_measured, left = unmatched(part.returned, attentions, of_part, part.inputs)
-        # what the model computed by softmax and did not return answers for the rest
-        _, left = unmatched(part.softmaxes, left, of_part, part.inputs)
+        not_measured, left = match_patterns(part.returned, attentions, of_part, part.inputs)
+        # the other layers may equal softmaxes that the model did not return
+        _, left = match_patterns(part.softmaxes, left, of_part, part.inputs)
         left = [a for a in left if not (a.in_pieces and is_in_pieces(part.softmaxes, a, of_part))]
         missed += not_measured
         compared.append(len(attentions) - len(left))
     return Verdict(tuple(missed), min(compared, default=0))
 
 
-def unmatched(
+def match_patterns(
     own: list[Tensor], attentions: Sequence[Any], rows: list[dict[str, Any]], inputs: Mapping[str, Tensor]
 ) -> tuple[list[str], list[Any]]:
-    """Own patterns that no measured layer equals in every column, and layers that no own pattern equals."""
+    """The model's patterns that equal no measured layer in every column, and the layers that equal no pattern."""
     of_layers: dict[tuple[str, int], dict[tuple[int, int], dict[str, Any]]] = {}
     for row in rows:
         of_layers.setdefault((row["stack"], row["layer"]), {})[row["sequence_id"], row["head"]] = row
@@ -72,9 +72,9 @@ def unmatched(
 def difference(
     pattern: Tensor, attention: Any, rows: Mapping[tuple[int, int], Mapping[str, Any]], inputs: Mapping[str, Tensor]
 ) -> str | None:
-    """Where a layer's rows are not those of the pattern; None if they are."""
+    """How a layer's rows differ from the pattern; None if they agree."""
     sequences = 1 + max(sequence for sequence, _ in rows)
-    pattern = heads_second(pattern, attention.heads, sequences)
+    pattern = move_heads_second(pattern, attention.heads, sequences)
     if pattern.dim() != 4 or pattern.shape[1] != attention.heads or pattern.shape[0] % sequences:
         return f"has {attention.heads} heads"
     for name, side in ((attention.queries, 2), (attention.keys, 3)):
@@ -83,16 +83,16 @@ def difference(
     if not attention.is_cross_attention and pattern.shape[2] != pattern.shape[3]:
         return "heads look at something else"
     windows = len(pattern) // sequences
-    # of each sequence in turn, or the first of each first: as the seam found it by changing the order of sequences
+    # windows of each sequence in turn, or the first window of each sequence first, as the layout says
     of_sequences = pattern.unflatten(0, (windows, sequences)).transpose(0, 1) if attention.batch_last else None
     pieces = pattern.unflatten(0, (sequences, windows)) if of_sequences is None else of_sequences
     for (sequence, head), row in rows.items():
         queries, keys = (
-            real_of(pieces[sequence], sequence, name, side, inputs)
+            real_positions(pieces[sequence], sequence, name, side, inputs)
             for name, side in ((attention.queries, -2), (attention.keys, -1))
         )
         parts = [p[queries][:, keys].numpy() for p in pieces[sequence, :, head]]
-        # heads share a mask, and a weight that underflows in one need not in another
+        # heads share a mask, and a weight that underflows in one head may not in another
         if any(0 in part.shape for part in parts):
             return "has no real tokens there"
         visible = [(p.amax(0) > 0)[queries][:, keys].numpy() for p in pieces[sequence]]
@@ -103,13 +103,13 @@ def difference(
 
 
 def is_in_pieces(softmaxes: list[Tensor], attention: Any, rows: list[dict[str, Any]]) -> bool:
-    """Whether a layer is what some softmaxes in a row, each of a window or an image of the sequence, come to together."""
+    """Whether a layer combines consecutive softmaxes, each over a window or an image of the sequence."""
     of_heads = {r["head"]: r for r in rows if (r["stack"], r["layer"]) == (attention.stack, attention.layer)}
     tokens = of_heads[0]["query_rows"]
     for first in range(len(softmaxes)):
         pieces: list[Tensor] = []
         for softmax in softmaxes[first:]:
-            one = heads_second(softmax, attention.heads, 1)
+            one = move_heads_second(softmax, attention.heads, 1)
             if one.dim() != 4 or one.shape[:2] != (1, attention.heads) or one.shape[2] != one.shape[3]:
                 break
             pieces.append(one[0])
@@ -131,8 +131,8 @@ def is_in_pieces(softmaxes: list[Tensor], attention: Any, rows: list[dict[str, A
     return False
 
 
-def heads_second(pattern: Tensor, heads: int, sequences: int) -> Tensor:
-    """A pattern as [batch and windows, head, query, key], from the several ways in which models give theirs."""
+def move_heads_second(pattern: Tensor, heads: int, sequences: int) -> Tensor:
+    """A pattern as [batch · windows, head, query, key], from the layouts that models use."""
     if pattern.dim() == 3 and len(pattern) % (sequences * heads) == 0:
         return pattern.unflatten(0, (-1, heads))
     if pattern.dim() > 4 and heads in pattern.shape[1:-2]:
@@ -140,21 +140,21 @@ def heads_second(pattern: Tensor, heads: int, sequences: int) -> Tensor:
     return pattern
 
 
-def real_of(pieces: Tensor, sequence: int, name: str | None, side: int, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Which queries (side −2) or keys (−1) are real: as the inputs' mask says; elsewhere, the keys that anyone sees."""
+def real_positions(pieces: Tensor, sequence: int, name: str | None, side: int, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The real queries (side −2) or keys (−1), from the inputs' mask; without one, the keys that any query sees."""
     count = pieces.shape[side]
     mask = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}.get(name or "")
     given = inputs.get(mask) if mask else None
     if name is not None:
         return torch.ones(count, dtype=torch.bool) if given is None else given[sequence].bool()
-    seen = (pieces > 0).flatten(0, -3).any(0).any(-2)
-    return seen if side == -1 or len(seen) == count else torch.ones(count, dtype=torch.bool)
+    visible = (pieces > 0).flatten(0, -3).any(0).any(-2)
+    return visible if side == -1 or len(visible) == count else torch.ones(count, dtype=torch.bool)
 
 
 def expected_columns(
     parts: list[np.ndarray], visibles: list[np.ndarray], *, is_cross_attention: bool
 ) -> dict[str, float | None]:
-    """What follows from a head's pattern in a sequence, or from its patterns in the windows of one."""
+    """The columns of a head in a sequence, from its pattern or from its patterns in windows."""
     of_parts = []
     for part, visible in zip(parts, visibles, strict=True):
         p = _normalized(part)
@@ -172,8 +172,8 @@ def expected_columns(
             columns |= oracles.received_columns(p, rows, _sink(p))
             of_parts.append({n: v for n, v in columns.items() if n not in ("mass_sink", "received_max_key")})
         else:
-            apart = ("entropy_std_nats", "entropy_normalized", "distance_vs_uniform", "mass_sink", "mass_first")
-            of_parts.append({n: v for n, v in columns.items() if n not in apart})
+            not_averaged = ("entropy_std_nats", "entropy_normalized", "distance_vs_uniform", "mass_sink", "mass_first")
+            of_parts.append({n: v for n, v in columns.items() if n not in not_averaged})
     if len(of_parts) == 1:
         return of_parts[0]
     sizes = [len(part) for part in parts]
@@ -181,18 +181,18 @@ def expected_columns(
 
 
 def _normalized(p: np.ndarray) -> np.ndarray:
-    """Rows that a float32 softmax has rounded sum to one again; those of a learned sink are left as they are."""
+    """Normalise rows whose sum is one up to float32 rounding; rows with a learned sink are unchanged."""
     total = p.sum(-1, keepdims=True)
     return np.where(np.abs(total - 1) < 1e-5, p / np.maximum(total, 1e-30), p)
 
 
 def _sink(p: np.ndarray) -> np.ndarray | None:
-    """What is missing of a row: the mass of a learned sink."""
+    """The mass of a learned sink: what the rows lack to one; None without a sink."""
     missing = 1 - p.sum(-1)
     return missing if missing.max() > 1e-5 else None
 
 
-def agree(got: Any, expected: float | None) -> bool:
-    if got is None or expected is None:
-        return got is None and expected is None
-    return abs(got - expected) <= max(ABSOLUTE, RELATIVE * abs(expected))
+def agree(value: Any, expected: float | None) -> bool:
+    if value is None or expected is None:
+        return value is None and expected is None
+    return abs(value - expected) <= max(ABSOLUTE, RELATIVE * abs(expected))

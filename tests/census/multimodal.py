@@ -192,9 +192,9 @@ def inputs(model_type: str, model: nn.Module) -> dict[str, Tensor]:
     """Text around the places of an image or a sound in each row, the second row shorter by some text."""
     if model_type in MAKERS:
         return MAKERS[model_type](model.config)
-    from tests.census.tiny import takes
+    from tests.census.tiny import forward_parameters
 
-    names = takes(type(model))
+    names = forward_parameters(type(model))
     if "input_ids" not in names or model_type in audio.MAKERS:  # an encoder with a decoder of text
         return audio.inputs(model_type, model)
     media = images(model_type, model.config, names) | sounds(model_type, model.config, names)
@@ -204,9 +204,9 @@ def inputs(model_type: str, model: nn.Module) -> dict[str, Tensor]:
 def images(model_type: str, config: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
     """One image to a row, as the architecture takes them."""
     if model_type in IMAGES:
-        return vision.named(IMAGES[model_type](config), names)
+        return vision.rename_inputs(IMAGES[model_type](config), names)
     if "image_grid_thw" in names:
-        return vision.named(vision.flat_patches(config), names)
+        return vision.rename_inputs(vision.flat_patches(config), names)
     if "pixel_values" in names:
         return {"pixel_values": vision.image(config)}
     if "pixel_values_videos" in names:
@@ -238,10 +238,10 @@ def places(model: nn.Module, media: dict[str, Tensor]) -> list[list[int]]:
 
 def features_of(model: nn.Module, kind: str, media: dict[str, Tensor]) -> tuple[int, int]:
     """How many features the model makes of each row's images or sound."""
-    counted = COUNTS.get((kind, str(getattr(model.config, "model_type", ""))))
+    fixed = COUNTS.get((kind, str(getattr(model.config, "model_type", ""))))
     features = getattr(model, f"get_{kind}_features", None)
-    if counted or features is None:
-        return counted or (0, 0)
+    if fixed or features is None:
+        return fixed or (0, 0)
     taken = inspect.signature(features).parameters
     given = {name: value for name, value in media.items() if name in taken}
     if not any(name in given for name in MEDIA[kind]):
@@ -343,9 +343,13 @@ def patches_end_to_end(config: Any) -> dict[str, Tensor]:
 
 def with_targets(config: Any) -> dict[str, Tensor]:
     """The patches of an image, and the grids of it and of the image that is to be made of it, for each row."""
-    made = vision.flat_patches(config)
-    grids = made["grid_thw"].repeat_interleave(2, 0)
-    return {"pixel_values": made["pixel_values"], "image_grid_thw": grids, "images_per_sample": torch.tensor([2, 2])}
+    patches_ = vision.flat_patches(config)
+    grids = patches_["grid_thw"].repeat_interleave(2, 0)
+    return {
+        "pixel_values": patches_["pixel_values"],
+        "image_grid_thw": grids,
+        "images_per_sample": torch.tensor([2, 2]),
+    }
 
 
 def pooled_patches(config: Any) -> dict[str, Tensor]:
@@ -396,14 +400,14 @@ def masked_with_waveform(config: Any) -> dict[str, Tensor]:
     )
 
 
-def windowed(config: Any) -> dict[str, Tensor]:
+def windowed_spectrograms(config: Any) -> dict[str, Tensor]:
     """Spectrograms, and which of the features that windows of 15 frames make are of sound."""
     mask = torch.ones(BATCH, 21, dtype=torch.bool)
     mask[1, 16:] = False
     return {"input_features": torch.randn(BATCH, audio.FRAMES, audio.BINS), "input_features_mask": mask}
 
 
-def streamed(config: Any) -> dict[str, Tensor]:
+def spectrogram_per_token(config: Any) -> dict[str, Tensor]:
     """A token to every eight frames of sound."""
     words = text(config, ("attention_mask",), [[], []])
     return {"input_features": torch.randn(BATCH, audio.BINS, 8 * words["input_ids"].shape[1])} | words
@@ -416,21 +420,25 @@ MEDIA = {
 }
 
 
-def captioned(config: Any) -> dict[str, Tensor]:
+def image_and_question(config: Any) -> dict[str, Tensor]:
     """Images, a question to the querying tower, and places for its queries in the text."""
     tokens = [config.image_token_index] * config.num_query_tokens
-    return {"pixel_values": vision.image(config)} | asked(config) | text(config, ("attention_mask",), [tokens, tokens])
+    return (
+        {"pixel_values": vision.image(config)}
+        | qformer_question(config)
+        | text(config, ("attention_mask",), [tokens, tokens])
+    )
 
 
-def captioned_video(config: Any) -> dict[str, Tensor]:
+def video_and_question(config: Any) -> dict[str, Tensor]:
     """Two frames each, with places for each frame's queries."""
     height, width = vision.resolution(config)
     tokens = [config.video_token_index] * config.num_query_tokens * 2
     video = {"pixel_values": torch.randn(BATCH, 2, 3, height, width)}
-    return video | asked(config) | text(config, ("attention_mask",), [tokens, tokens])
+    return video | qformer_question(config) | text(config, ("attention_mask",), [tokens, tokens])
 
 
-def asked(config: Any) -> dict[str, Tensor]:
+def qformer_question(config: Any) -> dict[str, Tensor]:
     """A question, where the querying tower takes one."""
     if config.model_type == "blip-2":
         return {}
@@ -438,7 +446,7 @@ def asked(config: Any) -> dict[str, Tensor]:
     return {"qformer_" + name: value for name, value in question.items()}
 
 
-def heard_and_read(config: Any) -> dict[str, Tensor]:
+def spectrogram_image_and_text(config: Any) -> dict[str, Tensor]:
     """A spectrogram as an image of one channel, and text."""
     sound = torch.randn(BATCH, 1, 256, 16)
     return {"input_features": sound, "is_longer": torch.zeros(BATCH, 1, dtype=torch.bool)} | text(
@@ -446,19 +454,19 @@ def heard_and_read(config: Any) -> dict[str, Tensor]:
     )
 
 
-def spoken(config: Any) -> dict[str, Tensor]:
+def speech_and_text(config: Any) -> dict[str, Tensor]:
     """Speech as batch bin frame, of the bins its decoder takes, and text."""
     return {"input_features": torch.randn(BATCH, 80, 24)} | text(config, ("attention_mask",), [[], []])
 
 
-def seen_from_text(config: Any) -> dict[str, Tensor]:
+def cross_attended_image(config: Any) -> dict[str, Tensor]:
     """Images that every token may attend to, in layers of their own."""
     words = text(config, ("attention_mask",), [[], []])
     seen = torch.ones(*words["input_ids"].shape, 1, dtype=torch.long)
     return one_image_each(config) | words | {"image_attention_mask": seen}
 
 
-def tiled_and_crossed(config: Any) -> dict[str, Tensor]:
+def cross_attended_tiles(config: Any) -> dict[str, Tensor]:
     """An image of two tiles and one of one, that some layers attend to."""
     words = text(config, ("attention_mask",), [[], []])
     height, width = vision.resolution(config)
@@ -484,7 +492,7 @@ def latent_queries(config: Any) -> dict[str, Tensor]:
     return words | {"flattened_patches": torch.cat([places, patches], -1), "image_embeds_position_mask": mask}
 
 
-def boxed(config: Any) -> dict[str, Tensor]:
+def words_and_boxes(config: Any) -> dict[str, Tensor]:
     """Words with their boxes on the page, and the page."""
     words = text(config, ("attention_mask", *(("decoder_input_ids",) if config.is_encoder_decoder else ())), [[], []])
     corner = torch.rand(*words["input_ids"].shape, 2) / 2
@@ -502,7 +510,7 @@ def regions(config: Any) -> dict[str, Tensor]:
     )
 
 
-def acting(config: Any) -> dict[str, Tensor]:
+def robot_state(config: Any) -> dict[str, Tensor]:
     """What a robot sees and is told, and its state and the actions to come."""
     pixels = vision.image(config)[:, None]
     token = config.vlm_config.image_token_id
@@ -514,7 +522,7 @@ def acting(config: Any) -> dict[str, Tensor]:
     }
 
 
-def filmed(config: Any) -> dict[str, Tensor]:
+def frames_and_text(config: Any) -> dict[str, Tensor]:
     """batch frame channel height width, and text."""
     height, width = vision.resolution(config)
     frames = vision.field(config, "num_frames") or 2
@@ -523,7 +531,7 @@ def filmed(config: Any) -> dict[str, Tensor]:
     return {name: value[:1] for name, value in built.items()} if config.model_type == "tvp" else built
 
 
-def coded(config: Any) -> dict[str, Tensor]:
+def codebook_tokens(config: Any) -> dict[str, Tensor]:
     """batch token codebook"""
     return {"input_ids": torch.randint(0, 32, (BATCH, 16, config.num_codebooks))}
 
@@ -550,7 +558,7 @@ IMAGES: dict[str, Maker] = {
 SOUNDS: dict[str, Maker] = {
     **dict.fromkeys(("gemma4", "embedding_gemma2"), whole_sounds),
     **dict.fromkeys(("vibevoice", "vibevoice_asr"), short_waveforms),
-    **dict.fromkeys(("granite_speech", "granite_speech_plus"), windowed),
+    **dict.fromkeys(("granite_speech", "granite_speech_plus"), windowed_spectrograms),
     "dots3_note": chunks,
     "gemma4_unified": lambda config: {},  # images only: a configuration has either tower or neither
     "moss_transcribe_diarize": masked_with_waveform,
@@ -568,17 +576,17 @@ COUNTS = {
     ("image", "t5gemma2"): (4, 4),
 }
 MAKERS: dict[str, Maker] = {
-    **dict.fromkeys(("blip-2", "instructblip"), captioned),
-    "instructblipvideo": captioned_video,
+    **dict.fromkeys(("blip-2", "instructblip"), image_and_question),
+    "instructblipvideo": video_and_question,
     **dict.fromkeys(("kosmos-2", "kosmos-2.5"), latent_queries),
-    **dict.fromkeys(("layoutlmv3", "udop"), boxed),
-    **dict.fromkeys(("tvp", "xclip"), filmed),
-    "clap": heard_and_read,
-    "clvp": spoken,
-    "csm": coded,
-    "idefics": seen_from_text,
+    **dict.fromkeys(("layoutlmv3", "udop"), words_and_boxes),
+    **dict.fromkeys(("tvp", "xclip"), frames_and_text),
+    "clap": spectrogram_image_and_text,
+    "clvp": speech_and_text,
+    "csm": codebook_tokens,
+    "idefics": cross_attended_image,
     "lxmert": regions,
-    "mllama": tiled_and_crossed,
-    "pi0": acting,
-    "voxtral_realtime": streamed,
+    "mllama": cross_attended_tiles,
+    "pi0": robot_state,
+    "voxtral_realtime": spectrogram_per_token,
 }

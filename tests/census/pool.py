@@ -1,4 +1,4 @@
-"""Each piece of work in a process of its own, forked after the imports: one that hangs or dies costs its own result."""
+"""Run each task in its own process, forked after the imports, so that one that hangs or dies only loses its own result."""
 
 import resource
 import signal
@@ -9,19 +9,19 @@ from typing import Any, TypeVar, cast
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-WORKERS, PATIENCE = 2, 90  # seconds of a piece
-_MEMORY = 8 << 30  # bytes of a process
+WORKERS, PATIENCE = 2, 90  # processes; seconds per task
+_MEMORY_LIMIT = 8 << 30  # bytes per process
 
 
-def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | None]]:
-    """What the work gives for every item, in the order in which it is done; None of one that died or took too long."""
+def map_in_processes(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | None]]:
+    """Yield (item, result) as tasks finish; the result is None if the process died or took too long."""
     context, waiting = get_context("fork"), list(reversed(list(items)))
     running: dict[Connection, Item] = {}
     while waiting or running:
         while waiting and len(running) < WORKERS:
             item = waiting.pop()
             receiver, sender = context.Pipe(duplex=False)
-            context.Process(target=_sent, args=(work, item, sender), daemon=True).start()
+            context.Process(target=_send_result, args=(work, item, sender), daemon=True).start()
             sender.close()
             running[receiver] = item
         for receiver in cast(list[Connection], wait(list(running))):
@@ -33,14 +33,14 @@ def each(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tupl
             receiver.close()
 
 
-def in_a_process(work: Callable[[], object]) -> None:
-    """Do it in a process of its own, however long it takes: threads that it starts would not survive a fork."""
+def run_in_process(work: Callable[[], object]) -> None:
+    """Run `work` in its own process without a time limit, because threads that it starts would not survive a later fork."""
     process = get_context("fork").Process(target=work)
     process.start()
     process.join()
 
 
-def _sent(work: Callable[[Any], Any], item: Any, sender: Connection) -> None:
+def _send_result(work: Callable[[Any], Any], item: Any, sender: Connection) -> None:
     signal.alarm(PATIENCE)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
     sender.send(work(item))

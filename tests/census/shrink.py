@@ -1,4 +1,4 @@
-"""A configuration of any architecture, shrunk to a size that runs in milliseconds."""
+"""Tiny configurations of any architecture, which run in milliseconds."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -10,9 +10,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 HEADS, LAYERS, VOCABULARY = 4, 2, 128
-MOST_KINDS = 6  # a list of more is no list of kinds, but of indices or sizes
+MAX_KINDS = 6  # a list with more different values is not a list of layer kinds
 
-# Every tower gets the same width, so that what projects from one into another fits. A size of zero or None stays.
+# every tower gets the same width, so that projections between them fit; sizes of zero or None are kept
 EXACTLY = """
     32 hidden_size d_model n_embd dim embed_dim emb_dim embedding_size word_embed_proj_dim model_dim hidden_dim
     32 projection_dim out_hidden_size text_hidden_size encoder_hidden_size decoder_hidden_size projector_hidden_size
@@ -21,7 +21,7 @@ EXACTLY = """
     32 entity_emb_size d_embed embedding_dim encoder_dim decoder_dim attention_hidden_size lru_width text_dim vision_dim
 """
 
-# At most this much: a model with two heads or one key-value head keeps them.
+# upper limits: a model with two heads or one key-value head keeps them
 AT_MOST = """
     64 intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff d_inner mlp_dim intermediate_dim mlp_hidden_size
     64 shared_intermediate_size dense_intermediate_size intermediate_size_mlp ffn_hidden_size ffn_intermediate_size
@@ -57,36 +57,38 @@ AT_MOST = """
 
 FIXED: dict[str, Any] = {"use_cache": False, "router_aux_loss_coef": 0.0}
 
-# Special tokens stay below FIRST_ID; ids of ordinary text start there. One name has one number in every sub-config.
+# special tokens are below FIRST_ID, where ordinary ids start; a name has the same id in every sub-config
 FIRST_ID = 32
 TOKENS = {"bos": 0, "pad": 1, "eos": 2, "decoder_start": 2, "sep": 2, "image": 3, "video": 4, "audio": 5, "unk": 6}
 
 
-def shrunk(model_type: str, exceptions: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, Any]) -> PreTrainedConfig:
-    """The configuration of `model_type`, small, with `exceptions[model_type]` where the common sizes do not fit."""
-    return _shrunk(CONFIG_MAPPING[model_type], {}, {}, exceptions, sizes)
+def shrink_config(
+    model_type: str, exceptions: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, Any]
+) -> PreTrainedConfig:
+    """A tiny configuration of `model_type`, with the overrides of `exceptions[model_type]`."""
+    return _shrink(CONFIG_MAPPING[model_type], {}, {}, exceptions, sizes)
 
 
-def _shrunk(cls, given: Mapping[str, Any], preset: Mapping[str, Any], exceptions, sizes) -> PreTrainedConfig:
+def _shrink(cls, given: Mapping[str, Any], preset: Mapping[str, Any], exceptions, sizes) -> PreTrainedConfig:
     defaults = {**_defaults(cls), **preset}
-    wanted = deepcopy({**exceptions.get(cls.model_type, {}), **given})  # configurations write into what they are given
+    wanted = deepcopy({**exceptions.get(cls.model_type, {}), **given})  # configurations modify their arguments
     values = {name: value for name in defaults if (value := _size(name, defaults[name], sizes)) is not None}
     values |= _heads(defaults) | _tokens(defaults)
     for name, spec in cls.sub_configs_defaults.items():
         if not spec.optional or name in wanted:
-            values[name] = _shrunk(*_part(spec, wanted.get(name)), exceptions, sizes)
+            values[name] = _shrink(*_part(spec, wanted.get(name)), exceptions, sizes)
     wanted = {name: value for name, value in wanted.items() if name not in cls.sub_configs_defaults}
     return cls(**{**preset, **values, **_layers(cls, wanted), **wanted})
 
 
 def _defaults(cls) -> dict[str, Any]:
-    """Every field and its default; transformers' own `default_config_fields` leaves out those that are None."""
-    own = {f.name: f.default for f in fields(cls) if f.init}
-    return {name: None if default is MISSING else default for name, default in own.items()}
+    """Every field and its default; transformers' `default_config_fields` omits those that are None."""
+    defaults = {f.name: f.default for f in fields(cls) if f.init}
+    return {name: None if default is MISSING else default for name, default in defaults.items()}
 
 
 def _part(spec, given: Mapping[str, Any] | None) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
-    """A sub-config's class, what an exception gives it, and what its parent presets, to be shrunk like a default."""
+    """A sub-config's class, its overrides, and its parent's presets, which are shrunk like defaults."""
     given = dict(given or {})
     preset = {name: value for name, value in spec.init_kwargs.items() if name != "model_type"}
     model_type = given.pop("model_type", spec.model_type)
@@ -113,7 +115,7 @@ def _table(text: str) -> dict[str, int]:
 
 
 def _heads(defaults: Mapping[str, Any]) -> dict[str, int]:
-    """As many key-value heads as heads where the default says so, a single one where it says so."""
+    """As many key-value heads as heads if that is the default."""
     heads, shared = defaults.get("num_attention_heads"), defaults.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(shared, int) and shared >= heads:
         return {"num_key_value_heads": min(heads, HEADS)}
@@ -133,14 +135,18 @@ def _tokens(defaults: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _layers(cls, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """One layer of each kind where the default configuration lists its layers' kinds, at least LAYERS of them."""
-    plain, own = cls(), _defaults(cls)
+    """One layer of each kind if the default configuration lists the kinds of its layers, but at least LAYERS."""
+    default_config, defaults = cls(), _defaults(cls)
     depth, name = (
-        getattr(plain, "num_hidden_layers", None),
+        getattr(default_config, "num_hidden_layers", None),
         cls.attribute_map.get("num_hidden_layers", "num_hidden_layers"),
     )
-    lists = {n: v for n, v in vars(plain).items() if n in own and isinstance(v, (list, tuple)) and len(v) == depth}
-    kept = {kinds.index(kind) for kinds in lists.values() if len(_kinds(kinds)) <= MOST_KINDS for kind in _kinds(kinds)}
+    lists = {
+        n: v
+        for n, v in vars(default_config).items()
+        if n in defaults and isinstance(v, (list, tuple)) and len(v) == depth
+    }
+    kept = {kinds.index(kind) for kinds in lists.values() if len(_kinds(kinds)) <= MAX_KINDS for kind in _kinds(kinds)}
     if name in wanted or not depth or not kept:
         return {}
     spare = (layer for layer in reversed(range(depth)) if layer not in kept)

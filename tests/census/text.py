@@ -137,18 +137,18 @@ def _text(model: Any) -> dict[str, Tensor]:
     return built
 
 
-def _spelled(model: Any) -> dict[str, Tensor]:
+def _glyphs(model: Any) -> dict[str, Tensor]:
     """With a shape and a sound to each sign; left out, they are the same for all and drown the differences."""
     return _text(model) | {"input_shape_ids": ids(LENGTH), "input_pronunciation_ids": ids(LENGTH)}
 
 
-def _tabled(model: Any) -> dict[str, Tensor]:
+def _table_cells(model: Any) -> dict[str, Tensor]:
     """With a segment, row, column, … to each token; left out, they are the same for all and drown the differences."""
     kinds = [torch.randint(0, size, (BATCH, LENGTH)) for size in model.config.type_vocab_sizes]
     return _text(model) | {"token_type_ids": torch.stack(kinds, dim=-1)}
 
 
-def _coded(model: Any) -> dict[str, Tensor]:
+def _codebooks(model: Any) -> dict[str, Tensor]:
     """A token of text and one of every codebook at each place."""
     return {"input_ids": torch.stack([ids(LENGTH) for _ in range(CODEBOOKS + 1)], dim=-1)}
 
@@ -170,7 +170,7 @@ def _series(model: Any) -> dict[str, Tensor]:
     }
 
 
-def _patched(model: Any) -> dict[str, Tensor]:
+def _patch_series(model: Any) -> dict[str, Tensor]:
     return {"past_values": torch.randn(BATCH, model.config.context_length, model.config.num_input_channels)}
 
 
@@ -192,7 +192,7 @@ def _decisions(model: Any) -> dict[str, Tensor]:
     }
 
 
-def _drafted(model: Any) -> dict[str, Tensor]:
+def _draft_block(model: Any) -> dict[str, Tensor]:
     """A block of noise to be denoised after what another model's layers made of the text before it."""
     block, width = model.config.block_size, model.config.hidden_size
     return {
@@ -207,12 +207,12 @@ INPUTS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "decision_transformer": _decisions,
     "dia": _dia,
     "informer": _series,
-    "kyutai_speech_to_text": _coded,
-    "muse_glimmer_assistant": _drafted,
-    "patchtsmixer": _patched,
-    "patchtst": _patched,
-    "roc_bert": _spelled,
-    "tapas": _tabled,
+    "kyutai_speech_to_text": _codebooks,
+    "muse_glimmer_assistant": _draft_block,
+    "patchtsmixer": _patch_series,
+    "patchtst": _patch_series,
+    "roc_bert": _glyphs,
+    "tapas": _table_cells,
     "time_series_transformer": _series,
     "timesfm": _timesfm,
     "timesfm2_5": _timesfm,

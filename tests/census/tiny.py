@@ -1,6 +1,6 @@
 """Any architecture of transformers as a tiny seeded model with inputs, built from its configuration alone.
 
-`python -m tests.census.tiny [model_type ...]` says of each whether it builds, runs, and returns patterns.
+`python -m tests.census.tiny [model_type ...]` prints for each whether it builds, runs and returns patterns.
 """
 
 import importlib
@@ -25,18 +25,18 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from tests.census.pool import PATIENCE, each
-from tests.census.shrink import shrunk
+from tests.census.pool import PATIENCE, map_in_processes
+from tests.census.shrink import shrink_config
 
 Modality = Literal["text", "vision", "audio", "multimodal"]
-MOST_PARAMETERS = 3_000_000
+MAX_PARAMETERS = 3_000_000
 GAIN = 1.5
 VISION = ("pixel", "image", "video", "visual", "grid_thw", "patch")
 AUDIO = ("input_values", "input_features", "audio", "speech", "spectro", "waveform")
 
 
 @dataclass(frozen=True)
-class Built:
+class TinyModel:
     """A model in eval mode, float32, and a batch of two for its forward pass."""
 
     model_type: str
@@ -47,7 +47,7 @@ class Built:
 
 @dataclass(frozen=True)
 class NotBuilt:
-    """Why there is no tiny model of this architecture, in one line."""
+    """An architecture without a tiny model, and the reason in one line."""
 
     model_type: str
     modality: Modality
@@ -55,16 +55,16 @@ class NotBuilt:
 
 
 def architectures() -> dict[str, Modality]:
-    """Every `model_type` that AutoModel maps, by what its forward pass takes."""
+    """The modality of every `model_type` that AutoModel maps."""
     return {model_type: modality(model_type) for model_type in MODEL_MAPPING_NAMES}
 
 
 def config_of(model_type: str) -> PreTrainedConfig:
     """The shrunk configuration."""
-    return shrunk(model_type, _gathered("EXCEPTIONS"), _gathered("SIZES"))
+    return shrink_config(model_type, _merged_table("EXCEPTIONS"), _merged_table("SIZES"))
 
 
-def build(model_type: str, *, attention: str | None = None, gain: float = GAIN) -> Built | NotBuilt:
+def build(model_type: str, *, attention: str | None = None, gain: float = GAIN) -> TinyModel | NotBuilt:
     """The tiny model and its inputs; `attention` is transformers' `attn_implementation`, None its default."""
     kind = modality(model_type)
     try:
@@ -72,25 +72,25 @@ def build(model_type: str, *, attention: str | None = None, gain: float = GAIN) 
         model = _model(config_of(model_type), attention)
         randomise(model, gain)
         torch.manual_seed(1)
-        return Built(model_type, kind, model, _inputs(kind, model_type, model))
+        return TinyModel(model_type, kind, model, _inputs(kind, model_type, model))
     except Exception as error:
         return NotBuilt(model_type, kind, reason_of(error))
 
 
-def forward(built: Built, **options: Any) -> Any:
-    """The model's output for its inputs, without a cache where it can do without."""
-    if "use_cache" in takes(type(built.model)):
+def forward(built: TinyModel, **options: Any) -> Any:
+    """The model's output for its inputs, without a cache if that is possible."""
+    if "use_cache" in forward_parameters(type(built.model)):
         options = {"use_cache": False, **options}
     with torch.no_grad():
         return built.model(**built.inputs, **options)
 
 
 def modality(model_type: str) -> Modality:
-    """What the architecture takes, from the names in its forward pass; a series of numbers counts as text."""
+    """The modality of an architecture, from the parameters of its forward pass; time series count as text."""
     try:
         model = model_class(model_type)
-        names = takes(model)
-    except Exception:  # a class that is missing, or a stand-in for one whose package is
+        names = forward_parameters(model)
+    except Exception:  # the class, or a package that it needs, is missing
         return (
             "audio"
             if {"sampling_rate", "sample_rate"} & set(CONFIG_MAPPING[model_type].default_config_fields())
@@ -101,42 +101,42 @@ def modality(model_type: str) -> Modality:
     audio = any(name.startswith(AUDIO) for name in names)
     if text + vision + audio > 1:
         return "multimodal"
-    if not (text or vision or audio):  # hidden states of some kind: what the class declares
-        vision = bool({"image", "video"} & set(_listed(model.input_modalities)))
+    if not (text or vision or audio):  # it takes hidden states: use what the class declares
+        vision = bool({"image", "video"} & set(_as_list(model.input_modalities)))
         audio = "audio" in model.input_modalities or model.main_input_name.startswith(AUDIO)
     return "vision" if vision else "audio" if audio else "text"
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, str) else list(value)
 
 
 def model_class(model_type: str) -> Any:
-    """AutoModel's class; the first where it has a choice."""
+    """AutoModel's class for a `model_type`; the first if there are several."""
     model = MODEL_MAPPING[CONFIG_MAPPING[model_type]]
     return model[0] if isinstance(model, (tuple, list)) else model
 
 
 @cache
-def takes(model: type[nn.Module]) -> tuple[str, ...]:
-    """The names of a model's forward pass."""
+def forward_parameters(model: type[nn.Module]) -> tuple[str, ...]:
+    """The parameter names of a model's forward pass."""
     return tuple(inspect.signature(model.forward).parameters)
 
 
-# where a package happens to lie on this machine
+# location of packages on this machine
 _FOLDER = re.compile(r"/\S*?/site-packages/")
 
 
 def reason_of(error: BaseException) -> str:
     """An exception in one line."""
-    said = " ".join(_FOLDER.sub("", str(error)).split())
-    return f"{type(error).__name__}: {said[:200]}"
+    message = " ".join(_FOLDER.sub("", str(error)).split())
+    return f"{type(error).__name__}: {message[:200]}"
 
 
 def randomise(model: nn.Module, gain: float) -> None:
-    """Weights far from their initial ones, in place, so that no pattern is near uniform and no two heads are alike.
+    """Replace the weights by random ones, in place, so that no pattern is nearly uniform and no two heads are equal.
 
-    `gain` is how much larger than usual the products of a matrix are.
+    `gain` scales the usual standard deviation of matrices.
     """
     generator = torch.Generator().manual_seed(0)
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
@@ -154,7 +154,7 @@ def _randomise(p: Tensor, owner: nn.Module, name: str, generator: torch.Generato
     elif p.ndim >= 2:
         p.copy_(noise * gain / math.sqrt(_fan_in(p, owner)))
     elif p.ndim == 1:
-        # Around the initial value: a scale's is one, or zero where the model adds the one itself; decay rates have theirs.
+        # around the initial value: one for scales, or zero if the model adds the one itself; others for decay rates
         start = torch.where(p.isfinite() & (p.abs() < 100), p, 0.0)
         p.copy_(start + noise * {"bias": 0.1, "weight": 0.2}.get(name, 0.5))
 
@@ -173,16 +173,16 @@ def _model(config: PreTrainedConfig, attention: str | None) -> nn.Module:
     options: dict[str, Any] = {"dtype": torch.float32}
     if attention is not None:
         options["attn_implementation"] = attention
-    if (size := _parameters(config, options)) > MOST_PARAMETERS:
+    if (size := _parameters(config, options)) > MAX_PARAMETERS:
         raise ValueError(f"too large: {size:,} parameters")
     model = AutoModel.from_config(config, **options).eval().float()
-    if (size := sum(p.numel() for p in model.parameters())) > MOST_PARAMETERS:
+    if (size := sum(p.numel() for p in model.parameters())) > MAX_PARAMETERS:
         raise ValueError(f"too large: {size:,} parameters")
     return model
 
 
 def _parameters(config: PreTrainedConfig, options: dict[str, Any]) -> int:
-    """How many, without the memory; 0 where the model cannot be made that way."""
+    """The number of parameters, without allocating them; 0 if the model cannot be built on the meta device."""
     try:
         with torch.device("meta"):
             return sum(p.numel() for p in AutoModel.from_config(config, **options).parameters())
@@ -191,27 +191,27 @@ def _parameters(config: PreTrainedConfig, options: dict[str, Any]) -> int:
 
 
 def _inputs(kind: Modality, model_type: str, model: nn.Module) -> dict[str, Tensor]:
-    """From the module of the modality: `inputs(model_type, model)` in text.py, vision.py, audio.py or multimodal.py."""
+    """The inputs from the module of the modality: `inputs` in text.py, vision.py, audio.py or multimodal.py."""
     return importlib.import_module(f"tests.census.{kind}").inputs(model_type, model)
 
 
 @cache
-def _gathered(table: str) -> dict[str, Any]:
-    """A table of the four modules as one: EXCEPTIONS by model_type, SIZES by a field's name."""
-    whole: dict[str, Any] = {}
+def _merged_table(table: str) -> dict[str, Any]:
+    """A table merged from the four modules: EXCEPTIONS by model_type, or SIZES by field name."""
+    merged: dict[str, Any] = {}
     for kind in ("text", "vision", "audio", "multimodal"):
         if importlib.util.find_spec(f"tests.census.{kind}"):
-            whole |= getattr(importlib.import_module(f"tests.census.{kind}"), table, {})
-    return whole
+            merged |= getattr(importlib.import_module(f"tests.census.{kind}"), table, {})
+    return merged
 
 
 def main(model_types: list[str]) -> None:
-    """One line of each architecture, or of a modality's."""
-    known = architectures()
-    wanted = [t for t in known if not model_types or t in model_types or known[t] in model_types]
+    """Print a line per architecture, of all or of the given ones or modalities."""
+    modalities = architectures()
+    wanted = [t for t in modalities if not model_types or t in model_types or modalities[t] in model_types]
     counts: Counter[str] = Counter()
-    for model_type, found in each(_line, wanted):
-        line = found or f"{model_type}\t{known[model_type]}\tnot built\tdied, or took more than {PATIENCE} s"
+    for model_type, found in map_in_processes(_line, wanted):
+        line = found or f"{model_type}\t{modalities[model_type]}\tnot built\tdied, or took more than {PATIENCE} s"
         print(line, flush=True)
         counts[line.split("\t")[2]] += 1
     print(dict(counts))
@@ -224,24 +224,24 @@ def _line(model_type: str) -> str:
     default = cast(Any, built.model).config._attn_implementation
     head = [model_type, built.modality]
     try:
-        if not finite(forward(built)):
+        if not is_finite(forward(built)):
             return "\t".join([*head, "not finite", default, ""])
     except Exception as error:
         return "\t".join([*head, "forward fails", default, reason_of(error)])
-    return "\t".join([*head, "runs", default, patterns(model_type)])
+    return "\t".join([*head, "runs", default, describe_patterns(model_type)])
 
 
-def finite(output: Any) -> bool:
-    """Whether every number that a forward pass returned is one."""
+def is_finite(output: Any) -> bool:
+    """Whether all numbers that a forward pass returned are finite."""
     if isinstance(output, Tensor):
         return bool(output.isfinite().all())
     if isinstance(output, Mapping):
-        return all(finite(value) for value in output.values())
-    return not isinstance(output, (tuple, list)) or all(finite(value) for value in output)
+        return all(is_finite(value) for value in output.values())
+    return not isinstance(output, (tuple, list)) or all(is_finite(value) for value in output)
 
 
-def patterns(model_type: str) -> str:
-    """What eager attention returns with `output_attentions`: how many tensors of which shape, by field."""
+def describe_patterns(model_type: str) -> str:
+    """Number and shapes of the tensors that eager attention returns with `output_attentions`, by field."""
     built = build(model_type, attention="eager")
     if isinstance(built, NotBuilt):
         return f"no eager: {built.reason}"
@@ -253,7 +253,7 @@ def patterns(model_type: str) -> str:
 
 
 def _patterns(output: Any, within: str = "") -> Iterator[tuple[str, Any]]:
-    """What is named attentions in an output and in the outputs of its towers."""
+    """The `attentions` fields of an output and of the outputs of its towers."""
     for name, value in output.items():
         if isinstance(value, dict):
             yield from _patterns(value, f"{within}{name}.")

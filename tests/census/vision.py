@@ -281,21 +281,21 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 def inputs(model_type: str, model: nn.Module) -> dict[str, Tensor]:
     """Two different images or videos, as the architecture takes them."""
-    from tests.census.tiny import takes
+    from tests.census.tiny import forward_parameters
 
-    config, names = model.config, takes(type(model))
+    config, names = model.config, forward_parameters(type(model))
     if model_type in NOT_BUILT:
         raise NotImplementedError(NOT_BUILT[model_type])
     if model_type in MAKERS:
         return MAKERS[model_type](config)
     if "grid_thw" in names:
-        return named(flat_patches(config), names)
+        return rename_inputs(flat_patches(config), names)
     if "pixel_values_videos" in names:
         return {"pixel_values_videos": video(config)}
     return {"pixel_values": image(config)}
 
 
-def named(made: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+def rename_inputs(made: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
     """Patches end to end under the names an architecture has for them, without what it does not take."""
     others = {"pixel_values": "hidden_states", "grid_thw": "image_grid_thw", "merge_sizes": "image_merge_sizes"}
     others["pixel_position_ids"] = "image_position_ids"
@@ -331,8 +331,8 @@ def resolution(config: Any) -> tuple[int, int]:
 
 def channels(config: Any) -> int:
     """The number of channels of an image."""
-    found = field(config, "num_channels", "in_channels", "in_chans")
-    return found if isinstance(found, int) else 3
+    count = field(config, "num_channels", "in_channels", "in_chans")
+    return count if isinstance(count, int) else 3
 
 
 def field(config: Any, *names: str) -> Any:
@@ -404,14 +404,14 @@ def token_patches(config: Any) -> dict[str, Tensor]:
     }
 
 
-def prompted(config: Any) -> dict[str, Tensor]:
+def image_prompt(config: Any) -> dict[str, Tensor]:
     """An image, and an image and its segmentation to imitate."""
     height, width = resolution(config)
     shape = BATCH, 3, height // 2, width
     return {name: torch.randn(shape) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")}
 
 
-def masked(config: Any) -> dict[str, Tensor]:
+def image_and_noise(config: Any) -> dict[str, Tensor]:
     """Images with the noise that chooses the patches to hide, which would be random otherwise."""
     return {"pixel_values": image(config), "noise": torch.rand(BATCH, PATCHES**2)}
 
@@ -441,7 +441,7 @@ def points(config: Any) -> dict[str, Tensor]:
     }
 
 
-def tasked(config: Any) -> dict[str, Tensor]:
+def image_and_task(config: Any) -> dict[str, Tensor]:
     """Images with the words of a task."""
     return {"pixel_values": image(config), "task_inputs": torch.randint(2, 128, (BATCH, config.task_seq_len))}
 
@@ -481,10 +481,10 @@ MAKERS: dict[str, Maker] = {
     "inkling2_vision": token_patches,
     "kimi_k25_vision": square_patches,
     "omdet-turbo": classes_and_tasks,
-    "oneformer": tasked,
+    "oneformer": image_and_task,
     "perceiver": latents,
     "pp_ocrv5_mobile_rec": tall_image,
-    "seggpt": prompted,
+    "seggpt": image_prompt,
     "siglip2_vision_model": padded_patches,
-    "vit_mae": masked,
+    "vit_mae": image_and_noise,
 }

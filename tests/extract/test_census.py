@@ -1,4 +1,4 @@
-"""A few architectures of each way in, as the census measures them all: `make census` is the whole."""
+"""The census of a few architectures per capture method; `make census` measures them all."""
 
 import ast
 from pathlib import Path
@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from tests.census import census
-from tests.census.census import EXACT, FALLBACK, REFUSED, WITHOUT, Making, compared, entry, judged
+from tests.census.census import EXACT, FALLBACK, REFUSED, WITHOUT, Variant, compare, entry, entry_with_retries
 from tests.census.judge import verdict_on
-from tests.census.own import each_alone, head_counts, is_of_heads, is_pattern, readings, returned_patterns
+from tests.census.model_patterns import (
+    eager_readings,
+    head_counts,
+    is_of_heads,
+    is_pattern,
+    returned_patterns,
+    split_sequences,
+)
 from tests.census.through_run import AS_IN_A_BATCH, DRAWS, NO_IDS, YES, through_run
-from tests.census.tiny import Built, build
+from tests.census.tiny import TinyModel, build
 
 SEEN = {
     "bert": (EXACT, ("sdpa",)),
@@ -37,31 +44,31 @@ SEEN = {
 
 @pytest.mark.parametrize("model_type", SEEN)
 def test_every_pattern_of_the_model_is_measured(model_type):
-    found = judged(model_type)
+    found = entry_with_retries(model_type)
     assert (found.outcome, found.ways) == SEEN[model_type], found.reason
     assert found.compared
 
 
 def test_the_stream_of_images_that_a_tower_packs_together_is_measured_image_by_image():
-    assert compared(Making("pixtral")).residual == "measured"
+    assert compare(Variant("pixtral")).residual == "measured"
 
 
 def test_what_cannot_be_measured_is_refused_by_name():
-    found = compared(Making("pegasus_x"))  # whose queries look at global tokens of the model's own as well
+    found = compare(Variant("pegasus_x"))  # whose queries look at global tokens of the model's own as well
     assert found.outcome == REFUSED
     assert "encoder.layers.0.self_attn looks at something besides the tokens" in found.reason
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "resnet"])
-def test_a_model_without_attention_is_none_that_was_missed(model_type):
-    assert compared(Making(model_type)).outcome == WITHOUT
+def test_a_model_without_attention_counts_as_without(model_type):
+    assert compare(Variant(model_type)).outcome == WITHOUT
 
 
 # --- the judgement -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["own", "judge", "blocks", "shrink", "tiny"])
-def test_what_judges_imports_nothing_of_what_is_judged(module):
+@pytest.mark.parametrize("module", ["model_patterns", "judge", "blocks", "shrink", "tiny"])
+def test_the_comparison_imports_nothing_of_attlas(module):
     tree = ast.parse((Path(census.__file__).parent / f"{module}.py").read_text("utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [getattr(node, "module", None) or alias.name for node in imports for alias in node.names]
@@ -91,7 +98,7 @@ def test_weights_of_sampled_points_are_no_pattern_over_keys():
 
 def test_numbers_of_heads_are_those_of_every_tower():
     built = build("blip-2")
-    assert isinstance(built, Built)
+    assert isinstance(built, TinyModel)
     assert 4 in head_counts(built.model)
     assert head_counts(torch.nn.MultiheadAttention(30, 5)) == {5}
 
@@ -107,7 +114,7 @@ def test_each_sequence_alone_has_its_own_images_and_no_padding():
     ids = torch.arange(10).view(2, 5)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     inputs = {"pixel_values": torch.arange(10.0)[:, None], "image_grid_thw": grid, "input_ids": ids}
-    first, second = each_alone({**inputs, "attention_mask": mask})
+    first, second = split_sequences({**inputs, "attention_mask": mask})
     assert first["pixel_values"].flatten().tolist() == [0, 1, 2, 3]
     assert second["pixel_values"].flatten().tolist() == [4, 5, 6, 7, 8, 9]
     assert second["image_grid_thw"].tolist() == [[1, 2, 3]]
@@ -117,17 +124,17 @@ def test_each_sequence_alone_has_its_own_images_and_no_padding():
 @pytest.mark.parametrize("column", ["entropy_nats", "distance_tokens", "max_weight", "received_max"])
 def test_a_number_that_is_off_by_a_thousandth_and_a_layer_that_is_left_out_are_found(column):
     built = build("bert")
-    assert isinstance(built, Built)
+    assert isinstance(built, TinyModel)
     eager = build("bert", attention="eager")
-    assert isinstance(eager, Built)
-    own, rows = next(readings(eager)), census.measured(built)["heads"].to_pylist()
-    layers = census.claimed(built, built.inputs)
+    assert isinstance(eager, TinyModel)
+    patterns, rows = next(eager_readings(eager)), census.measure_batch(built)["heads"].to_pylist()
+    layers = census.layout_for(built, built.inputs)
     assert layers is not None
-    assert verdict_on(own, layers.attentions, rows).rank == (True, 2)
+    assert verdict_on(patterns, layers.attentions, rows).rank == (True, 2)
     off = [{**row, column: row[column] * 1.001} if row["layer"] == 1 and row["head"] == 2 else row for row in rows]
-    wrong = verdict_on(own, layers.attentions, off)
+    wrong = verdict_on(patterns, layers.attentions, off)
     assert wrong.compared == 1 and column in wrong.missed[0]
-    without = verdict_on(own, layers.attentions[:1], rows)
+    without = verdict_on(patterns, layers.attentions[:1], rows)
     assert without.compared == 1 and "no layer is left" in without.missed[0]
 
 

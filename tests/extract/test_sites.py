@@ -16,7 +16,7 @@ from attlas.extract import measure
 from attlas.extract.capture.layout import Layout
 from attlas.extract.measurement import layout_of
 from tests import oracles
-from tests.census.tiny import Built, build
+from tests.census.tiny import TinyModel, build
 from tests.extract.test_heads import assert_columns
 from tests.extract.test_residual import RESIDUAL, states
 
@@ -264,16 +264,16 @@ ENDS = {
 STACK_MASKS = {("decoder", "t5"): None, ("decoder", "bart"): None, ("decoder", "whisper"): None}
 
 
-def model_of(family: str) -> Built:
+def model_of(family: str) -> TinyModel:
     built = build(family)
-    assert isinstance(built, Built), built.reason
+    assert isinstance(built, TinyModel), built.reason
     if family == "granite":
         for layer in cast(Any, built.model).layers:
             layer.residual_multiplier = 0.22
     return built
 
 
-def measured(built: Built, engine: str = "auto") -> dict[str, pa.Table]:
+def measured(built: TinyModel, engine: str = "auto") -> dict[str, pa.Table]:
     inputs: dict[str, Any] = dict(built.inputs)
     return measure(built.model, engine=engine, **inputs)
 
@@ -299,7 +299,7 @@ def norm_of(model: nn.Module, name: str | None, held: dict) -> dict:
     return {"norm_input": held[f"{name}<"], "norm_output": held[f"{name}>"], "norm_kind": kind, "eps": eps}
 
 
-def read(built: Built, places: dict, ends: dict) -> dict[str, np.ndarray]:
+def read(built: TinyModel, places: dict, ends: dict) -> dict[str, np.ndarray]:
     """Every state that the places name, [batch, token, width]."""
     wanted = {s for p in places.values() for s in (p.x, p.f, p.y, p.with_x, p.heads and f"{p.heads}<") if s}
     wanted |= {state for state, _ in ends.values()}
@@ -325,7 +325,7 @@ def expected_of(model: nn.Module, place: Place, held: dict, heads: int) -> dict:
     return oracles.residual_columns(x, f, y, contexts=contexts, **norm_of(model, place.norm, held))
 
 
-def real_tokens(built: Built, family: str, stack: str, sequence: int) -> slice | np.ndarray:
+def real_tokens(built: TinyModel, family: str, stack: str, sequence: int) -> slice | np.ndarray:
     text = stack in ("text", "encoder") or (stack == "decoder" and (stack, family) not in STACK_MASKS)
     mask = built.inputs.get("attention_mask") if text else None
     return slice(None) if mask is None else mask[sequence].bool().numpy()

@@ -1,6 +1,6 @@
-"""What a model gives by itself for inputs: the patterns that it returns and the softmaxes that it computes.
+"""The patterns that a model itself returns, and the softmaxes that it computes.
 
-This is the census' own judgement of what a pattern is. It shares no code with `extract`, which it judges.
+What counts as a pattern is decided here independently: this module shares no code with `extract`, which it checks.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tests.census.blocks import in_places
+from tests.census.blocks import dense_pattern
 from tests.census.text import BATCH
-from tests.census.tiny import Built, forward
+from tests.census.tiny import TinyModel, forward
 
-# they return the pattern before its sink takes a share, and multiply what comes of it by the rest
-BEFORE_SINKS = ("granite_swa", "granitemoe_swa")
-# inputs of which each token of the text has one
-_OF_TOKENS = {
+# they return the pattern without the sink's share, and scale the output by the rest
+RETURNED_BEFORE_SINK = ("granite_swa", "granitemoe_swa")
+# inputs with one value per text token
+_PER_TOKEN_INPUTS = {
     *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "bbox"),
     *("image_attention_mask", "image_embeds_position_mask"),
 }
-_NO_COUNT = (
+_NOT_COUNTS = (
     "dim",
     "size",
     "scal",
@@ -34,33 +34,31 @@ _NO_COUNT = (
     "mask",
     "layer",
     "width",
-)  # names beside "head" that count none
+)  # fields named "head" with these words are not numbers of heads
 
 
 @dataclass(frozen=True)
-class Own:
-    """What a model gives for inputs: the patterns that it returns, and every softmax that it computes."""
+class ModelPatterns:
+    """The patterns that a model returns for inputs, and every softmax that it computes."""
 
     inputs: Mapping[str, Tensor]
     returned: list[Tensor]
     softmaxes: list[Tensor]
 
 
-def readings(built: Built) -> Iterator[list[Own]]:
-    """What an eager model gives for the batch as a whole, then for each of its sequences alone.
+def eager_readings(built: TinyModel) -> Iterator[list[ModelPatterns]]:
+    """The patterns of an eager model for the batch as a whole, then for each sequence alone.
 
-    Towers that pack images together, and text among images, are measured one sequence at a time; nothing here says which,
-    since one reading or the other must agree in every pattern.
+    Towers that pack images, and text among images, are measured one sequence at a time. Either reading may be the right
+    one, but it must agree in every pattern.
     """
-    for inputs in ([dict(built.inputs)], each_alone(built.inputs)):
-        torch.manual_seed(
-            2
-        )  # as when it is measured: what is drawn for one part follows on what was for the one before
-        yield [_own(replace(built, inputs=part)) for part in inputs]
+    for inputs in ([dict(built.inputs)], split_sequences(built.inputs)):
+        torch.manual_seed(2)  # as when it is measured; random numbers continue from part to part
+        yield [_run_eager(replace(built, inputs=part)) for part in inputs]
 
 
-def each_alone(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The inputs of each sequence by itself, with its own images and without the padding of its text."""
+def split_sequences(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The inputs of each sequence alone, with its own images and without padding."""
     parts: list[dict[str, Tensor]] = [{} for _ in range(BATCH)]
     for name, value in inputs.items():
         first = _first_rows(name, value, inputs)
@@ -71,7 +69,7 @@ def each_alone(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _first_rows(name: str, value: Tensor, inputs: Mapping[str, Tensor]) -> int | None:
-    """How many of a tensor's rows are the first sequence's; None where all are for both."""
+    """The number of a tensor's rows that belong to the first sequence; None if both share all rows."""
     if not value.dim() or len(value) == 1:
         return None
     grid = next((inputs[n] for n in ("grid_thw", "image_grid_thw") if n in inputs), None)
@@ -86,14 +84,14 @@ def _without_padding(part: dict[str, Tensor]) -> dict[str, Tensor]:
     if mask is None or mask.dim() != 2:
         return part
     real = mask[0].bool()
-    return {name: value[:, real] if name in _OF_TOKENS else value for name, value in part.items()}
+    return {name: value[:, real] if name in _PER_TOKEN_INPUTS else value for name, value in part.items()}
 
 
-def _own(built: Built) -> Own:
+def _run_eager(built: TinyModel) -> ModelPatterns:
     returned: list[Tensor] = []
-    recorder, drawn = _Softmaxes(), torch.get_rng_state()
-    for options in ({"output_attentions": True}, {}):  # the option fails in some models
-        recorder = _Softmaxes()
+    recorder, drawn = _SoftmaxRecorder(), torch.get_rng_state()
+    for options in ({"output_attentions": True}, {}):  # the option fails for some models
+        recorder = _SoftmaxRecorder()
         torch.set_rng_state(drawn)
         try:
             with recorder:
@@ -103,26 +101,26 @@ def _own(built: Built) -> Own:
             continue
     own = [p.double() for p in returned if is_pattern(p) and not _is_average(p)]
     own = [p for n, p in enumerate(own) if not any(p is q or torch.equal(p, q) for q in own[:n])]
-    if built.model_type in BEFORE_SINKS:
+    if built.model_type in RETURNED_BEFORE_SINK:
         own = [p * share[..., None] for p, share in zip(own, recorder.shares, strict=True)]
     config, tokens = built.model.config, max((x.shape[1] for x in built.inputs.values() if x.dim() > 1), default=0)
-    own, made = ([in_places(p, config, tokens, recorder.sampled) for p in of] for of in (own, recorder.made))
+    own, made = ([dense_pattern(p, config, tokens, recorder.sampled) for p in of] for of in (own, recorder.made))
     heads = head_counts(built.model)
-    return Own(built.inputs, [_whole(p, made) for p in own if is_of_heads(p, heads)], made)
+    return ModelPatterns(built.inputs, [_uncut_pattern(p, made) for p in own if is_of_heads(p, heads)], made)
 
 
 def returned_patterns(output: Any) -> list[Tensor]:
-    """Every tensor under a name that transformers gives to attention weights, in an output and those of its towers."""
+    """Every tensor in fields that transformers uses for attention weights, in an output and the outputs of its towers."""
     if not isinstance(output, Mapping):
         return []
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for name, value in output.items():
-        found += _tensors_in(value) if name.endswith("attentions") else returned_patterns(value)
-    return found
+        tensors += _tensors_in(value) if name.endswith("attentions") else returned_patterns(value)
+    return tensors
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of nested tuples, lists and outputs; layers without a pattern have None there."""
+    """The tensors in nested tuples, lists and outputs, in which layers without a pattern have None."""
     if isinstance(value, Tensor):
         return [value]
     inner = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else []
@@ -130,9 +128,9 @@ def _tensors_in(value: Any) -> list[Tensor]:
 
 
 def is_pattern(weights: Tensor) -> bool:
-    """Whether every row holds shares of one whole: [batch, …, query, key], none below zero, at most one in sum.
+    """Whether the rows of [batch, …, query, key] are non-negative and sum to at most one.
 
-    Some models return scores or states under the same name. A row may sum to less: a learned sink takes the rest.
+    Some models return scores or states under the same name. With a learned sink, a row sums to less than one.
     """
     if weights.dim() < 3 or not weights.is_floating_point():
         return False
@@ -141,12 +139,12 @@ def is_pattern(weights: Tensor) -> bool:
 
 
 def is_of_heads(weights: Tensor, heads: set[int]) -> bool:
-    """Whether one of its dimensions is the heads', as many as the model says it has.
+    """Whether one dimension has as many entries as the model has heads.
 
     Deformable attention returns weights of a few sampled points: [batch, query, head, point], or [batch, query, head,
-    level, point], whose sum over levels and points is one. Those are over no keys.
+    level, point], whose sum over levels and points is one. Those weights are not over keys.
     """
-    if weights.dim() == 3:  # batch and heads in one
+    if weights.dim() == 3:  # batch and heads in one dimension
         return any(len(weights) % count == 0 for count in heads)
     if weights.dim() > 4 and bool(((weights.double().sum((-2, -1)) - 1).abs() < 1e-4).all()):
         return False
@@ -161,7 +159,7 @@ def head_counts(model: nn.Module) -> set[int]:
 
 
 def _counts_heads(name: str) -> bool:
-    return "head" in name and not any(other in name for other in _NO_COUNT)
+    return "head" in name and not any(other in name for other in _NOT_COUNTS)
 
 
 def _configs(config: Any) -> Iterator[Any]:
@@ -178,12 +176,12 @@ def _ints(value: Any) -> list[int]:
 
 
 def _is_average(pattern: Tensor) -> bool:
-    """Whether it is one pattern for all heads: torch's multi-head attention averages them unless told otherwise."""
+    """Whether all heads are equal: torch's multi-head attention returns their average by default."""
     return pattern.dim() == 4 and pattern.shape[1] > 1 and bool((pattern == pattern[:, :1]).all())
 
 
-def _whole(pattern: Tensor, softmaxes: list[Tensor]) -> Tensor:
-    """The softmax that a pattern was cut from: some models leave out the tokens that they put before the user's."""
+def _uncut_pattern(pattern: Tensor, softmaxes: list[Tensor]) -> Tensor:
+    """The softmax of which the pattern is a part, if any: some models omit the tokens that they prepend."""
     rows, keys = pattern.shape[-2:]
     for softmax in softmaxes:
         larger = softmax.dim() == pattern.dim() == 4 and softmax.shape[:2] == pattern.shape[:2]
@@ -193,14 +191,14 @@ def _whole(pattern: Tensor, softmaxes: list[Tensor]) -> Tensor:
     return pattern
 
 
-class _Softmaxes(TorchFunctionMode):
-    """Every softmax over the last of three dimensions or more, by a way that shares nothing with the seam's."""
+class _SoftmaxRecorder(TorchFunctionMode):
+    """Records every softmax of a tensor with three or more dimensions, independently of `extract`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[Tensor] = []
         self.shares: list[Tensor] = []  # sigmoids
-        self.sampled: list[tuple[Tensor, Tensor]] = []  # those made after some of the rows were chosen, and which
+        self.sampled: list[tuple[Tensor, Tensor]] = []  # softmaxes after a selection of rows, with the selection
         self._chosen: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -218,8 +216,8 @@ class _Softmaxes(TorchFunctionMode):
         return result
 
 
-def attends(built: Built) -> bool:
-    """Whether a module that calls itself attention ran: asked only of models that showed none."""
+def attends(built: TinyModel) -> bool:
+    """Whether a module with attention in its name ran; only used for models without patterns."""
     ran = []
     for module in built.model.modules():
         module.register_forward_pre_hook(lambda module, _args: ran.append(type(module).__name__))
