@@ -61,9 +61,9 @@ _CORPUS = record(
         "content_tokens": count,
         "dropped": mapping(count),
     },
-    optional={"digest": maybe(text), "digest_keyed": flag},
+    optional={"digest": maybe(text), "digest_keyed": flag, "files": mapping(count)},
 )
-_RUN = record({}, optional={"corpus_files": every(anything), "max_length": count, "stride": count})
+_RUN = record({}, optional={"max_length": count, "stride": count})
 _GRID = record({"rows": count, "columns": count, "first_patch": count})
 _IMAGES = record(
     {"preprocessor": text, "pixels": every(count), "tokens": count, "grids": mapping(_GRID)}, optional={"digest": text}

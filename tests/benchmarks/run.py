@@ -1,6 +1,6 @@
-"""run/* and bytes-per-row/*: what `attlas run` does from tokenisation to Parquet and manifest.
+"""run/* and bytes-per-row/*: what `attlas run` does from tokenization to Parquet and manifest, by its own Prefect flow.
 
-The model is in memory already and there is no Prefect: both cost the same however large the corpus is.
+The model is loaded and Prefect's server is running before the clock starts: both cost the same however large the corpus is.
 """
 
 from __future__ import annotations
@@ -9,77 +9,86 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from attlas.extract import pipeline
-from attlas.extract.job import Job, RunOptions
-from attlas.extract.model.encoder import Encoder
+from attlas.extract.instrument import Instrument, open_instrument
 from attlas.extract.store import open_dataset, parts_of
+from attlas.flows.config import Run
 from tests.benchmarks.harness import Result, interleaved
-from tests.benchmarks.workloads import demo
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = RunOptions(model="demo", corpus="demo", out=Path(), max_length=128, device="cpu", dtype="float32")
+RUN = Run(model="demo", corpus="demo", out=Path("out"), max_length=128, device="cpu", dtype="float32")
 Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class FirstRun:
-    """A run that nobody timed: it warmed everything up, its dataset is there, and what the model was given is kept."""
+    """An untimed run, which warms everything up: its dataset, and the inputs of the model, batch by batch."""
 
     folder: Path
     dataset: Path
+    instrument: Instrument
     batches: list[Inputs]
     tokens: int
 
 
-def run_against_plain(first: FirstRun, options: RunOptions, encoder: Encoder, repeats: int) -> Result:
-    """Whole runs, each in a folder of its own, against plain passes over the very batches that the first one made."""
+def run_against_plain(first: FirstRun, run: Run, repeats: int) -> Result:
+    """Whole runs, each in a folder of its own, against plain passes over the batches of the first one."""
     numbers = itertools.count()
 
     def ours() -> None:
-        measured_run(replace(options, out=first.folder / f"run-{next(numbers)}"), encoder)
+        write_dataset(run.model_copy(update={"out": first.folder / f"run-{next(numbers)}"}), first.instrument)
 
     def theirs() -> None:
         with torch.inference_mode():
             for inputs in first.batches:
-                encoder.model(**inputs)
+                first.instrument.encoder.model(**inputs)
 
-    return interleaved(ours, theirs, repeats=repeats).rates(first.tokens, "tokens/s")
-
-
-def measured_run(options: RunOptions, encoder: Encoder) -> Path:
-    """Plan, measure, finish; gives the dataset's folder. The model is not loaded again."""
-    return _measured(_job(options, encoder))
+    with prefect_running():
+        return interleaved(ours, theirs, repeats=repeats).rates(first.tokens, "tokens/s")
 
 
-def _job(options: RunOptions, encoder: Encoder) -> Job:
-    with patch.object(pipeline, "load_encoder", lambda *_, **__: encoder):
-        return pipeline.prepare(options)
+def write_dataset(run: Run, instrument: Instrument) -> None:
+    """Everything that the flow of `attlas run` does but its report, with a model that is loaded already."""
+    from prefect import flow
+
+    from attlas.flows import measure
+
+    measure.instruments[run] = instrument
+    try:
+        flow(measure.write_dataset, name="benchmark", task_runner=measure.two_at_a_time)(run)
+    finally:
+        measure.release(run)
 
 
-def _measured(job: Job) -> Path:
-    pipeline.measure_shards(job, job.remaining)
-    pipeline.finish(job)
-    return Path(str(job.options.out))
+@contextmanager
+def prefect_running() -> Iterator[None]:
+    """A temporary Prefect server, set up as `attlas run` does."""
+    from attlas.flows.environment import prepare_environment, set_quiet_defaults
+
+    set_quiet_defaults()
+    prepare_environment()
+    from attlas.flows.server import prefect_connected, temporary_server
+
+    with temporary_server() as server, prefect_connected(server):
+        yield
 
 
-def first_run(options: RunOptions, encoder: Encoder, folder: Path) -> FirstRun:
-    job = _job(
-        replace(options, out=folder / "first"), encoder
-    )  # examines the model, in passes that are no batches of the run
-    with recording(encoder.model) as batches:
-        dataset = _measured(job)
-    _, manifest = open_dataset(dataset)
-    return FirstRun(folder, dataset, batches, manifest["corpus"]["tokens"])
+def first_run(run: Run, folder: Path) -> FirstRun:
+    run = run.model_copy(update={"out": folder / "first"})
+    # examines the model, in passes that are no batches of the run
+    instrument = open_instrument(run.options(), images=None, progress=lambda *_: None)
+    with prefect_running(), recording(instrument.encoder.model) as batches:
+        write_dataset(run, instrument)
+    _, manifest = open_dataset(run.out)
+    return FirstRun(folder, run.out, instrument, batches, manifest["corpus"]["tokens"])
 
 
 @contextmanager
@@ -116,11 +125,11 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 @cache
 def _first() -> FirstRun:
-    return first_run(OPTIONS, demo(), Path(_scratch().name))
+    return first_run(RUN, Path(_scratch().name))
 
 
 def minilm_run(repeats: int) -> Result:
-    return run_against_plain(_first(), OPTIONS, demo(), repeats)
+    return run_against_plain(_first(), RUN, repeats)
 
 
 def minilm_heads_bytes(repeats: int) -> Result:

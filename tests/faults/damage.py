@@ -68,6 +68,15 @@ def edited(change: Callable[[Any], Any]) -> Damage:
     return rewritten(lambda content: json.dumps(change(json.loads(content))).encode())
 
 
+def one_more(value: Any) -> Any:
+    """The value with every integer in it, however deep, one larger."""
+    if isinstance(value, dict):
+        return {key: one_more(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [one_more(entry) for entry in value]
+    return value + 1 if type(value) is int else value
+
+
 OF_JSON: dict[str, Damage] = {
     "a list": edited(lambda value: [value]),
     "null": edited(lambda _: None),
@@ -83,7 +92,7 @@ OF_JSON: dict[str, Damage] = {
     "all negative": edited(lambda value: dict.fromkeys(value, -1)),
     "beyond 64 bits": edited(lambda value: dict.fromkeys(value, 1 << 70)),
     "another schema": edited(lambda value: value | {"schema_version": 99}),
-    "numbers one more": edited(lambda value: {k: v + 1 if type(v) is int else v for k, v in value.items()}),
+    "numbers one more": edited(one_more),
 }
 
 
