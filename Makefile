@@ -80,7 +80,7 @@ hooks: .venv/.dev-installed
 lowest: .venv-lowest/.installed
 	$(ENVIRONMENT) $(LOWEST)/python $(PYTEST) -o filterwarnings= \
 		tests/flows tests/analysis tests/extract/test_heads.py tests/extract/test_residual.py \
-		tests/extract/test_pipeline.py tests/extract/test_corpus.py tests/extract/test_encoder.py -k 'not image'
+		tests/extract/test_run.py tests/extract/test_corpus.py tests/extract/test_encoder.py -k 'not image'
 
 # the data dictionary, from the catalogue
 dictionary: .venv/.run-installed

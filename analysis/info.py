@@ -101,6 +101,8 @@ def _images(images: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _corpus(corpus: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = _labelled(corpus, ("name", "documents", "sequences", "tokens", "content_tokens", "digest"))
+    if corpus.get("files"):
+        rows.append(("files", format_value(len(corpus["files"]))))
     dropped = corpus.get("dropped") or {}
     rows += [(f"dropped: {reason}", format_value(count)) for reason, count in sorted(dropped.items())]
     return rows
@@ -112,8 +114,6 @@ def _measurement(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     if waste is not None:
         rows.append(("padded positions", f"{waste:.1%}"))
     run = {name: value for name, value in section(manifest, "run").items() if name not in _SHOWN_ABOVE}
-    if isinstance(run.get("corpus_files"), list):
-        run["corpus_files"] = len(run["corpus_files"])
     return rows + [(f"run: {name.replace('_', ' ')}", format_value(value)) for name, value in sorted(run.items())]
 
 

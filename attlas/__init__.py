@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from attlas.analysis.report import write_report as report
     from attlas.analysis.verify import verify as verify
     from attlas.extract import measure as measure
-    from attlas.extract.pipeline import run as run
+    from attlas.extract.run import run as run
 
     open_dataset = _Dataset.open
     __version__: str
@@ -24,7 +24,7 @@ _PLACES = {
     "open_dataset": "attlas.analysis.dataset:Dataset.open",
     "query": "attlas.analysis.query:query",
     "report": "attlas.analysis.report:write_report",
-    "run": "attlas.extract.pipeline:run",
+    "run": "attlas.extract.run:run",
     "verify": "attlas.analysis.verify:verify",
 }
 

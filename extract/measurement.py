@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from attlas.extract.capture.batch import Batch
 from attlas.extract.capture.compiled import unwrap_model
-from attlas.extract.capture.grid import find_patch_layout
+from attlas.extract.capture.grid import grids_of
 from attlas.extract.capture.layout import Layout
 from attlas.extract.capture.modes import eval_mode, refuse_training
 from attlas.extract.capture.stacks import OF_TEXT
 from attlas.extract.capture.watch import watching
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.engines import Engine, choose
-from attlas.extract.engines.patches import Grid
 from attlas.extract.errors import CaptureError, Refusal, ResidualWarning
 from attlas.extract.layouts import forget_layouts, layout_of
 from attlas.extract.model.arguments import bind_inputs
 from attlas.extract.model.inputs import batch_of, is_padded, main_input, sequence_count
+from attlas.extract.model.modality import measured_part
 from attlas.extract.model.packing import BatchPart, split_packed_texts
 from attlas.extract.model.splitting import split_by_sequence, split_packed_images
 from attlas.extract.model.token_classes import token_classes
@@ -170,22 +170,6 @@ def has_others_among_text(layout: Layout) -> bool:
 def _as_found(batch: Batch, model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> Batch:
     """The batch with what is known of it once the model is examined."""
     return replace(batch, grids=grids_of(model, layout, inputs))
-
-
-def grids_of(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> dict[str, Grid]:
-    """Where the patches of images stand among the tokens of a stack that reads them."""
-    patch_layout = find_patch_layout(model, layout, inputs)
-    return {} if patch_layout is None or patch_layout.grid is None else {patch_layout.stack: patch_layout.grid}
-
-
-def measured_part(model: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
-    """The encoder of an encoder–decoder model whose decoder is given nothing; else the model."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
-        return model
-    encoder: Any = model.get_encoder()  # pyright: ignore
-    takes = inspect.signature(encoder.forward).parameters if isinstance(encoder, nn.Module) else {}
-    return encoder if set(inputs) <= set(takes) else model
 
 
 def observe(

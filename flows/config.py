@@ -14,7 +14,7 @@ from attlas.extract.errors import Refusal
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-    from attlas.extract.job import RunOptions
+    from attlas.extract.options import RunOptions
 
 BUILT_IN = ("demo", "random-repeats")
 
@@ -116,8 +116,8 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     revision: Annotated[str | None, Field(min_length=1, description="the hub revision of the model")] = None
 
     def options(self) -> "RunOptions":
-        """The options for `attlas.extract.pipeline`."""
-        from attlas.extract.job import RunOptions
+        """The options for `attlas.extract.run`."""
+        from attlas.extract.options import RunOptions
 
         return RunOptions(**{**self.model_dump(), "corpus": self.corpus_to_open})
 

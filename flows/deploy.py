@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 def scheduled(run_file: Path) -> Path | str:
     """Run the current run file, into a folder named after the scheduled time."""
     # imported here, because Prefect pickles a flow with its globals, and the display of `attlas.flows.measure` can't be pickled
-    from attlas.flows.measure import measure, release_job
+    from attlas.flows.measure import measure, release
 
     run = run_at(run_file, flow_run.scheduled_start_time)
     refuse_bad_paths(run, run_file=run_file)
     try:
         return measure(run)
     finally:
-        release_job(run)
+        release(run)
 
 
 def run_at(run_file: Path, time: datetime) -> Run:

@@ -24,36 +24,53 @@ from attlas.flows.server import prefect_connected, temporary_server
 from attlas.flows.streams import print_message
 
 if TYPE_CHECKING:
-    from attlas.extract.job import Job
+    from attlas.extract.instrument import Instrument
+    from attlas.extract.run import PlannedRun, Worker
 
 
 # one shard is in the model while the previous one is written; a third would only use memory
 two_at_a_time = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=2))
 _display_lock = threading.Lock()
+_worker_lock = threading.Lock()
+# models that this process has loaded, by the run they are for
+instruments: dict[Run, "Instrument"] = {}
 
 
 @flow(name="attlas", task_runner=two_at_a_time)
 def measure(run: Run) -> Path | str:
     """Measure a corpus with a model and write the report. Shards that an earlier run has finished are not repeated."""
-    log = get_run_logger()
-    job = open_job(run)
-    log.info("%d of %d shards to measure, %d documents", len(job.remaining), job.shards, job.documents)
-    if not job.complete:
-        measure_shards(run, job)
-        write_manifest(run)
+    write_dataset(run)
     page = report(run.out)
-    log.info("dataset %s, report %s", run.out, page)
+    get_run_logger().info("dataset %s, report %s", run.out, page)
     return page
 
 
-def measure_shards(run: Run, job: "Job") -> None:
-    """Measure the remaining shards, and stop at the first one that fails after all retries."""
-    remaining = job.remaining
-    done = sorted(set(range(job.shards)) - set(remaining))
-    before = sum((work_in(job, shard) for shard in done), Work())
-    display.get().start_measuring(total=Work(job.shards, job.documents, job.tokens), before=before)
-    for future in as_completed(list(measure_shard.map(unmapped(run), remaining))):
+def write_dataset(run: Run) -> None:
+    """Plan a run, measure its remaining shards and write its manifest, within a flow."""
+    planned = plan_run(run)
+    if planned.plan is None:
+        return
+    plan, remaining = planned.plan, planned.remaining
+    get_run_logger().info("%d of %d shards to measure, %d documents", len(remaining), plan.shards, plan.documents)
+    start_progress(planned, remaining)
+    measure_shards(run, remaining)
+    write_manifest(run)
+
+
+def measure_shards(run: Run, shards: list[int]) -> None:
+    """Measure shards, and stop at the first one that fails after all retries."""
+    for future in as_completed(list(measure_shard.map(unmapped(run), shards))):
         future.result()
+
+
+def start_progress(planned: "PlannedRun", remaining: list[int]) -> None:
+    """Show the work of the whole run, and how much of it is done already."""
+    plan = planned.plan
+    assert plan is not None, "a finished run has no work"
+    done = sorted(set(range(plan.shards)) - set(remaining))
+    worker = planned.open_worker()
+    before = sum((work_in(worker, shard) for shard in done), Work())
+    display.get().start_measuring(total=Work(plan.shards, plan.documents, plan.tokens), before=before)
 
 
 def is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
@@ -72,13 +89,13 @@ def is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
 )
 def measure_shard(run: Run, shard: int) -> int:
     """Measure one shard in this process."""
-    from attlas.extract import pipeline
+    from attlas.extract.run import measure_shard
 
-    job = open_job(run)
+    worker = open_worker(run)
     with shown_work() as show:
-        pipeline.measure_shard(job, shard, progress=lambda tokens, documents: show(Work(0, documents, tokens)))
+        measure_shard(worker, shard, progress=lambda tokens, documents: show(Work(0, documents, tokens)))
     # the rest: documents without a sequence, or the whole shard if another process has measured it
-    advance(work_in(job, shard) - show.done)
+    advance(work_in(worker, shard) - show.done)
     return shard
 
 
@@ -87,24 +104,40 @@ def measure_shard(run: Run, shard: int) -> int:
 )
 def write_manifest(run: Run) -> Path:
     """Write the manifest, which completes the dataset."""
-    from attlas.extract.pipeline import finish
+    from attlas.extract.run import finish
 
     display.get().stage("finish", 0, None)
-    finish(open_job(run))
+    finish(run.out)
     return run.out
 
 
 @lru_cache(maxsize=1)
-def open_job(run: Run) -> "Job":
-    """Check and plan a run and load its model, once per process."""
-    from attlas.extract.pipeline import prepare
+def plan_run(run: Run) -> "PlannedRun":
+    """Check and plan a run, as its driver, once per process."""
+    from attlas.extract.run import plan_run
 
-    return prepare(run.options(), progress=display.get().stage)
+    planned = plan_run(run.options(), instrument=instruments.get(run), progress=display.get().stage)
+    instruments[run] = planned.instrument
+    return planned
 
 
-def work_in(job: "Job", shard: int) -> Work:
+def open_worker(run: Run) -> "Worker":
+    """A worker for a planned run, once per process."""
+    with _worker_lock:
+        return _open_worker(run)
+
+
+@lru_cache(maxsize=1)
+def _open_worker(run: Run) -> "Worker":
+    from attlas.extract.run import open_worker
+
+    return open_worker(run.options(), instrument=instruments.get(run), progress=display.get().stage)
+
+
+def work_in(worker: "Worker", shard: int) -> Work:
     """The work of measuring a shard."""
-    return Work(1, job.documents_in(shard), job.tokens_in(shard))
+    sequences, documents = worker.rows_of(shard)
+    return Work(1, documents.num_rows, sum(sequences["tokens"].to_pylist()))
 
 
 @contextmanager
@@ -141,10 +174,10 @@ def measure_locally(run: Run, *, show: Display) -> Path | str:
         if server:
             show.stage("server", 0, None)
         try:
-            job = open_job(run)
-            for note in job.encoder.settings.notes:
+            planned = plan_run(run)
+            for note in planned.instrument.encoder.settings.notes:
                 show.note(note)
-            if job.complete:
+            if planned.is_complete:
                 show.note(f"{run.out} already contains this run, complete; only its report is written again")
                 return report.fn(run.out)
             with prefect_connected(server):
@@ -152,14 +185,16 @@ def measure_locally(run: Run, *, show: Display) -> Path | str:
                     show.stage("server", 1, 1)
                 return measure(run)
         finally:
-            release_job(run)
+            release(run)
 
 
-def release_job(run: Run) -> None:
+def release(run: Run) -> None:
     """Release the model of a run, and the lock on its folder if this thread holds it."""
     from attlas.extract.store import Store
 
-    open_job.cache_clear()
+    plan_run.cache_clear()
+    _open_worker.cache_clear()
+    instruments.clear()
     Store.at(run.out).unlock()
 
 

@@ -8,6 +8,7 @@ from jaxtyping import _import_hook, install_import_hook
 
 # compiled modules are left out: numba and Triton read a function's own source and signature
 CHECKED_MODULES = (
+    "attlas.extract.batch_inputs",
     "attlas.extract.capture",
     "attlas.extract.collector",
     "attlas.extract.engines.cpu",
@@ -25,8 +26,8 @@ CHECKED_MODULES = (
     "attlas.extract.model.measured_model",
     "attlas.extract.model.packing",
     "attlas.extract.model.probe_inputs",
+    "attlas.extract.model.special_tokens",
     "attlas.extract.model.token_classes",
-    "attlas.extract.shard",
     "attlas.extract.tables",
 )
 

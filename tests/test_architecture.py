@@ -73,9 +73,8 @@ def test_analysis_knows_only_the_store_the_tables_and_how_names_are_shown_of_ext
 
 
 STORED = (
-    "extract/plan.py",
-    "extract/planning.py",
-    "extract/writing.py",
+    *(f"extract/{n}.py" for n in ("identity", "manifest", "run", "shard")),
+    *(f"extract/plan/{n}.py" for n in ("images", "spool", "stored", "texts")),
     *(f"analysis/{n}.py" for n in ("damage", "dataset", "info", "integrity", "parts", "query", "scanning", "verify")),
 )
 

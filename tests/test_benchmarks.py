@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from attlas.extract.capture.seam import replaced_sdpa
-from attlas.extract.job import RunOptions
 from attlas.extract.measurement import measure
+from attlas.flows.config import Run
 from tests.benchmarks import memory, report, run, usual, usual_way, workloads
 from tests.benchmarks.bench import benchmarks, select
 from tests.benchmarks.forward import compare_forward
@@ -284,11 +284,11 @@ def test_a_usual_side_that_ends_by_itself_is_an_error(monkeypatch, tmp_path: Pat
         pass
 
 
-def test_plain_passes_see_the_batches_of_the_run(demo, tmp_path: Path):
-    options = RunOptions(model="demo", corpus="demo", out=tmp_path, max_length=32, limit=1, device="cpu")
-    first = run.first_run(options, demo, tmp_path)
+def test_plain_passes_see_the_batches_of_the_run(tmp_path: Path):
+    options = Run(model="demo", corpus="demo", out=tmp_path, max_length=32, limit=1, device="cpu")
+    first = run.first_run(options, tmp_path)
     assert sum(int(inputs["attention_mask"].sum()) for inputs in first.batches) == first.tokens
-    result = run.compare_run(first, options, demo, repeats=1)
+    result = run.compare_run(first, options, repeats=1)
     assert result.ratio > 0
     bytes_ = run.heads_bytes(first.dataset)
     parts = list((first.dataset / "heads").iterdir())

@@ -52,6 +52,12 @@ def find_patch_layout(model: nn.Module, layout: Layout, inputs: Mapping[str, Any
     return known[key]
 
 
+def grids_of(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> dict[str, Grid]:
+    """The patch grid of the stack that reads the images, by the stack's name; empty if there is none or it is unknown."""
+    patch_layout = find_patch_layout(model, layout, inputs)
+    return {} if patch_layout is None or patch_layout.grid is None else {patch_layout.stack: patch_layout.grid}
+
+
 def _found(model: nn.Module, layout: Layout, inputs: Mapping[str, Any], pixels: Tensor) -> PatchLayout | None:
     attention = next((a for a in layout.attentions if a.queries is None), layout.attentions[0])
     plain = torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(0)).to(pixels)

@@ -53,6 +53,11 @@ class LocalFiles:
         return self.files[0].kind
 
 
+def image_folder(corpus: str) -> Path:
+    """The folder that the names of a corpus of images are relative to. Raises Refusal."""
+    return local_files(corpus).folder
+
+
 def local_files(corpus: str) -> LocalFiles:
     """Find the files of a corpus given as a file, folder or glob. Raises Refusal."""
     path = Path(os.path.expanduser(corpus))  # noqa: PTH111 - Path raises for an unknown user

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from attlas.extract.capture.grid import PIXELS, find_patch_layout
+from attlas.extract.capture.grid import PIXELS, find_patch_layout, grids_of
 from attlas.extract.capture.layout import Layout
 from attlas.extract.capture.probe import trace_of
 from attlas.extract.capture.seam import first_tensor
@@ -20,13 +20,12 @@ from attlas.extract.corpus.names import real_name
 from attlas.extract.engines.patches import Grid
 from attlas.extract.errors import CaptureError, Refusal, first_line
 from attlas.extract.layouts import layout_of
-from attlas.extract.measurement import grids_of, measured_part
 from attlas.extract.memory import is_out_of_memory
 from attlas.extract.model.images import ImagePreprocessing, preprocess_image, read_planned_image
 from attlas.extract.model.inputs import MASK_OF
-from attlas.extract.model.modality import accepts_input, vision_part
+from attlas.extract.model.modality import accepts_input, measured_part, vision_part
 from attlas.extract.model.probe_inputs import PROBE_LENGTHS, random_ids
-from attlas.extract.planning import SpecialTokens, special_tokens
+from attlas.extract.model.special_tokens import SpecialTokens, special_tokens
 
 Stacks = Literal["encoder", "all"]
 TOKEN_INPUTS = ("input_ids",)

@@ -1,15 +1,15 @@
-"""Whether a model reads texts or images."""
+"""Whether a model reads texts or images, and which part of it does."""
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import nn
 
 from attlas.extract.capture.grid import PIXELS
 from attlas.extract.errors import Refusal
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Modality = Literal["texts", "images"]
 # main inputs of models that read no text
@@ -27,6 +27,16 @@ def vision_part(model: nn.Module) -> nn.Module | None:
         return model
     parts = (m for m in model.modules() if getattr(m, "config", None) is not None)
     return next((m for m in parts if getattr(m, "main_input_name", None) == PIXELS), None)
+
+
+def measured_part(model: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
+    """The encoder of an encoder–decoder model that is given no inputs for its decoder, or else the model."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return model
+    encoder: Any = model.get_encoder()  # pyright: ignore
+    parameters = inspect.signature(encoder.forward).parameters if isinstance(encoder, nn.Module) else {}
+    return encoder if set(inputs) <= set(parameters) else model
 
 
 def refuse_wrong_modality(model: nn.Module, modality: Modality) -> None:

@@ -7,6 +7,8 @@
 from attlas.extract.errors import Refusal as Refusal
 from attlas.extract.files import file_sha256 as file_sha256
 from attlas.extract.files import write_atomically as write_atomically
+from attlas.extract.store.claim import Identity as Identity
+from attlas.extract.store.claim import recipe_differences as recipe_differences
 from attlas.extract.store.dataset import Store as Store
 from attlas.extract.store.dataset import open_dataset as open_dataset
 from attlas.extract.store.interface import Storage as Storage

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from attlas.extract.errors import Damaged, Refusal
@@ -12,9 +13,23 @@ from attlas.extract.store.layout import LOCK, MANIFEST, RUN, TEMPORARY, WORK, na
 from attlas.extract.store.manifest import read_manifest
 from attlas.extract.store.sealed import get_sealed, sealed
 
+_LISTED = 4  # differences that a message lists
 
-def held_run(storage: Storage) -> dict[str, Any] | None:
-    """The parameters of the run in a storage, finished or not. Refuses if they are damaged beyond recovery."""
+
+@dataclass(frozen=True)
+class Identity:
+    """What a dataset is made from.
+
+    recipe: how it is measured: model, tokenizer, settings, tables. corpus: the state of the corpus, `name` and `files`, with
+    their sizes.
+    """
+
+    recipe: Mapping[str, Any]
+    corpus: Mapping[str, Any]
+
+
+def held_identity(storage: Storage) -> Identity | None:
+    """The identity of the run in a storage, finished or not. Refuses if it is damaged beyond recovery."""
     try:
         unfinished = get_sealed(storage, RUN)
     except Damaged as error:
@@ -24,8 +39,16 @@ def held_run(storage: Storage) -> dict[str, Any] | None:
                 f"give --out another folder, or remove {storage.place()} to measure anew"
             ) from error
         unfinished = None
-    # the manifest last: a run that ends writes it before its working folder goes
-    return unfinished or (read_manifest(storage) or {}).get("run")
+    if unfinished is not None:
+        # before 0.4, recipe and corpus were one
+        return Identity(
+            unfinished.get("recipe", unfinished), unfinished.get("corpus", {}) if "recipe" in unfinished else {}
+        )
+    # the manifest last: a finishing run writes it before its work area is deleted
+    manifest = read_manifest(storage)
+    if manifest is None:
+        return None
+    return Identity(manifest["run"], {name: manifest["corpus"].get(name) for name in ("name", "files")})
 
 
 def refuse_foreign(storage: Storage) -> None:
@@ -37,7 +60,7 @@ def refuse_foreign(storage: Storage) -> None:
     if not names or _is_only_an_unfinished_claim(storage, names):
         return
     try:
-        is_a_run, why = held_run(storage) is not None, ", ".join(names[:3])
+        is_a_run, why = held_identity(storage) is not None, ", ".join(names[:3])
     except Refusal as refusal:
         is_a_run, why = False, str(refusal)
     if not is_a_run:
@@ -58,29 +81,49 @@ def _is_only_an_unfinished_claim(storage: Storage, names: Sequence[str]) -> bool
     return inner is not None and all(name == name_of(LOCK) or name.endswith(TEMPORARY) for name in inner)
 
 
-def claim(storage: Storage, run: Mapping[str, Any]) -> bool:
+def claim(storage: Storage, identity: Identity) -> bool:
     """Claim a storage for a run; True if it was free, False if this run has claimed it before.
 
     Refuses a storage that holds another run or something else. Of several concurrent runs, one succeeds.
     """
     refuse_foreign(storage)
-    is_new = held_run(storage) is None and storage.put_if_absent(RUN, sealed(run))
-    refuse_another(storage, run)
+    is_new = held_identity(storage) is None and storage.put_if_absent(RUN, sealed(asdict(identity)))
+    refuse_another(storage, identity)
     return is_new
 
 
-def refuse_another(storage: Storage, run: Mapping[str, Any]) -> None:
+def refuse_another(storage: Storage, identity: Identity) -> None:
     """Refuse a storage that holds a different run, naming the differences."""
-    held = held_run(storage)
-    differences = [] if held is None else _differences(held, json.loads(json.dumps(run)))
-    if differences:
-        where = MANIFEST if read_manifest(storage) is not None else RUN
-        raise Refusal(
-            f"{storage.place()} holds a different run, says its {where} ({'; '.join(differences)}); "
-            "give --out another folder, or the same options"
-        )
+    held = held_identity(storage)
+    if held is None:
+        return
+    recipe = list(_differences(held.recipe, identity.recipe))
+    corpus = list(_differences(_facts(held.corpus), _facts(identity.corpus)))
+    if not recipe and not corpus:
+        return
+    where = MANIFEST if read_manifest(storage) is not None else RUN
+    what = "a different run" if recipe else "this run on another state of its corpus"
+    listed = [*recipe, *(f"corpus {difference}" for difference in corpus)]
+    more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    raise Refusal(
+        f"{storage.place()} holds {what}, says its {where} ({'; '.join(listed[:_LISTED])}{more}); "
+        f"give --out another folder, or the same {'options' if recipe else 'corpus'}"
+    )
 
 
-def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    names = sorted(held.keys() | asked.keys())
-    return [f"{n}: there {held.get(n)!r}, asked {asked.get(n)!r}" for n in names if held.get(n) != asked.get(n)]
+def recipe_differences(planned: Identity, recipe: Mapping[str, Any]) -> list[str]:
+    """What a recipe has otherwise than the planned one, for a message."""
+    return list(_differences(planned.recipe, recipe))
+
+
+def _facts(corpus: Mapping[str, Any]) -> dict[str, Any]:
+    """The name of a corpus and the size of each of its files."""
+    files = corpus.get("files") or {}
+    return {"name": corpus.get("name")} | {f"file {name}": size for name, size in files.items()}
+
+
+def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    held, asked = (json.loads(json.dumps(facts)) for facts in (held, asked))
+    for name in sorted(held.keys() | asked.keys()):
+        if held.get(name) != asked.get(name):
+            yield f"{name}: there {held.get(name)!r}, asked {asked.get(name)!r}"

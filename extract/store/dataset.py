@@ -9,16 +9,17 @@ from typing import Any
 
 import pyarrow as pa
 
-from attlas.extract.errors import Refusal
+from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.store import claim, parts, records, work
+from attlas.extract.store.claim import Identity
 from attlas.extract.store.interface import Storage
-from attlas.extract.store.layout import CARD, LOCK, MANIFEST
+from attlas.extract.store.layout import CARD, DRAFT, LOCK, MANIFEST
 from attlas.extract.store.lock import Lock, refuse_busy, release_lock, take_lock
 from attlas.extract.store.manifest import read_manifest
 from attlas.extract.store.opening import Location, open_storage
 from attlas.extract.store.parts import Part
 from attlas.extract.store.records import ShardRecord
-from attlas.extract.store.sealed import as_json
+from attlas.extract.store.sealed import as_json, get_sealed, put_sealed
 
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -43,21 +44,21 @@ class Store:
         """Whether the storage exists, possibly as an empty folder."""
         return self.storage.names() is not None
 
-    def held_run(self) -> dict[str, Any] | None:
-        """The parameters of the run in the storage, finished or not. Refuses if they are damaged beyond recovery."""
-        return claim.held_run(self.storage)
+    def held_identity(self) -> Identity | None:
+        """The identity of the run in the storage, finished or not. Refuses if it is damaged beyond recovery."""
+        return claim.held_identity(self.storage)
 
     def refuse_foreign(self) -> None:
         """Refuse a file in the folder's place, and a folder that holds something other than a run."""
         claim.refuse_foreign(self.storage)
 
-    def refuse_another(self, run: Mapping[str, Any]) -> None:
+    def refuse_another(self, identity: Identity) -> None:
         """Refuse a storage that holds a different run, naming the differences."""
-        claim.refuse_another(self.storage, run)
+        claim.refuse_another(self.storage, identity)
 
-    def claim(self, run: Mapping[str, Any]) -> bool:
+    def claim(self, identity: Identity) -> bool:
         """Claim the storage for a run; True if it was free, False if this run has claimed it before."""
-        return claim.claim(self.storage, run)
+        return claim.claim(self.storage, identity)
 
     def refuse_busy(self) -> None:
         """Refuse a storage that another process or thread is writing to."""
@@ -113,6 +114,17 @@ class Store:
     def clear_work(self) -> None:
         """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers."""
         work.clear_work(self.storage)
+
+    def write_draft(self, manifest: Mapping[str, Any]) -> None:
+        """Write the part of the manifest that is known before any shard is measured."""
+        put_sealed(self.storage, DRAFT, manifest)
+
+    def read_draft(self) -> dict[str, Any]:
+        """The part of the manifest that was written when the run was planned. Raises Damaged if it is not there."""
+        draft = get_sealed(self.storage, DRAFT)
+        if draft is None:
+            raise Damaged(f"{self.storage.place(DRAFT)} is missing; the same command plans again")
+        return draft
 
     def finish(self, manifest: Mapping[str, Any], card: str) -> None:
         """Make the dataset exist: write the card, then the manifest, and delete the work area."""

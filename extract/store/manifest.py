@@ -65,9 +65,9 @@ _CORPUS = record(
         "content_tokens": count,
         "dropped": mapping_of(count),
     },
-    optional={"digest": nullable(text), "digest_keyed": flag},
+    optional={"digest": nullable(text), "digest_keyed": flag, "files": mapping_of(count)},
 )
-_RUN = record({}, optional={"corpus_files": list_of(any_value), "max_length": count, "stride": count})
+_RUN = record({}, optional={"max_length": count, "stride": count})
 _GRID = record({"rows": count, "columns": count, "first_patch": count})
 _IMAGES = record(
     {"preprocessor": text, "pixels": list_of(count), "tokens": count, "grids": mapping_of(_GRID)},

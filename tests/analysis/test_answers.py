@@ -221,7 +221,7 @@ def test_the_stacks_and_images_of_a_model_are_described() -> None:
     manifest = {
         "model": {"name": "m", "layout": layout, "stacks": stacks},
         "images": images,
-        "run": {"corpus_files": [["a.png", 3], ["b.png", 4]]},
+        "corpus": {"files": {"a.png": 3, "b.png": 4}},
     }
     sections = dict(describe(manifest))
     assert sections["Model"] == [
@@ -234,7 +234,7 @@ def test_the_stacks_and_images_of_a_model_are_described() -> None:
         ("image", "3 × 8 × 8 pixels, 17 tokens"),
         ("patches of vision", "4 × 4"),
     ]
-    assert ("run: corpus files", "2") in sections["Measurement"]
+    assert ("files", "2") in sections["Corpus"]
 
 
 def test_numbers_and_sizes_are_written_for_people() -> None:

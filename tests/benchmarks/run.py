@@ -1,6 +1,6 @@
-"""run/* and bytes-per-row/*: `attlas run` from tokenisation to Parquet and manifest.
+"""run/* and bytes-per-row/*: `attlas run` from tokenization to Parquet and manifest, in its own Prefect flow.
 
-Loading the model and starting Prefect are excluded: their cost does not depend on the corpus.
+Loading the model and starting Prefect's server are not timed: their cost does not depend on the corpus.
 """
 
 from __future__ import annotations
@@ -9,76 +9,86 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from attlas.extract import pipeline
-from attlas.extract.job import Job, RunOptions
-from attlas.extract.model.encoder import Encoder
+from attlas.extract.instrument import Instrument, open_instrument
 from attlas.extract.store import open_dataset, parts_of
+from attlas.flows.config import Run
 from tests.benchmarks.harness import Result, time_alternately
-from tests.benchmarks.workloads import demo
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = RunOptions(model="demo", corpus="demo", out=Path(), max_length=128, device="cpu", dtype="float32")
+RUN = Run(model="demo", corpus="demo", out=Path("out"), max_length=128, device="cpu", dtype="float32")
 Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class FirstRun:
-    """An untimed first run, for warm-up: its dataset, and the inputs that the model was given."""
+    """An untimed first run, for warm-up: its dataset, and the inputs of the model, batch by batch."""
 
     folder: Path
     dataset: Path
+    instrument: Instrument
     batches: list[Inputs]
     tokens: int
 
 
-def compare_run(first: FirstRun, options: RunOptions, encoder: Encoder, repeats: int) -> Result:
+def compare_run(first: FirstRun, run: Run, repeats: int) -> Result:
     """Compare whole runs, each in a new folder, with plain passes over the batches of the first run."""
     numbers = itertools.count()
 
     def ours() -> None:
-        run_once(replace(options, out=first.folder / f"run-{next(numbers)}"), encoder)
+        write_dataset(run.model_copy(update={"out": first.folder / f"run-{next(numbers)}"}), first.instrument)
 
     def theirs() -> None:
         with torch.inference_mode():
             for inputs in first.batches:
-                encoder.model(**inputs)
+                first.instrument.encoder.model(**inputs)
 
-    return time_alternately(ours, theirs, repeats=repeats).rates(first.tokens, "tokens/s")
-
-
-def run_once(options: RunOptions, encoder: Encoder) -> Path:
-    """Plan, measure and finish a run with a loaded model; returns the dataset's folder."""
-    return _measure(_job(options, encoder))
+    with prefect_running():
+        return time_alternately(ours, theirs, repeats=repeats).rates(first.tokens, "tokens/s")
 
 
-def _job(options: RunOptions, encoder: Encoder) -> Job:
-    with patch.object(pipeline, "load_encoder", lambda *_, **__: encoder):
-        return pipeline.prepare(options)
+def write_dataset(run: Run, instrument: Instrument) -> None:
+    """Everything that the flow of `attlas run` does, except the report, with a loaded model."""
+    from prefect import flow
+
+    from attlas.flows import measure
+
+    measure.instruments[run] = instrument
+    try:
+        flow(measure.write_dataset, name="benchmark", task_runner=measure.two_at_a_time)(run)
+    finally:
+        measure.release(run)
 
 
-def _measure(job: Job) -> Path:
-    pipeline.measure_shards(job, job.remaining)
-    pipeline.finish(job)
-    return Path(str(job.options.out))
+@contextmanager
+def prefect_running() -> Iterator[None]:
+    """A temporary Prefect server, set up as `attlas run` does."""
+    from attlas.flows.environment import prepare_environment, set_quiet_defaults
+
+    set_quiet_defaults()
+    prepare_environment()
+    from attlas.flows.server import prefect_connected, temporary_server
+
+    with temporary_server() as server, prefect_connected(server):
+        yield
 
 
-def first_run(options: RunOptions, encoder: Encoder, folder: Path) -> FirstRun:
+def first_run(run: Run, folder: Path) -> FirstRun:
+    run = run.model_copy(update={"out": folder / "first"})
     # examines the model, in passes that are not batches of the run
-    job = _job(replace(options, out=folder / "first"), encoder)
-    with record_inputs(encoder.model) as batches:
-        dataset = _measure(job)
-    _, manifest = open_dataset(dataset)
-    return FirstRun(folder, dataset, batches, manifest["corpus"]["tokens"])
+    instrument = open_instrument(run.options(), images=None, progress=lambda *_: None)
+    with prefect_running(), record_inputs(instrument.encoder.model) as batches:
+        write_dataset(run, instrument)
+    _, manifest = open_dataset(run.out)
+    return FirstRun(folder, run.out, instrument, batches, manifest["corpus"]["tokens"])
 
 
 @contextmanager
@@ -115,11 +125,11 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 @cache
 def _first() -> FirstRun:
-    return first_run(OPTIONS, demo(), Path(_scratch().name))
+    return first_run(RUN, Path(_scratch().name))
 
 
 def minilm_run(repeats: int) -> Result:
-    return compare_run(_first(), OPTIONS, demo(), repeats)
+    return compare_run(_first(), RUN, repeats)
 
 
 def minilm_heads_bytes(repeats: int) -> Result:

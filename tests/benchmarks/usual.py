@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from attlas.extract.engines import choose
+from attlas.extract.instrument import BATCH_TOKENS, Instrument
 from attlas.extract.measurement import layout_of
 from attlas.extract.model.encoder import Encoder
+from attlas.extract.model.measured_model import TOKEN_INPUTS, MeasuredModel
 from attlas.extract.model.token_classes import token_classes
-from attlas.extract.pipeline import BATCH_TOKENS
-from attlas.extract.shard import Instrument, measure_sequences
+from attlas.extract.shard import measure_sequences
 from attlas.extract.store import Store
 from tests.benchmarks.harness import Result, alternate, time_call
 from tests.benchmarks.usual_way import (
@@ -77,14 +78,13 @@ def compare_with_usual(encoder: Encoder, work: Workload, repeats: int, *, at_onc
 
 
 def our_way(encoder: Encoder, ids: Int[Tensor, "batch token"], folder: Path) -> Callable[[], None]:
-    instrument = Instrument(
-        encoder, layout_of(encoder.model), choose("auto"), BATCH_TOKENS, token_classes(encoder.tokenizer)
-    )
+    measured_model = MeasuredModel(encoder.model, TOKEN_INPUTS, layout_of(encoder.model))
+    instrument = Instrument(encoder, measured_model, choose("auto"), ids.shape[1], token_classes(encoder.tokenizer))
     numbers = np.arange(len(ids))
     sequences = pa.table({"sequence_id": numbers, "document_id": numbers, "token_ids": ids.tolist()})
 
     def run() -> None:
-        tables, _ = measure_sequences(instrument, sequences, shard=0)
+        tables, _ = measure_sequences(instrument, sequences, shard=0, batch_tokens=BATCH_TOKENS)
         for name, table in tables.items():
             Store.at(folder).write_part(name, 0, table)
 

@@ -19,8 +19,8 @@ from attlas.extract.engines import choose
 from attlas.extract.engines.visibility import Axis
 from attlas.extract.measurement import layout_of, observe
 from attlas.extract.model.encoder import Encoder, load_encoder
+from attlas.extract.model.special_tokens import special_tokens
 from attlas.extract.model.token_classes import token_classes
-from attlas.extract.planning import special_tokens
 from attlas.extract.tables import recorded_tables
 
 

@@ -23,12 +23,12 @@ from transformers.utils import logging
 
 from attlas.extract.capture.seam import first_tensor
 from attlas.extract.errors import CaptureError, Refusal
-from attlas.extract.job import RunOptions
 from attlas.extract.measurement import measure
-from attlas.extract.pipeline import finish, measure_shards, prepare
+from attlas.extract.options import RunOptions
 from tests.census.pool import map_in_processes, run_in_process
 from tests.census.shrink import FIRST_ID, TOKENS, VOCABULARY
 from tests.census.tiny import NotBuilt, TinyModel, architectures, build, reason_of
+from tests.extract.runs import complete_run
 
 YES, NO_IDS = "yes", ""
 AS_IN_A_BATCH = "yes; the model itself gives other numbers in a batch than alone"
@@ -69,10 +69,8 @@ def _run_and_compare(built: TinyModel, folder: Path) -> str | None:
     options = RunOptions(
         model=str(folder / "model"), corpus=str(corpus), out=folder / "out", unit="line", device="cpu", dtype="float32"
     )
-    job = prepare(options)
-    measure_shards(job, job.remaining)
-    dataset = finish(job)
-    return _difference(_rows(dataset), built.model, tokenizer)
+    complete_run(options)
+    return _difference(_rows(options.out), built.model, tokenizer)
 
 
 def documents() -> Iterator[str]:

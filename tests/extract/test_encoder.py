@@ -552,12 +552,10 @@ def test_padding_changes_nothing_with_or_without_a_padding_token(tmp_path: Path,
 def heads_of(model: Path, corpus: Path, out: Path, **options: Any):
     import pyarrow.parquet as pq
 
-    from attlas.extract.job import RunOptions
-    from attlas.extract.pipeline import finish, measure_shards, prepare
+    from attlas.extract.options import RunOptions
+    from tests.extract.runs import complete_run
 
-    job = prepare(RunOptions(model=str(model), corpus=str(corpus), out=out, max_length=64, device="cpu", **options))
-    measure_shards(job, job.remaining)
-    finish(job)
+    complete_run(RunOptions(model=str(model), corpus=str(corpus), out=out, max_length=64, device="cpu", **options))
     return pq.read_table(out / "heads")
 
 

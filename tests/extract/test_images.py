@@ -23,11 +23,12 @@ from attlas.extract.engines.patches import Grid, PatchSums
 from attlas.extract.engines.rows import AttentionCall
 from attlas.extract.engines.visibility import visibility_from_mask, whole_axis
 from attlas.extract.errors import Refusal
-from attlas.extract.job import RunOptions
 from attlas.extract.measurement import layout_of
 from attlas.extract.model.encoder import load_encoder
 from attlas.extract.model.images import Unreadable, decode_image, preprocess_image
-from attlas.extract.pipeline import finish, measure_shard, measure_shards, prepare
+from attlas.extract.options import RunOptions
+from attlas.extract.run import finish, measure_shard, plan_run
+from tests.extract.runs import complete_run
 from tests.oracles import distance_patches
 
 OF_PATCHES = ("patch_distance", "patch_mass", "patch_rows")
@@ -148,9 +149,7 @@ def images(tmp_path_factory) -> Path:
 
 def run(model: Path, images: Path, out: Path, **changes: Any) -> Path:
     asked: dict[str, Any] = {"shard_sequences": 3} | changes
-    job = prepare(RunOptions(model=str(model), corpus=str(images), out=out, **asked))
-    measure_shards(job, job.remaining)
-    finish(job)
+    complete_run(RunOptions(model=str(model), corpus=str(images), out=out, **asked))
     return out
 
 
@@ -425,19 +424,20 @@ def test_an_interrupted_run_gives_the_same_bytes(folder_of, images, tmp_path):
     complete = run(folder_of("vit"), images, tmp_path / "a")
     options = RunOptions(model=str(folder_of("vit")), corpus=str(images), out=tmp_path / "b", shard_sequences=3)
     for shard in reversed(range(3)):
-        measure_shard(prepare(options), shard)
-    assert parts(finish(prepare(options))) == parts(complete)
+        measure_shard(plan_run(options).open_worker(), shard)
+    assert parts(finish(options.out)) == parts(complete)
 
 
 def test_an_image_that_changes_during_a_run_is_refused(folder_of, images, tmp_path):
     shutil.copytree(images, tmp_path / "images")
-    job = prepare(RunOptions(model=str(folder_of("vit")), corpus=str(tmp_path / "images"), out=tmp_path / "out"))
+    options = RunOptions(model=str(folder_of("vit")), corpus=str(tmp_path / "images"), out=tmp_path / "out")
+    worker = plan_run(options).open_worker()
     (tmp_path / "images" / "b.jpg").write_bytes(saved(picture(60, 45, 99), "JPEG"))
     with pytest.raises(Refusal, match=r"b\.jpg has changed since the run was planned"):
-        measure_shard(job, 0)
+        measure_shard(worker, 0)
     (tmp_path / "images" / "b.jpg").unlink()
     with pytest.raises(Refusal, match=r"must stay in place until it ends; .*b\.jpg: No such file"):
-        measure_shard(job, 0)
+        measure_shard(worker, 0)
 
 
 # --- refusals
@@ -503,7 +503,7 @@ def test_an_image_processor_of_another_size_than_the_models_is_refused(folder_of
 def test_pixels_of_several_shapes_are_refused_before_measuring(folder_of, images, tmp_path):
     model = with_preprocessor(tmp_path / "vit", folder_of("vit"), do_center_crop=False, size={"shortest_edge": SIZE})
     with pytest.raises(Refusal, match=r"all images must become pixels of the same shape; .*preprocessor_config"):
-        prepare(RunOptions(model=str(model), corpus=str(images), out=tmp_path / "out"))
+        plan_run(RunOptions(model=str(model), corpus=str(images), out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

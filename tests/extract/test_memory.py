@@ -10,18 +10,20 @@ import pyarrow as pa
 import pytest
 import torch
 
-from attlas.extract import memory, pipeline
+from attlas.extract import memory
 from attlas.extract.capture.layout import Attention, Site, Tap
 from attlas.extract.collector import Collector
 from attlas.extract.engines import Engine, choose
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.sums import HeadSums
 from attlas.extract.errors import Refusal
-from attlas.extract.job import RunOptions
+from attlas.extract.instrument import BATCH_TOKENS, Instrument
 from attlas.extract.measurement import layout_of
 from attlas.extract.memory import bytes_per_token, free_on_host, is_out_of_memory, tokens_that_fit
-from attlas.extract.pipeline import finish, measure_shards, prepare
-from attlas.extract.shard import Instrument, measure_sequences
+from attlas.extract.model.measured_model import TOKEN_INPUTS, MeasuredModel
+from attlas.extract.options import RunOptions
+from attlas.extract.run import finish, measure_shards, plan_run
+from attlas.extract.shard import measure_sequences
 from attlas.extract.tables import Recorder
 from tests.extract.models import tiny
 
@@ -169,9 +171,14 @@ def sequences(lengths: list[int]) -> pa.Table:
     return pa.table({"sequence_id": numbers, "document_id": numbers, "token_ids": ids})
 
 
+def measure(instrument: Instrument, rows: pa.Table, *, batch_tokens: int = 4096, **options):
+    return measure_sequences(instrument, rows, shard=0, batch_tokens=batch_tokens, **options)
+
+
 @pytest.fixture
 def instrument(demo) -> Instrument:
-    return Instrument(demo, layout_of(demo.model), choose("reference"), 4096, np.zeros(30522, np.int8))
+    measured_model = MeasuredModel(demo.model, TOKEN_INPUTS, layout_of(demo.model))
+    return Instrument(demo, measured_model, choose("reference"), 512, np.zeros(30522, np.int8))
 
 
 @pytest.mark.sample(1)
@@ -180,8 +187,8 @@ def test_halves_give_the_same_numbers_as_smaller_batches(instrument, error):
     """The first layer of a failed batch, observed before the failure, is not counted."""
     rows = sequences([24] * 8)
     engine, failed = narrow(instrument.engine, 2, error)
-    halved, facts = measure_sequences(replace(instrument, engine=engine), rows, shard=0)
-    smaller, same_facts = measure_sequences(replace(instrument, batch_tokens=2 * 24), rows, shard=0)
+    halved, facts = measure(replace(instrument, engine=engine), rows)
+    smaller, same_facts = measure(instrument, rows, batch_tokens=2 * 24)
     assert failed == [8, 4, 4]
     assert halved == smaller
     assert facts == same_facts
@@ -191,8 +198,8 @@ def test_halves_change_numbers_by_no_more_than_the_models_rounding(instrument):
     """Lengths differ, so halves have less padding, and torch rounds float32 products of other shapes differently."""
     rows = sequences([5, 30, 17, 9, 22, 13, 28])
     engine, failed = narrow(instrument.engine, 3)
-    halved, facts = measure_sequences(replace(instrument, engine=engine), rows, shard=0)
-    whole, same_facts = measure_sequences(instrument, rows, shard=0)
+    halved, facts = measure(replace(instrument, engine=engine), rows)
+    whole, same_facts = measure(instrument, rows)
     assert failed
     assert facts == same_facts  # they describe the batches as planned
     for name in ("heads", "residual"):
@@ -208,10 +215,9 @@ def test_progress_does_not_count_failed_batches(instrument):
     engine, _ = narrow(instrument.engine, 2)
     reports: list[tuple[int, int]] = []
     rows = sequences([24] * 8)
-    measure_sequences(
+    measure(
         replace(instrument, engine=engine),
         rows,
-        shard=0,
         progress=lambda tokens, documents: reports.append((tokens, documents)),
     )
     assert [tokens for tokens, _ in reports] == [48] * 4
@@ -221,7 +227,7 @@ def test_progress_does_not_count_failed_batches(instrument):
 def test_a_single_sequence_that_does_not_fit_is_refused_with_advice(instrument):
     engine, _ = narrow(instrument.engine, 0)
     with pytest.raises(Refusal, match=r"one of 24 tokens does not, on cpu \(not enough memory\); use a smaller --max"):
-        measure_sequences(replace(instrument, engine=engine), sequences([24, 24]), shard=0)
+        measure(replace(instrument, engine=engine), sequences([24, 24]))
 
 
 def test_any_other_error_ends_the_shard(instrument):
@@ -229,9 +235,7 @@ def test_any_other_error_ends_the_shard(instrument):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        measure_sequences(
-            replace(instrument, engine=with_attend(instrument.engine, broken)), sequences([24, 24]), shard=0
-        )
+        measure(replace(instrument, engine=with_attend(instrument.engine, broken)), sequences([24, 24]))
 
 
 class Kept(Recorder):
@@ -280,27 +284,27 @@ def set_free_memory(monkeypatch, free: int) -> None:
 
 @pytest.mark.parametrize(
     ("free", "batch_tokens"),
-    [(0, 200), (100 << 20, 1024), (1 << 40, pipeline.BATCH_TOKENS)],
+    [(0, 200), (100 << 20, 1024), (1 << 40, BATCH_TOKENS)],
     ids=["none", "few", "much"],
 )
 def test_a_batch_is_as_large_as_memory_allows_within_a_maximum_and_at_least_one_sequence(
     tmp_path, monkeypatch, free, batch_tokens
 ):
     set_free_memory(monkeypatch, free)
-    assert prepare(options(tmp_path, max_length=200)).run["batch_tokens"] == batch_tokens
+    assert plan_run(options(tmp_path, max_length=200)).identity.recipe["batch_tokens"] == batch_tokens
 
 
 def test_a_resumed_run_keeps_its_batch_size_whatever_memory_is_free(tmp_path, monkeypatch):
     set_free_memory(monkeypatch, 100 << 20)
-    first = prepare(options(tmp_path))
-    assert first.run["batch_tokens"] < pipeline.BATCH_TOKENS
+    first = plan_run(options(tmp_path)).identity
+    assert first.recipe["batch_tokens"] < BATCH_TOKENS
     set_free_memory(monkeypatch, 1 << 40)
-    resumed = prepare(options(tmp_path))
-    assert resumed.run == first.run
-    measure_shards(resumed, resumed.remaining)
-    assert prepare(options(tmp_path, batch_tokens=first.run["batch_tokens"])).remaining == []
-    finish(resumed)
+    resumed = plan_run(options(tmp_path))
+    assert resumed.identity == first
+    measure_shards(resumed.open_worker(), resumed.remaining)
+    assert plan_run(options(tmp_path, batch_tokens=first.recipe["batch_tokens"])).remaining == []
+    finish(tmp_path / "out")
     set_free_memory(monkeypatch, 0)
-    assert prepare(options(tmp_path)).complete
+    assert plan_run(options(tmp_path)).is_complete
     with pytest.raises(Refusal, match=r"batch_tokens: there 1024, asked 512"):
-        prepare(options(tmp_path, batch_tokens=512))
+        plan_run(options(tmp_path, batch_tokens=512))

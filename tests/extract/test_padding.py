@@ -10,7 +10,7 @@ from torch import nn
 
 from attlas.extract import measure
 from attlas.extract.model.measured_model import examine_text_model
-from attlas.extract.shard import _planned
+from attlas.extract.shard import plan_batches
 from tests.census.through_run import tokenizer_of
 from tests.census.tiny import build
 from tests.extract.models import eager_patterns, tiny
@@ -150,7 +150,7 @@ def test_sequences_are_padded_only_where_it_does_not_matter():
     lengths = [5, 9, 5, 7]
     layout = SimpleNamespace(mixed=False, attentions=[])
     of_any, alike = (
-        _planned(SimpleNamespace(layout=layout, padding_matters=matters, batch_tokens=100), lengths)
+        plan_batches(SimpleNamespace(layout=layout, padding_matters=matters), lengths, batch_tokens=100)
         for matters in (False, True)
     )
     assert len(of_any) == 1

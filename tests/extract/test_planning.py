@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from attlas.extract import planning
 from attlas.extract.corpus import Document, open_corpus
 from attlas.extract.errors import Damaged, Refusal
-from attlas.extract.planning import Plan, make_plan, special_tokens
+from attlas.extract.model.special_tokens import special_tokens
+from attlas.extract.plan import Plan, make_plan, stored
 from attlas.extract.store import WORK, LocalFolder
 from attlas.extract.tables import TABLES
 
@@ -86,11 +86,11 @@ def planned(corpus, tokenizer, folder: Path, **options) -> Plan:
 
 
 def read_plan(folder: Path) -> Plan | None:
-    return planning.read_plan(LocalFolder(folder))
+    return stored.read_plan(LocalFolder(folder))
 
 
 def read_shard(folder: Path, shard: int) -> tuple[pa.Table, pa.Table]:
-    return planning.read_shard(LocalFolder(folder), shard)
+    return stored.read_shard(LocalFolder(folder), shard)
 
 
 def spooled(folder: Path, plan: Plan) -> tuple[list[dict], list[dict]]:

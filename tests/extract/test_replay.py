@@ -13,9 +13,9 @@ from torch import nn
 from attlas.extract import measure
 from attlas.extract.capture.replay import Run
 from attlas.extract.errors import CaptureError
-from attlas.extract.job import RunOptions
 from attlas.extract.measurement import layout_of
-from attlas.extract.pipeline import finish, measure_shards, prepare
+from attlas.extract.options import RunOptions
+from attlas.extract.run import finish, measure_shards, plan_run
 from tests import oracles
 from tests.extract.test_heads import assert_columns
 from tests.extract.test_torch_modules import exact, linear
@@ -230,7 +230,7 @@ def test_a_run_of_what_draws_at_random_gives_the_same_bytes_whatever_was_drawn_b
     runs = []
     for number in range(2):
         out = tmp_path / f"out{number}"
-        job = prepare(
+        planned = plan_run(
             RunOptions(
                 model=f"{tmp_path / 'random.py'}:build",
                 corpus=str(tmp_path / "text.txt"),
@@ -239,8 +239,8 @@ def test_a_run_of_what_draws_at_random_gives_the_same_bytes_whatever_was_drawn_b
             )
         )
         torch.manual_seed(number)
-        measure_shards(job, job.remaining)
-        finish(job)
+        measure_shards(planned.open_worker(), planned.remaining)
+        finish(out)
         runs.append({p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*.parquet"))})
     assert len(runs[0]) > 3
     assert runs[0] == runs[1]

@@ -9,13 +9,14 @@ from tokenizers import normalizers
 from transformers import ByT5Tokenizer
 
 from attlas.extract.errors import Refusal
-from attlas.extract.job import RunOptions
 from attlas.extract.model.encoder import load_encoder
 from attlas.extract.model.folder import check_model_name
 from attlas.extract.model.text_settings import SETTINGS, folder_lookup, read_text_settings
-from attlas.extract.pipeline import finish, measure_shards, prepare
-from attlas.extract.planning import read_shard
+from attlas.extract.options import RunOptions
+from attlas.extract.plan import read_shard
+from attlas.extract.run import plan_run
 from tests.extract.checkpoints import model_of, save, tokenizer_of
+from tests.extract.runs import complete_run
 
 TRANSFORMER, POOLING = "sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling"
 SHOUTED = "The CAT sat on THE mat, and a Transformer reads every TOKEN at once; nothing is lost " * 3
@@ -44,8 +45,8 @@ def folder_of(
 def planned_ids(folder: Path, tmp_path: Path, text: str = SHOUTED, **options: Any) -> list[list[int]]:
     corpus = tmp_path / "text.txt"
     corpus.write_text(text)
-    job = prepare(RunOptions(model=str(folder), corpus=str(corpus), out=tmp_path / "out", device="cpu", **options))
-    return read_shard(job.store.storage, 0)[0]["token_ids"].to_pylist()
+    run = RunOptions(model=str(folder), corpus=str(corpus), out=tmp_path / "out", device="cpu", **options)
+    return read_shard(plan_run(run).store.storage, 0)[0]["token_ids"].to_pylist()
 
 
 def library_ids(folder: Path, text: str = SHOUTED) -> list[int]:
@@ -183,12 +184,10 @@ def test_ignored_settings_are_noted_and_recorded_in_the_manifest(tmp_path, name,
     (folder / name).write_text(json.dumps(content))
     corpus = tmp_path / "text.txt"
     corpus.write_text("the cat sat on the mat")
-    job = prepare(RunOptions(model=str(folder), corpus=str(corpus), out=tmp_path / "out", device="cpu"))
-    (note,) = job.encoder.settings.notes
+    run = complete_run(RunOptions(model=str(folder), corpus=str(corpus), out=tmp_path / "out", device="cpu"))
+    (note,) = run.instrument.encoder.settings.notes
     assert words in note
-    measure_shards(job, job.remaining)
-    finish(job)
-    manifest = job.store.manifest or {}
+    manifest = run.store.manifest or {}
     assert manifest["tokenizer"]["notes"] == [note]
     assert manifest["tokenizer"]["classes"]["word_start"] > 5
 

@@ -11,13 +11,13 @@ import torch
 from transformers import XLNetConfig, XLNetModel, XLNetTokenizer
 
 from attlas.extract.errors import Refusal
-from attlas.extract.job import RunOptions
 from attlas.extract.model.encoder import load_encoder
 from attlas.extract.model.measured_model import examine_text_model
 from attlas.extract.model.positions import max_positions
-from attlas.extract.pipeline import finish, measure_shards, prepare
-from attlas.extract.planning import special_tokens
+from attlas.extract.model.special_tokens import special_tokens
+from attlas.extract.options import RunOptions
 from tests.extract.checkpoints import model_of, save, tokenizer_of
+from tests.extract.runs import complete_run
 from tests.oracles import head_columns
 
 # a SentencePiece model of <unk> and ▁
@@ -197,9 +197,7 @@ def heads_of(folder: Path, tmp_path: Path, texts: list[str], **options) -> dict[
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(texts))
     run = RunOptions(model=str(folder), corpus=str(corpus), out=tmp_path / "out", unit="line", device="cpu", **options)
-    job = prepare(run)
-    measure_shards(job, job.remaining)
-    finish(job)
+    complete_run(run)
     rows = pq.read_table(run.out / "heads" / "shard-00000.parquet").to_pylist()
     return {(row["sequence_id"], row["layer"], row["head"]): row for row in rows}
 

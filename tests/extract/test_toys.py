@@ -17,11 +17,11 @@ from attlas.extract.dictionary import data_dictionary
 from attlas.extract.engines import reference
 from attlas.extract.engines.quantities import ROW_QUANTITIES, RowQuantity
 from attlas.extract.errors import Refusal
-from attlas.extract.job import RunOptions
-from attlas.extract.pipeline import finish, measure_shards, prepare
+from attlas.extract.options import RunOptions
 from attlas.extract.tables import TABLES
 from attlas.extract.tables.column import column
 from tests.extract.models import eager_patterns
+from tests.extract.runs import complete_run
 from tests.extract.toys import additive, dense, ragged, static
 
 TOYS = {module.TABLE.name: module.TABLE for module in (dense, ragged, additive, static)}
@@ -37,9 +37,7 @@ def run(tmp_path: Path, *, tables=(), **options) -> Path:
     text = tmp_path / "text.txt"
     text.write_text("A table is a module. " * 30)
     chosen = {"model": "demo", "corpus": str(text), "max_length": 24, "shard_sequences": 3, "device": "cpu", **options}
-    job = prepare(RunOptions(out=tmp_path / "out", **chosen), tables=tables)
-    measure_shards(job, job.remaining)
-    finish(job)
+    complete_run(RunOptions(out=tmp_path / "out", tables=tables, **chosen))
     return tmp_path / "out"
 
 

@@ -15,10 +15,19 @@ import pytest
 
 from attlas.extract.collector import Collector
 from attlas.extract.errors import Refusal
-from attlas.extract.job import Job, RunOptions
-from attlas.extract.pipeline import SHARDS_UNDER_WAY, finish, measure_shard, measure_shards, prepare
+from attlas.extract.options import RunOptions
+from attlas.extract.run import (
+    SHARDS_AT_ONCE,
+    PlannedRun,
+    Worker,
+    finish,
+    measure_shard,
+    measure_shards,
+    plan_run,
+)
 from attlas.extract.store import LocalFolder, Part, Store, part_key
 from attlas.extract.store.sealed import put_sealed
+from tests.extract.runs import contents
 from tests.extract.test_memory import with_attend
 
 WORDS = "Every shard is one sequence here, and there is more than one of them to be measured. " * 12
@@ -31,25 +40,23 @@ def corpus(tmp_path_factory) -> Path:
     return path
 
 
-def job_into(out: Path, corpus: Path) -> Job:
-    job = prepare(
+def planned_into(out: Path, corpus: Path) -> PlannedRun:
+    planned = plan_run(
         RunOptions(model="demo", corpus=str(corpus), out=out, max_length=24, shard_sequences=1, engine="reference")
     )
-    assert job.shards >= 8
-    return job
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    assert planned.plan is not None and planned.plan.shards >= 8
+    return planned
 
 
 @pytest.fixture(scope="module")
 def one_after_the_other(corpus, tmp_path_factory) -> dict[str, bytes]:
     """What a run leaves whose shards are measured and written in turn."""
-    job = job_into(tmp_path_factory.mktemp("turn") / "out", corpus)
-    for shard in job.remaining:
-        measure_shard(job, shard)
-    return contents(finish(job))
+    out = tmp_path_factory.mktemp("turn") / "out"
+    planned = planned_into(out, corpus)
+    for shard in planned.remaining:
+        measure_shard(planned.open_worker(), shard)
+    finish(out)
+    return contents(out)
 
 
 @dataclass(frozen=True)
@@ -64,20 +71,26 @@ class Watched(Store):
         return super().write_part(table, shard, rows)
 
 
-def before_writing(job: Job, act: Callable[[int, pa.Table], object]) -> Job:
-    return replace(job, store=Watched(job.store.storage, act))
+def before_writing(worker: Worker, act: Callable[[int, pa.Table], object]) -> Worker:
+    return replace(worker, store=Watched(worker.store.storage, act))
+
+
+def whole(planned: PlannedRun) -> dict[str, bytes]:
+    """Finish the run; what it has left."""
+    finish(planned.options.out)
+    return contents(Path(str(planned.options.out)))
 
 
 def test_the_records_are_those_of_a_run_in_turn_and_in_the_order_of_the_shards(corpus, one_after_the_other, tmp_path):
-    job = job_into(tmp_path / "out", corpus)
-    order = [*reversed(job.remaining)]
-    records = measure_shards(job, order)
+    planned = planned_into(tmp_path / "out", corpus)
+    order = [*reversed(planned.remaining)]
+    records = measure_shards(planned.open_worker(), order)
     assert [r.shard for r in records] == order
-    assert contents(finish(job)) == one_after_the_other
+    assert whole(planned) == one_after_the_other
 
 
 def test_a_shard_is_measured_while_the_one_before_it_is_written(corpus, tmp_path):
-    job = job_into(tmp_path / "out", corpus)
+    planned = planned_into(tmp_path / "out", corpus)
     measured: list[int] = []
     second = threading.Event()
     came: list[bool] = []
@@ -87,7 +100,7 @@ def test_a_shard_is_measured_while_the_one_before_it_is_written(corpus, tmp_path
         if len(measured) == 2:
             second.set()
 
-    watched = before_writing(job, lambda shard, _: shard == 0 and came.append(second.wait(120)))
+    watched = before_writing(planned.open_worker(), lambda shard, _: shard == 0 and came.append(second.wait(120)))
     measure_shards(watched, [0, 1], progress=count)
     assert came == [True], "the second shard waited for the first one to be written"
 
@@ -106,35 +119,38 @@ def test_slow_writing_holds_the_model_up_and_memory_flat(corpus, tmp_path):
     def wait_for_the_next(shard: int, rows: pa.Table) -> None:
         tables.append(weakref.ref(rows))
         with changed:
-            changed.wait_for(lambda: len(measured) >= min(shard + 2, job.shards), 120)
-        done = sum(job.store.read_record(n) is not None for n in range(job.shards))
+            changed.wait_for(lambda: len(measured) >= min(shard + 2, shards), 120)
+        done = sum(worker.store.read_record(n) is not None for n in range(shards))
         sums = sum(type(value) is Collector for value in gc.get_objects())
         held.append((sums, sum(table() is not None for table in tables), len(measured) - done))
 
-    job = job_into(tmp_path / "out", corpus)
-    measure_shards(before_writing(job, wait_for_the_next), job.remaining, progress=count)
-    assert len(held) == len(tables) == job.shards > 2 * SHARDS_UNDER_WAY
+    planned = planned_into(tmp_path / "out", corpus)
+    worker = planned.open_worker()
+    shards = worker.plan.shards
+    measure_shards(before_writing(worker, wait_for_the_next), planned.remaining, progress=count)
+    assert len(held) == len(tables) == shards > 2 * SHARDS_AT_ONCE
     for most in map(max, zip(*held, strict=True)):
-        assert 1 <= most <= SHARDS_UNDER_WAY
+        assert 1 <= most <= SHARDS_AT_ONCE
 
 
 def test_an_error_of_the_writer_reaches_the_caller_and_the_shard_is_not_done(corpus, one_after_the_other, tmp_path):
-    job = job_into(tmp_path / "out", corpus)
+    planned = planned_into(tmp_path / "out", corpus)
+    shards = planned.remaining
     in_the_way = tmp_path / "out" / part_key("heads", 2)
     in_the_way.mkdir(parents=True)
     with pytest.raises(OSError, match=r"heads/shard-00002\.parquet") as caught:
-        measure_shards(job, job.remaining)
+        measure_shards(planned.open_worker(), planned.remaining)
     assert caught.value.errno == errno.EISDIR
     assert list(in_the_way.parent.glob("*.tmp")) == []
-    assert {0, 1} & set(job.remaining) == set()
-    assert 2 in job.remaining
-    assert job.remaining[-1] == job.shards - 1  # what was under way ended, and no more began
+    assert {0, 1} & set(planned.remaining) == set()
+    assert 2 in planned.remaining
+    assert planned.remaining[-1] == shards[-1]  # what was under way ended, and no more began
     with pytest.raises(Refusal, match=r"heads/shard-00002\.parquet, where a folder lies"):
-        job_into(tmp_path / "out", corpus)
+        planned_into(tmp_path / "out", corpus)
     in_the_way.rmdir()
-    again = job_into(tmp_path / "out", corpus)
-    measure_shards(again, again.remaining)
-    assert contents(finish(again)) == one_after_the_other
+    again = planned_into(tmp_path / "out", corpus)
+    measure_shards(again.open_worker(), again.remaining)
+    assert whole(again) == one_after_the_other
 
 
 @contextmanager
@@ -149,21 +165,21 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_leaves_nothing_half_written_and_the_run_goes_on_later(corpus, one_after_the_other, tmp_path):
-    job = job_into(tmp_path / "out", corpus)
+    planned = planned_into(tmp_path / "out", corpus)
     sizes = {name: len(content) for name, content in one_after_the_other.items()}
     too_large = max(size for name, size in sizes.items() if name.startswith("heads"))
     with largest_file(too_large - 1), pytest.raises(OSError, match=r"heads/shard-0000\d\.parquet") as caught:
-        measure_shards(job, job.remaining)
+        measure_shards(planned.open_worker(), planned.remaining)
     assert caught.value.errno == errno.EFBIG
     for name, content in contents(tmp_path / "out").items():
         assert one_after_the_other.get(name, content) == content, name
         assert not name.endswith(".tmp")
-    measure_shards(job, job.remaining)
+    measure_shards(planned.open_worker(), planned.remaining)
     with largest_file(sizes["manifest.json"] - 1), pytest.raises(OSError, match=r"manifest\.json") as caught:
-        finish(job)
+        finish(planned.options.out)
     assert caught.value.errno == errno.EFBIG
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert contents(finish(job_into(tmp_path / "out", corpus))) == one_after_the_other
+    assert whole(planned_into(tmp_path / "out", corpus)) == one_after_the_other
 
 
 def in_pieces(storage: LocalFolder, key: str) -> None:
@@ -203,11 +219,13 @@ def test_a_file_where_the_folder_should_be_is_an_error_with_the_name(tmp_path, n
 
 
 def test_an_error_of_the_model_reaches_the_caller_too(corpus, tmp_path):
-    job = job_into(tmp_path / "out", corpus)
+    planned = planned_into(tmp_path / "out", corpus)
+    shards = planned.remaining
 
     def broken(*arguments):
         raise ArithmeticError("no numbers today")
 
     with pytest.raises(ArithmeticError, match="no numbers today"):
-        measure_shards(replace(job, engine=with_attend(job.engine, broken)), job.remaining)
-    assert len(job.remaining) == job.shards
+        instrument = replace(planned.instrument, engine=with_attend(planned.instrument.engine, broken))
+        measure_shards(replace(planned.open_worker(), instrument=instrument), planned.remaining)
+    assert planned.remaining == shards

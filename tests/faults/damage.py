@@ -68,6 +68,15 @@ def edit_json(change: Callable[[Any], Any]) -> Damage:
     return rewrite_bytes(lambda content: json.dumps(change(json.loads(content))).encode())
 
 
+def increment_integers(value: Any) -> Any:
+    """The value with every integer in it, at any depth, increased by one."""
+    if isinstance(value, dict):
+        return {key: increment_integers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [increment_integers(entry) for entry in value]
+    return value + 1 if type(value) is int else value
+
+
 JSON_DAMAGES: dict[str, Damage] = {
     "a list": edit_json(lambda value: [value]),
     "null": edit_json(lambda _: None),
@@ -83,7 +92,7 @@ JSON_DAMAGES: dict[str, Damage] = {
     "all negative": edit_json(lambda value: dict.fromkeys(value, -1)),
     "beyond 64 bits": edit_json(lambda value: dict.fromkeys(value, 1 << 70)),
     "another schema": edit_json(lambda value: value | {"schema_version": 99}),
-    "numbers one more": edit_json(lambda value: {k: v + 1 if type(v) is int else v for k, v in value.items()}),
+    "numbers one more": edit_json(increment_integers),
 }
 
 

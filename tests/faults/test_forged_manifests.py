@@ -77,12 +77,12 @@ def with_change(
     manifest: dict[str, Any], place: tuple[str | int, ...], change: Callable[[Any, Any], None]
 ) -> dict[str, Any]:
     """A copy of the manifest in which `change` was applied to the parent of the value at this path."""
-    copied = copy.deepcopy(manifest)
-    parent: Any = copied
+    copy_run = copy.deepcopy(manifest)
+    parent: Any = copy_run
     for key in place[:-1]:
         parent = parent[key]
     change(parent, place[-1])
-    return copied
+    return copy_run
 
 
 def refusal_message(read: Callable[[Path], object], root: Path) -> str | None:

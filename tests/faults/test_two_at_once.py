@@ -15,9 +15,9 @@ from attlas.analysis.verify import verify
 from attlas.extract.corpus import open_corpus  # noqa: F401 - imported here, so that the race does not include the import
 from attlas.extract.errors import Refusal
 from attlas.extract.files import put_if_absent
-from attlas.extract.job import RunOptions
-from attlas.extract.pipeline import finish, measure_shards, prepare
-from attlas.extract.store import WORK, Store
+from attlas.extract.options import RunOptions
+from attlas.extract.run import finish, measure_shards, plan_run
+from attlas.extract.store import WORK, Identity, Store
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = 100
@@ -42,8 +42,8 @@ def race(folder: Path, claim: Callable[[Store, int], object], *, threads: int) -
 def test_of_different_runs_in_threads_exactly_one_takes_a_folder(tmp_path: Path) -> None:
     for n in range(FOLDERS):
         folder = tmp_path / str(n)
-        (winner,) = race(folder, lambda store, number: store.claim({"run": number}), threads=4)
-        assert Store.at(folder).held_run() == {"run": winner}
+        (winner,) = race(folder, lambda store, number: store.claim(Identity({"run": number}, {})), threads=4)
+        assert Store.at(folder).held_identity() == Identity({"run": winner}, {})
         assert [path.name for path in (folder / WORK).iterdir()] == ["run.json"]
 
 
@@ -174,14 +174,14 @@ def test_a_finished_dataset_keeps_no_lock_and_is_free(demo, tmp_path: Path) -> N
         shard_sequences=2,
         engine="reference",
     )
-    job = prepare(options)
+    planned = plan_run(options)
     with ThreadPoolExecutor(1) as other, pytest.raises(Refusal, match="another thread of this process"):
-        other.submit(prepare, options).result()
-    measure_shards(job, job.remaining)
-    finish(job)
+        other.submit(plan_run, options).result()
+    measure_shards(planned.open_worker(), planned.remaining)
+    finish(options.out)
     assert not (options.out / WORK).exists()
     with ThreadPoolExecutor(1) as other:
-        again = other.submit(prepare, options).result()
-    assert again.complete
+        again = other.submit(plan_run, options).result()
+    assert again.is_complete
     assert not (options.out / WORK).exists()
     assert verify(options.out) == []

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from attlas.extract.job import RunOptions
-from attlas.extract.pipeline import finish, measure_shard, prepare
+from attlas.extract.options import RunOptions
+from tests.extract.runs import complete_run
 from tests.flows.conftest import Ended
 
 SQL = "SELECT layer, head, avg(entropy_nats) AS entropy FROM heads GROUP BY ALL ORDER BY layer, head"
@@ -20,10 +20,7 @@ SQL = "SELECT layer, head, avg(entropy_nats) AS entropy FROM heads GROUP BY ALL 
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("answers")
     (folder / "corpus.txt").write_text("One fox jumps over one dog. " * 30)
-    job = prepare(RunOptions(model="demo", corpus=str(folder / "corpus.txt"), out=folder / "out", max_length=64))
-    for shard in job.remaining:
-        measure_shard(job, shard)
-    finish(job)
+    complete_run(RunOptions(model="demo", corpus=str(folder / "corpus.txt"), out=folder / "out", max_length=64))
     return folder / "out"
 
 

@@ -1,9 +1,13 @@
 """The flow on a real corpus with the real model and Prefect's test server."""
 
 import json
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -126,19 +130,19 @@ def test_an_invalid_document_is_dropped_counted_and_named(corpus: Path, run_into
 def test_a_full_disk_is_retried_and_a_refusal_is_not(
     run_into: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int
 ) -> None:
-    import attlas.extract.pipeline
+    import attlas.extract.run
     from attlas.flows.measure import measure_locally
 
     attempted: list[int] = []
-    original = attlas.extract.pipeline.measure_shard
+    original = attlas.extract.run.measure_shard
 
-    def failing_once(job: object, shard: int, **rest: object) -> object:
+    def failing_once(worker: object, shard: int, **rest: object) -> object:
         attempted.append(shard)
         if attempted.count(0) == 1 and shard == 0:
             raise error
-        return original(job, shard, **rest)  # pyright: ignore[reportArgumentType]
+        return original(worker, shard, **rest)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(attlas.extract.pipeline, "measure_shard", failing_once)
+    monkeypatch.setattr(attlas.extract.run, "measure_shard", failing_once)
     run, show = run_into("out"), Recorder()
     if attempts == 1:
         with pytest.raises(Refusal, match="never"):
@@ -153,21 +157,21 @@ def test_a_full_disk_is_retried_and_a_refusal_is_not(
 def test_finished_shards_are_not_measured_again(
     run_into: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import attlas.extract.pipeline
+    import attlas.extract.run
     from attlas.flows.measure import measure_locally
 
     measure_locally(run_into("uninterrupted"), show=Recorder())
-    original, measured = attlas.extract.pipeline.measure_shard, []
+    original, measured = attlas.extract.run.measure_shard, []
 
-    def stopping_at_the_second(job: object, shard: int, **rest: object) -> object:
+    def stopping_at_the_second(worker: object, shard: int, **rest: object) -> object:
         if measured:
             raise Refusal("stopped here")
         measured.append(shard)
-        return original(job, shard, **rest)  # pyright: ignore[reportArgumentType]
+        return original(worker, shard, **rest)  # pyright: ignore[reportArgumentType]
 
     run = run_into("resumed")
     with monkeypatch.context() as patch:
-        patch.setattr(attlas.extract.pipeline, "measure_shard", stopping_at_the_second)
+        patch.setattr(attlas.extract.run, "measure_shard", stopping_at_the_second)
         with pytest.raises(Refusal, match="stopped here"):
             measure_locally(run, show=Recorder())
     first = {p: (run.out / p).stat().st_mtime_ns for p in part_bytes(run.out)}
@@ -175,3 +179,41 @@ def test_finished_shards_are_not_measured_again(
     assert first
     assert {p: (run.out / p).stat().st_mtime_ns for p in first} == first
     assert part_bytes(run.out) == part_bytes(run_into("uninterrupted").out)
+
+
+def test_a_shard_is_measured_while_another_is_written_and_no_third_is_in_memory(
+    run_into: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attlas.extract import shard as module
+    from attlas.extract.store import Store
+    from attlas.flows.measure import measure_locally
+
+    changed = threading.Condition()
+    measured, written = list[int](), list[int]()
+    tables, in_memory = list[weakref.ref[pa.Table]](), list[int]()
+    measure_sequences, write_part = module.measure_sequences, Store.write_part
+
+    def measuring(*arguments: Any, **options: Any) -> Any:
+        result = measure_sequences(*arguments, **options)
+        with changed:
+            measured.append(options["shard"])
+            tables.append(weakref.ref(result[0]["heads"]))
+            changed.notify_all()
+        return result
+
+    def writing_slowly(store: Store, table: str, shard: int, rows: pa.Table) -> Any:
+        if table == "heads":
+            with changed:  # until the next shard has been in the model
+                assert changed.wait_for(lambda: len(measured) >= min(len(written) + 2, shards), 120)
+                in_memory.append(sum(table() is not None for table in tables))
+                written.append(shard)
+        return write_part(store, table, shard, rows)
+
+    run = run_into("out").model_copy(update={"shard_sequences": 1})
+    shards = 6
+    monkeypatch.setattr(module, "measure_sequences", measuring)
+    monkeypatch.setattr(Store, "write_part", writing_slowly)
+    measure_locally(run, show=Recorder())
+    manifest = json.loads((run.out / "manifest.json").read_text())
+    assert manifest["shards"] == len(written) == shards
+    assert max(in_memory) == 2

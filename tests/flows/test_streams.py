@@ -93,13 +93,10 @@ def test_csv_and_json_are_always_utf8(dataset: Path) -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from attlas.extract.job import RunOptions
-    from attlas.extract.pipeline import finish, measure_shard, prepare
+    from attlas.extract.options import RunOptions
+    from tests.extract.runs import complete_run
 
     folder = tmp_path_factory.mktemp("streams")
     (folder / "corpus.txt").write_text("One fox jumps over one dog.")
-    job = prepare(RunOptions(model="demo", corpus=str(folder / "corpus.txt"), out=folder / "out", max_length=32))
-    for shard in job.remaining:
-        measure_shard(job, shard)
-    finish(job)
+    complete_run(RunOptions(model="demo", corpus=str(folder / "corpus.txt"), out=folder / "out", max_length=32))
     return folder / "out"

@@ -11,10 +11,11 @@ from attlas.analysis.query import query
 from attlas.analysis.report import summary, write_report
 from attlas.analysis.verify import verify
 from attlas.extract.errors import Refusal
-from attlas.extract.job import RunOptions
-from attlas.extract.pipeline import finish, measure_shard, measure_shards, prepare
+from attlas.extract.options import RunOptions
+from attlas.extract.run import finish, measure_shard, measure_shards, plan_run
 from attlas.extract.store import MANIFEST, LocalFolder, Storage, open_dataset
 from attlas.extract.store.objects import ObjectStorage
+from tests.extract.runs import complete_run
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +38,27 @@ def contents(storage: Storage) -> dict[str, bytes | None]:
 @pytest.fixture(scope="module")
 def memory(corpus: Path) -> ObjectStorage:
     storage = ObjectStorage(MemoryStore())
-    job = prepare(options(corpus, storage))
-    assert job.shards >= 3
-    measure_shard(job, 1)
-    job = prepare(options(corpus, storage))  # goes on with what is there
-    assert 1 not in job.remaining
-    measure_shards(job, job.remaining)
-    assert finish(job) is storage
+    worker = plan_run(options(corpus, storage)).open_worker()
+    assert worker.plan.shards >= 3
+    measure_shard(worker, 1)
+    planned = plan_run(options(corpus, storage))  # continues with what is there
+    assert 1 not in planned.remaining
+    measure_shards(planned.open_worker(), planned.remaining)
+    assert finish(storage) is storage
     return storage
 
 
 def test_the_dataset_is_that_of_a_run_into_a_folder(memory: ObjectStorage, corpus: Path, tmp_path: Path) -> None:
     folder = LocalFolder(tmp_path / "out")
-    job = prepare(options(corpus, folder))
-    measure_shards(job, job.remaining)
-    finish(job)
+    complete_run(options(corpus, folder))
     assert contents(memory) == contents(folder)
     assert not any(key.startswith("_work") for key in memory.list())
 
 
 def test_the_same_run_again_is_complete_and_another_is_refused(memory: ObjectStorage, corpus: Path) -> None:
-    assert prepare(options(corpus, memory)).complete
+    assert plan_run(options(corpus, memory)).is_complete
     with pytest.raises(Refusal, match=r"memory:// holds a different run, says its manifest\.json"):
-        prepare(RunOptions(model="demo", corpus=str(corpus), out=memory, max_length=16, device="cpu"))
+        plan_run(RunOptions(model="demo", corpus=str(corpus), out=memory, max_length=16, device="cpu"))
 
 
 def test_it_is_whole_and_can_be_asked(memory: ObjectStorage) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from attlas.extract.errors import Refusal
-from attlas.extract.store import Storage, Store, is_key, part_key, sha256_of
+from attlas.extract.store import Identity, Storage, Store, is_key, part_key, sha256_of
 from attlas.extract.store.layout import LOCK, RUN
 from attlas.extract.store.lock import refuse_busy, release_lock, take_lock
 from attlas.extract.store.parts import write_part
@@ -236,24 +236,39 @@ def test_parts_and_records_beyond_a_plan_go(storage: Storage) -> None:
     assert list(storage.list()) == ["_work/records/x.json", "heads/1.parquet"]
 
 
+def run(model: str, **files: int) -> Identity:
+    return Identity({"model": model}, {"name": "texts", "files": files})
+
+
 def test_a_storage_is_taken_by_one_run(storage: Storage) -> None:
     store = Store(storage)
     lock = store.lock()
-    assert store.claim({"model": "a"})
-    assert not store.claim({"model": "a"})
-    assert store.held_run() == {"model": "a"}
+    assert store.claim(run("a"))
+    assert not store.claim(run("a"))
+    assert store.held_identity() == run("a")
     with pytest.raises(
         Refusal, match=r"holds a different run, says its _work/run\.json \(model: there 'a', asked 'b'\)"
     ):
-        store.claim({"model": "b"})
+        store.claim(run("b"))
     storage.put(RUN, b"{}")
     with pytest.raises(Refusal, match=r"_work/run\.json says which run a folder holds, and it is damaged"):
-        store.held_run()
+        store.held_identity()
     lock.release()
+
+
+def test_the_same_recipe_on_another_state_of_the_corpus_is_told_apart(storage: Storage) -> None:
+    Store(storage).claim(run("a", one=1, two=2))
+    with pytest.raises(Refusal, match="holds this run on another state of its corpus") as caught:
+        Store(storage).claim(run("a", two=3, three=3))
+    said = "(corpus file one: there 1, asked None; corpus file three: there None, asked 3; corpus file two: there 2, asked 3)"
+    assert said in str(caught.value)
+    many = {f"file{n}": n for n in range(1, 100)}
+    with pytest.raises(Refusal, match="; and 96 more"):
+        Store(storage).claim(run("b", one=1, two=2, **many))
 
 
 def test_a_storage_that_holds_something_else_is_refused(storage: Storage) -> None:
     storage.put("notes.txt", b"mine")
     with pytest.raises(Refusal, match=r"holds something else \(notes\.txt\) and no run"):
-        Store(storage).claim({"model": "a"})
+        Store(storage).claim(run("a"))
     assert list(storage.list()) == ["notes.txt"]

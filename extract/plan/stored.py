@@ -1,14 +1,13 @@
-"""The stored plan: totals of the pass over the corpus, and a spool per shard, from which the shard is measured.
+"""A plan in a storage: the totals of the corpus, and a spool per shard with everything that measuring it needs.
 
-Both are checked against their SHA-256 whenever they are read; if one is damaged, the corpus is planned again.
+Both are checked against their SHA-256 whenever they are read, so a shard is measured as it was planned or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -17,13 +16,21 @@ from attlas.extract.shapes import Malformed, count, list_of, mapping_of, record,
 from attlas.extract.store import Storage
 from attlas.extract.store.layout import PLAN, SPOOL, WORK, spool_key
 from attlas.extract.store.sealed import get_sealed, put_sealed
+from attlas.extract.tables import TABLES, Table
 
 Progress = Callable[[int, int], None]
+# the columns that each mode of `tokens` keeps of the tokens themselves
+_KEPT: Mapping[str, frozenset[str]] = {
+    "none": frozenset(),
+    "classes": frozenset(),
+    "ids": frozenset({"token_ids"}),
+    "text": frozenset({"token_ids", "text"}),
+}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Totals of the pass; `tokens` includes special tokens and overlaps, `content_tokens` only the documents' ids."""
+    """The totals of a corpus. `tokens` counts special tokens and overlaps of windows, `content_tokens` neither."""
 
     shards: int
     shard_sequences: int
@@ -36,7 +43,7 @@ class Plan:
     spools: tuple[str, ...]  # SHA-256 of each shard's spool
 
 
-_PLAN_SHAPE = record(
+_PLAN = record(
     {
         "shards": count,
         "shard_sequences": count,
@@ -55,29 +62,32 @@ def write_plan(storage: Storage, plan: Plan) -> None:
     put_sealed(storage, PLAN, asdict(plan))
 
 
-def read_plan(storage: Storage, *, progress: Progress | None = None) -> Plan | None:
-    """The finished plan, or None if there is none yet, or it or one of its spools is damaged.
-
-    `progress` is called with the number of checked spools and the number of all spools.
-    """
+def load_plan(storage: Storage) -> Plan | None:
+    """The plan, or None if there is none or it is damaged. Spools are not checked: read_shard does that."""
     try:
-        stored = get_sealed(storage, PLAN)
-        if stored is None:
+        facts = get_sealed(storage, PLAN)
+        if facts is None:
             return None
-        _PLAN_SHAPE(stored, "")
-        facts: dict[str, Any] = {**stored, "spools": tuple(stored["spools"])}
-        plan = Plan(**facts)
-        for shard, digest in enumerate(plan.spools):
-            _read_spool(storage, shard, digest)
-            if progress is not None:
-                progress(shard + 1, plan.shards)
-    except (Damaged, Malformed, TypeError):  # TypeError: keys that a plan does not have
+        _PLAN(facts, "")
+        plan = Plan(**{**facts, "spools": tuple(facts["spools"])})
+    except (Damaged, Malformed, TypeError):  # TypeError: unknown keys
         return None
     return plan if len(plan.spools) == plan.shards else None
 
 
+def read_plan(storage: Storage) -> Plan | None:
+    """The plan, or None if there is none, or it or one of its spools is damaged."""
+    plan = load_plan(storage)
+    try:
+        for shard, digest in enumerate(() if plan is None else plan.spools):
+            _read_spool(storage, shard, digest)
+    except Damaged:
+        return None
+    return plan
+
+
 def read_shard(storage: Storage, shard: int, *, digest: str | None = None) -> tuple[pa.Table, pa.Table]:
-    """(sequences, documents) of a shard. Raises Damaged, also if the spool does not have this digest."""
+    """The sequences and the documents of a shard. Raises Damaged, also if the spool does not have this SHA-256."""
     with pa.BufferReader(_read_spool(storage, shard, digest)) as file:
         try:
             return pa.ipc.open_stream(file).read_all(), pa.ipc.open_stream(file).read_all()
@@ -108,8 +118,19 @@ def write_spool(storage: Storage, shard: int, sequences: pa.Table, documents: pa
 
 
 def clear_plan(storage: Storage) -> None:
-    """Remove a plan and its spools; the plan first, so that it never exists without them."""
+    """Delete a plan and what a killed pass has left; the plan first, so that there is never one without its spools."""
     storage.delete(PLAN)
     for name in storage.names(WORK) or ():
         if name.startswith(SPOOL) and ".arrow" in name:
             storage.delete(f"{WORK}/{name}")
+
+
+def planned_tables(sequences: pa.Table, documents: pa.Table, *, tokens: str) -> dict[str, pa.Table]:
+    """The rows of `sequences` and `documents` of a shard, with the tokens themselves only if that mode keeps them."""
+    planned = {"sequences": sequences, "documents": documents}
+    return {name: _conform(TABLES[name], rows, kept=_KEPT[tokens]) for name, rows in planned.items()}
+
+
+def _conform(table: Table, rows: pa.Table, *, kept: frozenset[str]) -> pa.Table:
+    schema = table.schema(optional=kept & table.optional)
+    return rows.select(schema.names).cast(schema)

@@ -12,10 +12,11 @@ import pytest
 
 import attlas
 from attlas.extract.errors import Refusal
-from attlas.extract.job import RunOptions
-from attlas.extract.pipeline import finish, measure_shard, measure_shards, prepare
+from attlas.extract.options import RunOptions
+from attlas.extract.run import finish, measure_shard, plan_run
 from attlas.extract.store import MANIFEST, WORK, file_sha256
 from attlas.extract.tables import TABLES
+from tests.extract.runs import complete_run
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the quick brown fox jumps again.",
@@ -38,9 +39,7 @@ def run(corpus: Path, out: Path, **changes) -> Path:
     options = RunOptions(
         **({"model": "demo", "corpus": str(corpus), "out": out, "max_length": 32, "shard_sequences": 4} | changes)
     )
-    job = prepare(options)
-    measure_shards(job, job.remaining)
-    finish(job)
+    complete_run(options)
     return out
 
 
@@ -59,26 +58,26 @@ def test_two_runs_give_the_same_bytes_in_every_file(corpus, dataset, tmp_path):
 
 def test_a_run_that_stopped_between_any_two_shards_goes_on_to_the_same_bytes(corpus, dataset, tmp_path):
     options = RunOptions(model="demo", corpus=str(corpus), out=tmp_path / "c", max_length=32, shard_sequences=4)
-    shards = prepare(options).shards
-    assert shards >= 3
-    for shard in reversed(range(shards)):  # each time a new start, and in another order
-        job = prepare(options)
-        assert shard in job.remaining
-        measure_shard(job, shard)
-    assert parts(finish(prepare(options))) == parts(dataset)
+    shards = plan_run(options).remaining
+    assert len(shards) >= 3
+    for shard in reversed(shards):  # each time a new start, and in another order
+        planned = plan_run(options)
+        assert shard in planned.remaining
+        measure_shard(planned.open_worker(), shard)
+    assert parts(finish(options.out)) == parts(dataset)
 
 
 def test_a_part_that_was_cut_off_is_measured_again(corpus, dataset, tmp_path):
     options = RunOptions(model="demo", corpus=str(corpus), out=tmp_path / "d", max_length=32, shard_sequences=4)
-    job = prepare(options)
-    for shard in job.remaining:
-        measure_shard(job, shard)
+    planned = plan_run(options)
+    for shard in planned.remaining:
+        measure_shard(planned.open_worker(), shard)
     part = tmp_path / "d" / "heads" / "shard-00001.parquet"
     part.write_bytes(part.read_bytes()[:100])
-    again = prepare(options)
+    again = plan_run(options)
     assert again.remaining == [1]
-    measure_shard(again, 1)
-    assert parts(finish(again)) == parts(dataset)
+    measure_shard(again.open_worker(), 1)
+    assert parts(finish(options.out)) == parts(dataset)
 
 
 def test_rows_do_not_depend_on_the_shard_size_or_the_batches(corpus, dataset, tmp_path):

@@ -1,0 +1,101 @@
+"""The inputs of a model for a batch of planned sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Int
+
+from attlas.extract.capture.batch import Batch, Tokens
+from attlas.extract.engines.visibility import Axis
+from attlas.extract.instrument import Instrument
+from attlas.extract.model.inputs import MASK_OF
+from attlas.extract.model.measured_model import TOKEN_TYPES, ImageCorpus
+from attlas.extract.model.modality import accepts_input
+from attlas.extract.model.special_tokens import SpecialTokens
+
+
+class SequenceInput(NamedTuple):
+    """A sequence: its length in tokens, and its token ids, or the name and SHA-256 of its image."""
+
+    tokens: int
+    content: Any
+
+
+def sequence_inputs(instrument: Instrument, sequences: pa.Table) -> list[SequenceInput]:
+    """The planned sequences of a shard."""
+    if instrument.measured_model.images is None:
+        ids = (np.asarray(row.as_py(), np.int64) for row in sequences["token_ids"])
+        return [SequenceInput(len(row), row) for row in ids]
+    columns = (sequences[name].to_pylist() for name in ("tokens", "image", "sha256"))
+    return [SequenceInput(tokens, (image, sha256)) for tokens, image, sha256 in zip(*columns, strict=True)]
+
+
+def batch_inputs(instrument: Instrument, sequences: Sequence[SequenceInput]) -> tuple[dict[str, Any], Batch]:
+    """The keyword arguments of the model's forward, and what the capture needs to know about the batch."""
+    content = [sequence.content for sequence in sequences]
+    images = instrument.measured_model.images
+    return _text_batch(instrument, content) if images is None else _image_batch(instrument, images, content)
+
+
+def _image_batch(
+    instrument: Instrument, images: ImageCorpus, rows: list[tuple[str, str]]
+) -> tuple[dict[str, Any], Batch]:
+    """Pixels in the model's type. All images have the same shape, so there is no padding."""
+    pixels = np.stack([images.pixels(*row) for row in rows])
+    (name,) = instrument.measured_model.inputs
+    tensor = _to_device(instrument.encoder.device, pixels).to(instrument.encoder.dtype)
+    return {name: tensor}, Batch(len(rows), grids=images.grids)
+
+
+def _text_batch(instrument: Instrument, rows: list[np.ndarray]) -> tuple[dict[str, Any], Batch]:
+    """Token ids, padded on the right, with masks and token types."""
+    encoder, measured_model = instrument.encoder, instrument.measured_model
+    tokens = max(len(row) for row in rows)
+    padding = encoder.tokenizer.pad_token_id
+    ids = np.full((len(rows), tokens), 0 if padding is None else padding, np.int64)
+    is_token = np.zeros((len(rows), tokens), np.int64)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)], is_token[place, : len(row)] = row, 1
+    id_tensor, mask = _to_device(encoder.device, ids), _to_device(encoder.device, is_token)
+    length = mask.sum(-1)
+    columns = {}
+    if instrument.classes is not None:
+        columns = {
+            "ids": id_tensor,
+            "classes": _to_device(encoder.device, instrument.classes[ids].astype(np.int64)),
+        }
+    inputs: dict[str, Any] = {}
+    if measured_model.special is not None:
+        inputs = {TOKEN_TYPES: _to_device(encoder.device, _token_types(measured_model.special, rows, tokens))}
+    texts = {}
+    for name in measured_model.inputs:
+        inputs |= {name: id_tensor, MASK_OF[name]: mask}
+        # an axis per input: queries and keys with the same axis are the same tokens
+        texts[name] = Tokens(Axis(torch.zeros_like(length), length, tokens), **columns)
+    if _uses_cache(measured_model.model):
+        inputs["use_cache"] = False  # for tokens that never come
+    return inputs, Batch(len(rows), texts)
+
+
+def _uses_cache(model: torch.nn.Module) -> bool:
+    """Whether the model keeps keys and values for later tokens unless told otherwise."""
+    return bool(getattr(getattr(model, "config", None), "use_cache", False)) and accepts_input(model, "use_cache")
+
+
+def _token_types(special: SpecialTokens, rows: list[np.ndarray], tokens: int) -> Int[np.ndarray, "batch token"]:
+    """The token types that the tokenizer gives these sequences; 0 at padding."""
+    types = np.zeros((len(rows), tokens), np.int64)
+    for place, row in enumerate(rows):
+        types[place, : len(row)] = special.types_of(len(row))
+    return types
+
+
+def _to_device(device: torch.device, values: np.ndarray) -> torch.Tensor:
+    """The values on a device; to CUDA from pinned memory, without waiting for the copy."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,0 +1,45 @@
+"""The identity of a run: its recipe, and the snapshot of the corpus that it was made from.
+
+Two runs with the same identity write the same dataset. With the same recipe they measure the same way, possibly another
+state of the corpus.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+from attlas.extract.corpus import Corpus
+from attlas.extract.instrument import Instrument
+from attlas.extract.options import RunOptions
+from attlas.extract.store import Identity
+from attlas.extract.tables import SCHEMA_VERSION
+
+# options that do not change the dataset, or are represented by what they stand for
+_NOT_IN_RECIPE = {"out", "corpus", "model", "digest_key", "device", "dtype", "engine"}
+
+
+def identity_of(options: RunOptions, instrument: Instrument, corpus: Corpus, *, batch_tokens: int) -> Identity:
+    """The identity of a run that is about to be planned."""
+    snapshot = {"name": corpus.name, "files": dict(corpus.files)}
+    return Identity(recipe_of(options, instrument, batch_tokens=batch_tokens), snapshot)
+
+
+def recipe_of(options: RunOptions, instrument: Instrument, *, batch_tokens: int) -> dict[str, Any]:
+    """Everything besides the corpus that decides what is written: model, tokenizer, settings, tables, versions."""
+    encoder = instrument.encoder
+    return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _NOT_IN_RECIPE} | {
+        "schema_version": SCHEMA_VERSION,
+        "attlas": version("attlas"),
+        "model": encoder.name,
+        "revision": encoder.revision,
+        **instrument.digests,
+        "tables": [table.name for table in instrument.tables],
+        "max_length": instrument.max_length,
+        "batch_tokens": batch_tokens,
+        "device": encoder.device.type,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "engine": instrument.engine.name,
+        "digest_keyed": options.digest_key is not None,
+    }

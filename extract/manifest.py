@@ -1,0 +1,138 @@
+"""The manifest of a run: a draft of it when the run is planned, the parts once they are written."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from attlas.extract.collector import left_to_reference
+from attlas.extract.instrument import Instrument
+from attlas.extract.model.token_classes import class_sizes
+from attlas.extract.plan import Plan
+from attlas.extract.store import Identity, ShardRecord
+from attlas.extract.tables import SCHEMA_VERSION, TABLES
+
+if TYPE_CHECKING:
+    from attlas.extract.capture.layout import Attention
+
+_SOFTWARE = ("attlas", "torch", "transformers", "pyarrow", "numpy")
+
+
+def draft_manifest(identity: Identity, instrument: Instrument, plan: Plan) -> dict[str, Any]:
+    """Everything about a run but what its shards add: what is measured, and with what."""
+    recipe = identity.recipe
+    images = instrument.measured_model.images
+    software = (*_SOFTWARE, *(() if images is None else ("pillow",)))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run": dict(recipe),
+        "model": _model_facts(recipe, instrument),
+        **_reader_facts(recipe, instrument),
+        "corpus": {
+            **identity.corpus,
+            "digest": plan.corpus_digest,
+            "digest_keyed": recipe["digest_keyed"],
+            "documents": plan.documents,
+            "sequences": plan.sequences,
+            "tokens": plan.tokens,
+            "content_tokens": plan.content_tokens,
+            "dropped": plan.dropped,
+        },
+        "software": {"python": platform.python_version()} | {name: version(name) for name in software},
+        "engine": recipe["engine"],
+        "by_reference": _left_to_reference(instrument),
+        "device": recipe["device"],
+        "dtype": recipe["dtype"],
+        "shards": plan.shards,
+    }
+
+
+def complete_manifest(draft: Mapping[str, Any], records: Iterable[ShardRecord]) -> dict[str, Any]:
+    """The draft with the parts and counts of all shards."""
+    records = list(records)
+    padded, positions = (sum(record.facts[name] for record in records) for name in ("padded", "positions"))
+    written = [name for name in TABLES if any(name in record.parts for record in records)]
+    return {
+        **draft,
+        "padding_waste": padded / positions if positions else 0.0,
+        "tables": {name: _table_facts(name, records) for name in written},
+    }
+
+
+def _table_facts(table: str, records: Sequence[ShardRecord]) -> dict[str, Any]:
+    parts = [record.parts[table] for record in records if table in record.parts]
+    return {"rows": sum(part.rows for part in parts), "parts": [asdict(part) for part in parts]}
+
+
+def _left_to_reference(instrument: Instrument) -> dict[str, list[str]]:
+    images = instrument.measured_model.images
+    has_grids = images is not None and bool(images.grids)
+    absent = () if has_grids else ("grid",)
+    return left_to_reference(instrument.tables, instrument.measured_model.layout, instrument.engine, absent=absent)
+
+
+def _reader_facts(recipe: Mapping[str, Any], instrument: Instrument) -> dict[str, Any]:
+    """The tokenizer, or the image processor and what an image becomes."""
+    images = instrument.measured_model.images
+    if images is None:
+        return {"tokenizer": _tokenizer_facts(recipe, instrument)}
+    preprocessing = images.preprocessing
+    facts = {
+        "preprocessor": type(preprocessing.processor).__name__,
+        "digest": recipe["processor_digest"],
+        "pixels": list(preprocessing.shape),
+        "tokens": preprocessing.tokens,
+        "grids": {
+            stack: {"rows": g.rows, "columns": g.columns, "first_patch": g.prefix} for stack, g in images.grids.items()
+        },
+    }
+    return {"images": facts}
+
+
+def _tokenizer_facts(recipe: Mapping[str, Any], instrument: Instrument) -> dict[str, Any]:
+    """`classes`: the number of tokens of each class in the vocabulary; `notes`: settings of its folder that are ignored."""
+    encoder, classes = instrument.encoder, instrument.classes
+    return {
+        "name": type(encoder.tokenizer).__name__,
+        "digest": recipe["tokenizer_digest"],
+        "inputs": instrument.measured_model.input_names,
+        "lower_case": encoder.settings.lower_case,
+        "classes": None if classes is None else class_sizes(encoder.tokenizer, classes),
+        "notes": list(encoder.settings.notes),
+    }
+
+
+def _model_facts(recipe: Mapping[str, Any], instrument: Instrument) -> dict[str, Any]:
+    """`stack`, `layers` and `heads` are null if there are several stacks, `heads` also if layers differ."""
+    encoder, measured_model = instrument.encoder, instrument.measured_model
+    layout = measured_model.layout
+    grids = {} if measured_model.images is None else measured_model.images.grids
+    stacks = [_stack_facts(stack, layout.of(stack), is_grid=stack in grids) for stack in layout.stacks]
+    single = stacks[0] if len(stacks) == 1 else dict.fromkeys(("stack", "layers", "heads"))
+    return single | {
+        "name": encoder.name,
+        "title": encoder.title or encoder.name,
+        "revision": encoder.revision,
+        "weights_digest": recipe["weights_digest"],
+        "architecture": type(encoder.model).__name__,
+        "measured": type(measured_model.model).__name__,
+        "stacks": stacks,
+        "width": layout.width,
+        "parameters": sum(p.numel() for p in encoder.model.parameters()),
+        "residual": layout.residual_refusal or "measured",
+        "layout": layout.described,
+    }
+
+
+def _stack_facts(stack: str, attentions: Sequence[Attention], *, is_grid: bool) -> dict[str, Any]:
+    """`of_tokens`: whether the queries and the keys of every layer are the tokens that `sequences` counts."""
+    heads = {a.heads for a in attentions}
+    return {
+        "stack": stack,
+        "layers": len(attentions),
+        "heads": heads.pop() if len(heads) == 1 else None,
+        "of_tokens": is_grid or all(None not in (a.queries, a.keys) for a in attentions),
+    }

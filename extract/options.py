@@ -1,0 +1,102 @@
+"""The options of a run, and the checks that need neither the model nor the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from attlas.extract.corpus import Corpus, open_corpus
+from attlas.extract.errors import Refusal
+from attlas.extract.model.folder import check_model_name
+from attlas.extract.model.measured_model import Stacks
+from attlas.extract.store import Location, Store
+from attlas.extract.tables import recorded_tables
+
+TokenMode = Literal["none", "classes", "ids", "text"]
+Progress = Callable[[str, int, int | None], None]  # stage, done, total
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What the user asks for; the same options give the same dataset, byte for byte, on machines of the same kind."""
+
+    model: str
+    corpus: str
+    out: Location
+    max_length: int | None = None  # default: the model's own, at most 512
+    stride: int = 0
+    limit: int | None = None
+    tokens: TokenMode = "classes"
+    tables: Collection[str] = ()  # on request, besides those of every run
+    stacks: Stacks = "encoder"  # of an encoder–decoder model
+    text_column: str = "text"
+    unit: Literal["document", "paragraph", "line"] = "document"
+    delimiter: str | None = None  # default: a comma for CSV, a tab for TSV
+    encoding: str = "auto"  # by a byte order mark, else UTF-8
+    shard_sequences: int = 256
+    batch_tokens: int | None = None  # default: as the run was begun, or else what fits into memory
+    dtype: str = "auto"
+    device: str = "auto"
+    engine: str = "auto"
+    digest_key: Path | None = None
+    strict: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+
+def check_options(options: RunOptions) -> Corpus:
+    """Check everything that can be checked before the model is loaded; returns the opened corpus. Raises Refusal."""
+    for name, lowest in (("max_length", 1), ("stride", 0), ("limit", 1), ("shard_sequences", 1), ("batch_tokens", 1)):
+        value = getattr(options, name)
+        if value is not None and value < lowest:
+            raise Refusal(f"{name} must be at least {lowest}; got {value}; give a larger number")
+    recorded_tables(options.tables)
+    check_model_name(options.model, trust_remote_code=options.trust_remote_code)
+    read_key(options.digest_key)
+    store = Store.at(options.out)
+    store.refuse_foreign()
+    store.refuse_busy()
+    corpus = open_corpus(
+        options.corpus,
+        text_column=options.text_column,
+        unit=options.unit,
+        delimiter=options.delimiter,
+        encoding=options.encoding,
+        limit=options.limit,
+        strict=options.strict,
+    )
+    if corpus.has_images:
+        _refuse_text_options(options)
+    return corpus
+
+
+def read_key(path: Path | None) -> bytes | None:
+    """The secret for document digests, if there is one. Raises Refusal."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise Refusal(
+            f"--digest-key names a file with a secret in it; there is none at {path}; make one of 32 random bytes"
+        )
+    key = path.read_bytes()
+    if len(key) < 16:
+        raise Refusal(f"a digest key has at least 16 bytes; {path} has {len(key)}; make one of 32 random bytes")
+    return key
+
+
+def _refuse_text_options(options: RunOptions) -> None:
+    """Raise Refusal for options that a corpus of images does not have."""
+    text_options = {
+        "--max-length": options.max_length is not None,
+        "--stride": options.stride > 0,
+        f"--tokens {options.tokens}": options.tokens in ("ids", "text"),
+        "--stacks all": options.stacks == "all",
+    }
+    given = [name for name, is_given in text_options.items() if is_given]
+    if given:
+        raise Refusal(
+            f"an image is one sequence, without ids, text or tokens for a decoder; {', '.join(given)} can't be asked of "
+            f"{options.corpus}; leave it out"
+        )

@@ -1,0 +1,13 @@
+"""The plan of a run: one pass over the corpus cuts documents into sequences, and sequences into shards.
+
+`texts` and `images` make a plan, by way of `spool`; `stored` reads and writes it. A shard's spool holds everything that
+measuring the shard needs, so any worker can measure any shard without reading the corpus.
+"""
+
+from attlas.extract.plan.images import make_image_plan as make_image_plan
+from attlas.extract.plan.stored import Plan as Plan
+from attlas.extract.plan.stored import load_plan as load_plan
+from attlas.extract.plan.stored import planned_tables as planned_tables
+from attlas.extract.plan.stored import read_plan as read_plan
+from attlas.extract.plan.stored import read_shard as read_shard
+from attlas.extract.plan.texts import make_plan as make_plan

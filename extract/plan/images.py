@@ -1,0 +1,54 @@
+"""Plan a corpus of images: each is one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from attlas.extract.corpus import Document, refuse_unreadable
+from attlas.extract.model.images import ImagePreprocessing, Unreadable
+from attlas.extract.plan.spool import Spool
+from attlas.extract.plan.stored import Plan, Progress, clear_plan, write_plan
+from attlas.extract.store import Storage
+
+
+def make_image_plan(
+    corpus: Iterable[Document],
+    preprocessing: ImagePreprocessing,
+    *,
+    storage: Storage,
+    shard_sequences: int,
+    digest_key: bytes | None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Read the images once, write the spool of each shard, then the plan. Raises Refusal.
+
+    A spool names the image files, which are read again when they are measured. Every image is preprocessed here too, so that
+    unusable ones are known before the model runs. `progress` receives the documents and tokens so far.
+    """
+    clear_plan(storage)
+    spool = Spool(storage, shard_sequences, digest_key)
+    for document in corpus:
+        content, reason = _read_image(document, preprocessing)
+        if strict:
+            refuse_unreadable(replace(document, dropped_reason=reason))
+        spool.add_image(document, content, reason, tokens=preprocessing.tokens, special=preprocessing.special)
+        if progress is not None:
+            progress(spool.documents, spool.tokens)
+    plan = spool.finish()
+    write_plan(storage, plan)
+    return plan
+
+
+def _read_image(document: Document, preprocessing: ImagePreprocessing) -> tuple[bytes | None, str | None]:
+    """The bytes of a usable image and None, or None and the reason to drop it."""
+    assert document.file is not None, "a document of an image corpus is a file"
+    try:
+        content = document.file.read_bytes()
+        preprocessing.pixels(content)
+    except OSError as error:
+        return None, f"unreadable: {type(error).__name__}"
+    except Unreadable as error:
+        return None, str(error)
+    return content, None

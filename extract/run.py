@@ -1,0 +1,269 @@
+"""A run: a driver plans and finishes it; workers measure its shards, in any order, in any process, on any machine.
+
+    plan_run      checks the options, loads the model, claims the output, writes the plan      driver, once
+    open_worker   loads the model, compares it with the planned one                            every worker
+    measure_shard measures one shard, writes its parts and then its record                     any worker
+    finish        writes card and manifest when every shard has its record                     driver; needs no model
+
+Each step can be killed and called again. A shard with a record is done. What calls `measure_shard` — a loop, threads, Prefect,
+a cluster — changes no byte of the dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from attlas.extract.corpus import Corpus, image_folder
+from attlas.extract.dictionary import dataset_card
+from attlas.extract.errors import Damaged, Refusal
+from attlas.extract.identity import identity_of, recipe_of
+from attlas.extract.instrument import Instrument, open_instrument
+from attlas.extract.manifest import complete_manifest, draft_manifest
+from attlas.extract.options import Progress, RunOptions, check_options, read_key
+from attlas.extract.plan import (
+    Plan,
+    load_plan,
+    make_image_plan,
+    make_plan,
+    planned_tables,
+    read_plan,
+    read_shard,
+)
+from attlas.extract.store import Identity, Location, Lock, ShardRecord, Store, recipe_differences
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# one shard is in the model while another is written; a third would only use memory
+SHARDS_AT_ONCE = 2
+
+
+def run(*, progress: Progress | None = None, **options: Any) -> Location:
+    """Measure a corpus with a model in this process: the dataset that `attlas run` writes, without Prefect or a report.
+
+    options: the fields of RunOptions, such as model, corpus and out; `tables` names those on request to write as well.
+    progress(stage, done, total): called while the model is loaded and the corpus planned. Returns the dataset's location. An
+    interrupted run continues where it stopped. Raises Refusal for what can't be measured.
+    """
+    planned = plan_run(RunOptions(**options), progress=progress)
+    if not planned.is_complete:
+        measure_shards(planned.open_worker(), planned.remaining)
+    return finish(planned.options.out)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run whose output is claimed and whose shards are planned. Others can't write to the output while it is locked."""
+
+    options: RunOptions
+    store: Store
+    identity: Identity
+    instrument: Instrument
+    plan: Plan | None = None  # None: the dataset is finished
+    lock: Lock | None = None  # until the run is finished, or this object is deleted
+
+    @property
+    def is_complete(self) -> bool:
+        return self.plan is None
+
+    @property
+    def remaining(self) -> list[int]:
+        """The shards without a record."""
+        shards = 0 if self.plan is None else self.plan.shards
+        return [shard for shard in range(shards) if self.store.read_record(shard) is None]
+
+    def open_worker(self) -> Worker:
+        """A worker in this process, which uses the model that is already loaded."""
+        return open_worker(self.options, instrument=self.instrument)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Everything needed to measure any shard of a planned run."""
+
+    store: Store
+    plan: Plan
+    instrument: Instrument
+    batch_tokens: int
+    tokens: str  # what the dataset keeps of the tokens themselves
+
+    def rows_of(self, shard: int) -> tuple[pa.Table, pa.Table]:
+        """The sequences and documents of a shard, as planned. Raises Damaged."""
+        return read_shard(self.store.storage, shard, digest=self.plan.spools[shard])
+
+
+def plan_run(
+    options: RunOptions, *, instrument: Instrument | None = None, progress: Progress | None = None
+) -> PlannedRun:
+    """Check the options, load and examine the model, claim the output, and plan the shards or read their plan.
+
+    instrument: the model of these options if it is loaded already. Raises Refusal.
+    """
+    report = progress or _no_progress
+    corpus = check_options(options)
+    if instrument is None:
+        instrument = open_instrument(options, images=corpus.folder, progress=report)
+    store = Store.at(options.out)
+    batch_tokens = options.batch_tokens or _begun_batch_tokens(store) or instrument.default_batch_tokens
+    identity = identity_of(options, instrument, corpus, batch_tokens=batch_tokens)
+    return _claim_and_plan(PlannedRun(options, store, identity, instrument), corpus, report)
+
+
+def open_worker(
+    options: RunOptions, *, instrument: Instrument | None = None, progress: Progress | None = None
+) -> Worker:
+    """Load the model of a planned run. Neither claims nor plans, and does not read the corpus.
+
+    options: those of the driver. instrument: the model of these options if it is loaded already. Raises Refusal if no run
+    is planned at `out`, or if anything of the model or the settings differs from the plan.
+    """
+    store = Store.at(options.out)
+    identity, plan = store.held_identity(), load_plan(store.storage)
+    if identity is None or plan is None:
+        raise Refusal(
+            f"a worker measures shards of a planned run; {store.storage.place()} holds none; start the run itself first"
+        )
+    if instrument is None:
+        images = image_folder(options.corpus) if "images" in store.read_draft() else None
+        instrument = open_instrument(options, images=images, progress=progress or _no_progress)
+    batch_tokens = identity.recipe["batch_tokens"]
+    differences = recipe_differences(identity, recipe_of(options, instrument, batch_tokens=batch_tokens))
+    if differences:
+        raise Refusal(
+            f"a worker measures as planned; {store.storage.place()} was planned otherwise ({'; '.join(differences)}); "
+            "give it the same model, options and software"
+        )
+    return Worker(store, plan, instrument, batch_tokens, options.tokens)
+
+
+def measure_shards(
+    worker: Worker, shards: Iterable[int], *, progress: Callable[[int, int], None] | None = None
+) -> list[ShardRecord]:
+    """Measure shards in two threads, so that one is in the model while another is written; returns their records in order.
+
+    The first error is raised after the other shard has ended. A shard without a record is not done.
+    """
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:
+        return list(threads.map(lambda shard: measure_shard(worker, shard, progress=progress), shards))
+
+
+def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], None] | None = None) -> ShardRecord:
+    """Measure a shard, write its parts and then its record; a shard with a record stays as it is.
+
+    progress(tokens, documents): called after each batch with its tokens and the number of documents that are done with it.
+    Threads take turns at the model.
+    """
+    record = worker.store.read_record(shard)
+    if record is not None:
+        return record
+    from attlas.extract.shard import measure_sequences
+
+    sequences, documents = worker.rows_of(shard)
+    tables, facts = measure_sequences(
+        worker.instrument, sequences, shard=shard, batch_tokens=worker.batch_tokens, progress=progress
+    )
+    tables |= planned_tables(sequences, documents, tokens=worker.tokens)
+    parts = {name: worker.store.write_part(name, shard, table) for name, table in sorted(tables.items())}
+    record = ShardRecord(shard, parts, facts, worker.plan.spools[shard])
+    worker.store.write_record(record)
+    return record
+
+
+def finish(out: Location) -> Location:
+    """Write card and manifest once every shard has its record; a finished dataset stays as it is. Returns `out`."""
+    store = Store.at(out)
+    if store.manifest is None:
+        plan = load_plan(store.storage)
+        if plan is None:
+            raise Damaged(f"{store.storage.place()} holds no plan; the same command plans again")
+        records = [store.read_record(shard) for shard in range(plan.shards)]
+        missing = [str(shard) for shard, record in enumerate(records) if record is None]
+        if missing:
+            raise RuntimeError(
+                f"a dataset is finished when all its shards are; missing: {', '.join(missing)}; run it again"
+            )
+        manifest = complete_manifest(store.read_draft(), [record for record in records if record is not None])
+        store.finish(manifest, dataset_card(manifest))
+    elif store.has_work:
+        store.clear_work()
+    store.unlock()
+    return out
+
+
+def _claim_and_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) -> PlannedRun:
+    """The run with its output claimed and locked and its shards planned; without a plan if the dataset is finished."""
+    store, existed = planned.store, planned.store.exists
+    store.refuse_another(planned.identity)
+    if store.manifest is not None and not store.has_work:
+        return planned
+    lock = store.lock()
+    try:
+        is_new = store.claim(planned.identity)
+        if store.manifest is not None:
+            finish(planned.options.out)
+            return planned
+        try:
+            plan = _read_or_make_plan(planned, corpus, progress)
+        except Refusal:
+            if is_new:
+                store.clear_work()
+            raise
+        store.write_draft(draft_manifest(planned.identity, planned.instrument, plan))
+    except BaseException:
+        lock.release()
+        if not existed:
+            store.storage.remove_if_empty()
+        raise
+    return replace(planned, plan=plan, lock=lock)
+
+
+def _read_or_make_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) -> Plan:
+    """The plan; what an earlier run has left is deleted unless it is intact and belongs to this plan."""
+    store = planned.store
+    store.clear_obstacles()
+    was_begun = store.has_records
+    plan = read_plan(store.storage)
+    if plan is None:
+        plan = _make_plan(planned, corpus, lambda documents, _: progress("plan", documents, None))
+    progress("plan", plan.documents, plan.documents)
+    store.discard_beyond(plan.shards)
+    for shard, spool in enumerate(plan.spools):
+        store.discard_damaged(shard, spool=spool)
+        if was_begun:
+            progress("check", shard + 1, plan.shards)
+    return plan
+
+
+def _make_plan(planned: PlannedRun, corpus: Corpus, progress: Callable[[int, int], None]) -> Plan:
+    options, instrument = planned.options, planned.instrument
+    common: dict[str, Any] = {
+        "storage": planned.store.storage,
+        "shard_sequences": options.shard_sequences,
+        "digest_key": read_key(options.digest_key),
+        "strict": options.strict,
+        "progress": progress,
+    }
+    images = instrument.measured_model.images
+    if images is not None:
+        return make_image_plan(corpus, images.preprocessing, **common)
+    return make_plan(
+        corpus,
+        instrument.encoder.tokenizer,
+        max_length=instrument.max_length,
+        stride=options.stride,
+        keep_text=options.tokens == "text",
+        **common,
+    )
+
+
+def _no_progress(_stage: str, _done: int, _total: int | None) -> None:
+    """Ignores progress."""
+
+
+def _begun_batch_tokens(store: Store) -> int | None:
+    """The batch size of the run in the store: it stays the same, whatever memory is free today."""
+    identity = store.held_identity()
+    return None if identity is None else identity.recipe.get("batch_tokens")
