@@ -1,4 +1,4 @@
-"""Engines: the same row quantities in several ways. An engine makes one attention call: its output and its `Rows`."""
+"""Engines: different implementations of the same row quantities. An engine computes the output and the `Rows` of a call."""
 
 from __future__ import annotations
 
@@ -23,37 +23,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FusedPass:
-    """Attention calls and their row quantities in one pass.
+    """Output and row quantities of an attention call in one pass.
 
-    `makes` are the row quantities that it makes, where they are known of a call, of the calls that it `takes`.
+    `makes` are the row quantities that it computes, if the call has what they need, and `takes` tests whether it supports
+    a call.
     """
 
     makes: frozenset[str]
     takes: Callable[[AttentionCall | ScoredCall], bool]
     attend: Callable[[AttentionCall, Callable[[], Tensor]], tuple[Tensor, Rows]]
-    rows_of_scores: Callable[[ScoredCall, Tensor], Rows] | None = None  # None: it takes no call that is made already
+    rows_of_scores: Callable[[ScoredCall, Tensor], Rows] | None = (
+        None  # None if it does not support calls that the model computes
+    )
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How attention calls are made and summed up.
+    """Computes attention calls and sums up their rows.
 
-    What its fused pass does not take or make is left to the reference engine, which makes everything.
+    The reference engine, which supports everything, does what the fused pass does not take or make.
     """
 
     name: str
     fused: FusedPass | None
     sum_rows: Callable[..., HeadSums]
-    compiled: bool = False  # the residual stream is read by compiled code as well
+    compiled: bool = False  # whether compiled code also reads the residual stream
     is_ready: Callable[[], bool] = lambda: True
-    make_ready: Callable[[], None] = lambda: None  # what would otherwise be done in the first batch
+    make_ready: Callable[[], None] = lambda: None  # work that would otherwise delay the first batch
 
     def attend(
         self, call: AttentionCall, call_original: Callable[[], Tensor], wanted: Collection[str]
     ) -> tuple[Float[Tensor, "batch head query value_width"], Rows]:
-        """Output of an attention call, and those of the wanted row quantities that are known of it.
+        """Output of an attention call, and the wanted row quantities for which the call has what they need.
 
-        `call_original` makes the call as the model would, for what an engine leaves to it.
+        `call_original` makes the call as the model would.
         """
         from attlas.extract.engines import reference
 
@@ -65,7 +68,7 @@ class Engine:
         return output, _complement(rows, needed, output, known)
 
     def rows_of_scores(self, call: ScoredCall, output: Tensor, wanted: Collection[str]) -> Rows:
-        """Those of the wanted row quantities that are known of a call which the model has made itself."""
+        """The wanted row quantities of a call that the model computed, if the call has what they need."""
         from attlas.extract.engines import reference
 
         known = known_quantities(wanted, call.facts)
@@ -75,15 +78,15 @@ class Engine:
         return _complement(self.fused.rows_of_scores(needed, output), needed, output, known)
 
     def head_sums(self, observation: HeadObservation, names: Sequence[str], *, profiles: bool = False) -> HeadSums:
-        """The named head quantities of an observation, and its profiles where asked for."""
+        """The named head quantities of an observation, and its profiles if asked for."""
         return self.sum_rows(observation, names, profiles=profiles)
 
     def left_to_reference(self, wanted: Collection[str]) -> list[str]:
-        """Those of the wanted row quantities that the reference engine makes in this one's stead."""
+        """The wanted row quantities that this engine leaves to the reference engine."""
         return [] if self.fused is None else sorted(set(wanted) - self.fused.makes)
 
     def residual_left_to_reference(self, columns: Collection[str]) -> list[str]:
-        """Those of the residual columns that are computed in plain torch, not by the compiled pass."""
+        """The residual columns that are computed in torch, not by compiled code."""
         if not self.compiled:
             return []
         from attlas.extract.engines import residual_cpu
@@ -92,14 +95,14 @@ class Engine:
 
 
 def _without_unneeded(call: Call, known: Collection[str]) -> Call:
-    """The call without what nothing wanted needs, so that no engine works on it."""
+    """The call without the fields that no wanted quantity needs."""
     fields: Mapping[Fact, str] = {"projection": "write", "token_ids": "token_ids", "grid": "grid"}
     needs = needs_of(known)
     return replace(call, **{field: None for fact, field in fields.items() if fact not in needs})
 
 
 def _complement(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, known: frozenset[str]) -> Rows:
-    """The known quantities: the engine's own, and what it did not make by the reference engine."""
+    """Add the quantities that the engine did not make, computed by the reference engine."""
     from attlas.extract.engines import reference
 
     made = {name: values for name, values in rows.quantities.items() if name in known}
@@ -140,12 +143,12 @@ def _triton() -> Engine:
 
 
 _ENGINES: Mapping[str, Callable[[], Engine]] = {"reference": _reference, "cpu": _cpu, "triton": _triton}
-# the device that an engine is for; the others run on any
+# engines for one type of device; the others run on any
 _DEVICES = {"cpu": "cpu", "triton": "cuda"}
 
 
 def choose(name: str, *, device: str = "cpu") -> Engine:
-    """The engine of that name; `auto` takes the fastest that runs there."""
+    """The engine of this name; `auto` is the fastest one for the device."""
     chosen = _fastest(device) if name == "auto" else name
     if chosen not in _ENGINES:
         raise Refusal(f"an engine is one of auto, {', '.join(_ENGINES)}; got {name!r}; choose one of them")

@@ -1,7 +1,7 @@
-"""Memory for what an engine makes, used again once nobody holds it.
+"""Buffers for the results of an engine, which are reused once they are no longer referenced.
 
-A layer's arrays are as large as the one's before. Taken from the common heap they would leave holes among the model's own
-states, so that the process grew with every layer, and every page of them would be cleared anew.
+The arrays of all layers have the same size. Allocated on the heap they would fragment it, so that the process would grow
+with every layer, and the system would clear all their pages again.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import numpy as np
 _BUFFERS: list[np.ndarray] = []
 
 
-def _references(held: list[np.ndarray], place: int) -> int:
-    return sys.getrefcount(held[place])
+def _references(buffers: list[np.ndarray], place: int) -> int:
+    return sys.getrefcount(buffers[place])
 
 
-_OF_A_FREE_ONE = _references([np.empty(0)], 0)  # the list's and the question's own, as this Python counts them
+# references from the list and from the call itself, as this version of Python counts them
+_FREE_REFERENCES = _references([np.empty(0)], 0)
 
 
 def empty(shape: tuple[int, ...], kind: Any) -> np.ndarray:
-    """An array with anything in it; its memory is used again when this array, its views and tensors are gone."""
+    """An uninitialised array, whose memory is reused when the array and all its views and tensors are gone."""
     size = math.prod(shape) * np.dtype(kind).itemsize
     buffer = _free_buffer(size)
     if buffer is None:
@@ -34,8 +35,8 @@ def empty(shape: tuple[int, ...], kind: Any) -> np.ndarray:
 
 
 def _free_buffer(size: int) -> np.ndarray | None:
-    """The smallest free buffer that is large enough; where there is none, a smaller one is given up."""
-    free = [place for place in range(len(_BUFFERS)) if _references(_BUFFERS, place) == _OF_A_FREE_ONE]
+    """The smallest free buffer that is large enough; if there is none, the largest free one is released."""
+    free = [place for place in range(len(_BUFFERS)) if _references(_BUFFERS, place) == _FREE_REFERENCES]
     enough = [place for place in free if _BUFFERS[place].nbytes >= size]
     if enough:
         return _BUFFERS[min(enough, key=lambda place: _BUFFERS[place].nbytes)]

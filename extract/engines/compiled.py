@@ -1,4 +1,4 @@
-"""How code is compiled here: at its first call, for one set of types, once per machine; on torch's own threads."""
+"""Compilation of kernels: at the first call, for one set of types, once per machine, to run on torch's threads."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ from numba.core import config as numba_config
 
 from attlas.extract.engines import kernel_cache
 
-config: Any = numba_config  # its attributes are made at run time
+config: Any = numba_config  # its attributes are created at run time
 # sums may be reordered and contracted, but infinities and NaN keep their meaning: they mark rows to leave out
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 _KERNELS: dict[str, Callable[[], Any]] = {}
-_compiles_here = False  # in a process that does nothing else
+_compiles_here = False  # True in a process that only compiles
 
 
 def array(kind: Any, dimensions: int) -> Any:
-    """An array of any layout: one compilation serves them all."""
+    """The type of arrays of any layout, so that one compilation serves them all."""
     return types.Array(kind, dimensions, "A")
 
 
 def places(names: Sequence[str]) -> Any:
-    """The place of each name among them, as an attribute: constants in compiled code."""
+    """The index of each name as an attribute, which is a constant in compiled code."""
     return namedtuple("Places", names)(*range(len(names)))
 
 
 def kernel(*arguments: Any, fast: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile a function of arguments of these types, with `prange` over torch's threads, when it is first called."""
+    """Decorator that compiles a function for arguments of these types at its first call, with `prange` over torch's threads."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         name = f"{function.__module__}.{function.__qualname__}"
         options = {"parallel": True, "nogil": True, "error_model": "numpy", "fastmath": FAST if fast else False}
 
         @cache
-        def made() -> Callable[..., None]:
+        def compiled_kernel() -> Callable[..., None]:
             if not kernel_cache.is_kept(name):
                 _compile_elsewhere()
-            return kernel_cache.compiled(
+            return kernel_cache.load_or_compile(
                 name, lambda keeps: njit(types.void(*arguments), cache=keeps, **options)(function)
             )
 
-        made.__module__ = function.__module__
-        _KERNELS[name] = made
+        compiled_kernel.__module__ = function.__module__
+        _KERNELS[name] = compiled_kernel
 
         @wraps(function)
         def run(*values: Any) -> None:
             _share_threads()
-            made()(*values)
+            compiled_kernel()(*values)
 
         return run
 
@@ -67,14 +67,14 @@ def kernel(*arguments: Any, fast: bool = False) -> Callable[[Callable[..., None]
 
 
 def prepare() -> None:
-    """Compile every kernel of the modules that are imported, or load it as an earlier process compiled it."""
-    _share_threads()  # first: loading a kernel starts numba's threads, as many as there are cores
-    for made in _KERNELS.values():
-        made()
+    """Compile every kernel of the imported modules, or load it from the cache."""
+    _share_threads()  # first, because loading a kernel starts numba's threads, one per core
+    for compiled_kernel in _KERNELS.values():
+        compiled_kernel()
 
 
 def compile_modules(modules: Sequence[str]) -> None:
-    """Compile every kernel of these modules in this process, so that the cache keeps them."""
+    """Compile every kernel of these modules in this process, into the cache."""
     global _compiles_here
     _compiles_here = True
     for module in modules:
@@ -83,11 +83,11 @@ def compile_modules(modules: Sequence[str]) -> None:
 
 
 def _compile_elsewhere() -> None:
-    """Compile the kernels that are not kept in a process of its own; where that fails, they are compiled in this one.
+    """Compile the kernels that are not cached, in a separate process; if that fails, they are compiled in this one.
 
-    What numba has just compiled runs a copy of each parallel loop that was optimised apart from the one that it keeps: float
-    sums differ in their last digits. So that the first run on a machine gives the bytes of all others, what was kept is
-    loaded, and nothing is run by the process that compiled it.
+    A process that has just compiled a parallel loop runs a copy that was optimised separately from the cached one, so that
+    float sums differ in their last digits. To give the same bytes in the first run on a machine as in all others, kernels
+    are always loaded from the cache.
     """
     missing = [name for name in _KERNELS if not kernel_cache.is_kept(name)]
     modules = sorted({_KERNELS[name].__module__ for name in missing} - {"__main__"})
@@ -105,26 +105,25 @@ def _compile_elsewhere() -> None:
 
 
 def is_prepared() -> bool:
-    """Whether all of them were compiled on this machine before, from these very sources."""
+    """Whether all kernels are in the cache of this machine, compiled from the current sources."""
     return all(map(kernel_cache.is_kept, _KERNELS))
 
 
 def _share_threads() -> None:
-    """Let numba run on as many threads as torch does."""
+    """Make numba use as many threads as torch."""
     _share_once()
     before = torch.get_num_threads()
     numba.set_num_threads(min(before, config.NUMBA_NUM_THREADS))
-    if torch.get_num_threads() != before:  # numba sets the number for the whole pool when it starts
+    if torch.get_num_threads() != before:  # starting numba sets the number for the common pool
         torch.set_num_threads(before)
 
 
 @cache
 def _share_once() -> None:
-    """Give torch and numba one pool of threads.
+    """Make torch and numba share one thread pool.
 
-    Both compute with OpenMP, but numba's threading layer brings a copy of the GNU library of its own: two pools on the
-    same cores, each of which spins while the other works. Made visible to the whole process first, torch's copy is the
-    one that numba's layer finds.
+    Both use OpenMP, but numba's threading layer has its own copy of the GNU library, which would give two pools on the same
+    cores that spin while the other works. If torch's copy is loaded globally first, numba's layer uses that one.
     """
     for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

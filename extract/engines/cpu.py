@@ -1,8 +1,8 @@
-"""The cpu engine: one compiled pass per (sequence, head) that makes the output and the row quantities.
+"""The cpu engine: one compiled pass per (sequence, head) that computes the output and the row quantities.
 
-It replaces the attention call, or reads the scores that a model has made itself. A few query rows at a time go against
-packed keys, become a pattern, are added up by key and by distance, and go against packed values; nothing larger than
-these rows is held, and keys that no row of them sees are not touched.
+It replaces the attention call, or reads the scores that a model has computed. A few query rows at a time are multiplied
+with packed keys, become a pattern, are added up by key and by distance, and are multiplied with packed values. Nothing
+larger than these rows is stored, and keys that none of them sees are skipped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from attlas.extract.engines.cpu_kernel import QUANTITIES
 from attlas.extract.engines.quantities import known_quantities
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 
-# a sequence is cut into at most so many pieces of rows, none shorter than this: the cut follows from the shape alone, so
-# that sums come out the same on any number of threads
+# maximum number of pieces of a sequence, and their minimum number of rows; they depend on the shape alone, so that sums
+# do not depend on the number of threads
 _PIECES, _PIECE_ROWS = 8, 1024
 
 
@@ -28,7 +28,7 @@ MAKES = frozenset({*QUANTITIES, "received", "value_norm", "offsets", "same_token
 
 
 def takes(call: AttentionCall | ScoredCall) -> bool:
-    """Self-attention in float32 or less; of calls that the model has made, those without a sink whose values are known."""
+    """Whether the engine supports a call: self-attention in float32 or less; scored calls without a sink and with values."""
     if call.visibility.is_cross_attention:
         return False
     if isinstance(call, AttentionCall):
@@ -38,23 +38,23 @@ def takes(call: AttentionCall | ScoredCall) -> bool:
 
 
 def attend(call: AttentionCall, call_original: Callable[[], Tensor]) -> tuple[Tensor, Rows]:
-    """Output and row quantities of one attention call. Where a row is not measured, the output is the model's own."""
-    given = (call.query, call.key, call.value)
-    output, rows = _passed(call, *map(_narrow, given), scores=_NO_BIAS, contexts=_NO_BIAS)
-    whole = int(rows.measured.sum()) == call.query.shape[1] * int(call.visibility.keys.length.sum())
-    return (output.to(call.query.dtype) if whole else call_original()), rows
+    """Output and row quantities of one attention call; if a row is not measured, the output is the model's own."""
+    arguments = (call.query, call.key, call.value)
+    output, rows = _run_kernel(call, *map(_narrow, arguments), scores=_NO_BIAS, contexts=_NO_BIAS)
+    all_measured = int(rows.measured.sum()) == call.query.shape[1] * int(call.visibility.keys.length.sum())
+    return (output.to(call.query.dtype) if all_measured else call_original()), rows
 
 
 def rows_of_scores(call: ScoredCall, output: Tensor) -> Rows:
-    """The row quantities of a call that the model has made, whose output this is."""
-    assert call.value is not None, "it is taken only with values"
+    """The row quantities of a call that the model computed, with this output."""
+    assert call.value is not None, "`takes` requires values"
     batch, heads, tokens, _ = call.scores.shape
     query, key = (np.zeros((batch, n, tokens, 0), np.float32) for n in (heads, call.value.shape[1]))
     scores, contexts = _narrow(call.scores), _narrow(output)
-    return _passed(call, query, key, _narrow(call.value), scores=scores, contexts=contexts)[1]
+    return _run_kernel(call, query, key, _narrow(call.value), scores=scores, contexts=contexts)[1]
 
 
-def _passed(
+def _run_kernel(
     call: AttentionCall | ScoredCall,
     query: np.ndarray,
     key: np.ndarray,
@@ -63,7 +63,7 @@ def _passed(
     scores: np.ndarray,
     contexts: np.ndarray,
 ) -> tuple[Tensor, Rows]:
-    """One pass of the kernel over all rows: the contexts and the row quantities."""
+    """Run the kernel over all rows; returns contexts and row quantities."""
     seen = call.visibility
     batch, heads, tokens, _ = query.shape
     width = value.shape[-1]
@@ -115,9 +115,9 @@ def _rows(
     value_norms: np.ndarray,
     looked_up: np.ndarray,
 ) -> Rows:
-    """What the kernel has written, pieces of a head added up; what is not known of the call is left out."""
+    """The kernel's results with the pieces of a head added up, without quantities that are unknown for the call."""
     made = dict(zip(QUANTITIES, torch.from_numpy(quantities).unbind(), strict=True))
-    made |= {"received": torch.from_numpy(_added(received)), "offsets": torch.from_numpy(_added(offsets))}
+    made |= {"received": torch.from_numpy(_sum_pieces(received)), "offsets": torch.from_numpy(_sum_pieces(offsets))}
     made["value_norm"] = torch.from_numpy(value_norms)
     made |= zip(("same_token", "induction"), torch.from_numpy(looked_up.sum(0)).unbind(), strict=True)
     return Rows(torch.from_numpy(measured), {name: made[name] for name in known_quantities(made, call.facts)})
@@ -130,13 +130,13 @@ _NO_WRITE = np.zeros((0, 0, 0), np.float32)
 
 
 _NO_GROUPS = np.zeros((3, 0, 0), np.int32)
-_LAST_GROUPS: dict[str, Any] = {}  # of the batch at hand: every layer asks for the same
+_LAST_GROUPS: dict[str, Any] = {}  # of the current batch; all layers use the same
 
 
 def _groups(*tokens: np.ndarray) -> np.ndarray:
-    """Positions by token, from ids, starts and lengths."""
-    known = _LAST_GROUPS.get("tokens", ())
-    if not all(map(np.array_equal, tokens, known)) or not known:
+    """Positions grouped by token, from ids, starts and lengths."""
+    cached = _LAST_GROUPS.get("tokens", ())
+    if not all(map(np.array_equal, tokens, cached)) or not cached:
         groups = np.zeros((3, *tokens[0].shape), np.int32)
         cpu_kernel.group_by_token(*tokens, groups)
         _LAST_GROUPS.update(tokens=tuple(t.copy() for t in tokens), groups=groups)
@@ -144,16 +144,16 @@ def _groups(*tokens: np.ndarray) -> np.ndarray:
 
 
 def _narrow(x: Tensor) -> np.ndarray:
-    """As float32, entries of a token side by side."""
+    """The tensor as float32 with contiguous last dimension."""
     x = x.float()
     return (x if x.stride(-1) == 1 else x.contiguous()).numpy()
 
 
 def _per_head(x: Tensor, batch: int, heads: int) -> np.ndarray:
-    """Spread over batch and heads without a copy; a bias as float32."""
+    """Expand over batch and heads without a copy; a bias as float32."""
     x = x.float() if x.is_floating_point() else x
     return x.expand(batch, heads, *x.shape[2:]).numpy()
 
 
-def _added(pieces: np.ndarray) -> np.ndarray:
+def _sum_pieces(pieces: np.ndarray) -> np.ndarray:
     return pieces[0] if len(pieces) == 1 else pieces.sum(0, dtype=np.float64).astype(np.float32)

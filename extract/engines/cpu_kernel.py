@@ -1,6 +1,6 @@
 """The compiled part of the cpu engine: attention calls of one batch, a few rows at a time.
 
-Scores are powers of two throughout (scaled by log₂ e), as exponentials are cheapest there.
+Scores are exponents of two throughout (scaled by log₂ e), because those exponentials are cheapest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from attlas.extract.engines.simd import (
 
 LOG2_E = 1.4426950408889634
 _LN_2 = np.float32(0.6931471805599453)
-# the row quantities in the kernel's array
+# the row quantities in the order of the kernel's array
 QUANTITIES = (
     "entropy",
     "collision",
@@ -55,8 +55,8 @@ QUANTITIES = (
     "sink",
 )
 _AT = places(QUANTITIES)
-# where a row's offset is so many times its spread, the spread is summed again about the offset: about the query it would
-# lose its digits
+# if a row's offset exceeds its spread by this factor, the spread is summed again about the offset, because the sum about
+# the query loses digits
 _NARROW = 4
 
 
@@ -190,7 +190,7 @@ def _write_norms(
 
 @njit(error_model="numpy", inline="always")
 def _is_finite(x: np.float32) -> bool:
-    """By its bits: a comparison of floats may be folded away under the flags above."""
+    """Whether a float is finite, from its bits: the compiler may remove float comparisons under the flags above."""
     return (np.float32(x).view(np.int32) & np.int32(0x7F800000)) != np.int32(0x7F800000)
 
 
@@ -224,7 +224,7 @@ def _row_with_holes(
     sums: Float32[np.ndarray, "SUMS LANES"],
     r: int,
 ) -> tuple[np.float32, int]:
-    """What `softmax_row` does, for a row that does not see all keys between its ends; gives largest and count."""
+    """`softmax_row` for a row that does not see all keys between its ends; returns largest score and count."""
     count, largest = 0, f32(-np.inf)
     for j in range(low, high):
         if allowed[j]:
@@ -259,7 +259,7 @@ def _add_sink(
     shrunk: Float32[np.ndarray, " ROWS"],
     of_sink: Float32[np.ndarray, " ROWS"],
 ) -> None:
-    """Take a learned sink in: relative to the larger of it and a row's largest score, so that neither overflows."""
+    """Include a learned sink, relative to the larger of its logit and the row's largest score, so that neither overflows."""
     for r in range(ROWS):
         top = max(largest[r], sink)
         shrunk[r] = np.exp2(largest[r] - top)
@@ -328,7 +328,7 @@ def _look_up(
     e: Float32[np.ndarray, " place"], low: int, high: int, i: int, groups: Int32[np.ndarray, "3 token"]
 ) -> tuple[np.float32, np.float32]:
     """Powers of row i on other keys with its token, and on keys up to i that follow one of them."""
-    j: int  # said for a checker: where a place may be anything, NumPy's stubs have an array at it
+    j: int  # for the type checker: NumPy's stubs give an array for an index of unknown type
     same, induction = f32(0), f32(0)
     for member in range(groups[1, i], groups[2, i]):
         j = groups[0, member]
@@ -340,7 +340,7 @@ def _look_up(
 
 
 class _Room(NamedTuple):
-    """What ROWS rows of a head need while they are worked on."""
+    """Working memory for ROWS rows of a head."""
 
     rows: Float32[np.ndarray, "ROWS place"]  # scores, then powers of two; see `_room` for the margins
     queries: Float32[np.ndarray, "ROWS width"]
@@ -361,7 +361,7 @@ class _Room(NamedTuple):
 
 @njit(error_model="numpy")
 def _room(key_tiles: int, width: int, value_tiles: int) -> _Room:
-    """Room for rows of so many tiles of keys, of zeros.
+    """Working memory for rows of so many tiles of keys, filled with zeros.
 
     A row has a margin on the left for the rows that begin before it, and one on the right for the last vector.
     """
@@ -393,7 +393,7 @@ def _reach(
     rows: int,
     n: int,
 ) -> tuple[int, int]:
-    """Where each row's keys begin and end, and all of theirs; a row that sees nothing has both at 0."""
+    """First key and end of each row, and of all of them; both are 0 for a row that sees nothing."""
     low, high = n, 0
     for r in range(ROWS):
         a, z = 0, 0
@@ -416,7 +416,7 @@ def _score(
     softcap: np.float32,
     bias: Float32[np.ndarray, "query key"],
 ) -> None:
-    """Scores of the rows against the keys of some tiles, as powers of two."""
+    """Scores of the rows and the keys of some tiles, as exponents of two."""
     s, width = room.rows[:, ROWS:], keys.shape[1]
     for t in range(from_tile, to_tile):
         tile(
@@ -434,7 +434,7 @@ def _score(
 
 @njit(error_model="numpy", forceinline=True)
 def _take_scores(room: _Room, scores: Float32[np.ndarray, "query key"], low: int, high: int) -> None:
-    """Scores that the model has made, as powers of two."""
+    """Scores that the model computed, as exponents of two."""
     s = room.rows[:, ROWS:]
     for r in range(scores.shape[0]):
         place = scores.ctypes.data + r * scores.strides[0] + 4 * low
@@ -443,7 +443,7 @@ def _take_scores(room: _Room, scores: Float32[np.ndarray, "query key"], low: int
 
 @njit(error_model="numpy", forceinline=True)
 def _raise(room: _Room, from_tile: int, to_tile: int, tiles: int, i: int) -> None:
-    """Scores to powers of two, relative to each row's largest, with their sums; zeros where a row does not see."""
+    """Replace scores by powers of two relative to each row's largest, with their sums; zeros for invisible keys."""
     s = room.rows[:, ROWS:]
     at, stride, lanes = s.ctypes.data, s.strides[0], room.lanes.ctypes.data
     for r in range(ROWS):
@@ -469,8 +469,8 @@ def _raise_with_holes(
 
 @njit(error_model="numpy", forceinline=True)
 def _clear_unseen(room: _Room, from_tile: int, to_tile: int, tiles: int) -> None:
-    """Zeros around what each row sees, as far as these tiles and the margins that `spread` reads go."""
-    # behind the last tile of all nothing is ever written
+    """Clear the keys around those that each row sees, within these tiles and the margins that `spread` reads."""
+    # nothing is ever written after the last tile
     behind = ROWS + to_tile * TILE + (LANES + ROWS if to_tile < tiles else 0)
     for r in range(ROWS):
         for j in range(max(ROWS, from_tile * TILE), ROWS + room.low[r]):
@@ -481,7 +481,7 @@ def _clear_unseen(room: _Room, from_tile: int, to_tile: int, tiles: int) -> None
 
 @njit(error_model="numpy", forceinline=True)
 def _settle(room: _Room, sink: np.float32, i: int, rows: int, measured: Bool[np.ndarray, " query"]) -> None:
-    """Quantities and weights of the rows; those that see nothing, or a score that is not finite, are cleared."""
+    """Quantities and weights of the rows; rows without keys or with a non-finite score are cleared."""
     if sink > -np.inf:
         _add_sink(room.sums, room.largest, sink, room.shrunk, room.of_sink)
     _finish_rows(room.sums, room.largest, room.counts, room.shrunk, room.of_sink, room.weights, room.finished)
@@ -528,7 +528,7 @@ def _gather(room: _Room, values: Float32[np.ndarray, "tile key TILE"], low: int,
 
 @njit(error_model="numpy", forceinline=True)
 def _take_contexts(room: _Room, contexts: Float32[np.ndarray, "query value_width"]) -> None:
-    """Those that the model has made, of the rows that are measured."""
+    """Contexts of measured rows from the model's output."""
     _take_rows(contexts, 0, contexts.shape[0], f32(1), room.contexts)
     for r in range(ROWS):
         if room.weights[r] == 0:
@@ -537,7 +537,7 @@ def _take_contexts(room: _Room, contexts: Float32[np.ndarray, "query value_width
 
 @njit(error_model="numpy", forceinline=True)
 def _context_norms(room: _Room, write: Float32[np.ndarray, "tile value_width TILE"]) -> None:
-    """The sizes of the contexts, and of what they write."""
+    """Norms of the contexts, and of what they write."""
     wide = room.contexts.shape[1]
     squares_of_rows(room.contexts.ctypes.data, wide, wide, room.norms.ctypes.data)
     for r in range(ROWS):
@@ -603,7 +603,7 @@ def _put_between_zeros(values: Float32[np.ndarray, " value"], first: int, out: F
 
 
 def _own(kind: types.Type, dimensions: int) -> types.Array:
-    """An array that the engine makes: its last dimension is side by side."""
+    """The type of arrays from the engine, whose last dimension is contiguous."""
     return types.Array(kind, dimensions, "C")
 
 
@@ -659,16 +659,16 @@ def attend(
     value_norms: Float32[np.ndarray, "batch head key"],
     looked_up: Float64[np.ndarray, "piece 2 batch head"],
 ) -> None:
-    """All calls of a batch: one (sequence, head, piece of rows) after another, on all threads.
+    """Compute all calls of a batch: one (sequence, head, piece of rows) after another, on all threads.
 
     `scores` and `contexts` are those that the model has made itself, or empty; then queries and keys have no width.
-    Long by its signature: a kernel takes arrays one by one, and what is not given is an empty one.
+    The signature is long because a kernel takes arrays one by one; absent ones are empty.
     """
     batch, heads, tokens, _ = query.shape
     pieces = received.shape[0]
     per_key_head = heads // key.shape[1]
     holed, biased, made = allowed.shape[0] > 0, bias.shape[0] > 0, scores.shape[0] > 0
-    # scores that change after the product are kept in natural units until then
+    # scores that are changed after the product stay in natural units until then
     unit = scale if softcap > 0 or biased else scale * f32(LOG2_E)
     no_bias = np.zeros((0, 0), np.float32)
     b: int  # see `_look_up`

@@ -1,9 +1,9 @@
-"""Compiled code between runs: a file for each kernel, loaded only if it is whole, of this user, and of these sources.
+"""Cache of compiled kernels: a file per kernel, loaded only if it is intact, owned by this user, and of the current sources.
 
-numba keeps its code as pickles and machine code, which run whatever they say. So it never sees the cache itself: what is
-kept is checked against its SHA-256 and unpacked into a private folder, and what numba leaves there is kept as a whole. A
-file that does not fit is as none: the kernel is compiled again and takes its place. Where no folder can be used, nothing
-is kept, and a warning says so.
+numba caches pickles and machine code, which can run anything. It therefore never sees this cache: a file is checked against
+its SHA-256 and unpacked to a private folder, and what numba writes there is stored as one file. A file that does not match
+is ignored, and replaced once the kernel has been compiled again. If no folder can be used, a warning says that nothing is
+cached.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from numba.core.registry import cpu_target
 
 from attlas.extract.files import discard, open_regular, write_atomically
 
-_config: Any = numba_config  # its attributes are made at run time
+_config: Any = numba_config  # its attributes are created at run time
 _DIGEST = hashlib.sha256().digest_size
-_temporary: tempfile.TemporaryDirectory[str] | None = None  # where the user's cache can't be written
-_compiling = threading.RLock()  # numba's folder is one setting for all threads
+_temporary: tempfile.TemporaryDirectory[str] | None = None  # if the user's cache can't be written
+_compiling = threading.RLock()  # numba's cache folder is a global setting
 
 
-def compiled(name: str, compile_: Callable[[bool], Any]) -> Any:
-    """The kernel of this name, from the cache or compiled; `compile_(keeps)` says whether numba has a folder to keep it in."""
+def load_or_compile(name: str, compile_: Callable[[bool], Any]) -> Any:
+    """The kernel of this name, from the cache or compiled with `compile_(keeps)`; `keeps`: whether numba can use its cache."""
     with _compiling:
         try:
             folder = tempfile.TemporaryDirectory(prefix="attlas-")
         except OSError:  # nothing can be written anywhere
             return compile_(False)
         with folder as private, _numba_keeps_in(private):
-            kept = _kept(name)
-            if kept is not None:
-                zipfile.ZipFile(io.BytesIO(kept)).extractall(private)
+            archive = _load(name)
+            if archive is not None:
+                zipfile.ZipFile(io.BytesIO(archive)).extractall(private)
             dispatcher = compile_(True)
             if dispatcher.stats.cache_misses:
-                _keep(name, _packed(Path(private)))
+                _store(name, _packed(Path(private)))
             return dispatcher
 
 
 def is_kept(name: str) -> bool:
-    """Whether the kernel of this name was compiled on this machine before, from these very sources."""
-    return _kept(name) is not None
+    """Whether the kernel of this name is in the cache of this machine, compiled from the current sources."""
+    return _load(name) is not None
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def _numba_keeps_in(folder: str) -> Iterator[None]:
         _config.CACHE_DIR = before
 
 
-def _kept(name: str) -> bytes | None:
+def _load(name: str) -> bytes | None:
     folder = cache_folder()
     if folder is None or not _is_private(folder):
         return None
@@ -83,7 +83,7 @@ def _kept(name: str) -> bytes | None:
 
 
 def has_room() -> bool:
-    """Whether there is a folder for compiled code: the user's cache, or else one of this process alone, with a warning."""
+    """Whether there is a folder for compiled code: the user's cache, or, with a warning, a temporary one of this process."""
     global _temporary
     try:
         if os.access(_writable_folder(), os.W_OK):
@@ -100,12 +100,12 @@ def has_room() -> bool:
 
 
 def environment() -> dict[str, str]:
-    """What tells another process to keep its compiled code where this one looks for it."""
+    """Environment variables that make another process use the cache of this one."""
     return {} if _temporary is None else {"NUMBA_CACHE_DIR": _temporary.name}
 
 
 def _writable_folder() -> Path:
-    """The cache's folder, made where there is none. Raises OSError where it can't be, or is not this user's alone."""
+    """The cache folder, created if necessary. Raises OSError if that fails or others can write to it."""
     folder = cache_folder()
     if folder is None:
         raise PermissionError("there is no home")
@@ -115,8 +115,8 @@ def _writable_folder() -> Path:
     return folder
 
 
-def _keep(name: str, packed: bytes) -> None:
-    """Put what was compiled in the place of what there is. A warning says why nothing can be kept, and goes on."""
+def _store(name: str, packed: bytes) -> None:
+    """Store a compiled kernel, replacing an existing file. Warns if that is not possible."""
     try:
         folder = _writable_folder()
         path = folder / f"{name}.kernel"
@@ -144,12 +144,12 @@ def _packed(folder: Path) -> bytes:
 
 
 def _digest(name: str, packed: bytes) -> bytes:
-    """Bound to the name and to what it was compiled from: a file that was renamed or copied does not fit."""
+    """A digest that depends on the name and the sources, so that a renamed or copied file does not match."""
     return hashlib.sha256(f"{_key()} {name} ".encode() + packed).digest()
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether it is a folder of this user's, no link, that nobody else may write into."""
+    """Whether it is a folder, not a link, that belongs to this user and that no one else can write to."""
     try:
         status = folder.lstat()
     except OSError:
@@ -162,17 +162,17 @@ def _is_ours(status: os.stat_result) -> bool:
 
 
 def cache_folder() -> Path | None:
-    """Where code of these sources, for this machine, is kept; None where there is no home."""
+    """The cache folder for the current sources on this machine; None if there is no home folder."""
     home = environment().get("NUMBA_CACHE_DIR") or os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(home or Path.home() / ".cache") / "attlas" / _key()
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # the user has no home folder
         return None
 
 
 @cache
 def _key() -> str:
-    """Digest of everything that compiled code depends on, and of where its sources lie, which numba looks at."""
+    """Digest of everything that compiled code depends on, including the location of the sources, which numba checks."""
     extract = Path(__file__).parent.parent
     context: Any = cpu_target.target_context
     target = context.codegen().magic_tuple()

@@ -1,4 +1,4 @@
-"""What the forward pass shows of one attention call and of one residual site, for the tables to take what they keep."""
+"""Observations of one attention call or one residual site in a forward pass, from which tables record what they need."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
+if TYPE_CHECKING:  # commands that only read the catalogue do not load torch
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
 
 @dataclass(frozen=True)
 class HeadObservation:
-    """One attention call: its row quantities, who sees whom, and the classes of the keys' tokens."""
+    """One attention call: its row quantities, its visibility, and the token classes of the keys."""
 
     rows: Rows
     visibility: Visibility
-    classes: Int[Tensor, "batch key"] | None = None  # index into TOKEN_CLASSES; anything at padding
+    classes: Int[Tensor, "batch key"] | None = None  # index into TOKEN_CLASSES; arbitrary at padding
 
     @cached_property
     def count(self) -> Float[Tensor, "batch head"]:
-        """How many rows are measured."""
+        """Number of measured rows."""
         return self.rows.measured.sum(-1).double()
 
     @cached_property
     def visible_keys(self) -> Float[Tensor, "batch head query"]:
-        """m_i of measured rows, 0 of others."""
+        """m_i of measured rows, 0 for others."""
         return (self.visibility.visible * self.rows.measured).double()
 
     @cached_property
@@ -38,7 +38,7 @@ class HeadObservation:
 
     @cached_property
     def entropy_share(self) -> Float[Tensor, "batch head query"]:
-        """H_i / ln m_i of rows that see two keys or more, 0 of others; a learned sink is one more outcome."""
+        """H_i / ln m_i of rows that see two keys or more, 0 for others; a learned sink is one more outcome."""
         outcomes = self.visible_keys + ("sink" in self.rows)
         return (self.entropy * (self.visible_keys >= 2) / outcomes.clamp_min(2).log()).clamp_max(1)
 
@@ -48,13 +48,13 @@ class HeadObservation:
 
     @cached_property
     def mean_row(self) -> Float[Tensor, "batch head key"]:
-        """p̄_j = mean_i p[i,j]; NaN where no row is measured."""
+        """p̄_j = mean_i p[i,j]; NaN if no row is measured."""
         return self.received / self.count[..., None]
 
 
 @dataclass(frozen=True)
 class NormObservation:
-    """What a normalisation layer read and wrote."""
+    """Input and output of a normalisation layer."""
 
     read: Float[Tensor, "*batch token width"]
     wrote: Float[Tensor, "*batch token width"]
@@ -74,7 +74,7 @@ class ResidualObservation:
     contexts: Float[Tensor, "batch head token head_width"] | None = None
 
     def mean(self, values: Float[Tensor, "batch token"]) -> Float[Tensor, " batch"]:
-        """Mean over real tokens at which the value is defined; NaN where there is none."""
+        """Mean over the real tokens where the value is defined; NaN if there are none."""
         defined = self.real & values.isfinite()
         return values.where(defined, 0).sum(-1) / defined.sum(-1)
 

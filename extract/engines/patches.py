@@ -1,7 +1,7 @@
-"""How far a head of an image model looks, in patches: Σ p·√(Δrow² + Δcolumn²), which no sum over offsets gives.
+"""Attention distance over an image, in patches: Σ p·√(Δrow² + Δcolumn²).
 
-Patches stand in raster order, so one offset d = j − i is several distances: the scores themselves are needed, a block
-of rows at a time. Calls without a grid, those of text among them, pay nothing.
+It cannot be derived from sums over offsets: patches are in raster order, so an offset d = j − i stands for several
+distances. It needs the scores, a block of rows at a time. Calls without a grid, such as those of text, cost nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the patches of an image stand among its tokens: row by row, after `prefix` class and register tokens."""
+    """Places of an image's patches among its tokens: row by row, after `prefix` class and register tokens."""
 
     rows: int
     columns: int
     prefix: int
-    tokens: int  # all of a sequence; behind the patches there may be more that are none
+    tokens: int  # of the whole sequence; others may follow the patches
 
     @property
     def patches(self) -> int:
@@ -34,14 +34,14 @@ class Grid:
 
 
 class PatchSums(NamedTuple):
-    """Of a head in a sequence: Σ over patch rows of their mean distance, and how many rows see any patch."""
+    """Per head and sequence: Σ over patch rows of their mean distance, and the number of rows that see any patch."""
 
     distance: Float[Tensor, "batch head"]
     rows: Float[Tensor, "batch head"]
 
     @staticmethod
     def zero(like: Tensor) -> PatchSums:
-        """To add blocks of rows to; float64."""
+        """Zeros in float64, to which blocks of rows are added."""
         batch, heads = like.shape[:2]
         return PatchSums(*like.new_zeros(2, batch, heads, dtype=torch.float64))
 
@@ -53,10 +53,10 @@ class PatchSums(NamedTuple):
         grid: Grid,
         first: int,
     ) -> None:
-        """Count the rows first, first + 1, … of a call; those that are not measured or see no patch are not counted.
+        """Add the rows first, first + 1, … of a call, except those that are not measured or see no patch.
 
-        Over patches alone the softmax over all keys cancels: exp(s) serves as well as p, and loses no digits where
-        nearly all of a row is on the class token.
+        The softmax's denominator cancels in the mean over patches. Using exp(s) instead of p keeps all digits when nearly
+        all of a row's mass is on the class token.
         """
         begin, end = max(grid.prefix, first), min(grid.end, first + scores.shape[-2])
         if begin >= end:
@@ -77,7 +77,7 @@ class PatchSums(NamedTuple):
 
 @lru_cache(maxsize=4)
 def _distances(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "patch patch"]:
-    """√(Δrow² + Δcolumn²) of every two patches; every layer asks for the same."""
+    """√(Δrow² + Δcolumn²) of every pair of patches, cached because all layers use the same."""
     place = torch.arange(rows * columns, device=device)
     row, column = place // columns, place % columns
     squared = (row[:, None] - row).square() + (column[:, None] - column).square()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
+if TYPE_CHECKING:  # commands that only read the catalogue do not load torch
     from jaxtyping import Int
     from torch import Tensor
 
@@ -15,7 +15,7 @@ LARGEST_DOUBLING_BIN = 24  # positions and distances up to 2²³
 
 @dataclass(frozen=True)
 class Profile:
-    """One profile: the numbers of its bins, what a bin is, what is summed in it and what is counted."""
+    """One profile: its bins, and what a bin is, sums and counts."""
 
     name: str
     numbers: range
@@ -57,6 +57,6 @@ PROFILES = (
     Profile("received_by_position", _POSITIONS, _POSITION_BINS, "Σ_i p[i,j] of keys j", "keys at those positions"),
 )
 
-# all bins of all profiles side by side
+# columns of all bins of all profiles
 PROFILE_COLUMNS = tuple((p.name, number) for p in PROFILES for number in p.numbers)
 COLUMN_OF_BIN = {bin_: column for column, bin_ in enumerate(PROFILE_COLUMNS)}

@@ -1,8 +1,8 @@
-"""Quantities by name: what an engine measures of one attention call.
+"""Row quantities: what an engine measures of one attention call.
 
-A record here, a function in the reference engine (`engines/reference.py`), and a column that uses the quantity are all
-that a new one needs: the place of each in buffers and in compiled code follows from its name, and an engine that does
-not make it yet is complemented by the reference engine, for that quantity alone.
+A new quantity only needs a record here, a function in the reference engine (`engines/reference.py`) and a column that uses
+it. Its place in buffers and in compiled code follows from its name. If an engine does not compute it, the reference engine
+does so for that quantity alone.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-# what an attention call has, or has not: the scores themselves rather than only the pattern; one axis of positions for
-# queries and keys; the tokens' ids; the classes of its keys; the values; the output projection; a learned sink; the grid
-# of an image's patches
+# what an attention call may have: scores rather than only the pattern; common positions of queries and keys; token ids;
+# token classes of the keys; values; the output projection; a learned sink; the grid of an image's patches
 Fact = Literal["scores", "positions", "token_ids", "classes", "values", "projection", "sink", "grid"]
-# how a number of a head in one window of a sequence becomes that of the whole sequence; None: it is not known then
+# how numbers of windows are combined into that of the sequence; None if they cannot be
 Merge = Literal["sum", "max"]
 
 TOKEN_CLASSES = ("bos", "separator", "special", "whitespace", "punctuation", "number", "word_start", "subword")
@@ -25,10 +24,9 @@ TOKEN_CLASSES = ("bos", "separator", "special", "whitespace", "punctuation", "nu
 class RowQuantity:
     """A quantity of the rows of a pattern.
 
-    `axis` says what there is one of: a number for each query (of its row), key or distance (sums over rows), or for the
-    whole head. A row that is not measured (padding, fully masked, non-finite scores) has 0 and adds to no sum. `merge`
-    says how the rows of a head become one number of the sequence: by their sum, by the largest, or, where it is None, not
-    at all. It is known of calls that have all that it `needs`.
+    `axis`: there is a number per query (of its row), per key or distance (summed over rows), or per head. Rows that are not
+    measured (padding, fully masked, non-finite scores) have 0 and add to no sum. `merge`: how the rows of a head are
+    combined into a number of the sequence, by sum or maximum; None if they are not. A call must have all that it `needs`.
     """
 
     name: str
@@ -87,10 +85,10 @@ ROW_QUANTITIES: dict[str, RowQuantity] = {
 
 
 def known_quantities(names: Iterable[str], facts: Collection[Fact]) -> frozenset[str]:
-    """Those of the named row quantities whose needs are among the facts of a call."""
+    """The named row quantities whose needs a call with these facts meets."""
     return frozenset(name for name in names if set(ROW_QUANTITIES[name].needs) <= set(facts))
 
 
 def needs_of(names: Iterable[str]) -> frozenset[Fact]:
-    """Everything that the named row quantities need of a call."""
+    """Everything that the named row quantities need from a call."""
     return frozenset(fact for name in names for fact in ROW_QUANTITIES[name].needs)

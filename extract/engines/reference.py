@@ -1,7 +1,7 @@
 """The reference engine: plain torch, a block of rows at a time, on any device.
 
-It makes every row quantity, each by a function of its own: of a block of the pattern (`OF_BLOCKS`) or of the call's
-contexts and values (`OF_CALLS`). Only what is asked for is computed.
+It computes every row quantity, each with its own function: of a block of the pattern (`OF_BLOCKS`), or of the call's
+contexts and values (`OF_CALLS`). Only the requested ones are computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Call = AttentionCall | ScoredCall
 def attend(
     call: AttentionCall, call_original: Callable[[], Tensor], wanted: Collection[str]
 ) -> tuple[Float[Tensor, "batch head query value_width"], Rows]:
-    """The model's own output, and the wanted row quantities beside it."""
+    """The model's own output, and the wanted row quantities."""
     output = call_original()
     return output, rows_of(call, output, wanted)
 
@@ -38,7 +38,7 @@ def rows_of(
 ) -> Rows:
     """The wanted row quantities of an attention call with this output, in float32 (float64 for a float64 model).
 
-    `measured` says which rows are measured, where that is known already.
+    `measured` marks the measured rows, if they are already known.
     """
     of_blocks = [name for name in wanted if name in OF_BLOCKS]
     quantities: dict[str, Tensor] = {}
@@ -49,9 +49,9 @@ def rows_of(
 
 
 def _sum_blocks(
-    call: Call, output: Tensor, names: Collection[str], given: Bool[Tensor, "batch head query"] | None
+    call: Call, output: Tensor, names: Collection[str], known_measured: Bool[Tensor, "batch head query"] | None
 ) -> tuple[Bool[Tensor, "batch head query"], dict[str, Tensor]]:
-    """Which rows are measured, and quantities from block after block of the pattern."""
+    """Which rows are measured, and quantities accumulated over blocks of the pattern."""
     queries, keys = call.visibility.queries.tokens, call.visibility.keys.tokens
     size = rows_per_block(output.shape[0] * output.shape[1] * keys)
     scores_of = _scores_of(call)
@@ -60,32 +60,32 @@ def _sum_blocks(
     of_queries: dict[str, list[Tensor]] = {name: [] for name in names if ROW_QUANTITIES[name].axis == "query"}
     for first in range(0, queries, size):
         last = min(first + size, queries)
-        block = Block(call, scores_of, first, last, None if given is None else given[..., first:last])
+        block = Block(call, scores_of, first, last, None if known_measured is None else known_measured[..., first:last])
         measured.append(block.measured)
         for name in names:
             value = OF_BLOCKS[name](block)
             if name in of_queries:
                 of_queries[name].append(value * block.measured)
             else:
-                quantities[name] = _added(quantities.get(name), value, block, ROW_QUANTITIES[name].axis)
+                quantities[name] = _accumulate(quantities.get(name), value, block, ROW_QUANTITIES[name].axis)
     return torch.cat(measured, -1), quantities | {name: torch.cat(values, -1) for name, values in of_queries.items()}
 
 
-def _added(total: Tensor | None, value: Tensor, block: Block, axis: str) -> Tensor:
-    """The total with what a block gives of its keys, of its distances, or of the head."""
+def _accumulate(total: Tensor | None, value: Tensor, block: Block, axis: str) -> Tensor:
+    """Add a block's values per key, distance or head to the total."""
     if axis == "head":
         return value if total is None else total + value
     queries, keys = block.call.visibility.queries.tokens, block.call.visibility.keys.tokens
     if total is None:
         total = value.new_zeros(*value.shape[:2], keys if axis == "key" else queries + keys - 1)
-    # of distances the first is that from the block's last row to its first key
+    # the first distance is that from the block's last row to its first key
     first = block.keys.start + (0 if axis == "key" else queries - block.last)
     total[..., first : first + value.shape[-1]] += value
     return total
 
 
 class Block:
-    """Rows `first` … `last` − 1 of a call's pattern, over the keys that any of them sees; worked out as it is asked for."""
+    """Rows `first` … `last` − 1 of a call's pattern, over the keys that any of them sees, computed lazily."""
 
     def __init__(
         self,
@@ -103,13 +103,13 @@ class Block:
 
     @cached_property
     def keys(self) -> slice:
-        """Of a window no more than what it reaches; distances over an image are counted on whole rows."""
+        """The keys in reach of a window; whole rows for distances over an image."""
         visibility = self.call.visibility
         return slice(0, visibility.keys.tokens) if self.call.grid else visibility.reach(self.first, self.last)
 
     @cached_property
     def scores(self) -> Float[Tensor, "batch head row key"]:
-        """As the call has them, visible or not."""
+        """The scores of the call, also of invisible pairs."""
         return self._scores_of(self.rows, self.keys)
 
     @cached_property
@@ -127,7 +127,7 @@ class Block:
 
     @cached_property
     def usable_scores(self) -> Float[Tensor, "batch head row key"]:
-        """−∞ at other keys. A row without usable keys has zeros, so that nothing below is undefined; it is cleared later."""
+        """Scores with −∞ at other keys. Rows without usable keys have zeros, to keep everything defined, and are cleared later."""
         return self.scores.where(self.usable, -torch.inf).where(self.measured[..., None], 0)
 
     @cached_property
@@ -144,7 +144,7 @@ class Block:
 
     @cached_property
     def shift(self) -> Float[Tensor, "batch head row"]:
-        """What is subtracted before exponentials are taken."""
+        """The value subtracted from scores before exponentiation."""
         return self.largest if self.sinks is None else torch.maximum(self.largest, self.sinks)
 
     @cached_property
@@ -165,7 +165,7 @@ class Block:
 
     @cached_property
     def pattern(self) -> Float[Tensor, "batch head row key"]:
-        """Zero where a row is not measured."""
+        """Zero for rows that are not measured."""
         return self.weights / self.total[..., None]
 
     @cached_property
@@ -203,7 +203,7 @@ class Block:
 
     @cached_property
     def equal_tokens(self) -> tuple[Bool[Tensor, "batch row key"], Bool[Tensor, "batch row key"]]:
-        """Where j ≠ i has the query's token, and where j ≤ i follows another copy of it."""
+        """Pairs in which j ≠ i has the query's token, and pairs in which j ≤ i follows another copy of it."""
         ids, real = self.call.token_ids, self.call.visibility.keys.real
         assert ids is not None, "asked for where there are ids"
         place = torch.arange(ids.shape[1], device=ids.device)
@@ -221,7 +221,7 @@ def _entropy(block: Block) -> Tensor:
 
 
 def _offset_std(block: Block) -> Tensor:
-    """Centred before squaring: Σ p d² − (Σ p d)² loses all digits far from the query; the sink's mass is not in Σ p."""
+    """Centred before squaring, because Σ p d² − (Σ p d)² loses all digits far from the query; Σ p excludes the sink's mass."""
     squares = (block.pattern * (block.distances - block.offset[..., None]).square()).sum(-1)
     return (squares + block.offset.square() * block.sink).sqrt()
 
@@ -290,7 +290,7 @@ OF_CALLS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
 
 
 def output_of(call: AttentionCall) -> Float[Tensor, "batch head query value_width"]:
-    """What the call gives, by its definition; for models whose own function knows nothing of the seam."""
+    """The output of the call, computed from its definition, where the model's own attention function cannot be used."""
     exact = _exact(call.query)
     heads, queries = call.query.shape[1:3]
     of_heads = (t.to(exact).repeat_interleave(heads // t.shape[1], dim=1) for t in (call.key, call.value))
@@ -304,7 +304,7 @@ def output_of(call: AttentionCall) -> Float[Tensor, "batch head query value_widt
 
 
 def _pattern(scores: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over what is seen; a row that sees nothing looks at all alike, as where a mask is added to the scores."""
+    """Softmax over visible keys; a row that sees none is uniform, as with a mask that is added to the scores."""
     scores = scores.masked_fill(~seen, -torch.inf)
     if sinks is not None:
         sink = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
@@ -319,10 +319,10 @@ def _exact(x: Tensor) -> torch.dtype:
 def _scores_of(call: Call) -> Callable[[slice, slice], Float[Tensor, "batch head row key"]]:
     """Scores of some rows and keys, in float32 (float64 for a float64 model); of weights alone their logarithms serve."""
     if isinstance(call, ScoredCall):
-        exact, given = _exact(call.scores), call.scores
+        exact, scores = _exact(call.scores), call.scores
         if call.weights_only:
-            return lambda rows, keys: given[:, :, rows, keys].to(exact).log()
-        return lambda rows, keys: given[:, :, rows, keys].to(exact)
+            return lambda rows, keys: scores[:, :, rows, keys].to(exact).log()
+        return lambda rows, keys: scores[:, :, rows, keys].to(exact)
     heads = call.query.shape[1]
     key = call.key.to(_exact(call.query)).repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-1, -2)
     return lambda rows, keys: _scores(call, key, rows, keys)

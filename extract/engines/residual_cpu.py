@@ -1,4 +1,4 @@
-"""The columns of `residual`, compiled: what their functions in `tables/residual.py` give, reading each state once.
+"""Compiled columns of `residual`: the results of the functions in `tables/residual.py`, reading each state once.
 
 Where the stream's norm is torch's own, the same pass makes the norm's output, since all that it needs is at hand.
 """
@@ -18,31 +18,31 @@ from attlas.extract.engines.compiled import FAST, kernel, places
 from attlas.extract.engines.observations import NormObservation
 from attlas.extract.engines.visibility import Axis
 
-# tokens of a sequence that one thread takes at a time: sums are added up in the same pieces on any number of threads
+# tokens per piece of a sequence; sums are added up by pieces, so that they do not depend on the number of threads
 _PIECE = 64
-# means over tokens, then what is about a sequence as a whole
+# means over tokens, then quantities of the whole sequence
 _OF_TOKENS = ("stream_norm", "update_norm", "update_ratio", "update_cosine", "step_cosine", "stream_gain", "outlier_ratio", "kurtosis")  # fmt: skip
 _OF_STREAM = (*_OF_TOKENS, "anisotropy", "max_abs", "outlier_dim")
 _OF_NORM = ("norm_mean", "norm_scale", "norm_output_gain")
 OF_HEADS = ("heads_concat_norm", "heads_mean_norm", "heads_cosine")
 MAKES = frozenset({*_OF_STREAM, *_OF_NORM, *OF_HEADS})
 _STREAM, _HEADS = places(_OF_STREAM), places(OF_HEADS)
-_TOKEN = places((*_OF_TOKENS, *_OF_NORM))  # what is averaged over tokens
-# what is summed over the entries of one token, from which its quantities follow
+_TOKEN = places((*_OF_TOKENS, *_OF_NORM))  # quantities that are averaged over tokens
+# sums over the entries of one token, from which its quantities are computed
 _SUMS = ("mean", "squares", "largest", "fourths", "stream_squares", "update_squares", "stream_update", "stream_after", "centred", "written")  # fmt: skip
 _RAW = places(_SUMS)
 _TOKENS, _NORMS, _TOKEN_SUMS, _COMPARED = len(_OF_TOKENS), len(_OF_NORM), len(_SUMS), len(OF_HEADS)
 _ALWAYS = np.array([getattr(_TOKEN, name) for name in ("stream_norm", "outlier_ratio", "kurtosis")])
 _WITH_UPDATE = np.array([getattr(_TOKEN, name) for name in _OF_TOKENS if name not in ("outlier_ratio", "kurtosis")])
 _WITH_NORM = np.array([getattr(_TOKEN, name) for name in _OF_NORM])
-_NOTHING = np.zeros((0, 0), np.float32)  # stands for states that are not given
+_NOTHING = np.zeros((0, 0), np.float32)  # placeholder for absent states
 
 Columns = Mapping[str, Float64[np.ndarray, " batch"]]
 
 
 @dataclass(frozen=True)
 class StatePass:
-    """What one pass over a state of the stream gives: columns of the state, and of the norm that reads it."""
+    """Results of one pass over a state of the stream: columns of the state, and of the norm that reads it."""
 
     stream: Columns
     norm: Columns
@@ -118,7 +118,7 @@ def _flat(x: Float[Tensor, "*batch width"] | None) -> Float32[np.ndarray, "row w
 
 @njit(error_model="numpy", fastmath=FAST)
 def _keep_largest(a: Float32[np.ndarray, " width"], largest: Float32[np.ndarray, " width"]) -> np.float32:
-    """The token's largest |entry|, and of each dimension the largest so far.
+    """The token's largest |entry|, updating the largest of each dimension.
 
     Positive floats are in the order of their bits, NaN above all: LLVM makes a vector of that maximum, not of floats'.
     """
@@ -139,7 +139,7 @@ def _sum_state(
     units: Float32[np.ndarray, " width"],
     largest: Float32[np.ndarray, " width"],
 ) -> None:
-    """One token's state."""
+    """Sums of one token's state."""
     total, squares = float32(0), float32(0)
     for k in range(a.shape[0]):
         total += a[k]
@@ -164,7 +164,7 @@ def _sum_update(
     raw: Float32[np.ndarray, "sum token"],
     t: int,
 ) -> np.float32:
-    """One token's step from x to a; gives ‖a − x − f‖²."""
+    """Sums of one token's step from x to a; returns ‖a − x − f‖²."""
     xx, ff, xf, xa, off = float32(0), float32(0), float32(0), float32(0), float32(0)
     for k in range(a.shape[0]):
         xx += x[k] * x[k]
@@ -194,7 +194,7 @@ def _sum_norm(
     raw: Float32[np.ndarray, "sum token"],
     t: int,
 ) -> None:
-    """One token's norm and, if asked for, its output."""
+    """Sums of one token's norm and, if wanted, of its output."""
     squares = float32(0)
     for k in range(a.shape[0]):
         squares += (a[k] - mean) * (a[k] - mean)
@@ -215,7 +215,7 @@ def _add(
     """Add the tokens' values where they are defined."""
     total, count = 0.0, 0
     for t in range(first, last):
-        # by its bits, which a vector compares as well
+        # from its bits, which also works in vector code
         defined = (np.float32(values[t]).view(np.int32) & np.int32(0x7F800000)) != np.int32(0x7F800000)
         total += values[t] if defined else float32(0)
         count += 1 if defined else 0
@@ -268,7 +268,7 @@ def _finish(
 
 @njit(error_model="numpy", inline="always")
 def _within_one(cosine: np.float32) -> np.float32:
-    """Rounding beyond ±1 cut off; NaN stays."""
+    """Clip rounding errors beyond ±1; NaN is kept."""
     return float32(1) if cosine > float32(1) else float32(-1) if cosine < float32(-1) else cosine
 
 

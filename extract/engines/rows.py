@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out of it."""
+"""Inputs and results of an engine: attention calls and their row quantities."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from attlas.extract.engines.visibility import Visibility
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention call of the model, as the model made it, and what is known besides.
+    """The arguments of one attention call, and what row quantities may need in addition.
 
-    Grouped heads: `key` has fewer heads than `query`, each serving query heads in a row. `sinks` are logits of a
+    With grouped heads, `key` has fewer heads than `query`, each for consecutive query heads. `sinks` are logits of a
     learned sink. Scores are (query · key)·scale, soft-capped, plus the visibility's bias. `write` is R of each head,
     lower triangular, with ‖c R‖ = ‖c W_O^h‖.
     """
@@ -35,19 +35,19 @@ class AttentionCall:
 
     @property
     def facts(self) -> frozenset[Fact]:
-        """What the call has of what row quantities need."""
+        """What the call offers to row quantities."""
         return _facts(self, scores=True, values=True)
 
 
 @dataclass(frozen=True)
 class ScoredCall:
-    """An attention call whose scores the model made itself, masked, biased and scaled, and put through its own softmax.
+    """An attention call in which the model itself computed scores (masked, biased and scaled) and softmax.
 
-    With `weights_only` no more is known than the pattern, which then stands in place of the scores.
+    With `weights_only` only the pattern is known, and `scores` contains it.
     """
 
     scores: Float[Tensor, "batch head query key"]
-    value: Float[Tensor, "batch key_head key value_width"] | None  # None where a key's is not the same for all queries
+    value: Float[Tensor, "batch key_head key value_width"] | None  # None if the value of a key depends on the query
     visibility: Visibility
     sinks: Float[Tensor, "batch head query"] | None = None
     write: Float[Tensor, "head value_width value_width"] | None = None
@@ -57,7 +57,7 @@ class ScoredCall:
 
     @property
     def facts(self) -> frozenset[Fact]:
-        """What the call has of what row quantities need."""
+        """What the call offers to row quantities."""
         return _facts(self, scores=not self.weights_only, values=self.value is not None)
 
 
@@ -76,9 +76,9 @@ def _facts(call: AttentionCall | ScoredCall, *, scores: bool, values: bool) -> f
 
 @dataclass(frozen=True)
 class Rows:
-    """Row quantities of one attention call by name, in float32 or better; those that are not known are absent.
+    """Row quantities of one attention call by name, in float32 or better; unknown ones are absent.
 
-    A row that is not measured (padding, fully masked, non-finite scores) holds zero everywhere and adds to no sum.
+    A row that is not measured (padding, fully masked, non-finite scores) has zeros and adds to no sum.
     """
 
     measured: Bool[Tensor, "batch head query"]
@@ -97,5 +97,5 @@ class Rows:
         return name in self.quantities
 
     def get(self, name: str) -> Tensor | None:
-        """The quantity, or None where it is not known."""
+        """The quantity, or None if it is not known."""
         return self.quantities.get(name)

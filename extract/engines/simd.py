@@ -1,4 +1,4 @@
-"""Vector code for the cpu engine: four loops that a compiler would not make from scalars, as numba intrinsics.
+"""Vector code for the cpu engine: loops that a compiler does not vectorise by itself, as numba intrinsics.
 
 Each builds LLVM instructions on vectors of `LANES` float32, which LLVM lowers to whatever the processor has. Addresses
 are in bytes, strides and counts in floats. Nothing here may be reassociated: a non-finite score must stay one.
@@ -16,12 +16,12 @@ from numba.core.registry import cpu_target
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
-_target: Any = cpu_target.target_context  # made when it is first asked for
+_target: Any = cpu_target.target_context  # created at first use
 _FEATURES = (
     _target.codegen().magic_tuple()[2].split(",")
-)  # of the processor, or those that numba is told to compile for
+)  # features of the processor, or those that numba is configured for
 # floats in a vector register, rows of a tile and vectors of a row: accumulators fill most of the registers there are.
-# No more rows than lanes: `_reduced` leaves a number for each row in one vector.
+# No more rows than lanes: `_reduce_vectors` leaves a number for each row in one vector.
 LANES = 16 if "+avx512f" in _FEATURES else 8 if "+avx" in _FEATURES else 4
 ROWS = {16: 8, 8: 6, 4: 4}[LANES]
 TILE = 2 * LANES
@@ -32,7 +32,7 @@ SUMS = 8
 _FLOAT, _INT, _WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _LANES = ir.VectorType(_FLOAT, LANES)
 _INT_LANES = ir.VectorType(_INT, LANES)
-# what instructions work on: `ir.Value`, which both are, does not say that it has a type
+# operands of instructions; `ir.Value`, their base class, does not declare a type
 _Value = ir.Constant | ir.NamedValue
 # 2ᵗ on [−½, ½], exactly 1 at 0, elsewhere within 1e-7 of it (minimax, degree 5)
 _EXP2 = (
@@ -48,10 +48,10 @@ _LOWEST = -126.0  # smaller powers of two are not normal
 
 
 class _Vectors:
-    """Names for the vector instructions that are used, on one builder."""
+    """The vector instructions that are used, on one builder."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
-        # a checker reads its methods without their decorators, as if instructions gave nothing
+        # type checkers ignore the decorators of its methods and think they return None
         self.builder: Any = builder
 
     def constant(self, value: float) -> ir.Constant:
@@ -77,8 +77,8 @@ class _Vectors:
     def store(self, value: _Value, address: _Value, floats: _Value | int = 0) -> None:
         self.builder.store(value, self.pointer(address, floats), align=4)
 
-    def shuffled(self, a: _Value, b: _Value, lanes: Sequence[int]) -> _Value:
-        """Lanes of two vectors side by side."""
+    def shuffle_lanes(self, a: _Value, b: _Value, lanes: Sequence[int]) -> _Value:
+        """A selection of the lanes of two vectors."""
         return self.builder.shuffle_vector(a, b, ir.Constant(_INT_LANES, list(lanes)))
 
     def fma(self, a: _Value, b: _Value, c: _Value) -> _Value:
@@ -88,7 +88,7 @@ class _Vectors:
         )
 
     def larger(self, a: _Value, b: _Value) -> _Value:
-        """The larger of two; the second where one is NaN, as the processor's own instruction has it."""
+        """The larger of two values; the second if one is NaN, as in the processor's instruction."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
     def absolute(self, a: _Value) -> _Value:
@@ -109,7 +109,7 @@ class _Vectors:
         return b.bitcast(b.add(b.bitcast(power, _INT_LANES), exponent), _LANES)
 
     def variable(self, value: _Value) -> _Value:
-        """A place for a value that loops change; LLVM keeps it in a register."""
+        """A variable that loops change; LLVM keeps it in a register."""
         place = cgutils.alloca_once(self.builder, value.type)
         self.builder.store(value, place)
         return place
@@ -121,7 +121,7 @@ def _intrinsic(
     *,
     floats: int = 0,
 ) -> Callable[..., None]:
-    """A numba function of so many integers, then floats, from what builds its instructions."""
+    """A numba function of so many integers, then floats, from a function that builds its instructions."""
     kinds = (types.intp,) * arguments + (types.float32,) * floats
 
     def generate(
@@ -164,7 +164,7 @@ def _transpose(v: _Vectors, source: _Value, stride: _Value, target: _Value, targ
         for r in range(LANES):
             if not r & step:
                 a, b = rows[r], rows[r + step]
-                rows[r], rows[r + step] = v.shuffled(a, b, upper), v.shuffled(a, b, lower)
+                rows[r], rows[r + step] = v.shuffle_lanes(a, b, upper), v.shuffle_lanes(a, b, lower)
         step *= 2
     for r, row in enumerate(rows):
         v.store(row, target, v.builder.mul(target_stride, _WORD(r)))
@@ -181,7 +181,7 @@ def _copy(v: _Vectors, source: _Value, target: _Value, count: _Value, scale: _Va
 
 
 def _over_row(v: _Vectors, low: _Value, high: _Value, visit: Callable[[_Value, _Value | None], None]) -> None:
-    """Visit a row's places from low to high, LANES at a time; the last visit knows which of its lanes are within."""
+    """Visit a row's places from low to high, LANES at a time, with a mask of valid lanes in the last visit."""
     b = v.builder
     whole = b.add(low, b.and_(b.sub(high, low), _WORD(-LANES)))
     with cgutils.for_range_slice(b, low, whole, _WORD(LANES), intp=_WORD) as (j, _count):
@@ -240,34 +240,34 @@ def _softmax_row(
         v.store(b.load(place), out, number * ROWS * LANES)
 
 
-def _reduced(v: _Vectors, vectors: list[_Value], combine: Callable[[_Value, _Value], _Value]) -> _Value:
-    """Lane r holds the combination of all lanes of vector r: halves of two vectors are folded together at each step."""
+def _reduce_vectors(v: _Vectors, vectors: list[_Value], combine: Callable[[_Value, _Value], _Value]) -> _Value:
+    """Combine all lanes of vector r into lane r, folding halves of two vectors together at each step."""
     vectors = vectors + [vectors[-1]] * (8 - len(vectors) if len(vectors) > 4 else 0)
     groups, width = 1, LANES
     while width > 1:
         width //= 2
         if len(vectors) == 1:
             folded = [lane ^ width for lane in range(LANES)]
-            vectors = [combine(vectors[0], v.shuffled(vectors[0], vectors[0], folded))]
+            vectors = [combine(vectors[0], v.shuffle_lanes(vectors[0], vectors[0], folded))]
             continue
         low = [2 * width * group + lane for group in range(2 * groups) for lane in range(width)]
         high = [lane + width for lane in low]
         groups *= 2
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [combine(v.shuffled(a, b, low), v.shuffled(a, b, high)) for a, b in pairs]
+        vectors = [combine(v.shuffle_lanes(a, b, low), v.shuffle_lanes(a, b, high)) for a, b in pairs]
     every = LANES // groups
     spread = [lane * every if lane < groups else 0 for lane in range(LANES)]
-    return v.shuffled(vectors[0], vectors[0], spread)
+    return v.shuffle_lanes(vectors[0], vectors[0], spread)
 
 
 def _sums_of_rows(v: _Vectors, lanes: _Value, out: _Value) -> None:
     rows = [v.load(lanes, r * LANES) for r in range(ROWS)]
-    v.store(_reduced(v, rows, v.builder.fadd), out)
+    v.store(_reduce_vectors(v, rows, v.builder.fadd), out)
 
 
 def _largest_of_rows(v: _Vectors, lanes: _Value, out: _Value) -> None:
     rows = [v.load(lanes, r * LANES) for r in range(ROWS)]
-    v.store(_reduced(v, rows, v.larger), out)
+    v.store(_reduce_vectors(v, rows, v.larger), out)
 
 
 def _squares_of_rows(v: _Vectors, rows: _Value, stride: _Value, width: _Value, out: _Value) -> None:
@@ -277,7 +277,7 @@ def _squares_of_rows(v: _Vectors, rows: _Value, stride: _Value, width: _Value, o
         for start, place in zip(starts, sums, strict=True):
             value = v.load(start, j)
             v.builder.store(v.fma(value, value, v.builder.load(place)), place)
-    v.store(_reduced(v, [v.builder.load(place) for place in sums], v.builder.fadd), out)
+    v.store(_reduce_vectors(v, [v.builder.load(place) for place in sums], v.builder.fadd), out)
 
 
 def _spread(

@@ -1,7 +1,7 @@
-"""What is kept of the rows of a head in a sequence: a few numbers, from which every column of `heads` follows.
+"""Head quantities: a few numbers per head and sequence, from which every column of `heads` is computed.
 
-Each is a `HeadQuantity`. A row quantity whose record says how it merges is one by itself: the sum of the measured rows,
-or their largest. The others have a function here, in plain torch, on any device; `sums_cpu` has most of them compiled.
+A row quantity with a `merge` is also a head quantity: the sum or the maximum of the measured rows. The others have a
+function here, in torch, for any device; `sums_cpu` has compiled versions of most of them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, Fac
 class HeadSums(NamedTuple):
     """The head quantities of one attention layer, and its profiles, in float64.
 
-    A quantity that is not known is NaN. Profiles hold sum and count of each bin, over all sequences of the batch, at the
-    columns that `PROFILE_COLUMNS` names; None where they are not asked for.
+    Unknown quantities are NaN. Profiles contain sum and count of each bin, over all sequences of the batch, in the columns
+    of `PROFILE_COLUMNS`; None if they were not asked for.
     """
 
     values: Float[Tensor, "quantity batch head"]
@@ -38,8 +38,8 @@ Compute = Callable[[HeadObservation], Float[Tensor, "batch head"]]
 class HeadQuantity:
     """A number of one head in one sequence.
 
-    `rows` are the row quantities that it is computed from, `facts` what else the call must have. `merge` says how the
-    numbers of a sequence's windows become that of the sequence; None: they do not.
+    `rows` are the row quantities from which it is computed, `facts` what else the call must have. `merge` is how the
+    numbers of a sequence's windows are combined; None if they cannot be.
     """
 
     name: str
@@ -49,7 +49,7 @@ class HeadQuantity:
     merge: Merge | None = "sum"
 
     def is_known(self, o: HeadObservation) -> bool:
-        """Whether the observation has what it needs."""
+        """Whether the observation has everything that it needs."""
         has = {"positions": not o.visibility.is_cross_attention, "classes": o.classes is not None}
         return all(name in o.rows for name in self.rows) and all(has[fact] for fact in self.facts)
 
@@ -58,7 +58,7 @@ HEAD_QUANTITIES: dict[str, HeadQuantity] = {}
 
 
 def head_quantity(name: str) -> HeadQuantity:
-    """The head quantity of that name, be it one with a function here or a row quantity merged over its rows."""
+    """The head quantity of this name: one with a function here, or a row quantity merged over rows."""
     if name in HEAD_QUANTITIES:
         return HEAD_QUANTITIES[name]
     row = ROW_QUANTITIES[name]
@@ -74,12 +74,12 @@ def _merge_rows(row: RowQuantity, o: HeadObservation) -> Tensor:
 
 
 def row_quantities_for(names: Iterable[str]) -> frozenset[str]:
-    """The row quantities that the named head quantities are computed from."""
+    """The row quantities from which the named head quantities are computed."""
     return frozenset(row for name in names for row in head_quantity(name).rows)
 
 
 def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> HeadSums:
-    """The named head quantities of an observation, and its profiles where asked for."""
+    """The named head quantities of an observation, and its profiles if asked for."""
     values = o.count.new_full((len(names), *o.count.shape), torch.nan)
     for place, quantity in enumerate(map(head_quantity, names)):
         if quantity.is_known(o):
@@ -90,7 +90,7 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
 def _quantity(
     *rows: str, facts: tuple[Fact, ...] = (), merge: Merge | None = "sum", name: str = ""
 ) -> Callable[[Compute], Compute]:
-    """Make the function a head quantity of its own name."""
+    """Register a function as the head quantity of its name."""
 
     def record(compute: Compute) -> Compute:
         named = name or getattr(compute, "__name__", "")
@@ -121,7 +121,7 @@ def masked(o: HeadObservation) -> Tensor:
 
 @_quantity()
 def nonfinite(o: HeadObservation) -> Tensor:
-    """Rows that see keys and are not measured."""
+    """Rows that see keys but are not measured."""
     return ((o.visibility.visible > 0) & ~o.rows.measured).sum(-1)
 
 
@@ -230,7 +230,7 @@ def received_max(o: HeadObservation) -> Tensor:
 
 @_quantity("received", merge=None)
 def received_max_key(o: HeadObservation) -> Tensor:
-    """Its position, the first of equals; real tokens stand together, so their order is that of the places."""
+    """Its position, the first of equal ones; real tokens are contiguous, so places have the order of positions."""
     place = (o.mean_row == o.mean_row.amax(-1)[..., None]).int().argmax(-1)
     first_place = o.visibility.keys.start.view(-1, 1).expand_as(o.count)
     return (place - first_place).where(o.count > 0, torch.nan)
@@ -250,11 +250,17 @@ def written(o: HeadObservation) -> Tensor:
 
 # --- profiles ------------------------------------------------------------------------------------------------------
 
-PROFILE_ROWS = ("entropy", "max_weight", "distance", "received", "offsets")  # the row quantities that they are made of
+PROFILE_ROWS = (
+    "entropy",
+    "max_weight",
+    "distance",
+    "received",
+    "offsets",
+)  # the row quantities from which profiles are made
 
 
 def _profiles(o: HeadObservation) -> Float[Tensor, "2 head column"]:
-    """Sum and count of every bin. Bins are added up by matrix products, whose order is the same on every run."""
+    """Sum and count of every bin, added up with matrix products, whose order of summation is the same in every run."""
     measured, visibility = o.rows.measured, o.visibility
     heads = measured.shape[1]
     out = o.count.new_zeros(2, heads, len(PROFILE_COLUMNS))

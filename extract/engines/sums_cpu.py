@@ -1,4 +1,4 @@
-"""The sums of an attention call, compiled: what `sums.summed` gives, in one pass over the rows of each head."""
+"""Compiled head sums: the results of `sums.head_sums` in one pass over the rows of each head."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from attlas.extract.engines.profiles import (
 from attlas.extract.engines.quantities import TOKEN_CLASSES
 from attlas.extract.engines.sums import HeadSums, head_quantity
 
-# the head quantities that the kernel makes; others are left to plain torch
+# the head quantities that the kernel makes; others are computed in torch
 MAKES = (
     "rows",
     "several",
@@ -64,10 +64,10 @@ _OFFSET, _ENTROPY, _MAX_WEIGHT = (COLUMN_OF_BIN[name, 0] for name in ("offset", 
 _ENTROPY_AT, _DISTANCE_AT, _RECEIVED_AT = (
     COLUMN_OF_BIN[f"{name}_by_position", 0] for name in ("entropy", "distance", "received")
 )
-# float64: numba makes it of a float and a float32, where NumPy's stubs say float32
+# numba gives float64 for a float and a float32, unlike NumPy's stubs
 _Sum = float | np.floating
-_ABSENT = torch.zeros(0, 0, 0)  # stands for a quantity that is not known
-# row quantities that the kernel reads whether they are known or not
+_ABSENT = torch.zeros(0, 0, 0)  # placeholder for unknown quantities
+# row quantities that the kernel always takes, known or not
 _ALWAYS_READ = ("entropy", "max_weight", "distance", "score_max", "score_mean", "score_variance")
 _NO_CLASSES = torch.zeros(0, 0, dtype=torch.int64)
 
@@ -75,7 +75,7 @@ _NO_CLASSES = torch.zeros(0, 0, dtype=torch.int64)
 def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> HeadSums:
     """The named head quantities and the profiles of an observation on the CPU.
 
-    A mask with holes, cross-attention and float64 are left to plain torch, and so is each quantity that is not compiled.
+    A mask with holes, cross-attention and float64 are computed in torch, and so is each quantity that is not compiled.
     """
     measured = o.rows.measured
     is_float32 = all(values.dtype == torch.float32 for name, values in o.rows.quantities.items() if name in ROW_ARRAYS)
@@ -141,7 +141,7 @@ _EDGES = np.array([doubling_bin_edges(number)[1] + 1 for number in range(LARGEST
 
 
 def _rowed(kind: types.Type) -> types.Array:
-    """[batch, head, token] side by side, so that loops over tokens are vectors."""
+    """[batch, head, token] with contiguous tokens, so that loops over them are vectorised."""
     return types.Array(kind, 3, "C")
 
 
@@ -152,7 +152,7 @@ def _histogram_bin(share: np.float32) -> int:
 
 @njit(error_model="numpy", fastmath=FAST)
 def _total(x: Float32[np.ndarray, " query"]) -> float:
-    """Σ x in float64; NaN where there is no such quantity."""
+    """Σ x in float64; NaN if the quantity is unknown."""
     if x.shape[0] == 0:
         return np.nan
     total = 0.0
@@ -205,7 +205,7 @@ def _sum_rows(
     profile: Float64[np.ndarray, "2 column"],
     out: Float64[np.ndarray, " quantity"],
 ) -> None:
-    """Sums over rows into `out`; row profiles; and how many pairs begin and end at each distance.
+    """Write sums over rows to `out`, add row profiles, and count the pairs that begin and end at each distance.
 
     A row that is not measured holds zeros.
     """
@@ -280,11 +280,11 @@ def _sum_offsets(
     profile: Float64[np.ndarray, "2 column"],
     out: Float64[np.ndarray, " quantity"],
 ) -> None:
-    """Self, previous, next, backward, forward; and the offset profile, mass and opportunity."""
+    """Masses on self, previous, next, backward and forward; and mass and opportunity of the offset profile."""
     n = steps.shape[0] // 2
     middle = offsets.shape[0] // 2
     ahead, behind = offsets[middle : middle + n], offsets[middle - n + 1 : middle + 1][::-1]
-    for place in range(1, 2 * n):  # steps up and down to how many pairs there are
+    for place in range(1, 2 * n):  # accumulate steps up and down into numbers of pairs
         steps[place] += steps[place - 1]
     backward, forward = 0.0, 0.0
     begin = 0
@@ -325,7 +325,7 @@ def _sum_keys(
     of_class: Float64[np.ndarray, " class"],
     out: Float64[np.ndarray, " quantity"],
 ) -> None:
-    """Mass on the first key and by class; the mean row's entropy, largest and its place; what is written, first and all."""
+    """Mass on the first key and by class; entropy, maximum and its place of the mean row; norms written by the first and all keys."""
     n = received.shape[0]
     _sum_by_position(received, edges, profile[0], _RECEIVED_AT)
     _sum_by_position(np.ones(n, np.float32), edges, profile[1], _RECEIVED_AT)
@@ -337,7 +337,7 @@ def _sum_keys(
     entropy = 0.0
     for j in range(n):
         mean = received[j] * each
-        # a smaller one adds less than float32 resolves
+        # smaller terms are below the resolution of float32
         entropy -= mean * ln(mean) if mean > np.float32(1e-30) else np.float32(0)
     of_class[:] = 0.0 if classes.shape[0] > 0 else np.nan
     for j in range(classes.shape[0]):
@@ -394,7 +394,7 @@ def _sum_up(
     of_classes: Float64[np.ndarray, "class batch head"],
     profiles: Float64[np.ndarray, "2 head column"],
 ) -> None:
-    # one head at a time, its sequences in order: sums come out the same on any number of threads
+    # one head at a time and its sequences in order, so that sums do not depend on the number of threads
     for h in prange(measured.shape[1]):
         profile = profiles[:, h]
         profile[:] = 0.0

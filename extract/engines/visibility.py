@@ -1,8 +1,8 @@
-"""Who may see whom in a batch: padding, causality and masks, and what they alone imply.
+"""Which keys each query sees, from padding, causality and masks, and the statistics that follow from it alone.
 
-Nearly every mask lets a query see an unbroken run of keys: all of them, those up to itself, a window, a prefix. Such a
-mask is held as the run's two ends per query, so that nothing here grows with the square of the sequence; only a mask
-with holes, or a bias, keeps its pairs.
+With nearly every mask a query sees an unbroken range of keys: all of them, those up to itself, a window or a prefix. Such a
+mask is stored as the two ends of the range per query, so that memory does not grow with the square of the sequence. Only
+masks with holes, and biases, are stored per pair.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from attlas.extract.errors import CaptureError
 
 # rows × keys of one block of a mask or pattern, over batch × head: bounds memory, not results
 BLOCK_ELEMENTS = 1 << 23
-# what is added to hide padding, −10,000 in older models, is below; no weight is left of a score so far below others
+# values added to hide padding are lower (−10,000 in older models); scores that far below others have no weight left
 _OPEN = -5000
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The places of a batch along which tokens stand: those of a sequence together, from `start`, `length` of them."""
+    """Places of the real tokens in a batch: `length` contiguous ones per sequence, from `start` on."""
 
     start: Int[Tensor, " batch"]
     length: Int[Tensor, " batch"]
@@ -43,7 +43,7 @@ class Axis:
 
     @cached_property
     def padding(self) -> slice | None:
-        """From the first to the last place at which any sequence has padding; None where none has."""
+        """From the first to the last place at which any sequence has padding; None if none has."""
         start, end = self.start.tolist(), (self.start + self.length).tolist()
         left, right = max(start), min(end)
         if not left and right == self.tokens:
@@ -62,7 +62,7 @@ def whole_axis(batch: int, tokens: int, device: torch.device) -> Axis:
 
 
 def axis_of(real: Bool[Tensor, "batch token"]) -> Axis | None:
-    """The axis with these real tokens; None where those of a sequence do not stand together."""
+    """The axis with these real tokens; None if those of a sequence are not contiguous."""
     length = real.sum(-1)
     start = real.int().argmax(-1)
     axis = Axis(start, length, real.shape[-1])
@@ -71,10 +71,10 @@ def axis_of(real: Bool[Tensor, "batch token"]) -> Axis | None:
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys each query sees. In self-attention queries and keys are the same axis, and the same object.
+    """Which keys each query sees. In self-attention, queries and keys are the same axis, as the same object.
 
-    Query i sees keys `first[i]` … `last[i]` − 1, places in the batch; none where last ≤ first, as at padding. `allowed`
-    is None where it sees every one of these. `bias` is added to the scores; it decides nothing about who sees whom.
+    Query i sees keys `first[i]` … `last[i]` − 1, places in the batch; none if last ≤ first, as at padding. `allowed` is
+    None if it sees all of them. `bias` is added to the scores and does not affect visibility.
     """
 
     queries: Axis
@@ -86,17 +86,17 @@ class Visibility:
 
     @property
     def is_cross_attention(self) -> bool:
-        """Queries and keys are different tokens: there is no distance between them."""
+        """Whether queries and keys are different tokens, without a distance between them."""
         return self.queries is not self.keys
 
     def reach(self, first: int, last: int) -> slice:
-        """The keys from the first to the last that any of the query rows first … last−1 sees; one where none sees any."""
+        """The range of keys that any of the query rows first … last−1 sees; a single key if they see none."""
         low, high = (ends[first:last] for ends in self._reaches)
         return slice(min(low), max(high)) if min(low) < max(high) else slice(0, 1)
 
     @cached_property
     def _reaches(self) -> tuple[list[int], list[int]]:
-        """Of each query row, over batch and heads: the first key that it sees, and past the last."""
+        """First visible key of each query row, over batch and heads, and the end of its visible keys."""
         sees = self.last > self.first
         low, high = self.first.where(sees, self.keys.tokens).amin((0, 1)), self.last.where(sees, 0).amax((0, 1))
         return low.tolist(), high.tolist()
@@ -109,14 +109,14 @@ class Visibility:
 
     @cached_property
     def visible(self) -> Int[Tensor, "batch group query"]:
-        """m_i: how many keys each query sees; 0 at padding."""
-        return (self.last - self.first).clamp_min(0) if self.allowed is None else self._counted[0]
+        """m_i, the number of keys that each query sees; 0 at padding."""
+        return (self.last - self.first).clamp_min(0) if self.allowed is None else self._pair_counts[0]
 
     @cached_property
     def uniform_distance(self) -> Float[Tensor, "batch group query"]:
-        """Mean of |d| over the visible keys; 0 where there are none."""
+        """Mean of |d| over the visible keys; 0 if there are none."""
         if self.allowed is not None:
-            total = self._counted[1]
+            total = self._pair_counts[1]
         else:
             before = _sum_to(self.queries.place - self.first) - _sum_to(self.queries.place - self.last)
             after = _sum_to(self.last - 1 - self.queries.place) - _sum_to(self.first - 1 - self.queries.place)
@@ -124,15 +124,15 @@ class Visibility:
         return total.double() / self.visible.clamp_min(1)
 
     def pairs_of(self, measured: Bool[Tensor, "batch head query"]) -> Int[Tensor, "batch head distance"]:
-        """Visible pairs at each distance d, at index d + tokens − 1, of the measured rows alone."""
+        """Visible pairs of the measured rows at each distance d, at index d + tokens − 1."""
         if self.allowed is not None:
-            return self._holed_pairs(measured)
-        if (measured == (self.visible > 0)).all():  # most often: then heads share what their masks share
+            return self._pairs_with_holes(measured)
+        if (measured == (self.visible > 0)).all():  # the usual case: heads with the same mask share the result
             return self._pairs(self.visible > 0).expand(-1, measured.shape[1], -1)
         return self._pairs(measured)
 
     def _pairs(self, rows: Bool[Tensor, "batch group query"]) -> Int[Tensor, "batch group distance"]:
-        """Each row adds one from its first distance to its last: a sum of steps up and steps down."""
+        """Every row adds one from its first distance to its last, as the cumulative sum of a step up and a step down."""
         counted = (rows & (self.visible > 0)).long()
         steps = counted.new_zeros(*counted.shape[:2], 2 * self.queries.tokens)
         ahead = self.queries.tokens - 1 - self.queries.place
@@ -140,7 +140,7 @@ class Visibility:
         steps.scatter_add_(-1, (self.last + ahead).clamp_min(0).expand_as(counted), -counted)
         return steps.cumsum(-1)[..., :-1]
 
-    def _holed_pairs(self, measured: Bool[Tensor, "batch head query"]) -> Int[Tensor, "batch head distance"]:
+    def _pairs_with_holes(self, measured: Bool[Tensor, "batch head query"]) -> Int[Tensor, "batch head distance"]:
         total: Tensor | int = 0
         for first, last in _blocks(len(self.keys.start) * measured.shape[1], self.queries.tokens, self.keys.tokens):
             sums = diagonal_sums((self.seen(first, last) & measured[..., first:last, None]).int())
@@ -149,8 +149,8 @@ class Visibility:
         return total
 
     @cached_property
-    def _counted(self) -> tuple[Tensor, Tensor]:
-        """Visible keys of each row and the sum of their distances, counted pair by pair."""
+    def _pair_counts(self) -> tuple[Tensor, Tensor]:
+        """Number of visible keys of each row, and the sum of their distances, counted by pairs."""
         keys, distances = [], []
         assert self.allowed is not None, "without holes both follow from the ends"
         for first, last in _blocks(len(self.keys.start) * self.allowed.shape[1], self.queries.tokens, self.keys.tokens):
@@ -196,29 +196,28 @@ def diagonal_sums(block: Tensor) -> Tensor:
 def visibility_from_mask(mask: Tensor | None, *, causal: bool, queries: Axis, keys: Axis | None = None) -> Visibility:
     """Read a mask as given to scaled_dot_product_attention: boolean (True is visible) or added to the scores.
 
-    Without `keys` the queries look at each other.
-    An added mask hides where it is below half the least finite number of its type. Raises CaptureError where real
-    queries see padding.
+    Without `keys` this is self-attention. An added mask hides where it is below half of the most negative finite number of
+    its type. Raises CaptureError if real queries see padding.
     """
     keys = keys or queries
-    plain = _plain(queries, keys, causal=causal)
+    unmasked = _without_mask(queries, keys, causal=causal)
     if mask is None:
-        return plain
-    mask = _in_four(mask)
-    # a mask that says the same to every query is read once, and so is one that batch or heads share
+        return unmasked
+    mask = _as_4d(mask)
+    # a mask that all queries, the batch or heads share is read only once
     if mask.stride(-2) == 0:
         mask = mask[..., :1, :]
-    first, last, unbroken, biased = _read(mask, plain, causal=causal)
+    first, last, unbroken, biased = _read(mask, unmasked, causal=causal)
     whole = mask.expand(-1, -1, queries.tokens, keys.tokens)
     allowed = None if unbroken else allows(whole)
     return Visibility(queries, keys, first, last, allowed, whole if biased else None)
 
 
 def keys_seen(mask: Tensor | None, *, batch: int, keys: int, device: torch.device) -> Bool[Tensor, "batch key"]:
-    """Which keys any query of any head sees: where nothing else tells what is padding, it is what nobody sees."""
+    """Keys that any query of any head sees; without other information, the others are padding."""
     if mask is None:
         return torch.ones(batch, keys, dtype=torch.bool, device=device)
-    mask = _in_four(mask)
+    mask = _as_4d(mask)
     if mask.stride(-2) == 0:
         mask = mask[..., :1, :]
     blocks = _blocks(max(batch, mask.shape[0]) * mask.shape[1], mask.shape[-2], keys)
@@ -226,12 +225,12 @@ def keys_seen(mask: Tensor | None, *, batch: int, keys: int, device: torch.devic
     return torch.stack(seen).any(0).expand(batch, keys)
 
 
-def _in_four(mask: Tensor) -> Tensor:
+def _as_4d(mask: Tensor) -> Tensor:
     return mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
 
 
-def _plain(queries: Axis, keys: Axis, *, causal: bool) -> Visibility:
-    """Every real query sees every real key, or every real key up to its own place."""
+def _without_mask(queries: Axis, keys: Axis, *, causal: bool) -> Visibility:
+    """Visibility without a mask: every real query sees all real keys, or, if causal, those up to its own place."""
     real = queries.real[:, None]
     first = keys.start[:, None, None].expand(-1, 1, queries.tokens)
     end = (keys.start + keys.length)[:, None, None].expand(-1, 1, queries.tokens)
@@ -240,25 +239,25 @@ def _plain(queries: Axis, keys: Axis, *, causal: bool) -> Visibility:
 
 
 def allows(mask: Tensor) -> Bool[Tensor, ...]:
-    """Where a mask lets see: an added one hides below half the least finite number of its type."""
+    """Pairs that a mask makes visible; an added mask hides below half of the most negative finite number of its type."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def _read(mask: Tensor, plain: Visibility, *, causal: bool) -> tuple[Tensor, Tensor, bool, bool]:
-    """Ends of what each query sees of its sequence, whether all between is visible, and whether anything is added."""
+def _read(mask: Tensor, unmasked: Visibility, *, causal: bool) -> tuple[Tensor, Tensor, bool, bool]:
+    """First visible key and end of each query, whether all keys in between are visible, and whether the mask adds a bias."""
     firsts, lasts = [], []
     unbroken, biased = True, False
-    batch, rows, keys = len(plain.keys.start), plain.queries.tokens, plain.keys.tokens
+    batch, rows, keys = len(unmasked.keys.start), unmasked.queries.tokens, unmasked.keys.tokens
     for first, last in _blocks(max(batch, mask.shape[0]) * mask.shape[1], rows, keys):
         block = mask[..., first:last, :] if mask.shape[-2] > 1 else mask
         allowed = allows(block)
         if not biased and mask.dtype != torch.bool:
             biased = bool((block.masked_fill(~allowed, 0) != 0).any())
-        _refuse_seen_padding(block, plain, first, last, causal=causal)
-        among_real = allowed & plain.seen(first, last)
-        count = among_real.sum(-1)
-        low = among_real.int().argmax(-1)
-        high = keys - among_real.flip(-1).int().argmax(-1)
+        _refuse_seen_padding(block, unmasked, first, last, causal=causal)
+        visible = allowed & unmasked.seen(first, last)
+        count = visible.sum(-1)
+        low = visible.int().argmax(-1)
+        high = keys - visible.flip(-1).int().argmax(-1)
         low, high = low.where(count > 0, 0), high.where(count > 0, 0)
         unbroken = unbroken and bool((high - low == count).all())
         firsts.append(low)
@@ -266,13 +265,13 @@ def _read(mask: Tensor, plain: Visibility, *, causal: bool) -> tuple[Tensor, Ten
     return torch.cat(firsts, -1), torch.cat(lasts, -1), unbroken, biased
 
 
-def _refuse_seen_padding(mask: Tensor, plain: Visibility, first: int, last: int, *, causal: bool) -> None:
-    """Padding never counts: a model that lets real queries see it has another pattern than its rows over real keys."""
-    queries, keys = plain.queries, plain.keys
+def _refuse_seen_padding(mask: Tensor, unmasked: Visibility, first: int, last: int, *, causal: bool) -> None:
+    """Raise CaptureError if real queries see padding, because the pattern would not be one over real keys."""
+    queries, keys = unmasked.queries, unmasked.keys
     if bool(keys.real.all()):
         return
     outside = ~keys.real[:, None, None, :] & queries.real[:, None, first:last, None]
-    if causal:  # hides what stands behind the query, whatever the mask says
+    if causal:  # later keys are hidden, whatever the mask contains
         outside = outside & (keys.place <= queries.place[first:last, None])
     open_ = mask if mask.dtype == torch.bool else mask > _OPEN
     if bool((open_ & outside).any()):

@@ -26,7 +26,7 @@ def double(values: Any) -> None:
 def compile_kernel(name: str = NAME) -> Any:
     """Compile or load the kernel, and check that it works."""
     signature = types.void(types.Array(types.float64, 1, "C"))
-    dispatcher = kernel_cache.compiled(name, lambda keeps: njit(signature, cache=keeps)(double))
+    dispatcher = kernel_cache.load_or_compile(name, lambda keeps: njit(signature, cache=keeps)(double))
     values = np.array([1.0, 2.5])
     dispatcher(values)
     assert values.tolist() == [2.0, 5.0]
