@@ -122,7 +122,7 @@ def _cpu() -> Engine:
     from attlas.extract.engines import (
         compiled,
         cpu,
-        residual_cpu,  # noqa: F401 - its kernels are made ready with the others
+        residual_cpu,  # noqa: F401 - registers its kernels
         sums_cpu,
     )
 

@@ -129,7 +129,7 @@ def _store(name: str, packed: bytes) -> None:
 
 def _warn_that_nothing_is_kept(reason: object) -> None:
     warnings.warn(
-        f"every process compiles the engine anew, since what is compiled can't be kept: {reason}; "
+        f"compiled kernels can't be kept: {reason}; every process compiles them again; "
         "set NUMBA_CACHE_DIR to a folder that can be written",
         stacklevel=3,
     )

@@ -403,13 +403,15 @@ def _compare_heads(
                 for k in range(width):
                     added[k] += c[k]
                     units[k] += c[k] * per
-            mean, alike = float32(0), float32(0)
+            mean, similarity = float32(0), float32(0)
             for k in range(width):
                 mean += added[k] * added[k]
-                alike += units[k] * units[k]
+                similarity += units[k] * units[k]
             of_token[_HEADS.heads_concat_norm, t - begin] = np.sqrt(concat)
             of_token[_HEADS.heads_mean_norm, t - begin] = np.sqrt(mean) / float32(heads)
-            of_token[_HEADS.heads_cosine, t - begin] = (alike - heads) / (heads * (heads - 1)) if heads > 1 else np.nan
+            of_token[_HEADS.heads_cosine, t - begin] = (
+                (similarity - heads) / (heads * (heads - 1)) if heads > 1 else np.nan
+            )
         for quantity in range(_COMPARED):
             _add(of_token[quantity], low - begin, high - begin, of_piece, quantity)
     for b in range(batch):

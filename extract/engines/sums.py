@@ -250,13 +250,8 @@ def written(o: HeadObservation) -> Tensor:
 
 # --- profiles ------------------------------------------------------------------------------------------------------
 
-PROFILE_ROWS = (
-    "entropy",
-    "max_weight",
-    "distance",
-    "received",
-    "offsets",
-)  # the row quantities from which profiles are made
+# the row quantities from which profiles are made
+PROFILE_ROWS = ("entropy", "max_weight", "distance", "received", "offsets")
 
 
 def _profiles(o: HeadObservation) -> Float[Tensor, "2 head column"]:

@@ -1,8 +1,8 @@
-"""Split rows in which several texts are packed side by side, as trainers do to save padding.
+"""Split rows in which several texts are packed to save padding, as trainers do.
 
-Position ids that start again mark where a text ends, and so does a 4-d mask in blocks. Whether the model keeps the texts
-apart is tested: it must attend in two neighbours side by side as it does in each alone. If it does not, the model treats
-the row as one sequence, and so does attlas.
+Position ids that start again, or blocks of a 4-d mask, mark the end of a text. Whether the model separates the texts is
+tested: attention in two adjacent texts must be the same as in each alone. Otherwise the model treats the row as one sequence,
+and so does attlas.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Sequence(NamedTuple):
 def split_packed_texts(model: nn.Module, inputs: Mapping[str, Any]) -> list[BatchPart] | None:
     """Split a packed batch into its texts, grouped by length; None if it is not packed.
 
-    Texts are counted row by row. Warns if the model does not keep them apart.
+    Texts are counted row by row. Warns if the model does not separate them.
     """
     sequences = _packed_sequences(inputs)
     if sequences is None:

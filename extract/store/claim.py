@@ -36,7 +36,7 @@ def held_identity(storage: Storage) -> Identity | None:
         if read_manifest(storage) is None:
             raise Refusal(
                 f"{storage.place(RUN)} says which run a folder holds, and it is damaged: {error}; "
-                f"give --out another folder, or remove {storage.place()} to measure anew"
+                f"give --out another folder, or remove {storage.place()} to measure again"
             ) from error
         unfinished = None
     if unfinished is not None:

@@ -1,11 +1,11 @@
-"""A lock on a local file, the kernel's (`flock`).
+"""A kernel lock (`flock`) on a local file.
 
-It goes with the process that holds it, however that ends, so that no lock is ever stale. Child processes that were started
-with `exec` don't inherit it.
+The kernel releases it when the process that holds it ends, in whatever way, so that no lock is ever stale. Child processes
+that were started with `exec` don't inherit it.
 
-On a network file system the kernel passes the lock on where it can (NFS since Linux 2.6.12, with its lock manager running,
-and CIFS). Where a file system has no locks, nothing keeps two identical runs apart but the user; a folder is still taken by
-one run alone, since that rests on creating a file and not on the lock.
+Network file systems support the lock on NFS (since Linux 2.6.12, with a running lock manager) and CIFS. On a file system
+without locks, two identical runs are not prevented from writing at the same time. Different runs still are, because claiming
+a folder depends on creating a file and not on the lock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 def flock(path: Path) -> Callable[[], None] | None:
     """Lock the file; returns the function that unlocks it, or None if another process or thread holds the lock."""
-    descriptor = _opened(path)
+    descriptor = _open_lock_file(path)
     try:
         if _is_locked(descriptor, exclusively=True) and _is_still_there(descriptor, path):
             _sign(descriptor)
@@ -55,8 +55,8 @@ def flock_holder(path: Path) -> str | None:
     return None if is_free else _signed_by(path)
 
 
-def _opened(path: Path) -> int:
-    """The lock's file, made anew where something else is in its place."""
+def _open_lock_file(path: Path) -> int:
+    """Open the lock file; anything else in its place is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
     with contextlib.suppress(OSError):

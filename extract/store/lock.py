@@ -1,6 +1,6 @@
-"""One writer per dataset: the locks that this process holds, and which thread owns each.
+"""One writer per dataset: the locks that this process holds, and the thread that owns each.
 
-The storage keeps processes apart, by the kernel's lock on a file or by an object that is created once.
+The storage excludes other processes, with a kernel lock on a file or an object that can only be created once.
 """
 
 from __future__ import annotations

@@ -33,10 +33,10 @@ def get_json(storage: Storage, key: str) -> Any | None:
     try:
         value = json.loads(content.decode(), parse_constant=_refuse_constant)
         if b"\\u" in content:
-            json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
+            json.dumps(value, ensure_ascii=False).encode()  # raises for lone surrogates, which are not text
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} is JSON; this one is not ({first_line(error)})") from error
-    if value is None:  # None stands for a missing file
+    if value is None:  # None would mean a missing file
         raise Damaged(f"{name} holds nothing but null")
     if is_nested_beyond(value, _LEVELS) or has_infinity(value):
         raise Damaged(f"{name} is not what was written (it is nested too deep, or a number in it is infinite)")
@@ -44,7 +44,7 @@ def get_json(storage: Storage, key: str) -> Any | None:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def put_sealed(storage: Storage, key: str, value: Mapping[str, Any]) -> None:

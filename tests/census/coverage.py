@@ -1,4 +1,4 @@
-"""data/COVERAGE.md: the census as a table, with totals."""
+"""data/COVERAGE.md: the results of the census as tables, with totals."""
 
 from __future__ import annotations
 
@@ -13,37 +13,48 @@ if TYPE_CHECKING:
 
 _HEAD = """# Coverage
 
-Every architecture that `AutoModel` of transformers {transformers} maps (torch {torch}), as a tiny random model of its own
-configuration: measured by `attlas`, and every column that follows from a pattern compared with the float64 oracle on the
-patterns that the model's own eager attention gives. `make census` writes this file.
+Every architecture that `AutoModel` of transformers {transformers} maps (torch {torch}), as a tiny random model. `attlas` measures it,
+and every column that can be derived from a pattern is compared with a float64 oracle on the patterns that the model's own
+eager attention returns. `make census` writes this file.
 
-* *exact*: every pattern that the model gives is measured, and every such column agrees to 1e-5 or 1e-4 of its value.
-* *exact by eager fallback*: the same, of a model that computes softmax by hand in some layer, where it is watched, or attends over blocks,
-  by hashing or for a sample, where the module is run again.
-* *measured, gives no patterns to compare with*: it attends by torch's or transformers' function, but has no eager form.
-* *refused*: by name, before anything is measured.
-* *no attention*: nothing in it makes a pattern over keys.
-* *not built*: not from its configuration alone, or not with the packages here.
+* *exact*: every pattern that the model returns is measured, and every such column agrees to 1e-5 absolute or 1e-4 relative.
+* *exact by eager fallback*: the same, but the model computes softmax itself in some layer, where it is intercepted, or attends
+  over blocks, by hashing or for a sample of queries, where the module is run again.
+* *measured, gives no patterns to compare with*: it uses torch's or transformers' attention function but has no eager form.
+* *refused*: with a reason, before anything is measured.
+* *no attention*: nothing in the model makes a pattern over keys.
+* *not built*: it can't be built from its configuration alone, or needs packages that are not installed.
 
-`ways` says how its calls are seen: `sdpa` and `interface` calls are made by the fast engine, `softmax` ones by the
-model (on CPUs the fast engine reads its scores), `replay` ones by the reference engine. `layers` are the attention layers
-measured, by stack; `compared` those for which the model has a pattern of its own. `residual` says whether the stream is
-measured as well. `through run` is of those that read ids of a tokenizer: saved with one by `save_pretrained`, loaded, planned
-and measured as `attlas run` does it on texts of several lengths, the same numbers as the model gives for each alone.
+`ways` says how calls are captured: the fast engine computes `sdpa` and `interface` calls, the model computes `softmax` ones
+(on CPUs the fast engine reads their scores), and the reference engine computes `replay` ones. `layers` is the number of measured
+attention layers by stack, and `compared` the number of those with a pattern from the model. `residual` says whether the stream
+is measured too. `through run` concerns models with token ids: the model is saved with a tokenizer by `save_pretrained`, and
+loaded, planned and measured as by `attlas run` on texts of several lengths; *yes* means the same results as for each text alone.
 """
 
 
 def coverage(entries: Sequence[Entry]) -> str:
-    """The page."""
+    """The content of data/COVERAGE.md."""
     entries = sorted(entries, key=lambda e: (e.modality, e.model_type))
     head = _HEAD.format(transformers=version("transformers"), torch=version("torch"))
     return (
-        "\n".join([head, *_totals(entries), "", *_fast(entries), "", *_through_run(entries), "", *_lines(entries)])
+        "\n".join(
+            [
+                head,
+                *_outcome_table(entries),
+                "",
+                *_engine_table(entries),
+                "",
+                *_run_tables(entries),
+                "",
+                *_entry_table(entries),
+            ]
+        )
         + "\n"
     )
 
 
-def _totals(entries: Sequence[Entry]) -> list[str]:
+def _outcome_table(entries: Sequence[Entry]) -> list[str]:
     from tests.census.census import OUTCOMES
 
     kinds = list(dict.fromkeys(e.modality for e in entries))
@@ -56,16 +67,16 @@ def _totals(entries: Sequence[Entry]) -> list[str]:
     return _table(["outcome", *kinds, "all"], rows)
 
 
-def _fast(entries: Sequence[Entry]) -> list[str]:
-    """Of the architectures that are measured, how many never leave the fast engine, and how many show their stream."""
+def _engine_table(entries: Sequence[Entry]) -> list[str]:
+    """How many architectures are exact, run on the fast engine alone, and have their stream measured, by modality."""
     kinds = list(dict.fromkeys(e.modality for e in entries))
-    shown = []
+    rows = []
     for kind in kinds:
         measured = [e for e in entries if e.modality == kind and e.ways]
         fast, residual = sum(e.fast for e in measured), sum(e.residual == "measured" for e in measured)
         exact = sum(e.outcome.startswith("exact") for e in entries if e.modality == kind)
         attending = sum(e.outcome not in ("not built", "no attention") for e in entries if e.modality == kind)
-        shown.append(
+        rows.append(
             [
                 kind,
                 attending,
@@ -75,40 +86,40 @@ def _fast(entries: Sequence[Entry]) -> list[str]:
                 ),
             ]
         )
-    return _table(["of those built that attend", "architectures", "exact", "on the fast engine", "residual too"], shown)
+    return _table(["models with attention", "architectures", "exact", "on the fast engine", "residual too"], rows)
 
 
-def _through_run(entries: Sequence[Entry]) -> list[str]:
-    """Of those that read ids, how many `attlas run` measures, and why it does not measure the others."""
+def _run_tables(entries: Sequence[Entry]) -> list[str]:
+    """How many architectures with token ids `attlas run` measures, and why it does not measure the others."""
     from tests.census.through_run import NO_IDS, YES
 
-    asked = [e for e in entries if e.through_run != NO_IDS]
-    kinds = list(dict.fromkeys(e.modality for e in asked))
+    entries_with_ids = [e for e in entries if e.through_run != NO_IDS]
+    kinds = list(dict.fromkeys(e.modality for e in entries_with_ids))
     counts = []
     for kind in kinds:
-        of_kind = [e.through_run.startswith(YES) for e in asked if e.modality == kind]
+        of_kind = [e.through_run.startswith(YES) for e in entries_with_ids if e.modality == kind]
         counts.append([kind, len(of_kind), f"{sum(of_kind)} ({sum(of_kind) / len(of_kind):.1%})"])
     reasons: dict[str, list[str]] = {}
-    for one in asked:
+    for one in entries_with_ids:
         if one.through_run != YES:
-            reasons.setdefault(_of_any_model(one.through_run), []).append(f"`{one.model_type}`")
+            reasons.setdefault(_without_class_names(one.through_run), []).append(f"`{one.model_type}`")
     ordered = sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))
     return [
-        *_table(["of those that read ids", "architectures", "through `attlas run`"], counts),
+        *_table(["models with token ids", "architectures", "through `attlas run`"], counts),
         "",
         *_table(
-            ["not through `attlas run`, or not without a remark", "because"],
+            ["not through `attlas run`, or with a remark", "because"],
             [[", ".join(of), reason] for reason, of in ordered],
         ),
     ]
 
 
-def _of_any_model(reason: str) -> str:
-    """A reason without the names of a model's classes, so that like ones stand together."""
+def _without_class_names(reason: str) -> str:
+    """A reason without names of model classes, so that equal ones can be grouped."""
     return re.sub(r"\b[A-Z]\w*(Model|Encoder|Decoder|Transformer)\b", "…", reason)
 
 
-def _lines(entries: Sequence[Entry]) -> list[str]:
+def _entry_table(entries: Sequence[Entry]) -> list[str]:
     from tests.census.through_run import NO_IDS, YES
 
     rows = [
