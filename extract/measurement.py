@@ -1,4 +1,4 @@
-"""One batch through a model, every head and every residual update measured: the notebook's way in."""
+"""Measure one batch of any model: the entry point for notebooks."""
 
 from __future__ import annotations
 
@@ -56,50 +56,51 @@ def measure(
     given = bind_inputs(model, arguments, inputs, options=_OPTIONS)
     model = measured_part(model, given)
     device = main_input(model, given).device
-    chosen, wanted = choose(engine, device=device.type), _chosen_tables(tables)
+    row_engine, wanted = choose(engine, device=device.type), _tables_named(tables)
     classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=device)
-    batch_of(model, given, classes)  # what cannot be measured is refused before the model runs
+    batch_of(model, given, classes)  # refuses what can't be measured before the model runs
     refuse_training(model, given)
     with eval_mode(model):
         try:
-            collector, layout = _measure_parts(model, given, classes, engine=chosen, tables=wanted)
+            collector, layout = _measure_batch(model, given, classes, engine=row_engine, tables=wanted)
         except CaptureError:
             if not forget_layouts(model):
                 raise
-            # it changed in a way that nothing told: once more from the beginning
-            collector, layout = _measure_parts(model, given, classes, engine=chosen, tables=wanted)
+            # the model may have changed in a way that its fingerprint does not show: examine it again
+            collector, layout = _measure_batch(model, given, classes, engine=row_engine, tables=wanted)
     if any(table.needs(table.facts).residual for table in wanted):
-        _warn_of_absent(layout)
-    measured = collector.tables()
+        _warn_of_absent_residual(layout)
     return {
         name: table.drop_columns(["document_id"] if "document_id" in table.column_names else [])
-        for name, table in measured.items()
+        for name, table in collector.tables().items()
     }
 
 
-# what `measure` takes besides a model's inputs
+# the parameters of `measure` that are not inputs of the model
 _OPTIONS = tuple(n for n, p in inspect.signature(measure).parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
-def _chosen_tables(names: Collection[str] | None) -> tuple[Table, ...]:
+def _tables_named(names: Collection[str] | None) -> tuple[Table, ...]:
+    """The tables of these names, or those of every run. Raises Refusal for an unknown name."""
     if names is None:
         return recorded_tables()
-    known = [table.name for table in TABLES.values() if table.recorder is not None]
+    recorded = [table.name for table in TABLES.values() if table.recorder is not None]
     for name in names:
-        if name not in known:
+        if name not in recorded:
             raise Refusal(
-                f"the tables that can be measured are {', '.join(known)}; {name!r} is not one; choose another"
+                f"the tables that can be measured are {', '.join(recorded)}; {name!r} is not one; choose another"
             )
-    return tuple(TABLES[name] for name in known if name in names)
+    return tuple(TABLES[name] for name in recorded if name in names)
 
 
-def _measure_parts(
-    model: nn.Module, given: Mapping[str, Any], classes: Tensor | None, *, engine: Engine, tables: Iterable[Table]
+def _measure_batch(
+    model: nn.Module, inputs: Mapping[str, Any], classes: Tensor | None, *, engine: Engine, tables: Iterable[Table]
 ) -> tuple[Collector, Layout]:
-    parts = parts_of(model, given)
+    """Run the model on the inputs, in as many parts as it needs."""
+    parts = split_batch(model, inputs)
     batches = [batch_of(model, part.inputs, classes) for part in parts]
     layout = layout_of(model, parts[0].inputs)
-    _refuse_added_mask(model, layout, given)
+    _refuse_added_mask(model, layout, inputs)
     numbers = np.arange(sum(len(part.places) for part in parts))
     collector = open_collector(
         tables,
@@ -111,13 +112,13 @@ def _measure_parts(
     )
     for part, batch in zip(parts, batches, strict=True):
         collector.begin(part.places)
-        found = _as_found(batch, model, layout, part.inputs)
-        observe(model, layout, part.inputs, batch=found, engine=engine, collector=collector)
+        with_grids = replace(batch, grids=grids_of(model, layout, part.inputs))
+        observe(model, layout, part.inputs, batch=with_grids, engine=engine, collector=collector)
     return collector, layout
 
 
-def _warn_of_absent(layout: Layout) -> None:
-    """Say which part of `residual` is left out, and why."""
+def _warn_of_absent_residual(layout: Layout) -> None:
+    """Warn which part of `residual` is left out, and why."""
     if layout.residual_refusal is not None:
         reasons = {"residual": layout.residual_refusal}
     else:
@@ -126,50 +127,43 @@ def _warn_of_absent(layout: Layout) -> None:
         warnings.warn(f"{what} is left out: {reason}", ResidualWarning, stacklevel=3)
 
 
-def parts_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[BatchPart]:
-    """The inputs as they are given to the model: at once, or apart.
+def split_batch(model: nn.Module, inputs: Mapping[str, Any]) -> list[BatchPart]:
+    """The inputs in the parts that the model has to run on separately; usually one part.
 
-    That is where texts are packed in a row, where a tower packs sequences together, and where padding of the text would
-    stand between other tokens.
+    Packed texts and images are separated, and sequences whose results would depend on the padding of others.
     """
     texts = split_packed_texts(model, inputs)
     if texts is not None:
         return texts
     parts = split_packed_images(model, inputs)
-    if len(parts) == 1 and sequence_count(model, inputs) > 1:
-        if not _is_one_by_one(layout_of(model, inputs), inputs):
-            return [BatchPart([*range(sequence_count(model, inputs))], parts[0])]
+    sequences = sequence_count(model, inputs)
+    if len(parts) == 1 and sequences > 1:
+        layout = layout_of(model, inputs)
+        if not (layout.mixed or (attends_beyond_text(layout) and is_padded(inputs))):
+            return [BatchPart([*range(sequences)], parts[0])]
         parts = split_by_sequence(model, inputs)
     return [BatchPart([number], part) for number, part in enumerate(parts)]
 
 
-def _refuse_added_mask(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> None:
-    """Eager code of transformers adds a mask to the scores, whatever its type, where the interface would hide by it."""
-    mask = inputs.get("attention_mask")
-    eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
-    of_pairs = mask if isinstance(mask, torch.Tensor) and mask.dim() == 4 else None
-    if of_pairs is not None and eager and "interface" in layout.ways and not of_pairs.is_floating_point():
-        raise Refusal(
-            f"a 4-d attention_mask is added to the scores by {type(model).__name__}, which attends by eager code; this one "
-            f"of {of_pairs.dtype} would hide nothing; give 0 where a query sees a key and torch.finfo(dtype).min elsewhere"
-        )
+def attends_beyond_text(layout: Layout) -> bool:
+    """Whether a stack of text also attends to something other than its tokens, such as images or patches of bytes.
 
-
-def _is_one_by_one(layout: Layout, inputs: Mapping[str, Any]) -> bool:
-    return layout.mixed or (has_others_among_text(layout) and is_padded(inputs))
-
-
-def has_others_among_text(layout: Layout) -> bool:
-    """Whether a stack of text attends to what is none of its tokens, such as images or patches of bytes.
-
-    Padding of the text stands between those, so that the model's own numbers depend on it.
+    Padding would stand between those and the text, so that the model's own results depend on it.
     """
     return any(a.queries is None and not a.is_cross_attention and a.stack in OF_TEXT for a in layout.attentions)
 
 
-def _as_found(batch: Batch, model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> Batch:
-    """The batch with what is known of it once the model is examined."""
-    return replace(batch, grids=grids_of(model, layout, inputs))
+def _refuse_added_mask(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> None:
+    """Refuse a 4-d mask of integers or booleans where transformers' eager code would add it to the scores."""
+    mask = inputs.get("attention_mask")
+    is_eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
+    if not is_eager or not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.is_floating_point():
+        return
+    if "interface" in layout.ways:
+        raise Refusal(
+            f"a 4-d attention_mask is added to the scores by {type(model).__name__}, which attends by eager code; this one "
+            f"of {mask.dtype} would hide nothing; give 0 where a query sees a key and torch.finfo(dtype).min elsewhere"
+        )
 
 
 def observe(
@@ -181,7 +175,7 @@ def observe(
     engine: Engine,
     collector: Collector,
 ) -> None:
-    """One watched forward pass; the collector counts it when it went through."""
+    """Run one measured forward pass; the collector takes its results once it has succeeded."""
     with torch.inference_mode(), watching(model, layout, batch=batch, engine=engine, observer=collector):
         model(**inputs)
     collector.settle()

@@ -16,7 +16,7 @@ from attlas.extract.capture.probe import fixed_rng
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.errors import Refusal, first_line
 from attlas.extract.instrument import Instrument
-from attlas.extract.measurement import has_others_among_text, observe
+from attlas.extract.measurement import attends_beyond_text, observe
 from attlas.extract.memory import is_out_of_memory, release_memory
 from attlas.extract.model.measured_model import MeasuredModel
 
@@ -65,7 +65,7 @@ def plan_batches(measured_model: MeasuredModel, lengths: Sequence[int], *, batch
     layout = measured_model.layout
     if layout.mixed:
         return [[n] for n in range(len(lengths))]
-    if not (has_others_among_text(layout) or measured_model.padding_matters):
+    if not (attends_beyond_text(layout) or measured_model.padding_matters):
         return batches(lengths, token_budget=batch_tokens)
     groups = (np.flatnonzero(np.asarray(lengths) == length).tolist() for length in sorted(set(lengths)))
     return [
