@@ -65,14 +65,14 @@ def test_of_identical_runs_in_threads_exactly_one_takes_the_lock(tmp_path: Path)
 CLAIMS = """
 import os, sys
 from pathlib import Path
-from attlas.extract.store import Store
+from attlas.extract.store import Identity, Store
 from attlas.extract.errors import Refusal
 print("ready", flush=True)
 sys.stdin.readline()
 won = []
 for n in range(int(sys.argv[2])):
     try:
-        Store.at(Path(sys.argv[1]) / str(n)).claim({"pid": os.getpid()})
+        Store.at(Path(sys.argv[1]) / str(n)).claim(Identity({"pid": os.getpid()}, {}))
         won.append(n)
     except Refusal:
         pass
