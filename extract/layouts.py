@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from attlas.extract.capture.compiled import uncompiled
-from attlas.extract.capture.examine import find_layout
+from attlas.extract.capture.discovery.find_layout import find_layout
+from attlas.extract.capture.discovery.trace import hides_the_future
 from attlas.extract.capture.fingerprint import fingerprint, weights_state
+from attlas.extract.capture.intercept.sdpa import same_values
 from attlas.extract.capture.layout import Layout
-from attlas.extract.capture.probe import hides_the_future
-from attlas.extract.capture.seam import same_values
 from attlas.extract.model.inputs import TEXT_INPUTS, sequence_count
 from attlas.extract.model.probe_inputs import probe_inputs
 

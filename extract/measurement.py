@@ -13,13 +13,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from attlas.extract.capture.batch import Batch
 from attlas.extract.capture.compiled import unwrap_model
-from attlas.extract.capture.grid import find_patch_layout
+from attlas.extract.capture.discovery.patch_layout import find_patch_layout
+from attlas.extract.capture.discovery.stacks import OF_TEXT
 from attlas.extract.capture.layout import Layout
 from attlas.extract.capture.modes import eval_mode, refuse_training
-from attlas.extract.capture.stacks import OF_TEXT
-from attlas.extract.capture.watch import watching
+from attlas.extract.capture.runtime.batch import Batch
+from attlas.extract.capture.runtime.instrumented_pass import watching
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.engines import Engine, choose
 from attlas.extract.engines.patches import Grid

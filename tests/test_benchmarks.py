@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from attlas.extract.capture.seam import replaced_sdpa
+from attlas.extract.capture.intercept.sdpa import replaced_sdpa
 from attlas.extract.job import RunOptions
 from attlas.extract.measurement import measure
 from tests.benchmarks import memory, report, run, usual, usual_way, workloads

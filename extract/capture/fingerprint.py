@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from attlas.extract.capture.interface import configurations
+from attlas.extract.capture.intercept.interface import configurations
 
 # of a module's own attributes: switches and names; numbers are counters as often as sizes
 _SWITCHES = (bool, str)

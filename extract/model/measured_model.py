@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from attlas.extract.capture.grid import PIXELS, find_patch_layout
+from attlas.extract.capture.discovery.patch_layout import PIXELS, find_patch_layout
+from attlas.extract.capture.discovery.trace import trace_of
+from attlas.extract.capture.intercept.sdpa import first_tensor
 from attlas.extract.capture.layout import Layout
-from attlas.extract.capture.probe import trace_of
-from attlas.extract.capture.seam import first_tensor
 from attlas.extract.corpus.names import real_name
 from attlas.extract.engines.patches import Grid
 from attlas.extract.errors import CaptureError, Refusal, first_line

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Literal
 
-from attlas.extract.capture.grid import PIXELS
+from attlas.extract.capture.discovery.patch_layout import PIXELS
 from attlas.extract.errors import Refusal
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from attlas.extract import measure
-from attlas.extract.capture.replay import Run
+from attlas.extract.capture.intercept.replay import Run
 from attlas.extract.errors import CaptureError
 from attlas.extract.job import RunOptions
 from attlas.extract.measurement import layout_of

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from attlas.extract import measure
-from attlas.extract.capture.batch import Batch, Tokens
-from attlas.extract.capture.watch import watching
+from attlas.extract.capture.runtime.batch import Batch, Tokens
+from attlas.extract.capture.runtime.instrumented_pass import watching
 from attlas.extract.collector import Collector
 from attlas.extract.engines import choose
 from attlas.extract.engines.needs import Needs

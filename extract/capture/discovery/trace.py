@@ -11,10 +11,16 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from attlas.extract.capture.interface import configurations, replaced_interface
+from attlas.extract.capture.intercept.interface import configurations, replaced_interface
+from attlas.extract.capture.intercept.sdpa import (
+    Request,
+    first_tensor,
+    interception_disabled,
+    read_tensor,
+    replaced_sdpa,
+)
+from attlas.extract.capture.intercept.softmax import Product, SoftmaxTracker, manual_attention_of
 from attlas.extract.capture.layout import CaptureMethod, Replayed
-from attlas.extract.capture.seam import Request, first_tensor, interception_disabled, read_tensor, replaced_sdpa
-from attlas.extract.capture.softmax import Product, SoftmaxTracker, manual_attention_of
 from attlas.extract.engines.visibility import allows
 
 # what a probe has, where the choice is ours: no two numbers alike, so that dimensions tell themselves apart

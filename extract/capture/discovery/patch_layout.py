@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.extract.capture.compiled import uncompiled
+from attlas.extract.capture.discovery.trace import fixed_rng
+from attlas.extract.capture.intercept.sdpa import is_stream
 from attlas.extract.capture.layout import Layout
-from attlas.extract.capture.probe import fixed_rng
-from attlas.extract.capture.seam import is_stream
 from attlas.extract.engines.patches import Grid
 
 PIXELS = "pixel_values"

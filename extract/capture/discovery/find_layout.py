@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from attlas.extract.capture.interface import attending_by, configurations
+from attlas.extract.capture.discovery.projection import NoProjection, Projection, find_projection
+from attlas.extract.capture.discovery.sites import find_sites, one_refusal
+from attlas.extract.capture.discovery.stacks import stacks_of
+from attlas.extract.capture.discovery.trace import LARGEST_PATTERN, PROBE_TOKENS, Call, Trace, fixed_rng, same, trace_of
+from attlas.extract.capture.intercept.interface import attending_by, configurations
+from attlas.extract.capture.intercept.replay import find as find_by_replay
+from attlas.extract.capture.intercept.sdpa import first_tensor, is_stream, read_tensor
 from attlas.extract.capture.layout import Attention, Layout
 from attlas.extract.capture.precision import types_to_examine, widened, widened_inputs
-from attlas.extract.capture.probe import LARGEST_PATTERN, PROBE_TOKENS, Call, Trace, fixed_rng, same, trace_of
-from attlas.extract.capture.projection import NoProjection, Projection, find_projection
-from attlas.extract.capture.replay import find as find_by_replay
-from attlas.extract.capture.seam import first_tensor, is_stream, read_tensor
-from attlas.extract.capture.sites import find_sites, one_refusal
-from attlas.extract.capture.stacks import stacks_of
 from attlas.extract.errors import CaptureError
 
 # kinds of `layer_types` in configurations that make no pattern

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attlas.extract.capture.discovery.module_tree import around_of
+from attlas.extract.capture.discovery.trace import Event, Trace
 from attlas.extract.capture.layout import Norm, Tap
-from attlas.extract.capture.places import around_of
-from attlas.extract.capture.probe import Event, Trace
 
 # rows and columns of a state that stand for the whole of it when sums are sought; what they find is checked on the whole
 SAMPLED_ROWS, SAMPLED_COLUMNS = 32, 16

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from attlas.extract.capture.probe import Call, Trace
+from attlas.extract.capture.discovery.trace import Call, Trace
 
 # what transformers calls the kinds of input that a model takes, in the words of `stack`
 _TOWERS = {"image": "vision", "video": "vision", "audio": "audio", "text": "text"}

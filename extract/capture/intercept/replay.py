@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from attlas.extract.capture.discovery.trace import Call, Trace, fixed_rng, hides_the_future
+from attlas.extract.capture.intercept.sdpa import first_tensor, has_matrix, is_stream, read_tensor
 from attlas.extract.capture.layout import Replayed
-from attlas.extract.capture.probe import Call, Trace, fixed_rng, hides_the_future
-from attlas.extract.capture.seam import first_tensor, has_matrix, is_stream, read_tensor
 from attlas.extract.engines.visibility import Axis, whole_axis
 from attlas.extract.errors import CaptureError
 

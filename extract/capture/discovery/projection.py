@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attlas.extract.capture.probe import Call, Event, Trace, fixed_rng, same
-from attlas.extract.capture.seam import has_matrix
-from attlas.extract.capture.states import norms_in
+from attlas.extract.capture.discovery.states import norms_in
+from attlas.extract.capture.discovery.trace import Call, Event, Trace, fixed_rng, same
+from attlas.extract.capture.intercept.sdpa import has_matrix
 
 # roundings of a module's own type by which a linear map of contexts may be off
 _ROUNDINGS = 64

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from attlas.extract.capture.seam import interception_disabled
+from attlas.extract.capture.intercept.sdpa import interception_disabled
 
 _SOFTMAX = {"softmax"}
 _PRODUCTS = {"matmul", "bmm", "einsum", "__matmul__", "__rmatmul__"}

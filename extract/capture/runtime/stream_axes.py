@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from attlas.extract.capture.batch import Batch
 from attlas.extract.capture.layout import Layout
+from attlas.extract.capture.runtime.batch import Batch
 from attlas.extract.engines.visibility import Axis, whole_axis
 from attlas.extract.errors import CaptureError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from attlas.extract.capture.probe import Call
+from attlas.extract.capture.discovery.trace import Call
 
 
 def common_prefix_length(one: str, other: str) -> int:

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attlas.extract.capture.axes import Axes, Rows
-from attlas.extract.capture.batch import Batch
+from attlas.extract.capture.intercept.sdpa import first_tensor, read_tensor
 from attlas.extract.capture.layout import Attention, Layout, Site, Tap, Update
-from attlas.extract.capture.seam import first_tensor, read_tensor
+from attlas.extract.capture.runtime.batch import Batch
+from attlas.extract.capture.runtime.stream_axes import Axes, Rows
 from attlas.extract.engines import buffers
 from attlas.extract.engines.observations import NormObservation, ResidualObservation
 from attlas.extract.engines.visibility import Axis

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attlas.extract.capture.discovery.projection import linear_map, signature
 from attlas.extract.capture.layout import Attention, Layout
-from attlas.extract.capture.projection import linear_map, signature
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from attlas.extract.capture.discovery.derivations import Step, gains_of, steps_of
+from attlas.extract.capture.discovery.states import State, states_of
+from attlas.extract.capture.discovery.sublayers import Member
+from attlas.extract.capture.discovery.trace import Trace
 from attlas.extract.capture.layout import Norm, Tap
-from attlas.extract.capture.members import Member
-from attlas.extract.capture.probe import Trace
-from attlas.extract.capture.states import State, states_of
-from attlas.extract.capture.steps import Step, gains_of, steps_of
 
 
 class Path(NamedTuple):

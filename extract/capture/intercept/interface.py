@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attlas.extract.capture.seam import Attend, Request, refuse_dropout
+from attlas.extract.capture.intercept.sdpa import Attend, Request, refuse_dropout
 from attlas.extract.engines import reference
 from attlas.extract.engines.rows import AttentionCall
 from attlas.extract.engines.visibility import visibility_from_mask, whole_axis

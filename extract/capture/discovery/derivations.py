@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attlas.extract.capture.discovery.module_tree import common_prefix_length
+from attlas.extract.capture.discovery.states import State
 from attlas.extract.capture.layout import Norm
-from attlas.extract.capture.places import common_prefix_length
-from attlas.extract.capture.states import State
 
 # how far back a state's origin is sought, in states of its kind; two updates at once stand closer
 _BACK, _BACK_FOR_TWO = 64, 24

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+from attlas.extract.capture.discovery.states import moment
+from attlas.extract.capture.discovery.trace import Call, Trace
 from attlas.extract.capture.layout import Attention
-from attlas.extract.capture.probe import Call, Trace
-from attlas.extract.capture.states import moment
 
 
 class Member(NamedTuple):

@@ -15,15 +15,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from attlas.extract.capture.batch import Batch, Tokens
 from attlas.extract.capture.compiled import uncompiled
-from attlas.extract.capture.interface import replaced_interface
+from attlas.extract.capture.intercept.interface import replaced_interface
+from attlas.extract.capture.intercept.replay import Run, replay_attention
+from attlas.extract.capture.intercept.sdpa import Request, interception_disabled, read_tensor, replaced_sdpa
+from attlas.extract.capture.intercept.softmax import ManualAttention, Product, SoftmaxTracker, manual_attention_of
 from attlas.extract.capture.layout import Attention, CaptureMethod, Layout, Site
-from attlas.extract.capture.replay import Run, replay_attention
-from attlas.extract.capture.seam import Request, interception_disabled, read_tensor, replaced_sdpa
-from attlas.extract.capture.softmax import ManualAttention, Product, SoftmaxTracker, manual_attention_of
-from attlas.extract.capture.stream import CompiledStream, Stream
-from attlas.extract.capture.writes import write_factors
+from attlas.extract.capture.runtime.batch import Batch, Tokens
+from attlas.extract.capture.runtime.stream import CompiledStream, Stream
+from attlas.extract.capture.runtime.write_factors import write_factors
 from attlas.extract.engines import Engine
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.observations import HeadObservation

@@ -21,12 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from attlas.extract.capture.discovery.derivations import Added, Step
+from attlas.extract.capture.discovery.module_tree import Lists, common_prefix_length
+from attlas.extract.capture.discovery.state_graph import Path, Streams
+from attlas.extract.capture.discovery.sublayers import Member, members_of, width_of
+from attlas.extract.capture.discovery.trace import Event, Trace
 from attlas.extract.capture.layout import Attention, Norm, Site, Tap, Update
-from attlas.extract.capture.members import Member, members_of, width_of
-from attlas.extract.capture.paths import Path, Streams
-from attlas.extract.capture.places import Lists, common_prefix_length
-from attlas.extract.capture.probe import Event, Trace
-from attlas.extract.capture.steps import Added, Step
 
 
 class _Refused(Exception):
