@@ -19,7 +19,7 @@ from attlas.extract.capture.discovery.stacks import OF_TEXT
 from attlas.extract.capture.layout import Layout
 from attlas.extract.capture.modes import eval_mode, refuse_training
 from attlas.extract.capture.runtime.batch import Batch
-from attlas.extract.capture.runtime.instrumented_pass import watching
+from attlas.extract.capture.runtime.instrumented_pass import instrumented_pass
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.engines import Engine, choose
 from attlas.extract.engines.patches import Grid
@@ -148,7 +148,7 @@ def _refuse_added_mask(model: nn.Module, layout: Layout, inputs: Mapping[str, An
     mask = inputs.get("attention_mask")
     eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
     of_pairs = mask if isinstance(mask, torch.Tensor) and mask.dim() == 4 else None
-    if of_pairs is not None and eager and "interface" in layout.ways and not of_pairs.is_floating_point():
+    if of_pairs is not None and eager and "interface" in layout.methods and not of_pairs.is_floating_point():
         raise Refusal(
             f"a 4-d attention_mask is added to the scores by {type(model).__name__}, which attends by eager code; this one "
             f"of {of_pairs.dtype} would hide nothing; give 0 where a query sees a key and torch.finfo(dtype).min elsewhere"
@@ -198,6 +198,6 @@ def observe(
     collector: Collector,
 ) -> None:
     """One watched forward pass; the collector counts it when it went through."""
-    with torch.inference_mode(), watching(model, layout, batch=batch, engine=engine, observer=collector):
+    with torch.inference_mode(), instrumented_pass(model, layout, batch=batch, engine=engine, observer=collector):
         model(**inputs)
     collector.settle()

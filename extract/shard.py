@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Int
 
 from attlas.extract.batching import batches, padded_positions
-from attlas.extract.capture.discovery.trace import fixed_rng
 from attlas.extract.capture.layout import Layout
+from attlas.extract.capture.rng import fixed_rng
 from attlas.extract.capture.runtime.batch import Batch, Tokens
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.engines import Engine

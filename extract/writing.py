@@ -131,7 +131,7 @@ def _model_facts(job: Job) -> dict[str, Any]:
         "width": layout.width,
         "parameters": sum(p.numel() for p in job.encoder.model.parameters()),
         "residual": layout.residual_refusal or "measured",
-        "layout": layout.described,
+        "layout": layout.description,
     }
 
 

@@ -7,7 +7,7 @@ import torch
 
 from attlas.extract import measure
 from attlas.extract.capture.runtime.batch import Batch, Tokens
-from attlas.extract.capture.runtime.instrumented_pass import watching
+from attlas.extract.capture.runtime.instrumented_pass import instrumented_pass
 from attlas.extract.collector import Collector
 from attlas.extract.engines import choose
 from attlas.extract.engines.needs import Needs
@@ -170,7 +170,9 @@ def test_a_layer_that_hides_from_the_seam_is_an_error_and_not_a_gap():
     batch = Batch(1, {"input_ids": Tokens(Axis(zeros, zeros + 8, 8))})
     with (
         pytest.raises(CaptureError, match="expected 3 patterns, got 2"),
-        watching(model, layout, batch=batch, engine=choose("reference"), observer=Collector([], Needs(), sequences=1)),
+        instrumented_pass(
+            model, layout, batch=batch, engine=choose("reference"), observer=Collector([], Needs(), sequences=1)
+        ),
         torch.inference_mode(),
     ):
         model(input_ids=torch.randint(2, 60, (1, 8)))

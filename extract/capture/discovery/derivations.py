@@ -1,9 +1,8 @@
-"""How each state of a stream came about: what was added to which state before it, or what a norm made of one.
+"""How each state of a stream is derived from an earlier one: by adding updates, or by a norm.
 
-Candidates are sought on a sample of their entries and confirmed on all of them, to a few roundings of the model's own
-type. Of several that hold, the simplest counts: F itself, then a multiple of it, then two updates at once (parallel
-sublayers, or a state between them that no module reads), then F times a vector that is a parameter of the model (layer
-scale).
+Candidates are searched on a sample of their entries and confirmed on all of them, to a few roundings of the model's own
+type. Where several hold, the simplest is taken: x + F, then x + c F, then two updates at once (parallel sublayers, or a
+sum in between that no module reads), then F times a vector that is a parameter of the model (layer scale).
 """
 
 from __future__ import annotations
@@ -18,204 +17,204 @@ from torch import Tensor, nn
 
 from attlas.extract.capture.discovery.module_tree import common_prefix_length
 from attlas.extract.capture.discovery.states import State
-from attlas.extract.capture.layout import Norm
+from attlas.extract.capture.layout import HookPoint, Norm, Update
 
-# how far back a state's origin is sought, in states of its kind; two updates at once stand closer
-_BACK, _BACK_FOR_TWO = 64, 24
-_CONFIRMED = 6  # candidates that a sample cannot tell apart
-
-
-class Added(NamedTuple):
-    """An update: a state by its number, the factor by which it is multiplied, and the parameter if that is a vector."""
-
-    state: int
-    factor: float = 1.0
-    gain: str | None = None
+# how many earlier states of the same size are tried as x and F, and as x, F and G
+_CANDIDATES, _CANDIDATES_FOR_TWO = 64, 24
+_MOST_CONFIRMED = 6  # candidates that a sample may be unable to tell apart
 
 
-class Step(NamedTuple):
-    """A state is skip · base + updates, or what a norm made of the base."""
+class Derivation(NamedTuple):
+    """A state is base_factor · base + updates, or the output of a norm of the base. `base` is the number of a state."""
 
     base: int
-    updates: tuple[Added, ...] = ()
+    updates: tuple[Update, ...] = ()
     norm: Norm | None = None
-    skip: float = 1.0
+    base_factor: float = 1.0
 
 
-class _Found(NamedTuple):
+class _Confirmed(NamedTuple):
     error: float
-    step: Step
+    derivation: Derivation
 
 
-def steps_of(states: Sequence[State], gains: Mapping[str, Tensor], rounding: float) -> list[Step | None]:
-    """Of each state, in their order, how it came about; None where it is a beginning, or not known.
+def derivations_of(
+    states: Sequence[State], number_of: Mapping[HookPoint, int], gains: Mapping[str, Tensor], eps: float
+) -> list[Derivation | None]:
+    """Return the derivation of each state, None where there is none, as at the start of a stream.
 
-    `gains` are the model's parameters that are vectors of the stream's width.
+    `number_of` gives the state at a point. `gains` are the model's parameters that are vectors of the stream's width.
     """
-    numbers = {id(state): number for number, state in enumerate(states)}
-    read_by = {norm.wrote: number for number, state in enumerate(states) for _, norm in state.readers}
-    alike: dict[int, list[int]] = {}
-    steps: list[Step | None] = []
+    by_size: dict[int, list[int]] = {}
+    derivations: list[Derivation | None] = []
     for number, state in enumerate(states):
-        before = alike.setdefault(len(state.tensor), [])
-        if state.maker is not None:
-            steps.append(Step(read_by[state.maker.wrote], norm=state.maker))
-        elif state.made or not before:
-            steps.append(None)
+        earlier = by_size.setdefault(len(state.tensor), [])
+        if state.source is not None:
+            derivations.append(Derivation(number_of[state.source.input], norm=state.source))
+        elif state.is_leaf_output or not earlier:
+            derivations.append(None)
         else:
-            steps.append(_Search(states, before[-_BACK:], numbers[id(state)], gains, rounding).step())
-        before.append(number)
-    return steps
+            search = _Search(states, number_of, earlier[-_CANDIDATES:], state, gains, eps)
+            derivations.append(search.derivation())
+        earlier.append(number)
+    return derivations
+
+
+def gains_of(modules: Mapping[str, nn.Module], width: int) -> dict[str, torch.Tensor]:
+    """Return the parameters of this many entries that are no module's `weight` or `bias`, as layer scales are."""
+    gains = {}
+    for module_name, module in modules.items():
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            if parameter.numel() == width and not name.endswith((".weight", ".bias")):
+                gains[name] = parameter.detach()
+    return gains
 
 
 class _Search:
-    """The search for the origin of one state among those before it."""
+    """Searches the derivation of one state among earlier states."""
 
     def __init__(
         self,
         states: Sequence[State],
-        before: Sequence[int],
-        number: int,
+        number_of: Mapping[HookPoint, int],
+        earlier: Sequence[int],
+        state: State,
         gains: Mapping[str, Tensor],
-        rounding: float,
+        eps: float,
     ) -> None:
-        self.states, self.before, self.whole = states, before, states[number]
-        self.gains, self.rounding = gains, rounding
-        rows = [states[n].sample.ravel() for n in before]
-        samples = np.stack([*rows, self.whole.sample.ravel()])
+        self.states, self.number_of, self.earlier, self.state = states, number_of, earlier, state
+        self.gains, self.eps = gains, eps
+        samples = np.stack([*(states[n].sample.ravel() for n in earlier), state.sample.ravel()])
         gram = samples @ samples.T
-        self.products, self.with_whole, self.size = gram[:-1, :-1], gram[-1, :-1], gram[-1, -1]
+        self.products, self.with_state, self.size = gram[:-1, :-1], gram[-1, :-1], gram[-1, -1]
         self.sizes = np.diagonal(self.products)
-        # an update is what a module wrote, later than the state to which it is added was there
-        later = np.arange(len(before))[None, :] > np.arange(len(before))[:, None]
-        written = np.array([states[n].output is not None for n in before]) & (self.sizes > 0)
-        self.allowed = later & written[None, :]
+        # an update is a module's output that comes later than the state it is added to
+        is_later = np.arange(len(earlier))[None, :] > np.arange(len(earlier))[:, None]
+        is_output = np.array([states[n].output is not None for n in earlier]) & (self.sizes > 0)
+        self.allowed = is_later & is_output[None, :]
 
-    def step(self) -> Step | None:
-        for candidates in (self._once, self._multiple, self._scaled, self._twice, self._by_gain, self._skipping):
-            confirmed = [found for step in candidates() if (found := self._confirmed(step)) is not None]
+    def derivation(self) -> Derivation | None:
+        forms = (self._sum, self._scaled_sum, self._multiple, self._two_updates, self._gained_sum, self._two_factors)
+        for candidates in forms:
+            confirmed = [result for candidate in candidates() if (result := self._confirm(candidate)) is not None]
             if confirmed:
-                return min(confirmed, key=lambda found: found.error).step
+                return min(confirmed, key=lambda result: result.error).derivation
         return None
 
-    def _once(self) -> Iterator[Step]:
+    def _sum(self) -> Iterator[Derivation]:
         """x' = x + F."""
-        off = self._base_off[:, None] + self.sizes[None, :] - 2 * self._gap_products
-        for base, update in self._nearest(off, self.allowed):
-            yield Step(self.before[base], (Added(self.before[update]),))
+        error = self._base_error[:, None] + self.sizes[None, :] - 2 * self._gap_products
+        for base, update in self._nearest(error, self.allowed):
+            yield Derivation(self.earlier[base], (self._update(update),))
 
-    def _multiple(self) -> Iterator[Step]:
+    def _scaled_sum(self) -> Iterator[Derivation]:
         """x' = x + c F."""
         factor = self._gap_products / np.maximum(self.sizes, 1e-300)[None, :]
-        off = self._base_off[:, None] - factor * self._gap_products
-        for base, update in self._nearest(off, self.allowed):
-            found = (self.before[base], self.before[update])
-            yield Step(found[0], (Added(found[1], self._fitted(*found)),))
+        error = self._base_error[:, None] - factor * self._gap_products
+        for base, update in self._nearest(error, self.allowed):
+            yield Derivation(self.earlier[base], (self._update(update, self._fitted_factor(base, update)),))
 
-    def _scaled(self) -> Iterator[Step]:
+    def _multiple(self) -> Iterator[Derivation]:
         """x' = c x: nothing is added."""
-        factor = self.with_whole / np.maximum(self.sizes, 1e-300)
-        off = self.size - factor * self.with_whole
-        for (base,) in self._nearest(off, self.sizes > 0):
-            whole, x = self.whole.tensor.double(), self.states[self.before[base]].tensor.double()
-            yield Step(self.before[base], skip=float((whole * x).sum() / x.square().sum()))
+        factor = self.with_state / np.maximum(self.sizes, 1e-300)
+        error = self.size - factor * self.with_state
+        for (base,) in self._nearest(error, self.sizes > 0):
+            y, x = self.state.tensor.double(), self.states[self.earlier[base]].tensor.double()
+            yield Derivation(self.earlier[base], base_factor=float((y * x).sum() / x.square().sum()))
 
-    def _twice(self) -> Iterator[Step]:
+    def _two_updates(self) -> Iterator[Derivation]:
         """x' = x + F + G."""
-        some = slice(max(0, len(self.before) - _BACK_FOR_TWO), None)
-        gap, size, allowed = self._gap_products[some, some], self.sizes[some], self.allowed[some, some]
+        recent = slice(max(0, len(self.earlier) - _CANDIDATES_FOR_TWO), None)
+        gap, size, allowed = self._gap_products[recent, recent], self.sizes[recent], self.allowed[recent, recent]
         single = size[None, :] - 2 * gap
-        off = self._base_off[some, None, None] + single[:, :, None] + single[:, None, :]
-        off = off + 2 * self.products[some, some][None]
+        error = self._base_error[recent, None, None] + single[:, :, None] + single[:, None, :]
+        error = error + 2 * self.products[recent, recent][None]
         both = allowed[:, :, None] & allowed[:, None, :] & (np.triu(np.ones_like(allowed), 1) > 0)[None]
-        numbers = self.before[some]
-        for base, one, other in self._nearest(off, both):
-            yield Step(numbers[base], (Added(numbers[one]), Added(numbers[other])))
+        first = len(self.earlier) - len(size)
+        for base, one, other in self._nearest(error, both):
+            updates = self._update(first + one), self._update(first + other)
+            yield Derivation(self.earlier[first + base], updates)
 
-    def _by_gain(self) -> Iterator[Step]:
-        """x' = x + γ F, with γ a vector of the model's."""
-        if not self.gains or not self.before:
+    def _gained_sum(self) -> Iterator[Derivation]:
+        """x' = x + γ F, with γ a parameter of the model."""
+        if not self.gains or not self.earlier:
             return
-        samples = np.stack([self.states[n].sample for n in self.before])
-        gap = self.whole.sample[None] - samples
+        samples = np.stack([self.states[n].sample for n in self.earlier])
+        gap = self.state.sample[None] - samples
         across = np.einsum("brc,urc->buc", gap, samples)
-        off = self._base_off[:, None] - (across**2 / np.maximum((samples**2).sum(1), 1e-300)[None]).sum(-1)
-        for base, update in self._nearest(off, self.allowed):
-            found = (self.before[base], self.before[update])
-            gain = self._gain_of(*found)
+        error = self._base_error[:, None] - (across**2 / np.maximum((samples**2).sum(1), 1e-300)[None]).sum(-1)
+        for base, update in self._nearest(error, self.allowed):
+            gain = self._fitted_gain(base, update)
             if gain is not None:
-                yield Step(found[0], (Added(found[1], gain=gain),))
+                yield Derivation(self.earlier[base], (self._update(update, gain=gain),))
 
-    def _skipping(self) -> Iterator[Step]:
-        """x' = a x + c F: no residual update, and said so."""
+    def _two_factors(self) -> Iterator[Derivation]:
+        """x' = a x + c F: not a residual update, which a refusal can then say."""
         xx, ff, xf = self.sizes[:, None], self.sizes[None, :], self.products
         determinant = np.maximum(xx * ff - xf**2, 1e-9 * xx * ff + 1e-300)
-        skip = (self.with_whole[:, None] * ff - self.with_whole[None, :] * xf) / determinant
-        factor = (self.with_whole[None, :] * xx - self.with_whole[:, None] * xf) / determinant
-        off = self.size - skip * self.with_whole[:, None] - factor * self.with_whole[None, :]
-        for base, update in self._nearest(off, self.allowed):
-            added = Added(self.before[update], float(factor[base, update]))
-            yield Step(self.before[base], (added,), skip=float(skip[base, update]))
+        base_factor = (self.with_state[:, None] * ff - self.with_state[None, :] * xf) / determinant
+        factor = (self.with_state[None, :] * xx - self.with_state[:, None] * xf) / determinant
+        error = self.size - base_factor * self.with_state[:, None] - factor * self.with_state[None, :]
+        for base, update in self._nearest(error, self.allowed):
+            updates = (self._update(update, float(factor[base, update])),)
+            yield Derivation(self.earlier[base], updates, base_factor=float(base_factor[base, update]))
 
     @property
-    def _base_off(self) -> Float[np.ndarray, " base"]:
+    def _base_error(self) -> Float[np.ndarray, " base"]:
         """‖x' − x‖² of each candidate for x, on the sample."""
-        return self.size + self.sizes - 2 * self.with_whole
+        return self.size + self.sizes - 2 * self.with_state
 
     @property
     def _gap_products(self) -> Float[np.ndarray, "base update"]:
         """(x' − x) · F."""
-        return self.with_whole[None, :] - self.products
+        return self.with_state[None, :] - self.products
 
-    def _nearest(self, off: np.ndarray, allowed: np.ndarray) -> Iterator[tuple[int, ...]]:
-        """The candidates that miss least, of those within a few roundings; `off` are squares."""
-        base = np.arange(len(self.before))[-off.shape[0] :].reshape(-1, *(1,) * (off.ndim - 1))
+    def _nearest(self, error: np.ndarray, allowed: np.ndarray) -> Iterator[tuple[int, ...]]:
+        """Indices of the candidates with the least squared error, of those within a few roundings."""
+        base = np.arange(len(self.earlier))[-error.shape[0] :].reshape(-1, *(1,) * (error.ndim - 1))
         scale = self.size + self.sizes[base]
-        near = allowed & (off <= ((16 * self.rounding) ** 2 + 1e-13) * 2 * scale)
-        places = np.argwhere(near)
-        order = np.argsort(off[near], kind="stable")[:_CONFIRMED]
-        yield from (tuple(place) for place in places[order].tolist())
+        near = allowed & (error <= ((16 * self.eps) ** 2 + 1e-13) * 2 * scale)
+        indices = np.argwhere(near)
+        order = np.argsort(error[near], kind="stable")[:_MOST_CONFIRMED]
+        yield from (tuple(index) for index in indices[order].tolist())
 
-    def _confirmed(self, step: Step) -> _Found | None:
-        """The step and by how much it misses the whole state; None where that is more than rounding."""
-        base, whole = self.states[step.base].tensor.double(), self.whole.tensor.double()
-        updates = [self._update(added) for added in step.updates]
-        error = float((whole - step.skip * base - sum(updates)).norm())
-        size = float(whole.norm() + base.norm())
+    def _update(self, candidate: int, factor: float = 1.0, gain: str | None = None) -> Update:
+        output = self.states[self.earlier[candidate]].output
+        assert output is not None, "an update is a module's output"
+        return Update(output, factor, gain)
+
+    def _confirm(self, derivation: Derivation) -> _Confirmed | None:
+        """The derivation with its error on the whole state; None if that is more than rounding."""
+        base, state = self.states[derivation.base].tensor.double(), self.state.tensor.double()
+        updates = [self._tensor(update) for update in derivation.updates]
+        error = float((state - derivation.base_factor * base - sum(updates)).norm())
+        size = float(state.norm() + base.norm())
         least = min((float(update.norm()) for update in updates), default=size)
-        return _Found(error, step) if error <= 4 * self.rounding * size and error < 0.1 * least else None
+        return _Confirmed(error, derivation) if error <= 4 * self.eps * size and error < 0.1 * least else None
 
-    def _update(self, added: Added) -> Tensor:
-        tensor = self.states[added.state].tensor.double() * added.factor
-        return tensor if added.gain is None else tensor * self.gains[added.gain].to(tensor).flatten()
+    def _tensor(self, update: Update) -> Tensor:
+        tensor = self.states[self.number_of[update.point]].tensor.double() * update.factor
+        return tensor if update.gain is None else tensor * self.gains[update.gain].to(tensor).flatten()
 
-    def _fitted(self, base: int, update: int) -> float:
-        gap = self.whole.tensor.double() - self.states[base].tensor.double()
-        update_ = self.states[update].tensor.double()
-        return float((gap * update_).sum() / update_.square().sum())
+    def _gap_and_update(self, base: int, update: int) -> tuple[Tensor, Tensor]:
+        """x' − x and F of a pair of candidates."""
+        x, f = (self.states[self.earlier[n]].tensor.double() for n in (base, update))
+        return self.state.tensor.double() - x, f
 
-    def _gain_of(self, base: int, update: int) -> str | None:
-        """The parameter that this vector is, if one is; of several that are alike, as at first, the nearest in the model."""
-        gap = self.whole.tensor.double() - self.states[base].tensor.double()
-        f = self.states[update].tensor.double()
+    def _fitted_factor(self, base: int, update: int) -> float:
+        gap, f = self._gap_and_update(base, update)
+        return float((gap * f).sum() / f.square().sum())
+
+    def _fitted_gain(self, base: int, update: int) -> str | None:
+        """The parameter that γ is. Of several with equal values, as before training, the nearest in the module tree."""
+        gap, f = self._gap_and_update(base, update)
         size = f.square().sum(0)
         fitted = (gap * f).sum(0) / size.clamp_min(1e-300)
-        most = 8 * self.rounding * float(self.whole.tensor.double().norm())
-        alike = [
+        tolerance = 8 * self.eps * float(self.state.tensor.double().norm())
+        matching = [
             name
             for name, gain in self.gains.items()
-            if float(((fitted - gain.to(fitted).flatten()).square() * size).sum().sqrt()) <= most
+            if float(((fitted - gain.to(fitted).flatten()).square() * size).sum().sqrt()) <= tolerance
         ]
-        written = self.states[update].output
-        assert written is not None, "an update is what a module wrote"
-        return max(alike, key=lambda name: common_prefix_length(name, written.module), default=None)
-
-
-def gains_of(modules: Mapping[str, nn.Module], width: int) -> dict[str, torch.Tensor]:
-    """The parameters that no norm and no linear module holds, as vectors of this width."""
-    found = {}
-    for name, module in modules.items():
-        for own, parameter in module.named_parameters(name, recurse=False):
-            if parameter.numel() == width and not own.endswith((".weight", ".bias")):
-                found[own] = parameter.detach()
-    return found
+        module = self._update(update).point.module
+        return max(matching, key=lambda name: common_prefix_length(name, module), default=None)

@@ -1,4 +1,4 @@
-"""The paths that a residual stream takes through the states of one width."""
+"""All states of one width as a graph: each state points to the state it is derived from, and a stream is a path."""
 
 from __future__ import annotations
 
@@ -8,93 +8,102 @@ from typing import NamedTuple
 
 from torch import nn
 
-from attlas.extract.capture.discovery.derivations import Step, gains_of, steps_of
+from attlas.extract.capture.discovery.derivations import Derivation, derivations_of, gains_of
 from attlas.extract.capture.discovery.states import State, states_of
-from attlas.extract.capture.discovery.sublayers import Member
+from attlas.extract.capture.discovery.sublayers import Sublayer
 from attlas.extract.capture.discovery.trace import Trace
-from attlas.extract.capture.layout import Norm, Tap
+from attlas.extract.capture.layout import HookPoint, Norm, Update
 
 
 class Path(NamedTuple):
-    """States of a stream, first to last, and the attention calls whose updates are added on the way."""
+    """The states of a stream by their numbers, first to last, and the attention sublayers whose updates are added to it."""
 
     states: list[int]
-    members: list[Member]
+    sublayers: list[Sublayer]
 
 
-class Streams:
-    """All states of one width, and how they came about."""
+class StateGraph:
+    """The states of one width and their derivations."""
 
     def __init__(self, trace: Trace, modules: Mapping[str, nn.Module], width: int) -> None:
         self.states: list[State] = states_of(trace, modules, width)
-        self.steps: list[Step | None] = steps_of(self.states, gains_of(modules, width), trace.rounding)
+        self.derivations: list[Derivation | None] = derivations_of(
+            self.states, self.number_of, gains_of(modules, width), trace.eps
+        )
 
     @cached_property
-    def number_of(self) -> dict[Tap, int]:
-        return {tap: number for number, state in enumerate(self.states) for _, tap in state.taps}
+    def number_of(self) -> dict[HookPoint, int]:
+        """The number of the state at each point."""
+        return {point: number for number, state in enumerate(self.states) for _, point in state.points}
 
     @cached_property
-    def moment_of(self) -> dict[Tap, int]:
-        return {tap: when for state in self.states for when, tap in state.taps}
+    def moment_of(self) -> dict[HookPoint, int]:
+        return {point: when for state in self.states for when, point in state.points}
 
-    def paths(self, members: Sequence[Member]) -> Iterator[Path]:
-        """The path through most calls, then that through most of those it leaves out, until none is found.
+    def first_moment(self, update: Update) -> int:
+        """When the state that is added first occurs."""
+        return self.states[self.number_of[update.point]].first
 
-        What is added around several layers at once is no step of their stream.
+    def paths(self, sublayers: Sequence[Sublayer]) -> Iterator[Path]:
+        """Yield the path through most sublayers, then that through most of the remaining ones, until there is none.
+
+        Updates around several layers at once are not part of a path.
         """
-        bundles = {number for number in range(len(self.steps)) if self._is_bundle(number, members)}
-        left = list(members)
-        while left and self.states:
-            states = self._path_to(self._end(left, bundles), bundles)
-            inside = [member for number in states[1:] for member in self.inside(number, left)]
-            if not inside:
+        merging = {number for number in range(len(self.states)) if self._merges_sublayers(number, sublayers)}
+        remaining = list(sublayers)
+        while remaining and self.states:
+            states = self._path_to(self._best_end(remaining, merging), merging)
+            on_path = [sublayer for number in states[1:] for sublayer in self.sublayers_at(number, remaining)]
+            if not on_path:
                 return
-            yield Path(states, inside)
-            left = [member for member in left if member not in inside]
+            yield Path(states, on_path)
+            remaining = [sublayer for sublayer in remaining if sublayer not in on_path]
 
-    def inside(self, number: int, members: Sequence[Member]) -> list[Member]:
-        """The attention calls made between x and what is added to it, where a state is a sum.
+    def sublayers_at(self, number: int, sublayers: Sequence[Sublayer]) -> list[Sublayer]:
+        """Return the sublayers that attend between x and the last update of a sum.
 
-        Those of other streams are left out, where this one has a call of just as many tokens as it has states.
+        If some of them have as many queries as the stream has states, the others belong to other streams.
         """
-        step = self.steps[number]
-        if step is None or not step.updates:
+        derivation = self.derivations[number]
+        if derivation is None or not derivation.updates:
             return []
-        first, last = self.states[step.base].first, max(self.states[u.state].first for u in step.updates)
-        between = [member for member in members if first < member.moment < last]
+        first = self.states[derivation.base].first
+        last = max(self.first_moment(update) for update in derivation.updates)
+        between = [sublayer for sublayer in sublayers if first < sublayer.moment < last]
         rows = len(self.states[number].tensor)
-        return [m for m in between if m.call.batch * m.call.queries == rows] or between
+        return [s for s in between if s.call.batch * s.call.queries == rows] or between
 
     def readers(self, number: int, *, before: int | None = None) -> list[Norm]:
-        """The norms that read a state, in the order of time."""
+        """Return the norms that read a state, in order of time."""
         return [norm for when, norm in self.states[number].readers if before is None or when < before]
 
     def norm_to(self, number: int) -> Norm | None:
-        """The norm that made a state, on its way from another."""
-        step = self.steps[number]
-        return None if step is None else step.norm
+        """Return the norm that a state is the output of."""
+        derivation = self.derivations[number]
+        return None if derivation is None else derivation.norm
 
-    def bundles(self, members: Sequence[Member]) -> list[list[Member]]:
-        """Attention calls that have fewer updates than they are."""
-        return [self.inside(n, members) for n in range(len(self.steps)) if self._is_bundle(n, members)]
+    def merged_sublayers(self, sublayers: Sequence[Sublayer]) -> list[list[Sublayer]]:
+        """Return groups of attention sublayers that together have fewer updates than calls."""
+        numbers = range(len(self.states))
+        return [self.sublayers_at(n, sublayers) for n in numbers if self._merges_sublayers(n, sublayers)]
 
-    def _is_bundle(self, number: int, members: Sequence[Member]) -> bool:
-        step = self.steps[number]
-        return step is not None and len(self.inside(number, members)) > max(1, len(step.updates))
+    def _merges_sublayers(self, number: int, sublayers: Sequence[Sublayer]) -> bool:
+        derivation = self.derivations[number]
+        return derivation is not None and len(self.sublayers_at(number, sublayers)) > max(1, len(derivation.updates))
 
-    def _end(self, members: Sequence[Member], bundles: Collection[int]) -> int:
-        """The end of the path on which most calls are added, and of those with most sums."""
+    def _best_end(self, sublayers: Sequence[Sublayer], merging: Collection[int]) -> int:
+        """The end of the path with most sublayers, and of those with most sums."""
         scores: list[tuple[int, int]] = []
-        for number, step in enumerate(self.steps):
-            if step is None or number in bundles:
+        for number, derivation in enumerate(self.derivations):
+            if derivation is None or number in merging:
                 scores.append((0, 0))
                 continue
-            calls, sums = scores[step.base]
-            scores.append((calls + len(self.inside(number, members)), sums + bool(step.updates)))
+            count, sums = scores[derivation.base]
+            scores.append((count + len(self.sublayers_at(number, sublayers)), sums + bool(derivation.updates)))
         return max(range(len(scores)), key=lambda number: (scores[number], -number))
 
-    def _path_to(self, end: int, bundles: Collection[int]) -> list[int]:
-        found = [end]
-        while (step := self.steps[found[-1]]) is not None and found[-1] not in bundles:
-            found.append(step.base)
-        return found[::-1]
+    def _path_to(self, end: int, merging: Collection[int]) -> list[int]:
+        path = [end]
+        while (derivation := self.derivations[path[-1]]) is not None and path[-1] not in merging:
+            path.append(derivation.base)
+        return path[::-1]

@@ -1,4 +1,4 @@
-"""Which attention calls write into the stream of which stack, and how wide it is there."""
+"""The attention sublayers of each stack: calls that write into its residual stream."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from attlas.extract.capture.discovery.trace import Call, Trace
 from attlas.extract.capture.layout import Attention
 
 
-class Member(NamedTuple):
-    """An attention call that writes into a stack's stream, and its layer there."""
+class Sublayer(NamedTuple):
+    """An attention call that writes into the stream of a stack, and its layer in that stack."""
 
     call: Call
     attention: Attention
@@ -27,35 +27,42 @@ class Member(NamedTuple):
         return "cross_attention" if self.attention.is_cross_attention else "attention"
 
 
-def members_of(trace: Trace, attentions: Sequence[Attention]) -> dict[str, list[Member]]:
-    """The calls of each stack. Cross-attention is a part of the layer whose own attention came last, or else comes next;
-    where its queries are no tokens of that stack, as in a pooling of it, it is a stack of its own."""
-    own = [None if a.is_cross_attention else number for number, a in enumerate(attentions)]
-    before, after = [*accumulate(own, _later)], [*accumulate(own[::-1], _later)][::-1]
-    members: dict[str, list[Member]] = {}
+def sublayers_by_stack(trace: Trace, attentions: Sequence[Attention]) -> dict[str, list[Sublayer]]:
+    """Return the attention sublayers of each stack.
+
+    Cross-attention belongs to the layer of the last self-attention before it, or of the next one if that does not have the
+    same queries. If neither has, as in attention pooling, it is a stack of its own.
+    """
+    self_attention = [None if a.is_cross_attention else number for number, a in enumerate(attentions)]
+    before = [*accumulate(self_attention, _latest)]
+    after = [*accumulate(self_attention[::-1], _latest)][::-1]
+    sublayers: dict[str, list[Sublayer]] = {}
     for number, (call, attention) in enumerate(zip(trace.calls, attentions, strict=True)):
         hosts = (
-            attentions[n] for n in (before[number], after[number]) if n is not None and _alike(call, trace.calls[n])
+            attentions[n]
+            for n in (before[number], after[number])
+            if n is not None and _has_same_queries(call, trace.calls[n])
         )
         host = next(hosts, attention)
-        members.setdefault(host.stack, []).append(Member(call, attention, host.layer))
-    return members
+        sublayers.setdefault(host.stack, []).append(Sublayer(call, attention, host.layer))
+    return sublayers
 
 
-def _later(one: int | None, other: int | None) -> int | None:
-    return one if other is None else other
+def _latest(earlier: int | None, later: int | None) -> int | None:
+    return earlier if later is None else later
 
 
-def _alike(one: Call, other: Call) -> bool:
-    return (one.batch, one.queries) == (other.batch, other.queries)
+def _has_same_queries(a: Call, b: Call) -> bool:
+    return (a.batch, a.queries) == (b.batch, b.queries)
 
 
-def width_of(trace: Trace, member: Member) -> int | None:
-    """The width of the stream that a call writes into: its projection's, or that of what the module around it wrote."""
-    if member.attention.shape is not None:
-        return member.attention.shape[1]
-    for module in reversed(member.call.inside):
-        wrote = next((e.wrote for e in trace.events if e.module == module and e.time > member.call.time), None)
-        if wrote is not None:
-            return wrote.shape[-1]
+def stream_width(trace: Trace, sublayer: Sublayer) -> int | None:
+    """Return the output width of a sublayer's projection, or of the innermost module around the call that wrote anything."""
+    if sublayer.attention.shape is not None:
+        return sublayer.attention.shape[1]
+    for module in reversed(sublayer.call.modules):
+        events = (e for e in trace.events if e.module == module and e.time > sublayer.call.time)
+        output = next((event.output for event in events), None)
+        if output is not None:
+            return output.shape[-1]
     return None

@@ -1,7 +1,7 @@
-"""The attention interface of transformers: an attention function and a mask function of the same name.
+"""Intercept the attention interface of transformers, with an attention function and a mask function of the same name.
 
-Without the mask function attention would land silently on padding. A model is told to use them through its
-configurations, for as long as it is watched; whether it then computes what it computes by itself is seen in its probe.
+Both are needed: without a mask function of that name, the model would attend to padding. The model's configurations select
+them for as long as the context is open. Discovery checks that the model then returns what it returns by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attlas.extract.capture.intercept.sdpa import Attend, Request, refuse_dropout
+from attlas.extract.capture.configurations import attention_implementation
+from attlas.extract.capture.intercept.request import Attend, Request, refuse_dropout
 from attlas.extract.engines import reference
 from attlas.extract.engines.rows import AttentionCall
 from attlas.extract.engines.visibility import visibility_from_mask, whole_axis
@@ -21,48 +22,25 @@ from attlas.extract.engines.visibility import visibility_from_mask, whole_axis
 _NAME = "attlas"
 
 
-def configurations(model: nn.Module) -> list[Any]:
-    """Every configuration of transformers that a module of the model holds; none for a model of another make."""
-    found: dict[int, Any] = {}
-    waiting = [getattr(module, "config", None) for module in model.modules()]
-    while waiting:
-        config = waiting.pop()
-        if config is None or id(config) in found or not hasattr(config, "_attn_implementation_internal"):
-            continue
-        found[id(config)] = config
-        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
-    return list(found.values())
-
-
 @contextmanager
-def attending_by(model: nn.Module, implementation: str) -> Iterator[None]:
-    """Let the model's modules that ask their configuration how to attend get this answer."""
-    held = [(config, config._attn_implementation_internal) for config in configurations(model)]
-    try:
-        for config, _ in held:
-            config._attn_implementation_internal = implementation
-        yield
-    finally:
-        for config, before in held:
-            config._attn_implementation_internal = before
-
-
-@contextmanager
-def replaced_interface(model: nn.Module, attend: Attend) -> Iterator[None]:
-    """Let every call through the attention interface come to `attend`."""
+def intercept_interface(model: nn.Module, attend: Attend) -> Iterator[None]:
+    """Send every call through the attention interface to `attend`."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    # registered for all, as masks are only made for what is; and taken away again
-    ours = ((ALL_ATTENTION_FUNCTIONS, _attention_function(attend)), (ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask))
+    # registered globally, since transformers only makes masks for implementations that are
+    functions_by_registry = (
+        (ALL_ATTENTION_FUNCTIONS, _attention_function(attend)),
+        (ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask),
+    )
     try:
-        for functions, function in ours:
-            functions.register(_NAME, function)
-        with attending_by(model, _NAME):
+        for registry, function in functions_by_registry:
+            registry.register(_NAME, function)
+        with attention_implementation(model, _NAME):
             yield
     finally:
-        for functions, _ in ours:
-            functions._global_mapping.pop(_NAME, None)
+        for registry, _ in functions_by_registry:
+            registry._global_mapping.pop(_NAME, None)
 
 
 def _attention_function(attend: Attend) -> Any:
@@ -78,33 +56,33 @@ def _attention_function(attend: Attend) -> Any:
         softcap: float | None = None,
         s_aux: Tensor | None = None,
         position_bias: Tensor | None = None,
-        **_other: Any,
+        **_unused: Any,
     ) -> tuple[Tensor, None]:
         refuse_dropout(dropout)
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and attention_mask is None and query.shape[-2] > 1
-        mask = attention_mask if position_bias is None else _biased(position_bias, attention_mask)
+        mask = attention_mask if position_bias is None else _add_bias(position_bias, attention_mask)
 
-        def of_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+        def call_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
             queries, keys = (whole_axis(len(rows), t.shape[-2], rows.device) for t in (rows, key))
-            same = queries.tokens == keys.tokens
-            seen = visibility_from_mask(mask, causal=causal, queries=queries, keys=queries if same else keys)
-            return reference.output_of(AttentionCall(rows, key, value, seen, scale, softcap, s_aux))
+            keys = queries if queries.tokens == keys.tokens else keys
+            visibility = visibility_from_mask(mask, causal=causal, queries=queries, keys=keys)
+            return reference.output_of(AttentionCall(rows, key, value, visibility, scale, softcap, s_aux))
 
         def call_original() -> Tensor:
-            return of_rows(query, mask)
+            return call_rows(query, mask)
 
-        part = None if causal else of_rows
+        of_rows = None if causal else call_rows
         output = attend(
-            Request("interface", query, key, value, mask, causal, scale, call_original, part, softcap, s_aux)
+            Request("interface", query, key, value, mask, causal, scale, call_original, of_rows, softcap, s_aux)
         )
         return output.transpose(1, 2).contiguous(), None
 
     return attention
 
 
-def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
+def _add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return bias
     if mask.dtype == torch.bool:

@@ -1,9 +1,4 @@
-"""The names that are replaced while a model is watched, and how to read what a module reads and writes.
-
-Nearly every model ends in torch's scaled_dot_product_attention. What transformers calls through its attention interface
-is reached by an attention function and a mask function of our own (`interface`), what computes softmax by hand by
-`softmax`.
-"""
+"""Intercept torch's scaled_dot_product_attention, which nearly every model ends in."""
 
 from __future__ import annotations
 
@@ -11,87 +6,59 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from attlas.extract.capture.layout import CaptureMethod
+from attlas.extract.capture.intercept.request import Attend, Request, interception_disabled, refuse_dropout
+from attlas.extract.capture.tensors import same_values
 from attlas.extract.errors import CaptureError
 
 
-@dataclass(frozen=True)
-class Request:
-    """An attention call that is about to be made: whoever receives it gives the output [batch, head, query, width].
-
-    `mask` is as for scaled_dot_product_attention. `plain` makes the call as the model would, `call` a part of it: of such
-    queries and the rows of the mask that are theirs; None where queries see by their places. `projection` is the weight
-    that reads the contexts, and `crosses` whether the keys come from elsewhere, where the call itself says so.
-    """
-
-    way: CaptureMethod
-    query: Float[Tensor, "batch head query width"]
-    key: Float[Tensor, "batch key_head key width"]
-    value: Float[Tensor, "batch key_head key value_width"]
-    mask: Tensor | None
-    causal: bool
-    scale: float
-    call_original: Callable[[], Tensor]
-    call: Callable[[Tensor, Tensor | None], Tensor] | None = None
-    softcap: float | None = None
-    sinks: Float[Tensor, " head"] | None = None
-    projection: Tensor | None = None
-    is_cross_attention: bool | None = None
-
-
-Attend = Callable[[Request], "Tensor"]
-
-# what is computed in this context is not the model's, or heard already
-interception_disabled = torch._C.DisableTorchFunction
-
-
 @contextmanager
-def replaced_sdpa(attend: Attend) -> Iterator[None]:
-    """Replace torch's scaled_dot_product_attention by `attend`, and switch the fused paths around it off.
+def intercept_sdpa(attend: Attend) -> Iterator[None]:
+    """Send every call of scaled_dot_product_attention to `attend`, with the fused paths around it switched off.
 
-    A module that has imported the function calls it by a name of its own: such calls are heard by a function mode.
+    Calls through `torch.nn.functional` reach the replacement by name. A module that imported the function itself still
+    calls the original: those calls are caught by a function mode.
     """
     original = functional.scaled_dot_product_attention
-    multi_head = functional.multi_head_attention_forward
-    fast = torch.backends.mha.get_fastpath_enabled()
-    inside = _MultiHead(multi_head)
+    original_multi_head = functional.multi_head_attention_forward
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    multi_head = _MultiHeadForward(original_multi_head)
     torch.backends.mha.set_fastpath_enabled(False)
-    receiving = _receiving(original, attend, inside)
-    functional.scaled_dot_product_attention = receiving
-    functional.multi_head_attention_forward = inside
+    replacement = _replacement(original, attend, multi_head)
+    functional.scaled_dot_product_attention = replacement
+    functional.multi_head_attention_forward = multi_head
     try:
-        with _Imported(original, receiving):
+        with _CallsOfOriginal(original, replacement):
             yield
     finally:
         functional.scaled_dot_product_attention = original
-        functional.multi_head_attention_forward = multi_head
-        torch.backends.mha.set_fastpath_enabled(fast)
+        functional.multi_head_attention_forward = original_multi_head
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-class _Imported(TorchFunctionMode):
-    """Hears every call of torch's own function, by whatever name; those that `attend` makes are none of the model's."""
+class _CallsOfOriginal(TorchFunctionMode):
+    """Redirects calls of the original function, under whatever name they are made."""
 
-    def __init__(self, original: Callable[..., Tensor], receiving: Callable[..., Tensor]) -> None:
+    def __init__(self, original: Callable[..., Tensor], replacement: Callable[..., Tensor]) -> None:
         super().__init__()
         self._original = original
-        self._receiving = receiving
+        self._replacement = replacement
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return (self._receiving if func is self._original else func)(*args, **(kwargs or {}))
+        return (self._replacement if func is self._original else func)(*args, **(kwargs or {}))
 
 
-def _receiving(original: Callable[..., Tensor], attend: Attend, inside: _MultiHead) -> Callable[..., Tensor]:
+def _replacement(
+    original: Callable[..., Tensor], attend: Attend, multi_head: _MultiHeadForward
+) -> Callable[..., Tensor]:
     def scaled_dot_product_attention(
         query: Tensor,
         key: Tensor,
@@ -110,28 +77,18 @@ def _receiving(original: Callable[..., Tensor], attend: Attend, inside: _MultiHe
                     query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
                 )
 
-        def of_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+        def call_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
             with interception_disabled():
                 return original(rows, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
 
-        if query.dim() == 3:  # without heads: one
+        scaling = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        if query.dim() == 3:  # no head dimension: one head
             queries, keys, values = (t[:, None] for t in (query, key, value))
             mask = attn_mask if attn_mask is None or attn_mask.dim() < 3 else attn_mask[:, None]
-            return attend(
-                Request(
-                    "sdpa",
-                    queries,
-                    keys,
-                    values,
-                    mask,
-                    is_causal,
-                    _scale(query, scale),
-                    lambda: call_original()[:, None],
-                )
-            )[:, 0]
-        batch = max(len(query), len(key))  # one of them may be the same for all
+            request = Request("sdpa", queries, keys, values, mask, is_causal, scaling, lambda: call_original()[:, None])
+            return attend(request)[:, 0]
+        batch = max(len(query), len(key))  # either may be shared by the whole batch
         queries, keys, values = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
-        scaling = _scale(query, scale)
         return attend(
             Request(
                 "sdpa",
@@ -142,28 +99,20 @@ def _receiving(original: Callable[..., Tensor], attend: Attend, inside: _MultiHe
                 is_causal,
                 scaling,
                 call_original,
-                None if is_causal else of_rows,
-                projection=inside.projection,
-                is_cross_attention=inside.is_cross_attention,
+                None if is_causal else call_rows,
+                projection=multi_head.projection,
+                is_cross_attention=multi_head.is_cross_attention,
             )
         )
 
     return scaled_dot_product_attention
 
 
-def _scale(query: Tensor, scale: float | None) -> float:
-    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+class _MultiHeadForward:
+    """Replaces torch's multi_head_attention_forward so that it always calls scaled_dot_product_attention.
 
-
-def refuse_dropout(probability: float) -> None:
-    if probability:
-        raise CaptureError("a pattern is measured without dropout; the model is in training mode; call model.eval()")
-
-
-class _MultiHead:
-    """torch's multi_head_attention_forward, made to go through scaled_dot_product_attention, and what it tells of a call.
-
-    Asked for its weights it computes softmax itself; then it is asked twice.
+    If the caller wants weights, torch computes the softmax itself. The function is then run a second time without them. While
+    it runs, `projection` and `is_cross_attention` are those of the call.
     """
 
     def __init__(self, original: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
@@ -173,56 +122,26 @@ class _MultiHead:
         self.is_cross_attention: bool | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if self.is_cross_attention is not None:  # torch hands it on to itself where functions are followed
+        if self.is_cross_attention is not None:  # torch calls the function from itself where a function mode is active
             return self._original(*args, **kwargs)
-        given = self._signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        _refuse_keys_that_are_no_tokens(given.arguments)
-        self.projection = given.arguments["out_proj_weight"]
-        self.is_cross_attention = not same_values(given.arguments["query"], given.arguments["key"])
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        _refuse_added_keys(bound.arguments)
+        self.projection = bound.arguments["out_proj_weight"]
+        self.is_cross_attention = not same_values(bound.arguments["query"], bound.arguments["key"])
         try:
-            asked = self._original(*given.args, **given.kwargs) if given.arguments["need_weights"] else None
-            given.arguments["need_weights"] = False
-            seen = self._original(*given.args, **given.kwargs)
+            with_weights = self._original(*bound.args, **bound.kwargs) if bound.arguments["need_weights"] else None
+            bound.arguments["need_weights"] = False
+            intercepted = self._original(*bound.args, **bound.kwargs)
         finally:
             self.projection = self.is_cross_attention = None
-        return seen if asked is None else asked
+        return intercepted if with_weights is None else with_weights
 
 
-def _refuse_keys_that_are_no_tokens(given: Mapping[str, Any]) -> None:
-    for setting, there in (("add_bias_kv", given["bias_k"] is not None), ("add_zero_attn", given["add_zero_attn"])):
-        if there:
+def _refuse_added_keys(arguments: Mapping[str, Any]) -> None:
+    settings = {"add_bias_kv": arguments["bias_k"] is not None, "add_zero_attn": arguments["add_zero_attn"]}
+    for setting, is_on in settings.items():
+        if is_on:
             raise CaptureError(
                 f"every key must be a token; nn.MultiheadAttention with {setting} adds one that is none; build it without"
             )
-
-
-def same_values(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.shape == other.shape and torch.equal(one, other))
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """The tensor that a module's input or output is, or begins with."""
-    if isinstance(value, torch.Tensor):
-        return value
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        return first_tensor(value[0]) if value else None
-    return None
-
-
-def read_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What a module reads: its first argument, however it was passed."""
-    return first_tensor(args) if args else first_tensor(next(iter(kwargs.values()), None))
-
-
-def is_stream(value: Any) -> TypeGuard[Tensor]:
-    """Whether it may be states of tokens: [batch, token, width]."""
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3
-
-
-def has_matrix(module: nn.Module) -> bool:
-    """Whether a module keeps a weight of two dimensions, as linear ones do; what it does with it is not known by that."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() == 2

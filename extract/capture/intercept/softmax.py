@@ -1,7 +1,7 @@
-"""Attention that a model computes by hand: a softmax over keys that is then multiplied with values.
+"""Capture attention that a model computes itself: a softmax over keys, multiplied with values.
 
-Nothing of it has a name, so it is followed: what comes out of a softmax, and what is made of that, up to the product with
-values. The model makes its pattern itself, so memory is its own; the statistics read it in blocks, layer by layer.
+Such code calls no function of its own that could be replaced. So every softmax is followed, with all tensors made from its
+output, up to a product with values. The model holds its whole pattern in memory anyway.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from attlas.extract.capture.intercept.sdpa import interception_disabled
+from attlas.extract.capture.intercept.request import interception_disabled
 
 _SOFTMAX = {"softmax"}
 _PRODUCTS = {"matmul", "bmm", "einsum", "__matmul__", "__rmatmul__"}
-# operations between a softmax and its product, those of other tensors included; few, and values may be made among them
-_PATIENCE = 64
+# operations of any kind after which a softmax is no longer followed: few are needed, but values may be computed in between
+_MOST_OPERATIONS = 64
 
 
 @dataclass(frozen=True)
 class Product:
-    """A softmax, and the product of what came of it with values; as the model has them."""
+    """A softmax and the product of its result with values, in the model's own shapes."""
 
-    scores: Float[Tensor, "*scores"]  # what the softmax read
-    over: int  # the dimension it normalised
+    scores: Float[Tensor, "*scores"]  # the input of the softmax
+    dim: int  # the dimension it normalises
     softmax: Float[Tensor, "*scores"]
-    pattern: Float[Tensor, "*rows key"]  # the product's factor
+    pattern: Float[Tensor, "*rows key"]  # the first factor of the product
     value: Float[Tensor, "*keys value_width"]
     contexts: Float[Tensor, "*contexts"]
     equation: str | None  # of an einsum
@@ -38,34 +38,38 @@ class Product:
 
 @dataclass(frozen=True)
 class ManualAttention:
-    """An attention call that the model has made, in the usual order of dimensions."""
+    """An attention call computed by the model, in the usual order of dimensions.
+
+    `dim_order` says how to find batch and heads in such a product again: for einsum, their letters in order; for more than
+    two leading dimensions, the index of the head dimension; otherwise it is empty.
+    """
 
     scores: Float[Tensor, "batch head query key"]
     pattern: Float[Tensor, "batch head query key"]
     value: Float[Tensor, "batch head key value_width"]
     contexts: Float[Tensor, "batch head query value_width"]
-    sinks: Float[Tensor, "batch head query"] | None = None  # scores of an outcome that is no key
-    order: str = ""  # see `Attention.order`
+    sinks: Float[Tensor, "batch head query"] | None = None  # scores of an outcome that is not a key
+    dim_order: str = ""
 
 
 @dataclass
-class _Open:
-    """A softmax whose product has not come, and everything made of it; kept, so that no other object takes its id."""
+class _Pending:
+    """A softmax whose product has not come yet. The tensors made from it are kept alive, so that no id is reused."""
 
     scores: Tensor
-    over: int
+    dim: int
     softmax: Tensor
-    made: list[Tensor]
-    age: int = 0
+    derived: list[Tensor]
+    operations: int = 0
 
 
 class SoftmaxTracker(TorchFunctionMode):
-    """Tell of every product of a softmax with values, as it is made."""
+    """Calls `receive` for every product of a softmax with values, as soon as it is computed."""
 
-    def __init__(self, finished: Callable[[Product], None]) -> None:
+    def __init__(self, receive: Callable[[Product], None]) -> None:
         super().__init__()
-        self._finished = finished
-        self._open: list[_Open] = []
+        self._receive = receive
+        self._pending: list[_Pending] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,35 +77,35 @@ class SoftmaxTracker(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if self._open and isinstance(result, torch.Tensor):
+        if self._pending and isinstance(result, torch.Tensor):
             self._follow(name, args, result)
         if name in _SOFTMAX and isinstance(result, torch.Tensor) and result.dim() >= 3:
             scores, *rest = (*args, *(kwargs[n] for n in ("input", "dim") if n in kwargs))
-            self._open.append(_Open(scores, (rest[0] if rest else -1) % result.dim(), result, [result]))
+            self._pending.append(_Pending(scores, (rest[0] if rest else -1) % result.dim(), result, [result]))
         return result
 
     def _follow(self, name: str, args: tuple[Any, ...], result: Tensor) -> None:
-        operands = [a for a in _flat(args) if isinstance(a, torch.Tensor)]
-        for softmax in self._open:
-            softmax.age += 1
-            factor = next((a for a in operands if any(a is made for made in softmax.made)), None)
+        operands = [a for a in _flatten(args) if isinstance(a, torch.Tensor)]
+        for softmax in self._pending:
+            softmax.operations += 1
+            factor = next((a for a in operands if any(a is tensor for tensor in softmax.derived)), None)
             if factor is None:
                 continue
             if name not in _PRODUCTS:
-                softmax.made.append(result)
+                softmax.derived.append(result)
                 continue
-            softmax.age = _PATIENCE  # done
+            softmax.operations = _MOST_OPERATIONS  # complete
             equation = next((a for a in args if isinstance(a, str)), None)
             if len(operands) == 2 and operands[0] is factor:
                 with interception_disabled():
-                    self._finished(
-                        Product(softmax.scores, softmax.over, softmax.softmax, factor, operands[1], result, equation)
+                    self._receive(
+                        Product(softmax.scores, softmax.dim, softmax.softmax, factor, operands[1], result, equation)
                     )
-        self._open = [softmax for softmax in self._open if softmax.age < _PATIENCE]
+        self._pending = [softmax for softmax in self._pending if softmax.operations < _MOST_OPERATIONS]
 
 
-def _flat(args: Any) -> list[Any]:
-    return [b for a in args for b in (_flat(a) if isinstance(a, list | tuple) else [a])]
+def _flatten(args: Any) -> list[Any]:
+    return [item for a in args for item in (_flatten(a) if isinstance(a, list | tuple) else [a])]
 
 
 def manual_attention_of(
@@ -109,68 +113,67 @@ def manual_attention_of(
     *,
     batch: int,
     heads: int | None = None,
-    order: str = "",
+    dim_order: str = "",
     head_counts: frozenset[int] = frozenset(),
 ) -> ManualAttention | None:
-    """The call as [batch, head, query, key]; None where the product is no attention of a batch of so many rows.
+    """Return the call as [batch, head, query, key]; None if the product is not attention of a batch of so many rows.
 
-    `heads` and `order` are what an earlier look at the same call has found; `head_counts` those that the model may have,
-    for what has more dimensions than the usual. Windows of a sequence count as sequences.
+    `heads` and `dim_order` are those of the same call in discovery. `head_counts` are numbers of heads that the model may
+    have, to tell dimensions apart. Windows of a sequence count as sequences.
     """
     if product.equation is None:
-        return _of_matrices(product, batch, heads, order, head_counts)
-    return _of_equation(product, batch, order, head_counts)
+        return _of_matmul(product, batch, heads, dim_order, head_counts)
+    return _of_einsum(product, batch, dim_order, head_counts)
 
 
-def _of_matrices(
-    product: Product, batch: int, heads: int | None, order: str, head_counts: frozenset[int]
+def _of_matmul(
+    product: Product, batch: int, heads: int | None, dim_order: str, head_counts: frozenset[int]
 ) -> ManualAttention | None:
     p, v = product.pattern, product.value
-    lead = p.shape[:-2]
-    if product.over != product.softmax.dim() - 1 or v.shape[-2] != p.shape[-1]:
+    leading = p.shape[:-2]
+    if product.dim != product.softmax.dim() - 1 or v.shape[-2] != p.shape[-1]:
         return None
     rows, keys = p.numel() // p.shape[-1], p.shape[-1]
     if product.softmax.numel() not in (rows * keys, rows * (keys + 1)):
         return None
-    if len(lead) == 1:
-        heads = heads or _heads_of(lead[0] // batch, head_counts)
-        if lead[0] % heads:
+    if len(leading) == 1:
+        heads = heads or _heads_among(leading[0] // batch, head_counts)
+        if leading[0] % heads:
             return None
-        lead = (lead[0] // heads, heads)
-    if len(lead) < 2:
+        leading = (leading[0] // heads, heads)
+    if len(leading) < 2:
         return None
-    at = int(order) if order else _head_dimension(lead, head_counts)
-    of_heads = (
-        _heads_second(t.expand(*product.pattern.shape[:-2], *t.shape[-2:]).reshape(*lead, *t.shape[-2:]), at)
+    head_dim = int(dim_order) if dim_order else _head_dim(leading, head_counts)
+    pattern, value, contexts = (
+        _batch_and_heads(t.expand(*p.shape[:-2], *t.shape[-2:]).reshape(*leading, *t.shape[-2:]), head_dim)
         for t in (p, v, product.contexts)
     )
-    pattern, value, contexts = of_heads
-    scores = _heads_second(product.scores.reshape(*lead, p.shape[-2], -1), at)
-    order = "" if len(lead) == 2 else str(at)
+    scores = _batch_and_heads(product.scores.reshape(*leading, p.shape[-2], -1), head_dim)
+    dim_order = "" if len(leading) == 2 else str(head_dim)
     if scores.shape[-1] == keys:
-        return ManualAttention(scores, pattern, value, contexts, order=order)
-    return ManualAttention(scores[..., :-1], pattern, value, contexts, sinks=scores[..., -1], order=order)
+        return ManualAttention(scores, pattern, value, contexts, dim_order=dim_order)
+    return ManualAttention(scores[..., :-1], pattern, value, contexts, sinks=scores[..., -1], dim_order=dim_order)
 
 
-def _heads_of(several: int, head_counts: frozenset[int]) -> int:
-    """How many heads a sequence has in a dimension where they may be multiplied by windows."""
-    dividing = [n for n in head_counts if n and several % n == 0]
-    return several if several in head_counts or not dividing else max(dividing)
+def _heads_among(count: int, head_counts: frozenset[int]) -> int:
+    """The number of heads in a dimension that may hold the heads of several windows."""
+    divisors = [n for n in head_counts if n and count % n == 0]
+    return count if count in head_counts or not divisors else max(divisors)
 
 
-def _head_dimension(lead: tuple[int, ...], head_counts: frozenset[int]) -> int:
-    """Which of the dimensions before query and key are heads: the second, unless another alone is as many as heads are."""
-    alike = [n for n, size in enumerate(lead) if n and size in head_counts]
-    return alike[0] if len(alike) == 1 else 1
+def _head_dim(leading: tuple[int, ...], head_counts: frozenset[int]) -> int:
+    """Which leading dimension is the heads: the second, unless exactly one has a size that is a number of heads."""
+    candidates = [n for n, size in enumerate(leading) if n and size in head_counts]
+    return candidates[0] if len(candidates) == 1 else 1
 
 
-def _heads_second(tensor: Tensor, at: int) -> Tensor:
-    """All dimensions before query and key as two: batch with its windows, and heads."""
-    return tensor.movedim(at, -3).flatten(0, -4)
+def _batch_and_heads(tensor: Tensor, head_dim: int) -> Tensor:
+    """All dimensions before query and key as two: the batch with its windows, and the heads."""
+    return tensor.movedim(head_dim, -3).flatten(0, -4)
 
 
-def _of_equation(product: Product, batch: int, order: str, head_counts: frozenset[int]) -> ManualAttention | None:
-    """Which letter is what: keys are summed, queries are not the values', widths not the pattern's; the rest is common."""
+def _of_einsum(product: Product, batch: int, dim_order: str, head_counts: frozenset[int]) -> ManualAttention | None:
+    """Read the letters: keys are summed over, queries are not in the values, the width is not in the pattern."""
     assert product.equation is not None
     factors, _, out = product.equation.replace(" ", "").partition("->")
     p, _, v = factors.partition(",")
@@ -180,27 +183,26 @@ def _of_equation(product: Product, batch: int, order: str, head_counts: frozense
     if len(common) != len(p) - 2 or len(query) != 1 or len(key) != 1 or product.softmax.shape != product.pattern.shape:
         return None
     key, query, width = key.pop(), query.pop(), ({*v} - {*p}).pop()
-    if p.index(key) != product.over:
+    if p.index(key) != product.dim:
         return None
     sizes = dict(zip(p, product.pattern.shape, strict=True))
-    order = order or _batch_to_head(sorted(common, key=p.index), sizes, batch, head_counts)
-    of = {"p": order + query + key, "v": order + key + width, "out": order + query + width}
+    dim_order = dim_order or _batch_to_head(sorted(common, key=p.index), sizes, batch, head_counts)
     return ManualAttention(
-        _permuted(product.scores, p, of["p"]),
-        _permuted(product.pattern, p, of["p"]),
-        _permuted(product.value, v, of["v"]),
-        _permuted(product.contexts, out, of["out"]),
-        order=order,
+        _permute(product.scores, p, dim_order + query + key),
+        _permute(product.pattern, p, dim_order + query + key),
+        _permute(product.value, v, dim_order + key + width),
+        _permute(product.contexts, out, dim_order + query + width),
+        dim_order=dim_order,
     )
 
 
 def _batch_to_head(letters: list[str], sizes: dict[str, int], batch: int, head_counts: frozenset[int]) -> str:
-    """The common letters, batch first, head last, windows between."""
+    """The letters in common: batch first, head last, windows in between."""
     letters = sorted(letters, key=lambda letter: sizes[letter] != batch)
-    alike = [letter for letter in letters[1:] if sizes[letter] in head_counts]
-    head = alike[0] if len(alike) == 1 else letters[1]
+    candidates = [letter for letter in letters[1:] if sizes[letter] in head_counts]
+    head = candidates[0] if len(candidates) == 1 else letters[1]
     return "".join([*(letter for letter in letters if letter != head), head])
 
 
-def _permuted(tensor: Tensor, have: str, want: str) -> Tensor:
-    return tensor.permute([have.index(letter) for letter in want]).flatten(0, -4)
+def _permute(tensor: Tensor, letters: str, order: str) -> Tensor:
+    return tensor.permute([letters.index(letter) for letter in order]).flatten(0, -4)
