@@ -333,8 +333,8 @@ def test_a_layer_that_hides_on_purpose_shows_its_pattern_when_run_again():
     torch.manual_seed(0)
     stack = drawn(Stack(SometimesHidden(), SometimesHidden(), SometimesHidden(hides=True), SometimesHidden()))
     assert_exact(stack, states())
-    ways = [attention.method for attention in layout_of(stack, {"x": states()}).attentions]
-    assert [way == "replay" for way in ways] == [False, False, True, False]
+    methods = [attention.method for attention in layout_of(stack, {"x": states()}).attentions]
+    assert [method == "replay" for method in methods] == [False, False, True, False]
 
 
 def test_a_layer_that_hides_and_whose_contexts_are_not_linear_in_its_values_is_refused_by_name():

@@ -157,7 +157,7 @@ def test_the_identity_holds_from_the_columns_own_inputs_in_every_family(family):
     assert len(names) == len(set(names)) and names[0] == (0, "embedding")
 
 
-def test_a_layer_that_hides_from_the_seam_is_an_error_and_not_a_gap():
+def test_a_layer_that_hides_its_attention_is_an_error_and_not_a_gap():
     model = tiny("bert")
     layout = layout_of(model)
     hidden = model.encoder.layer[1].attention.self

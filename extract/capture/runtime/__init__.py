@@ -1,1 +1,1 @@
-"""One instrumented pass: attention calls matched to layers and handed to the engine, the residual stream beside them."""
+"""One instrumented pass: attention calls are matched to layers and measured by the engine, and the stream beside them."""
