@@ -1,5 +1,8 @@
 """Every `residual` column against the float64 oracle, from states that hooks of the test's own have read."""
 
+import gc
+import weakref
+
 import numpy as np
 import polars as pl
 import pytest
@@ -8,6 +11,7 @@ import torch
 from attlas.extract import measure
 from attlas.extract.capture.runtime.batch import Batch, Tokens
 from attlas.extract.capture.runtime.instrumented_pass import instrumented_pass
+from attlas.extract.capture.runtime.receiver import CallReceiver
 from attlas.extract.collector import Collector
 from attlas.extract.engines import choose
 from attlas.extract.engines.needs import Needs
@@ -176,6 +180,25 @@ def test_a_layer_that_hides_its_attention_is_an_error_and_not_a_gap():
         torch.inference_mode(),
     ):
         model(input_ids=torch.randint(2, 60, (1, 8)))
+
+
+def test_what_a_pass_keeps_is_freed_when_it_ends(monkeypatch: pytest.MonkeyPatch):
+    """Not when the garbage collector runs next: masks and states of a batch may be most of a GPU's memory."""
+    passes = []
+
+    class Recorded(CallReceiver):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            passes.append(weakref.ref(self))
+
+    monkeypatch.setattr("attlas.extract.capture.runtime.instrumented_pass.CallReceiver", Recorded)
+    gc.disable()
+    try:
+        measure(tiny("bert"), input_ids=torch.randint(2, 60, (2, 8)))
+        left = [receiver() for receiver in passes]
+    finally:
+        gc.enable()
+    assert left == [None]
 
 
 def test_a_model_that_never_shows_a_layer_is_refused_when_it_is_examined():
