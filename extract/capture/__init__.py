@@ -3,20 +3,21 @@
 A model is examined once (`discovery`) and instrumented for every later pass (`runtime`). Both get hold of its attention
 calls in the same way (`intercept`):
 
-    model, probe inputs                               model, layout, batch
-          │                                                 │
-          ▼                                                 ▼
-    discovery.find_layout                             runtime.instrumented_pass  (one forward pass inside the context)
-      trace            one recorded pass ────────┐      │
-      call_filters,    calls that are not the    │      ├──── intercept.assemble.intercept_attention
-        windows        attention of one layer    └──────┤       sdpa       scaled_dot_product_attention
-      completeness     no layer is missing              │       interface  transformers' attention functions
-      stacks           layers of which stack            │       softmax    a softmax that the model computes itself
-      projection       what reads the contexts          │       replay     a module run again with one-hot values
-      sites            x, F and x' by value             ├──── receiver.CallReceiver  calls matched to layers, measured
-          │                                             ├──── stream.Stream          residual sites, as they complete
-          ▼                                             ▼
-    layout.Layout                                     Observer.heads, Observer.residual  (the collector of the tables)
+    model, probe inputs                                 model, layout, batch
+          │                                                   │
+          ▼                                                   ▼
+    discovery.find_layout                               runtime.instrumented_pass
+      trace_of           one recorded pass ───┐           │  one forward pass inside the context
+      call_filters       calls left out       │           │
+      windows            calls joined         └───────────┼─▶ intercept.assemble.intercept_attention
+      completeness       no layer is missing              │     sdpa        scaled_dot_product_attention
+      stacks             stack and layer of a call        │     interface   transformers' attention functions
+      projection         what reads its contexts          │     softmax     a softmax that the model computes itself
+      sites              x, F and x' by their values      │     replay      a module run again with one-hot values
+          │                                               ├─▶ receiver.CallReceiver   matches calls to layers, measures them
+          │                                               ├─▶ stream.Stream           observes sites as they complete
+          ▼                                               ▼
+    layout.Layout                                       Observer.heads, Observer.residual   (the collector of the tables)
 
 The modules beside the three packages are shared by them and import none of them. `discovery` and `runtime` import
 `intercept` but not each other.
@@ -52,9 +53,9 @@ Glossary, one noun per thing:
 * piece: a call for one window or image, where a module makes several calls for one sequence.
 
 Lifetimes. Nothing of the size of a pattern outlives its call, no state of the stream outlives the sites that read it, and no
-sum outlives a pass that failed. A layout is valid as long as its model does not change (`fingerprint`). Replaced functions
-and hooks are restored when the context ends, also after an error. They belong to the process, so one pass is instrumented at
-a time.
+sum outlives a pass that failed. What a pass keeps is freed when it ends, so there are no reference cycles. A layout is valid
+as long as its model does not change (`fingerprint`). Replaced functions and hooks are restored when the context ends, also
+after an error. They belong to the process, so one pass is instrumented at a time.
 
 Invariants, each an error and never a gap: every pass shows every attention layer once and every residual site once, with
 the heads and tokens of the layout; x' = x + F(x) holds at every site to a few roundings of the model's own type; padding is
