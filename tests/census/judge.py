@@ -83,7 +83,7 @@ def difference(
     if not attention.is_cross_attention and pattern.shape[2] != pattern.shape[3]:
         return "heads look at something else"
     windows = len(pattern) // sequences
-    # of each sequence in turn, or the first of each first: as the seam found it by changing the order of sequences
+    # of each sequence in turn, or the first of each first: as discovery found it by changing the order of sequences
     of_sequences = pattern.unflatten(0, (windows, sequences)).transpose(0, 1) if attention.batch_last else None
     pieces = pattern.unflatten(0, (sequences, windows)) if of_sequences is None else of_sequences
     for (sequence, head), row in rows.items():

@@ -194,7 +194,7 @@ def _whole(pattern: Tensor, softmaxes: list[Tensor]) -> Tensor:
 
 
 class _Softmaxes(TorchFunctionMode):
-    """Every softmax over the last of three dimensions or more, by a way that shares nothing with the seam's."""
+    """Every softmax over the last of three dimensions or more, by code that shares nothing with the package's."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A few architectures of each way in, as the census measures them all: `make census` is the whole."""
+"""A few architectures of each capture method, as the census measures them all: `make census` is the whole."""
 
 import ast
 from pathlib import Path
