@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from jaxtyping import Int
 
-from attlas.extract.capture.batch import Batch, Tokens
+from attlas.extract.capture.runtime.batch import Batch, Tokens
 from attlas.extract.engines.visibility import Axis
 from attlas.extract.instrument import Instrument
 from attlas.extract.model.inputs import MASK_OF

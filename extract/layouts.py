@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from attlas.extract.capture.compiled import uncompiled
-from attlas.extract.capture.examine import find_layout
+from attlas.extract.capture.compiled import compilation_disabled
+from attlas.extract.capture.discovery.find_layout import find_layout
+from attlas.extract.capture.discovery.trace import is_causal_mask
 from attlas.extract.capture.fingerprint import fingerprint, weights_state
 from attlas.extract.capture.layout import Layout
-from attlas.extract.capture.probe import hides_the_future
-from attlas.extract.capture.seam import same_values
+from attlas.extract.capture.tensors import same_values
 from attlas.extract.model.inputs import TEXT_INPUTS, sequence_count
 from attlas.extract.model.probe_inputs import probe_inputs
 
@@ -48,7 +48,7 @@ def layout_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layo
     if key not in cached or not cached[key].is_current(model):
         cached.pop(key, None)
         probe, sequences = probe_inputs(model, inputs)
-        with uncompiled():
+        with compilation_disabled():
             layout = find_layout(model, probe, batch=sequences)
         cached[key] = _CachedLayout(layout, weights_state(model))
         for oldest in list(cached)[:-_MAX_CACHED]:
@@ -81,7 +81,7 @@ def _tensor_kinds(inputs: Mapping[str, Any]) -> frozenset[Any]:
             name,
             value.dim(),
             next(n for n, other in tensors.items() if same_values(other, value)),
-            hides_the_future(value),
+            is_causal_mask(value),
         )
         if isinstance(value, torch.Tensor)
         else (name, value if isinstance(value, bool | int | float | str) else None)

@@ -123,7 +123,7 @@ def _model_facts(recipe: Mapping[str, Any], instrument: Instrument) -> dict[str,
         "width": layout.width,
         "parameters": sum(p.numel() for p in encoder.model.parameters()),
         "residual": layout.residual_refusal or "measured",
-        "layout": layout.described,
+        "layout": layout.description,
     }
 
 

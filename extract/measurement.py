@@ -13,13 +13,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from attlas.extract.capture.batch import Batch
 from attlas.extract.capture.compiled import unwrap_model
-from attlas.extract.capture.grid import grids_of
+from attlas.extract.capture.discovery.patch_layout import grids_of
+from attlas.extract.capture.discovery.stacks import OF_TEXT
 from attlas.extract.capture.layout import Layout
 from attlas.extract.capture.modes import eval_mode, refuse_training
-from attlas.extract.capture.stacks import OF_TEXT
-from attlas.extract.capture.watch import watching
+from attlas.extract.capture.runtime.batch import Batch
+from attlas.extract.capture.runtime.instrumented_pass import instrumented_pass
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.engines import Engine, choose
 from attlas.extract.errors import CaptureError, Refusal, ResidualWarning
@@ -159,7 +159,7 @@ def _refuse_added_mask(model: nn.Module, layout: Layout, inputs: Mapping[str, An
     is_eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
     if not is_eager or not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.is_floating_point():
         return
-    if "interface" in layout.ways:
+    if "interface" in layout.methods:
         raise Refusal(
             f"a 4-d attention_mask is added to the scores by {type(model).__name__}, which attends by eager code; this one "
             f"of {mask.dtype} would hide nothing; give 0 where a query sees a key and torch.finfo(dtype).min elsewhere"
@@ -176,6 +176,6 @@ def observe(
     collector: Collector,
 ) -> None:
     """Run one measured forward pass; the collector takes its results once it has succeeded."""
-    with torch.inference_mode(), watching(model, layout, batch=batch, engine=engine, observer=collector):
+    with torch.inference_mode(), instrumented_pass(model, layout, batch=batch, engine=engine, observer=collector):
         model(**inputs)
     collector.settle()

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from attlas.extract.batch_inputs import SequenceInput, batch_inputs, sequence_inputs
 from attlas.extract.batching import batches, padded_positions
-from attlas.extract.capture.probe import fixed_rng
+from attlas.extract.capture.rng import fixed_rng
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.errors import Refusal, first_line
 from attlas.extract.instrument import Instrument

@@ -72,6 +72,24 @@ def test_analysis_knows_only_the_store_the_tables_and_how_names_are_shown_of_ext
     assert wrong == []
 
 
+CAPTURE = "attlas.extract.capture"
+ROOMS = ("intercept", "discovery", "runtime")
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [("intercept", ("discovery", "runtime")), ("discovery", ("runtime",)), ("runtime", ("discovery",)), (".", ROOMS)],
+)
+def test_discovery_and_runtime_share_only_interception_and_what_stands_beside_them(
+    room: str, forbidden: tuple[str, ...]
+) -> None:
+    files = sorted((ROOT / "extract" / "capture" / room).glob("*.py"))
+    found = [(file.name, module) for file in files for module in imports_of(file)]
+    assert any(module.startswith(CAPTURE) for _, module in found), f"{room} imports nothing of ours"
+    names = [f"{CAPTURE}.{other}" for other in forbidden]
+    assert [pair for pair in found if any(pair[1] == name or pair[1].startswith(f"{name}.") for name in names)] == []
+
+
 STORED = (
     *(f"extract/{n}.py" for n in ("identity", "manifest", "run", "shard")),
     *(f"extract/plan/{n}.py" for n in ("images", "spool", "stored", "texts")),

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from attlas.extract.capture.seam import replaced_sdpa
+from attlas.extract.capture.intercept.sdpa import intercept_sdpa
 from attlas.extract.measurement import measure
 from attlas.flows.config import Run
 from tests.benchmarks import memory, report, run, usual, usual_way, workloads
@@ -149,7 +149,7 @@ def test_a_forward_pass_is_measured_and_the_other_is_not(demo_once, family):
     work = workloads.Workload(tiny(family), torch.randint(1, 60, (2, 12)), torch.tensor([12, 9]))
     calls = []
     plain = workloads.plain_pass(work)
-    with replaced_sdpa(lambda request: calls.append(request) or request.call_original()):
+    with intercept_sdpa(lambda request: calls.append(request) or request.call_original()):
         plain()
     assert len(calls) == 3, "the plain pass takes torch's own attention"
     result = compare_forward(work, repeats=2)

@@ -1,40 +1,63 @@
-"""Everything that is seen inside a model is seen in this package; nothing else touches a model's internals.
+"""Everything that is observed inside a model; no other package touches a model's internals.
 
-A model is examined once and instrumented in every later pass:
+A model is examined once (`discovery`) and instrumented for every later pass (`runtime`). Both get hold of its attention
+calls in the same way (`intercept`):
 
-    model, probe inputs                              model, layout, batch
-          │                                                │
-          ▼                                                ▼
-    examine.find_layout                              watch.watching  (one forward pass inside the context)
-      probe.trace_of      one recorded pass            ├─ the ways to an attention call, by the layout:
-      stacks, members     layers of which stack        │    seam        scaled_dot_product_attention
-      projection          what reads the contexts      │    interface   transformers' attention functions
-      states, steps,      x, F and x' by value         │    softmax     a softmax that the model writes out
-        paths, sites                                   │    replay      a module run again with one-hot values
-      checks that no layer was missed                  ├─ Engine.attend / rows_of_scores, Engine.head_sums
-          │                                            ├─ stream.Stream  states of the stream, site by site
-          ▼                                            ▼
-    layout.Layout                                    Observer.heads, Observer.residual  (the collector of the tables)
+    model, probe inputs                                 model, layout, batch
+          │                                                   │
+          ▼                                                   ▼
+    discovery.find_layout                               runtime.instrumented_pass
+      trace_of           one recorded pass ───┐           │  one forward pass inside the context
+      call_filters       calls left out       │           │
+      windows            calls joined         └───────────┼─▶ intercept.assemble.intercept_attention
+      completeness       no layer is missing              │     sdpa        scaled_dot_product_attention
+      stacks             stack and layer of a call        │     interface   transformers' attention functions
+      projection         what reads its contexts          │     softmax     a softmax that the model computes itself
+      sites              x, F and x' by their values      │     replay      a module run again with one-hot values
+          │                                               ├─▶ receiver.CallReceiver   matches calls to layers, measures them
+          │                                               ├─▶ stream.Stream           observes sites as they complete
+          ▼                                               ▼
+    layout.Layout                                       Observer.heads, Observer.residual   (the collector of the tables)
+
+The modules beside the three packages are shared by them and import none of them. `discovery` and `runtime` import
+`intercept` but not each other.
 
 One attention call, from the model to its row of `heads`:
 
-1. The model calls `scaled_dot_product_attention`. `seam.replaced_sdpa` stands in its place and hands a `Request` (query, key,
-   value, mask, scale, and `call_original`, which makes the call as torch would) to `_Watch.attend`.
-2. `_Watch._next` takes the layer that comes next in `Layout.attentions`. Calls have no names: they are matched by their
-   order, and `_assert_as_examined` checks heads, queries and keys against what was examined.
-3. The mask becomes a `Visibility`, read once for all layers that share it: padding, causality, windows, holes.
-4. `Engine.attend` makes the output and those row quantities that the tables need. The output goes on to the model, with the
-   model's own values where queries are padding.
-5. `Engine.head_sums` sums the rows of each head and sequence; the windows of a sequence are merged by `_by_sequence`.
-6. The observer gives the sums to the recorders of the tables (`extract/collector.py`). When the pass has gone through they
-   are added at the places of the batch's sequences; `tables/heads.py` makes columns and rows of them once per shard.
+1. The model calls `scaled_dot_product_attention`. `intercept.sdpa` has replaced it, and sends a `Request` (query, key, value,
+   mask, scale, and `call_original`, which makes the call as torch would) to `CallReceiver.attend`.
+2. `LayerSequence.next` returns the layer that comes next in `Layout.attentions`. Calls have no names: they are matched by
+   their order, and `assert_shape` checks heads, queries and keys against the layout and the batch.
+3. `Visibilities` turns the mask into a `Visibility`, once for all layers that share it: padding, causality, windows, holes.
+4. `Engine.attend` computes the output and the row quantities that the tables need. The output goes back to the model, with
+   the model's own values where queries are padding (`OriginalOutput`).
+5. `Engine.head_sums` sums the rows of each head and sequence. `merge_windows` merges the windows of a sequence.
+6. The observer gives the sums to the recorders of the tables (`extract/collector.py`). When the pass has succeeded, they are
+   added to the batch's sequences. `tables/heads.py` makes columns and rows of them once per shard.
 
-Lifetimes. Nothing of the size of a pattern outlives its call, no state of the stream the site that waits for it, and no sum
-a pass that failed. A layout lives as long as its model stays what it is (`fingerprint`). Replaced functions and hooks are
-put back when the context ends, whatever happens inside it; one pass is watched at a time in a process, since the names that
-are replaced belong to the process.
+Glossary, one noun per thing:
+
+* attention layer (`Attention`): one attention call of every pass. A *call* is one execution of it: a `Call` in a trace, a
+  `Request` on its way to the engine, a `RecordedCall` of a module that can be replayed.
+* capture method: how a call is intercepted, one of the four above. The manifest's key for it is `way`.
+* receiver: the one object that gets all calls of a pass, however they were captured.
+* trace: everything recorded in one pass. An *event* is one forward call of a module in it.
+* contexts: the output of an attention call before its projection.
+* stack, layer: an encoder, a decoder, its cross-attention, …, and the number of a layer within it.
+* sublayer: what reads the stream and adds one *update* to it. At a *site* the stream goes from x (`before`) by the update F to
+  x' (`after`).
+* hook point: the input or the output of a module at its n-th call, where a tensor is read.
+* state: a distinct tensor of the stream's width. Its *derivation* says from which earlier state it is made, and how. Together
+  they are the *state graph*, and a stream is a *path* in it.
+* axis: which tokens of each sequence are real (`engines.visibility.Axis`).
+* piece: a call for one window or image, where a module makes several calls for one sequence.
+
+Lifetimes. Nothing of the size of a pattern outlives its call, no state of the stream outlives the sites that read it, and no
+sum outlives a pass that failed. What a pass keeps is freed when it ends, so there are no reference cycles. A layout is valid
+as long as its model does not change (`fingerprint`). Replaced functions and hooks are restored when the context ends, also
+after an error. They belong to the process, so one pass is instrumented at a time.
 
 Invariants, each an error and never a gap: every pass shows every attention layer once and every residual site once, with
-the heads and tokens that were examined; x' = x + F(x) holds at every site to a few roundings of the model's own type;
-padding is neither query nor key. While the package itself calls the model's functions, interception is disabled.
+the heads and tokens of the layout; x' = x + F(x) holds at every site to a few roundings of the model's own type; padding is
+neither query nor key. While the package itself calls the model's functions, interception is disabled.
 """

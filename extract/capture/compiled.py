@@ -1,4 +1,4 @@
-"""Models that something else runs: compiled code shows nothing of what it does, so the module that it was made of is run."""
+"""Compiled and wrapped models: compiled code can't be observed, so the module that it was made from is run instead."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from attlas.extract.errors import Refusal
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run what torch.compile has compiled, models, layers and functions, as the Python that it was made of."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and loading it takes seconds
+def compilation_disabled() -> Iterator[None]:
+    """Run models, layers and functions compiled by torch.compile as the Python that they were made from."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled then, and importing it takes seconds
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -30,11 +30,11 @@ def unwrap_model(model: Any) -> nn.Module:
     programs, shards of a model.
     """
     if not isinstance(model, nn.Module):
-        raise Refusal(f"a model is a torch.nn.Module; got {type(model).__name__}; {_instead_of(model)}")
-    while (inner := _inside(model)) is not None:
+        raise Refusal(f"a model is a torch.nn.Module; got {type(model).__name__}; {_advice(model)}")
+    while (inner := _wrapped_module(model)) is not None:
         model = inner
     for name, module in model.named_modules():
-        kind = _without_python(module)
+        kind = _kind_without_python(module)
         if kind is not None:
             raise Refusal(
                 f"a model is measured as its Python code runs; {name or 'this one'} is {kind}, which shows nothing of its "
@@ -43,7 +43,7 @@ def unwrap_model(model: Any) -> nn.Module:
     return model
 
 
-def _inside(model: nn.Module) -> nn.Module | None:
+def _wrapped_module(model: nn.Module) -> nn.Module | None:
     compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
     if isinstance(model, compiled):
         return model._orig_mod  # pyright: ignore
@@ -52,7 +52,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _without_python(module: nn.Module) -> str | None:
+def _kind_without_python(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript"
     if type(module).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine"):
@@ -65,7 +65,7 @@ def _without_python(module: nn.Module) -> str | None:
     return None
 
 
-def _instead_of(model: Any) -> str:
+def _advice(model: Any) -> str:
     inner = getattr(model, "model", None)
     if isinstance(inner, nn.Module):
         return f"give the module inside it, {type(inner).__name__}, as .model"

@@ -1,4 +1,4 @@
-"""What a model's layout depends on, as numbers that differ when it has changed: cheap enough to take before every call."""
+"""Hashes of everything that a model's layout depends on, cheap enough to compute before every call."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from attlas.extract.capture.interface import configurations
+from attlas.extract.capture.configurations import configurations
 
-# of a module's own attributes: switches and names; numbers are counters as often as sizes
+# attributes of a module that count; numbers are left out, since many are counters
 _SWITCHES = (bool, str)
 _SETTINGS = (bool, int, float, str, type(None))
 
 
 def fingerprint(model: nn.Module) -> int:
-    """Modules with their classes, code, hooks, switches and shapes, and the settings of every configuration.
+    """Hash the modules, their classes, code, hooks, switches and shapes, and the settings of every configuration.
 
-    Weights are left out: what they are changes no layout but one in which something was not found.
+    Weights are left out: their values change a layout only if something was not found in it (see `weights_state`).
     """
     modules = tuple(part for name, module in model.named_modules() for part in _of_module(name, module))
     settings = tuple(part for config in configurations(model) for part in _of_attributes(vars(config), _SETTINGS))
@@ -25,7 +25,7 @@ def fingerprint(model: nn.Module) -> int:
 
 
 def weights_state(model: nn.Module) -> int:
-    """Where the parameters lie, and how often they were written to."""
+    """Hash the addresses of the parameters and how often each was written to."""
     return hash(tuple((p.data_ptr(), None if p.is_inference() else p._version) for p in model.parameters()))
 
 
@@ -34,18 +34,18 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Any]:
     yield id(module)
     yield id(type(module))
     yield id(type(module).forward)
-    # what stands in the place of a method, `forward` above all
+    # replacements of methods, `forward` above all
     yield from ((name, id(value)) for name, value in vars(module).items() if callable(value))
     yield (*module._forward_hooks, None, *module._forward_pre_hooks)  # each hook has a number of its own
     yield from _of_attributes(vars(module), _SWITCHES)
-    for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield (
-                own,
+                key,
                 tensor.dtype,
                 tensor.device,
                 id(type(tensor)),
-                *(tensor.shape if own in module._parameters else ()),
+                *(tensor.shape if key in module._parameters else ()),
             )
 
 
@@ -53,5 +53,5 @@ def _of_attributes(attributes: Mapping[str, Any], kinds: tuple[type, ...]) -> It
     for name, value in attributes.items():
         if isinstance(value, kinds):
             yield (name, value)
-        elif isinstance(value, list | tuple) and all(isinstance(one, kinds) for one in value):
+        elif isinstance(value, list | tuple) and all(isinstance(item, kinds) for item in value):
             yield (name, *value)

@@ -1,4 +1,4 @@
-"""What a model is made of, as values: attention calls, norms, and the sites of its residual stream."""
+"""The layout of a model as plain values: its attention layers, its norms and the sites of its residual stream."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-# how a call shows itself: through torch's own function, through transformers' attention interface, as a softmax that the
-# model makes itself and multiplies with values, or by running its module again with other values
+# How an attention call is captured: through torch's function, through transformers' attention interface, from a softmax
+# that the model computes itself, or by running the module again with one-hot values. Written to the manifest.
 CaptureMethod = Literal["sdpa", "interface", "softmax", "replay"]
 
 
-class Tap(NamedTuple):
-    """A place in the forward pass: what a module read or wrote at its n-th call."""
+class HookPoint(NamedTuple):
+    """A place in the forward pass: the input or the output of a module at its n-th call."""
 
     module: str
     call: int
@@ -21,7 +21,7 @@ class Tap(NamedTuple):
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation layer of the stream, at one call."""
+    """A normalisation layer of the residual stream, at one call."""
 
     module: str
     call: int
@@ -29,65 +29,63 @@ class Norm:
     epsilon: float
 
     @property
-    def read(self) -> Tap:
-        return Tap(self.module, self.call, "input")
+    def input(self) -> HookPoint:
+        return HookPoint(self.module, self.call, "input")
 
     @property
-    def wrote(self) -> Tap:
-        return Tap(self.module, self.call, "output")
+    def output(self) -> HookPoint:
+        return HookPoint(self.module, self.call, "output")
 
 
 class Update(NamedTuple):
-    """What a sublayer adds to the stream: what a module wrote, times a number or a parameter where the model does so."""
+    """What a sublayer adds to the stream: a module's output, times a constant or a parameter if the model scales it."""
 
-    tap: Tap
+    point: HookPoint
     factor: float = 1.0
     gain: str | None = None
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place of the residual stream: x, F and x', and the norm that reads x (pre-norm) or x' (post-norm).
+    """One residual update: x (`before`), F (`update`), x' (`after`), and the norm that reads x (pre-norm) or x' (post-norm).
 
-    Of parallel sublayers each after the first has the updates of those before it `beside` its own: its x is theirs
-    included, and x' of all but the last, a state that the model never makes, is None. `heads` are the stack and layer of
-    the attention call whose contexts F is made of.
+    Parallel sublayers are measured as if they ran one after the other. Each after the first lists the updates before it in
+    `parallel`, and its x includes them. Only the last has an `after`: the model never computes the sums in between.
     """
 
     name: str
     layer: int
-    after: Tap | None
+    after: HookPoint | None
     stack: str = "encoder"
-    stream: Tap | None = None
+    before: HookPoint | None = None
     update: Update | None = None
     norm: Norm | None = None
-    beside: tuple[Update, ...] = ()
-    heads: tuple[str, int] | None = None
+    parallel: tuple[Update, ...] = ()
+    attention: tuple[str, int] | None = None  # stack and layer of the attention call whose contexts F is made of
     token_first: bool = False  # the stream is [token, batch, width]
-    overwritten: frozenset[Tap] = frozenset()  # places whose tensor the model writes into later
+    overwritten: frozenset[HookPoint] = frozenset()  # points whose tensor the model modifies in place later
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        """What is added to the stream, this site's own last."""
-        return self.beside if self.update is None else (*self.beside, self.update)
+        """Everything added to the stream, this site's own update last."""
+        return self.parallel if self.update is None else (*self.parallel, self.update)
 
     @property
-    def sum(self) -> tuple[Tap, ...]:
-        """The places of x', x and F."""
-        return tuple(
-            tap for tap in (self.after, self.stream, *(update.tap for update in self.updates)) if tap is not None
-        )
+    def sum_points(self) -> tuple[HookPoint, ...]:
+        """Where x', x and F are read."""
+        points = (self.after, self.before, *(update.point for update in self.updates))
+        return tuple(point for point in points if point is not None)
 
     @property
-    def taps(self) -> tuple[Tap, ...]:
-        """Every place that is read."""
-        return self.sum if self.norm is None else (*self.sum, self.norm.read, self.norm.wrote)
+    def hook_points(self) -> tuple[HookPoint, ...]:
+        """Every point that is read."""
+        return self.sum_points if self.norm is None else (*self.sum_points, self.norm.input, self.norm.output)
 
 
-class Replayed(NamedTuple):
-    """What makes the values in a module that is run again, and what reads its contexts there: names within the module.
+class ReplaySpec(NamedTuple):
+    """Which submodules of a replayed module compute its values, and which one reads its contexts.
 
-    Without a reader the contexts are what the module gives.
+    Without a reader, the contexts are the module's output.
     """
 
     values: tuple[str, ...]
@@ -95,98 +93,103 @@ class Replayed(NamedTuple):
     token_first: bool  # values are [token, batch, width]
 
     @property
-    def reading(self) -> tuple[str, ...]:
-        """The modules of which must be known what they read."""
+    def readers(self) -> tuple[str, ...]:
+        """The reader as a tuple, empty if there is none."""
         return () if self.reader is None else (self.reader,)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention call of a forward pass: its layer, its heads and, where found, its output projection.
+    """An attention layer: one attention call of a forward pass.
 
-    `shape` is that of the projection, contexts × stream, and `no_projection` why there is none. `queries` and `keys` name the model's input whose tokens they are, None where they are something else: patches,
-    frames, latents. `module` is the innermost that was running.
+    `queries` and `keys` name the model input whose tokens they are, None if they are something else, such as patches, frames
+    or latents. `projection` is the output projection, `shape` its shape as contexts × stream, and `no_projection` the reason
+    if there is none. `module` is the innermost module with weights around the call.
     """
 
     stack: str
     layer: int
     heads: int
     projection: str | None = None
-    way: CaptureMethod = "sdpa"
+    method: CaptureMethod = "sdpa"
     module: str = ""
     queries: str | None = "input_ids"
     keys: str | None = "input_ids"
     is_cross_attention: bool = False
-    batch_last: bool = False  # windows of sequences: the first of each sequence, then the second of each, …
-    order: str = ""  # of a softmax that goes into an einsum: the letters of batch and head
-    replayed: Replayed | None = None
-    in_pieces: bool = False  # its module may call once for every window or image of a sequence
+    batch_last: bool = (
+        False  # rows are windows of sequences: the first window of each sequence, then the second of each, …
+    )
+    dim_order: str = ""  # of a manual softmax with unusual dimensions, see `ManualAttention`
+    replay: ReplaySpec | None = None
+    in_pieces: bool = False  # its module may make one call for every window or image of a sequence
     shape: tuple[int, int] | None = None
     no_projection: str | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What `capture` watches, and what it expects to see in every forward pass, in the order in which it comes."""
+    """What every forward pass of a model must show, in order of execution."""
 
     attentions: tuple[Attention, ...]
     sites: tuple[Site, ...]
     residual_refusal: str | None  # why `residual` is not measured, or None
     width: int | None
-    others: frozenset[int] = frozenset()  # calls, counted among all of a pass, that are no attention over positions
-    without_pattern: tuple[str, ...] = ()  # layers that have none: recurrent, convolutional
-    mixed: bool = False  # some calls are over rows that are neither the batch's sequences nor windows of them
+    ignored_calls: frozenset[int] = frozenset()  # numbers of calls that are not attention over positions
+    without_pattern: tuple[str, ...] = ()  # layers without attention: recurrent, convolutional
+    mixed: bool = False  # some calls are over rows that are neither sequences of the batch nor windows of them
     residual_refusals: Mapping[str, str] = field(default_factory=dict)  # stacks that `residual` leaves out, and why
 
     @property
-    def ways(self) -> frozenset[CaptureMethod]:
-        return frozenset(a.way for a in self.attentions)
+    def methods(self) -> frozenset[CaptureMethod]:
+        return frozenset(attention.method for attention in self.attentions)
 
     @property
     def stacks(self) -> tuple[str, ...]:
         """In the order in which they begin."""
-        return tuple(dict.fromkeys(a.stack for a in self.attentions))
+        return tuple(dict.fromkeys(attention.stack for attention in self.attentions))
 
     def of(self, stack: str) -> tuple[Attention, ...]:
-        return tuple(a for a in self.attentions if a.stack == stack)
+        return tuple(attention for attention in self.attentions if attention.stack == stack)
 
     @property
-    def described(self) -> dict[str, Any]:
-        """For the manifest."""
+    def description(self) -> dict[str, Any]:
+        """The layout as the manifest has it."""
         return {
-            "attention": [
-                {
-                    "stack": a.stack,
-                    "layer": a.layer,
-                    "heads": a.heads,
-                    "way": a.way,
-                    "module": a.module,
-                    "projection": a.projection,
-                    **({} if a.no_projection is None else {"no_projection": a.no_projection}),
-                }
-                for a in self.attentions
-            ],
-            "sites": [
-                {
-                    "stack": s.stack,
-                    "site": s.name,
-                    "layer": s.layer,
-                    "after": _name(s.after),
-                    "stream": _name(s.stream),
-                    "update": None if s.update is None else _described(s.update),
-                    "norm": None if s.norm is None else f"{s.norm.module}#{s.norm.call} ({s.norm.kind})",
-                }
-                for s in self.sites
-            ],
+            "attention": [_describe_attention(attention) for attention in self.attentions],
+            "sites": [_describe_site(site) for site in self.sites],
             "without_pattern": list(self.without_pattern),
             "residual_refusals": dict(self.residual_refusals),
         }
 
 
-def _described(update: Update) -> str:
+def _describe_attention(attention: Attention) -> dict[str, Any]:
+    return {
+        "stack": attention.stack,
+        "layer": attention.layer,
+        "heads": attention.heads,
+        "way": attention.method,
+        "module": attention.module,
+        "projection": attention.projection,
+        **({} if attention.no_projection is None else {"no_projection": attention.no_projection}),
+    }
+
+
+def _describe_site(site: Site) -> dict[str, Any]:
+    return {
+        "stack": site.stack,
+        "site": site.name,
+        "layer": site.layer,
+        "after": _describe_point(site.after),
+        "stream": _describe_point(site.before),
+        "update": None if site.update is None else _describe_update(site.update),
+        "norm": None if site.norm is None else f"{site.norm.module}#{site.norm.call} ({site.norm.kind})",
+    }
+
+
+def _describe_update(update: Update) -> str:
     factor = "" if update.factor == 1 else f"{update.factor:g} × "
-    return f"{factor}{_name(update.tap)}{f' × {update.gain}' if update.gain else ''}"
+    return f"{factor}{_describe_point(update.point)}{f' × {update.gain}' if update.gain else ''}"
 
 
-def _name(tap: Tap | None) -> str | None:
-    return None if tap is None else f"{tap.module}#{tap.call} {tap.side}"
+def _describe_point(point: HookPoint | None) -> str | None:
+    return None if point is None else f"{point.module}#{point.call} {point.side}"

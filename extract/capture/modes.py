@@ -1,8 +1,8 @@
-"""Training mode: what of a model would do something else in it, and running a model without it.
+"""Training mode: refusing a model that computes something else in it, and running a model in eval mode.
 
-A flag that changes nothing is no reason to refuse: a module that was just added, a dropout of zero, a container whose
-parts were all frozen. A module of torch's own says what it does. Of any other it is known by its code, which reads
-`training` or does not; where it does, the model is run both ways, and must give the same and draw no random number.
+A flag that has no effect is no reason to refuse: a module just added, a dropout of zero, a container whose parts are all
+frozen. What torch's own modules do is known. The code of any other module either reads `training` or does not. If it does,
+the model is run in both modes, and must return the same values and draw no random numbers.
 """
 
 from __future__ import annotations
@@ -18,32 +18,34 @@ import numpy as np
 import torch
 from torch import nn
 
-from attlas.extract.capture.compiled import uncompiled
+from attlas.extract.capture.compiled import compilation_disabled
 from attlas.extract.errors import Refusal
 
 
 def refuse_training(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Raise Refusal where a module in training mode makes the model compute something else on these inputs."""
+    """Raise Refusal if a module in training mode makes the model compute something else on these inputs."""
     training = {name: module for name, module in model.named_modules() if module.training}
     for name, module in training.items():
-        why = _otherwise(module)
-        if why is not None:
-            raise _refusal(name, module, why)
-    reading = next((name for name, module in training.items() if _reads_training(module)), None)
-    if reading is not None and not _does_alike(model, inputs):
+        effect = _training_effect(module)
+        if effect is not None:
+            raise _refusal(name, module, effect)
+    reader = next((name for name, module in training.items() if _reads_training(module)), None)
+    if reader is not None and not _is_same_in_eval(model, inputs):
         raise _refusal(
-            reading, training[reading], "the model gives something else, or draws random numbers, than in eval"
+            reader, training[reader], "the model gives something else, or draws random numbers, than in eval"
         )
 
 
-def _refusal(name: str, module: nn.Module, why: str) -> Refusal:
-    what = f"{name} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
-    return Refusal(f"a pattern is measured in eval mode; {what} is in training mode, where {why}; call model.eval()")
+def _refusal(name: str, module: nn.Module, effect: str) -> Refusal:
+    described = f"{name} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+    return Refusal(
+        f"a pattern is measured in eval mode; {described} is in training mode, where {effect}; call model.eval()"
+    )
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Take every module out of training mode, and put it back. Methods that a class runs at a change are not called."""
+    """Switch every module to eval mode and back, without calling `train()`, which a class may override."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
@@ -54,8 +56,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _otherwise(module: nn.Module) -> str | None:
-    """What a module of torch's own does in training mode and not in eval; None where there is no difference."""
+def _training_effect(module: nn.Module) -> str | None:
+    """What one of torch's own modules does in training mode only; None if there is no difference."""
     match module:
         case nn.modules.dropout._DropoutNd(p=float(p)) | nn.modules.dropout._DropoutNd(p=int(p)) if p > 0:
             return f"it drops entries (p={p:g})"
@@ -69,12 +71,12 @@ def _otherwise(module: nn.Module) -> str | None:
 
 
 def _reads_training(module: nn.Module) -> bool:
-    """Whether the code of a module's class, torch's own apart, or of what it calls has the name `training`."""
+    """Whether the code of a module's class, or code that it calls, mentions `training`. Torch's own code is left out."""
     functions = [value for value in vars(module).values() if isinstance(value, FunctionType)]
     for kind in type(module).__mro__:
         if not kind.__module__.startswith("torch.nn."):
             functions += [f for f in map(_function, vars(kind).values()) if f is not None]
-    return any(_names_training(function, set()) for function in functions)
+    return any(_mentions_training(function, set()) for function in functions)
 
 
 def _function(value: Any) -> FunctionType | None:
@@ -83,77 +85,81 @@ def _function(value: Any) -> FunctionType | None:
     return value if isinstance(value, FunctionType) else None
 
 
-def _names_training(function: FunctionType, seen: set[Any]) -> bool:
-    if function in seen or function.__module__.partition(".")[0] in ("torch", "typing", "collections"):
+def _mentions_training(function: FunctionType, visited: set[Any]) -> bool:
+    if function in visited or function.__module__.partition(".")[0] in ("torch", "typing", "collections"):
         return False
-    seen.add(function)
-    for code in _codes(function.__code__):
+    visited.add(function)
+    for code in _nested_code(function.__code__):
         if "training" in code.co_names or "training" in code.co_consts:
             return True
         called = (_function(function.__globals__.get(name)) for name in code.co_names)
-        if any(_names_training(other, seen) for other in called if other is not None):
+        if any(_mentions_training(other, visited) for other in called if other is not None):
             return True
     return False
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def _nested_code(code: CodeType) -> Iterator[CodeType]:
+    """A code object and those of the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from _nested_code(constant)
 
 
-def _does_alike(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether a model gives the same in both modes, draws as much at random, and changes none of its buffers."""
+def _is_same_in_eval(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a model returns the same and draws as many random numbers in both modes, and changes no buffer."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    fused = torch.backends.mha.get_fastpath_enabled()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        given, drawn = _run(model, inputs)
-        kept = all(_equal(buffers[name], buffer) for name, buffer in model.named_buffers() if name in buffers)
+        outputs, rng = _outputs_and_rng(model, inputs)
+        unchanged = all(_is_equal(buffers[name], buffer) for name, buffer in model.named_buffers() if name in buffers)
         with eval_mode(model):
-            in_eval, drawn_in_eval = _run(model, inputs)
-    except Exception:  # the model's own code, in the mode for which it was not meant
+            eval_outputs, eval_rng = _outputs_and_rng(model, inputs)
+    except Exception:  # the model's own code, in a mode that it was not written for
         return False
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for name, buffer in model.named_buffers():
-            if name in buffers and not _equal(buffers[name], buffer):
+            if name in buffers and not _is_equal(buffers[name], buffer):
                 buffer.data.copy_(buffers[name])
-    same = len(given) == len(in_eval) and all(map(_equal, given, in_eval))
-    return kept and same and drawn == drawn_in_eval
+    same = len(outputs) == len(eval_outputs) and all(map(_is_equal, outputs, eval_outputs))
+    return unchanged and same and rng == eval_rng
 
 
-def _run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
-    """All tensors that a model gives, and where the random numbers then stand: they begin alike, and are put back."""
-    held = random.getstate(), np.random.get_state()
+def _outputs_and_rng(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
+    """Run a model with fixed seeds: all tensors in its output, and the final state of every random number generator.
+
+    The caller's generators are restored.
+    """
+    before = random.getstate(), np.random.get_state()
     try:
         random.seed(0)
         np.random.seed(0)
-        with torch.random.fork_rng(), torch.inference_mode(), uncompiled():
+        with torch.random.fork_rng(), torch.inference_mode(), compilation_disabled():
             torch.manual_seed(0)
-            given = list(_tensors(model(**inputs)))
-            on_gpu = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-            drawn = torch.get_rng_state().tolist(), on_gpu, random.getstate(), pickle.dumps(np.random.get_state())
+            outputs = list(_tensors(model(**inputs)))
+            cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+            rng = torch.get_rng_state().tolist(), cuda, random.getstate(), pickle.dumps(np.random.get_state())
     finally:
-        random.setstate(held[0])
-        np.random.set_state(held[1])
-    return given, drawn
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+    return outputs, rng
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors(one)
+        for item in value.values():
+            yield from _tensors(item)
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
+        for item in value:
+            yield from _tensors(item)
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """To the bit; what is not a number in both is equal."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+def _is_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit, except that NaN equals NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -1,4 +1,4 @@
-"""A model with its weights in a wider type, for as long as it is examined."""
+"""Running a model with its weights in a wider type during discovery."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ _HALF = (torch.float16, torch.bfloat16)
 _NARROWER = {torch.float32: _HALF, torch.float64: (*_HALF, torch.float32)}
 
 
-def types_to_examine(model: nn.Module) -> tuple[torch.dtype | None, ...]:
-    """The types in which a stream is sought, one after the other until it is found whole; None is the model's own."""
+def dtypes_to_try(model: nn.Module) -> tuple[torch.dtype | None, ...]:
+    """Types in which to look for the stream, in turn, until all of it is found. None is the model's own type."""
     if any(parameter.dtype in _HALF for parameter in model.parameters()):
         return torch.float32, torch.float64, None
     return None, torch.float64
 
 
 @contextmanager
-def widened(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Put twins of this type in the place of narrower parameters and buffers, and these back afterwards.
+def cast_weights(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Replace narrower parameters and buffers by copies of this type, and restore them afterwards.
 
-    What is shared stays shared: tied weights have one twin. The model's own tensors are not touched. Raises MemoryError
-    where the twins would take more than half of what is free.
+    Tied weights share one copy. The model's own tensors are not modified. Raises MemoryError if the copies would take more
+    than half of the free memory.
     """
     narrower = _NARROWER.get(dtype, ()) if dtype is not None else ()
-    places: list[tuple[dict[str, Any], str, torch.Tensor]] = [
+    entries: list[tuple[dict[str, Any], str, torch.Tensor]] = [
         (tensors, name, tensor)
         for module in model.modules()
         for tensors in _tensors(module)
         for name, tensor in tensors.items()
         if tensor is not None and tensor.dtype in narrower
     ]
-    own = {id(tensor): tensor for _, _, tensor in places}
-    _refuse_more_than_is_free(list(own.values()), dtype)
-    twins: dict[int, Any] = {}
+    originals = {id(tensor): tensor for _, _, tensor in entries}
+    _refuse_more_than_is_free(list(originals.values()), dtype)
+    copies: dict[int, Any] = {}
     try:
-        for tensors, name, tensor in places:
-            if id(tensor) not in twins:
-                twin = tensor.detach().to(dtype)
-                twins[id(tensor)] = (
-                    nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+        for tensors, name, tensor in entries:
+            if id(tensor) not in copies:
+                copied = tensor.detach().to(dtype)
+                copies[id(tensor)] = (
+                    nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
                 )
-            tensors[name] = twins[id(tensor)]
+            tensors[name] = copies[id(tensor)]
         yield
     finally:
-        for tensors, name, tensor in places:
+        for tensors, name, tensor in entries:
             tensors[name] = tensor
 
 
@@ -58,8 +58,8 @@ def _tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return module._parameters, module._buffers  # pyright: ignore
 
 
-def widened_inputs(inputs: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Inputs of a narrower type, such as pixels, in this one."""
+def cast_inputs(inputs: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Convert inputs of a narrower type, such as pixels, to this one."""
     narrower = _NARROWER.get(dtype, ()) if dtype is not None else ()
     return {
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype in narrower else value
@@ -73,4 +73,4 @@ def _refuse_more_than_is_free(tensors: list[torch.Tensor], dtype: torch.dtype | 
     needed = sum(tensor.numel() for tensor in tensors) * torch.finfo(dtype).bits // 8
     free = free_bytes(tensors[0].device)
     if free is not None and needed > free // 2:
-        raise MemoryError(f"twins of the weights in {dtype} take {needed} bytes; {free} are free")
+        raise MemoryError(f"copies of the weights in {dtype} take {needed} bytes; {free} are free")

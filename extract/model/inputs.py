@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from attlas.extract.capture.batch import Batch, Tokens
+from attlas.extract.capture.runtime.batch import Batch, Tokens
 from attlas.extract.engines.visibility import axis_of, whole_axis
 from attlas.extract.errors import Refusal
 

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from attlas.extract.capture.grid import PIXELS, find_patch_layout, grids_of
+from attlas.extract.capture.discovery.patch_layout import PIXELS, find_patch_layout, grids_of
+from attlas.extract.capture.discovery.trace import trace_of
 from attlas.extract.capture.layout import Layout
-from attlas.extract.capture.probe import trace_of
-from attlas.extract.capture.seam import first_tensor
+from attlas.extract.capture.tensors import first_tensor
 from attlas.extract.corpus.names import real_name
 from attlas.extract.engines.patches import Grid
 from attlas.extract.errors import CaptureError, Refusal, first_line
@@ -127,7 +127,7 @@ def _padding_matters(model: nn.Module, inputs: Mapping[str, torch.Tensor], paddi
     batch = next(iter(inputs.values())).shape[0]
     try:
         alone, before_padding = (
-            first_tensor(trace_of(model, given, batch=batch, events=False).returned) for given in (unpadded, padded)
+            first_tensor(trace_of(model, given, batch=batch, events=False).output) for given in (unpadded, padded)
         )
     except Exception:  # a model that fails on padding is run without it
         return True

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from attlas.extract.capture.grid import PIXELS
+from attlas.extract.capture.discovery.patch_layout import PIXELS
 from attlas.extract.errors import Refusal
 
 Modality = Literal["texts", "images"]

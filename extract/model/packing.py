@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from typing_extensions import TypeIs
 
-from attlas.extract.capture.probe import Call, trace_of
+from attlas.extract.capture.discovery.trace import Call, trace_of
 from attlas.extract.engines.visibility import allows
 
 # tokens of each of the two neighbours in the test

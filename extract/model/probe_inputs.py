@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from attlas.extract.capture.probe import PROBE_DECODER_TOKENS, PROBE_SEQUENCES, PROBE_TOKENS
+from attlas.extract.capture.discovery.trace import PROBE_DECODER_TOKENS, PROBE_SEQUENCES, PROBE_TOKENS
 from attlas.extract.errors import Refusal
 from attlas.extract.model.inputs import TEXT_INPUTS, sequence_count
 

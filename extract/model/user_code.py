@@ -93,14 +93,14 @@ def check_forward_pass(name: str, model: nn.Module, largest_id: int) -> None:
     """Run the module on one token, the tokenizer's largest id, and raise Refusal if it fails."""
     import torch
 
-    from attlas.extract.capture.compiled import uncompiled
+    from attlas.extract.capture.compiled import compilation_disabled
 
     ids = torch.tensor([[largest_id]])
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # as in a measurement
     with torch.inference_mode():
         try:
-            with uncompiled():
+            with compilation_disabled():
                 model(input_ids=ids, attention_mask=torch.ones_like(ids))
         except IndexError as error:
             raise Refusal(

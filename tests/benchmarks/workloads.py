@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas.extract.batching import windows
-from attlas.extract.capture.batch import Batch, Tokens
+from attlas.extract.capture.runtime.batch import Batch, Tokens
 from attlas.extract.collector import open_collector
 from attlas.extract.corpus import open_corpus
 from attlas.extract.engines import choose

@@ -151,14 +151,14 @@ def _judge(built: TinyModel, tables: Mapping[str, pa.Table], readings: Iterator[
     layout = layout or layout_for(built, built.inputs)
     if layout is None:
         return Entry(built.model_type, built.modality, WRONG, "measured, but examined again it is refused")
-    outcome = FALLBACK if layout.ways & FALLBACKS else EXACT
+    outcome = FALLBACK if layout.methods & FALLBACKS else EXACT
     return Entry(
         built.model_type,
         built.modality,
         WRONG if best.missed else outcome if best.compared > 0 else UNCOMPARED,
         reason="; ".join(best.missed[:2]),
         stacks=", ".join(f"{s} {len(layout.of(s))}" for s in layout.stacks),
-        ways=tuple(sorted(layout.ways)),
+        ways=tuple(sorted(layout.methods)),
         compared=0 if best.missed else max(0, best.compared),
         residual="measured" if "residual" in tables else layout.residual_refusal or "not measured",
     )

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from attlas.extract.capture.seam import first_tensor
+from attlas.extract.capture.tensors import first_tensor
 from attlas.extract.errors import CaptureError, Refusal
 from attlas.extract.measurement import measure
 from attlas.extract.options import RunOptions

@@ -278,7 +278,7 @@ def assert_exact(stack: Any, x: torch.Tensor, mask: torch.Tensor | None = None) 
     output, heads = computed(stack, x, mask)
     np.testing.assert_allclose(exact(kept.output), output, atol=1e-5)
     attentions = layout_of(stack, {"x": x} | ({} if mask is None else {"mask": mask})).attentions
-    heads = [replace(h, s=None) if a.way == "replay" else h for h, a in zip(heads, attentions, strict=True)]
+    heads = [replace(h, s=None) if a.method == "replay" else h for h, a in zip(heads, attentions, strict=True)]
     assert_heads(tables, {"encoder": heads})
 
 
@@ -333,8 +333,8 @@ def test_a_layer_that_hides_on_purpose_shows_its_pattern_when_run_again():
     torch.manual_seed(0)
     stack = drawn(Stack(SometimesHidden(), SometimesHidden(), SometimesHidden(hides=True), SometimesHidden()))
     assert_exact(stack, states())
-    ways = [attention.way for attention in layout_of(stack, {"x": states()}).attentions]
-    assert [way == "replay" for way in ways] == [False, False, True, False]
+    methods = [attention.method for attention in layout_of(stack, {"x": states()}).attentions]
+    assert [method == "replay" for method in methods] == [False, False, True, False]
 
 
 def test_a_layer_that_hides_and_whose_contexts_are_not_linear_in_its_values_is_refused_by_name():
@@ -415,7 +415,7 @@ def test_a_transformers_model_that_hides_a_layer_shows_it_when_run_again_or_is_r
             measure(model, **inputs)
         return
     again = measure(model, **inputs)["heads"].to_pylist()
-    replayed = [(a.stack, a.layer) for a in layout_of(model, inputs).attentions if a.way == "replay"]
+    replayed = [(a.stack, a.layer) for a in layout_of(model, inputs).attentions if a.method == "replay"]
     assert len(replayed) == 1 and len(again) == len(shown)
     for row, known in zip(again, shown, strict=True):
         place = (row["stack"], row["layer"], row["head"], row["sequence_id"])

@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 
 from attlas.extract import measure
-from attlas.extract.capture.grid import find_patch_layout
+from attlas.extract.capture.discovery.patch_layout import find_patch_layout
 from attlas.extract.corpus import open_corpus
 from attlas.extract.engines import choose
 from attlas.extract.engines.patches import Grid, PatchSums

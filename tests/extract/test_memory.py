@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attlas.extract import memory
-from attlas.extract.capture.layout import Attention, Site, Tap
+from attlas.extract.capture.layout import Attention, HookPoint, Site
 from attlas.extract.collector import Collector
 from attlas.extract.engines import Engine, choose
 from attlas.extract.engines.needs import Needs
@@ -256,7 +256,7 @@ class Kept(Recorder):
 
 def test_a_batch_counts_once_and_as_a_whole():
     attention = Attention("encoder", 0, heads=2)
-    site = Site("mlp", 0, after=Tap("mlp", 0, "output"))
+    site = Site("mlp", 0, after=HookPoint("mlp", 0, "output"))
     ones = torch.ones(3, 2, 2, dtype=torch.float64)
     kept = Kept()
     collector = Collector([kept], Needs(), sequences=4)

@@ -37,7 +37,7 @@ def test_an_update_beside_massive_activations_is_found_in_half_precision(dtype):
     model.to(dtype)
     layout = layout_of(model)
     assert layout.residual_refusal is None
-    assert layout.described == exact.described
+    assert layout.description == exact.description
     tables = measure(model, input_ids=IDS)
     assert pl.DataFrame(tables["residual"])["layer"].n_unique() == 3
     assert {p.dtype for p in model.parameters()} == {dtype}

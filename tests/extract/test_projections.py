@@ -265,7 +265,7 @@ def test_what_is_no_linear_map_of_contexts_is_null_with_the_reason(kind):
     tables = measure(model, **batch())
     assert set(tables["heads"]["output_norm"].to_pylist()) == {None}
     assert set(tables["heads"]["value_weighted_first"].to_pylist()) == {None}
-    described = layout_of(model, batch()).described["attention"]
+    described = layout_of(model, batch()).description["attention"]
     assert all(a["projection"] is None and "linear" in a["no_projection"] for a in described)
     assert "residual" in tables, "the stream is read all the same"
 

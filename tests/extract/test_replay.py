@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from attlas.extract import measure
-from attlas.extract.capture.replay import Run
+from attlas.extract.capture.intercept.recorded_call import RecordedCall
 from attlas.extract.errors import CaptureError
 from attlas.extract.measurement import layout_of
 from attlas.extract.options import RunOptions
@@ -149,7 +149,7 @@ def assert_layer(tables, number: int, layer: Layer, x: np.ndarray, p: np.ndarray
 def test_every_column_is_that_of_the_pattern_by_hand(kind):
     encoder, x = encoder_of(kind), states()
     tables = measure(encoder, x)
-    assert layout_of(encoder, {"x": x}).ways == {"replay"}
+    assert layout_of(encoder, {"x": x}).methods == {"replay"}
     states_of = exact(x)
     for number, layer in enumerate(encoder.layers):
         scores = scores_of(layer, states_of)
@@ -318,7 +318,7 @@ def test_longformer_equals_its_computation_by_hand_padded_by_the_user_and_by_its
 def test_a_window_takes_as_many_runs_as_it_has_blocks_however_long_the_sequence_is(longformer):
     measure(longformer, input_ids=torch.arange(2, 8)[None])  # examined
     for tokens in (25, 33, 57):
-        with patch.object(Run, "again", autospec=True, side_effect=Run.again) as again:
+        with patch.object(RecordedCall, "replay", autospec=True, side_effect=RecordedCall.replay) as again:
             measure(longformer, input_ids=torch.arange(tokens)[None] + 2)
         blocks = math.ceil(tokens / (WIDTH // HEADS))
         who_sees_which = math.ceil(blocks / (WIDTH // HEADS))

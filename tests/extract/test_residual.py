@@ -1,13 +1,17 @@
 """Every `residual` column against the float64 oracle, from states that hooks of the test's own have read."""
 
+import gc
+import weakref
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
 from attlas.extract import measure
-from attlas.extract.capture.batch import Batch, Tokens
-from attlas.extract.capture.watch import watching
+from attlas.extract.capture.runtime.batch import Batch, Tokens
+from attlas.extract.capture.runtime.instrumented_pass import instrumented_pass
+from attlas.extract.capture.runtime.receiver import CallReceiver
 from attlas.extract.collector import Collector
 from attlas.extract.engines import choose
 from attlas.extract.engines.needs import Needs
@@ -157,7 +161,7 @@ def test_the_identity_holds_from_the_columns_own_inputs_in_every_family(family):
     assert len(names) == len(set(names)) and names[0] == (0, "embedding")
 
 
-def test_a_layer_that_hides_from_the_seam_is_an_error_and_not_a_gap():
+def test_a_layer_that_hides_its_attention_is_an_error_and_not_a_gap():
     model = tiny("bert")
     layout = layout_of(model)
     hidden = model.encoder.layer[1].attention.self
@@ -170,10 +174,31 @@ def test_a_layer_that_hides_from_the_seam_is_an_error_and_not_a_gap():
     batch = Batch(1, {"input_ids": Tokens(Axis(zeros, zeros + 8, 8))})
     with (
         pytest.raises(CaptureError, match="expected 3 patterns, got 2"),
-        watching(model, layout, batch=batch, engine=choose("reference"), observer=Collector([], Needs(), sequences=1)),
+        instrumented_pass(
+            model, layout, batch=batch, engine=choose("reference"), observer=Collector([], Needs(), sequences=1)
+        ),
         torch.inference_mode(),
     ):
         model(input_ids=torch.randint(2, 60, (1, 8)))
+
+
+def test_what_a_pass_keeps_is_freed_when_it_ends(monkeypatch: pytest.MonkeyPatch):
+    """Not when the garbage collector runs next: masks and states of a batch may be most of a GPU's memory."""
+    passes = []
+
+    class Recorded(CallReceiver):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            passes.append(weakref.ref(self))
+
+    monkeypatch.setattr("attlas.extract.capture.runtime.instrumented_pass.CallReceiver", Recorded)
+    gc.disable()
+    try:
+        measure(tiny("bert"), input_ids=torch.randint(2, 60, (2, 8)))
+        left = [receiver() for receiver in passes]
+    finally:
+        gc.enable()
+    assert left == [None]
 
 
 def test_a_model_that_never_shows_a_layer_is_refused_when_it_is_examined():

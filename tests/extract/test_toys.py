@@ -212,10 +212,12 @@ def test_what_no_column_needs_is_not_computed(demo, monkeypatch: pytest.MonkeyPa
     for name in reference.OF_CALLS:
         monkeypatch.setitem(reference.OF_CALLS, name, lambda *arguments, n=name: pytest.fail(f"{n} is not needed"))
     monkeypatch.setattr(
-        "attlas.extract.capture.watch.write_factors", lambda *arguments: pytest.fail("no projection is needed")
+        "attlas.extract.capture.runtime.instrumented_pass.write_factors",
+        lambda *arguments: pytest.fail("no projection is needed"),
     )
     monkeypatch.setattr(
-        "attlas.extract.capture.watch.Stream", lambda *arguments: pytest.fail("the stream is not needed")
+        "attlas.extract.capture.runtime.instrumented_pass.Stream",
+        lambda *arguments: pytest.fail("the stream is not needed"),
     )
     inputs = demo.tokenizer(["as little as possible"], return_tensors="pt")
     (table,) = measure(demo.model, engine="reference", tables=("heads",), **inputs).values()

@@ -1,4 +1,4 @@
-"""What is known of a batch besides the inputs of the model."""
+"""What is known about a batch besides the model's inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attlas.extract.engines.visibility import Axis
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is known of the tokens of an input. Without an axis, padding is what no query sees."""
+    """The tokens of one input. Without an axis, padding is what no query sees."""
 
     axis: Axis | None
     ids: Int[Tensor, "batch token"] | None = None
@@ -23,10 +23,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """What is known of a batch besides the model's inputs: the tokens of those that have some, by the input's name.
-
-    `grids` say where the patches of its images stand among the tokens of a stack.
-    """
+    """The number of sequences, the tokens of each text input by its name, and the patch grid of each stack of images."""
 
     sequences: int
     texts: Mapping[str, Tokens] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What the heads of each attention call write into the stream: a small matrix for each, made of the output projection."""
+"""A small matrix per head that gives the norm of what the head writes into the stream, made from the output projection."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.extract.capture.layout import Attention, Layout
-from attlas.extract.capture.projection import linear_map, signature
+from attlas.extract.capture.linear_map import linear_map, signature
 
 
 @dataclass(frozen=True)
-class _Known:
-    """The factors of a model's attention calls, and what each projection gave of one vector when they were made."""
+class _CachedFactors:
+    """The factors of a model's attention layers, and the signatures of their projections when they were made."""
 
     attentions: tuple[Attention, ...]
     signatures: list[Tensor | None]
     factors: dict[int, Tensor]
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+_CACHE: weakref.WeakKeyDictionary[nn.Module, _CachedFactors] = weakref.WeakKeyDictionary()
 
 
 def write_factors(model: nn.Module, layout: Layout) -> dict[int, Float[Tensor, "head head_width head_width"]]:
-    """Per attention call R with ‖c R‖ = ‖c W_O^h‖: a small matrix instead of the projection.
+    """Return for each attention layer the matrix R of each head with ‖c R‖ = ‖c W_O^h‖.
 
-    None for a call whose projection is not known, or no longer linear. Made anew when a projection gives something else
-    of one vector than the last time: its weights were written to, in whatever way, or an adapter was switched or merged.
+    A layer without a linear projection has none. Factors are made again when the signature of a projection has changed: its
+    weights were modified in some way, or an adapter was switched or merged.
     """
     projections = {
         number: (model.get_submodule(attention.projection), attention.shape)
@@ -38,20 +38,20 @@ def write_factors(model: nn.Module, layout: Layout) -> dict[int, Float[Tensor, "
         if attention.projection is not None and attention.shape is not None
     }
     signatures = [signature(module, shape[0], within=model) for module, shape in projections.values()]
-    known = _KNOWN.get(model)
-    if known is None or known.attentions != layout.attentions or not _are_same(known.signatures, signatures):
+    cached = _CACHE.get(model)
+    if cached is None or cached.attentions != layout.attentions or not _are_same(cached.signatures, signatures):
         maps = {number: linear_map(module, shape, within=model) for number, (module, shape) in projections.items()}
         factors = {
-            number: _factor(found.unflatten(0, (layout.attentions[number].heads, -1)))
-            for number, found in maps.items()
-            if found is not None
+            number: _factor(weight.unflatten(0, (layout.attentions[number].heads, -1)))
+            for number, weight in maps.items()
+            if weight is not None
         }
-        known = _KNOWN[model] = _Known(layout.attentions, signatures, factors)
-    return known.factors
+        cached = _CACHE[model] = _CachedFactors(layout.attentions, signatures, factors)
+    return cached.factors
 
 
 def _are_same(before: Sequence[Tensor | None], now: Sequence[Tensor | None]) -> bool:
-    """Whether projections give what they gave, to the bit; what is not a number is never the same."""
+    """Whether signatures are equal bit for bit. NaN is never the same."""
     if [None if x is None else (x.shape, x.dtype, x.device) for x in before] != [
         None if x is None else (x.shape, x.dtype, x.device) for x in now
     ]:

@@ -1,0 +1,58 @@
+"""Instrument a model for one forward pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+from attlas.extract.capture.compiled import compilation_disabled
+from attlas.extract.capture.intercept.assemble import intercept_attention
+from attlas.extract.capture.layout import Layout
+from attlas.extract.capture.runtime.batch import Batch
+from attlas.extract.capture.runtime.compiled_stream import CompiledStream
+from attlas.extract.capture.runtime.observer import Observer
+from attlas.extract.capture.runtime.receiver import CallReceiver
+from attlas.extract.capture.runtime.stream import Stream
+from attlas.extract.capture.runtime.write_factors import write_factors
+from attlas.extract.engines import Engine
+from attlas.extract.engines.quantities import needs_of
+from attlas.extract.errors import CaptureError
+
+# the functions that are replaced belong to the whole process, so one pass is instrumented at a time
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def instrumented_pass(
+    model: nn.Module, layout: Layout, *, batch: Batch, engine: Engine, observer: Observer
+) -> Iterator[None]:
+    """Measure one forward pass of the model, made inside this context, and hand the results to the observer.
+
+    Raises CaptureError if the pass shows other attention calls or residual sites than the layout has.
+    """
+    needs = observer.needs
+    factors = {}
+    if "projection" in needs_of(needs.row_quantities):
+        with compilation_disabled():
+            factors = write_factors(model, layout)
+    stream = None
+    if needs.residual and layout.residual_refusal is None:
+        stream_class = CompiledStream if engine.compiled else Stream
+        stream = stream_class(layout, batch, needs.residual, observer.residual)
+    receiver = CallReceiver(layout, batch, engine, observer, factors, stream)
+    replayed = dict.fromkeys(a.module for a in layout.attentions if a.replay is not None)
+    in_pieces = dict.fromkeys(a.module for a in layout.attentions if a.in_pieces)
+    with _LOCK, ExitStack() as stack, compilation_disabled():
+        if stream is not None:
+            stack.enter_context(stream.hooks(model))
+        stack.enter_context(intercept_attention(model, receiver, layout.methods, replayed_modules=replayed))
+        stack.enter_context(receiver.pieces.hooks(model, in_pieces, receiver.deliver))
+        yield
+        receiver.layers.assert_all_matched()
+        if stream is not None and stream.observed != len(layout.sites):
+            raise CaptureError(
+                f"every forward pass must show each residual site once; expected {len(layout.sites)}, got {stream.observed}"
+            )

@@ -1,0 +1,25 @@
+"""What an instrumented pass hands its results to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from attlas.extract.capture.layout import Attention, Site
+from attlas.extract.engines.needs import Needs
+from attlas.extract.engines.observations import HeadObservation
+from attlas.extract.engines.sums import HeadSums
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Takes the results of a pass as they come. Only what it `needs` is computed."""
+
+    needs: Needs
+
+    def heads(self, attention: Attention, sums: HeadSums, calls: Sequence[HeadObservation]) -> None: ...
+
+    def residual(self, site: Site, columns: Float[Tensor, "column batch"]) -> None: ...

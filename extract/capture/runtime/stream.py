@@ -1,0 +1,211 @@
+"""Observe the residual stream during a forward pass: x, F, x' and the norm of every site.
+
+A site is observed as soon as its last point has been read, and its tensors are released at once. At most two states are kept,
+three where sublayers are parallel.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attlas.extract.capture.layout import Attention, HookPoint, Layout, Site, Update
+from attlas.extract.capture.runtime.batch import Batch
+from attlas.extract.capture.runtime.stream_axes import StreamAxes
+from attlas.extract.capture.tensors import first_tensor, input_tensor
+from attlas.extract.engines.observations import NormObservation, ResidualObservation
+from attlas.extract.engines.visibility import Axis
+from attlas.extract.errors import CaptureError
+
+if TYPE_CHECKING:
+    from attlas.extract.engines.needs import ResidualColumn
+
+ObserveSite = Callable[[Site, Float[Tensor, "column batch"]], None]
+
+
+class Stream:
+    """The residual sites of one forward pass, in plain torch on any device.
+
+    `columns` are those that are asked for. They are observed in the order of their names.
+    """
+
+    def __init__(
+        self, layout: Layout, batch: Batch, columns: Mapping[str, ResidualColumn], observe: ObserveSite
+    ) -> None:
+        self.sites = layout.sites
+        self.columns = {name: columns[name] for name in sorted(columns)}
+        self.observed = 0
+        self._axes = StreamAxes(layout, batch)
+        self._observe = observe
+        self._call_counts: Counter[str] = Counter()
+        self._tensors: dict[HookPoint, Tensor] = {}
+        self._overwritten = {point for site in self.sites for point in site.overwritten}
+        self._gains: dict[str, Tensor] = {}
+        self._contexts: dict[tuple[str, int], Any] = {}
+        self._site_of_attention = {site.attention: site for site in self.sites if site.attention is not None}
+        self._without_axis: dict[str, list[int]] = {}  # by stack: complete sites whose axis is not known yet
+        self._missing_points = [set(site.hook_points) for site in self.sites]
+        self._sites_at: dict[HookPoint, set[int]] = {}  # sites that still need a point
+        for index, points in enumerate(self._missing_points):
+            for point in points:
+                self._sites_at.setdefault(point, set()).add(index)
+
+    @contextmanager
+    def hooks(self, model: nn.Module) -> Iterator[None]:
+        """Hook every module that a site reads."""
+        modules = dict(model.named_modules())
+        gains = {update.gain for site in self.sites for update in site.updates if update.gain is not None}
+        self._gains = {name: model.get_parameter(name).detach().flatten() for name in gains}
+        with ExitStack() as stack:
+            for name in {point.module for point in self._sites_at}:
+                handle = modules[name].register_forward_hook(self._hook_of(name), with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    def add_contexts(
+        self, attention: Attention, axis: Axis, contexts: Float[Tensor, "batch head token head_width"]
+    ) -> None:
+        """Take the output of an attention call, before its projection, and the axis of its queries."""
+        key = (attention.stack, attention.layer)
+        site = self._site_of_attention.get(key)
+        if site is None:
+            return
+        batch, _, tokens, _ = contexts.shape
+        if not self._axes.is_known(site.stack, batch * tokens):
+            self._axes.add(site.stack, axis)
+            for index in self._without_axis.pop(site.stack, ()):
+                self._complete(index)
+        if batch == self._axes.sequences:  # windows are not rows of the stream
+            self._contexts[key] = (tokens, self._prepare_contexts(site, contexts))
+
+    def _hook_of(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            call = self._call_counts[name]
+            self._call_counts[name] += 1
+            self._add_tensor(HookPoint(name, call, "input"), input_tensor(args, kwargs))
+            self._add_tensor(HookPoint(name, call, "output"), first_tensor(output))
+
+        return hook
+
+    def _add_tensor(self, point: HookPoint, tensor: Tensor | None) -> None:
+        if point not in self._sites_at or tensor is None:
+            return
+        self._tensors[point] = tensor.clone() if point in self._overwritten else tensor
+        for index in sorted(self._sites_at[point]):
+            self._missing_points[index].discard(point)
+            if not self._missing_points[index]:
+                self._complete(index)
+
+    def _complete(self, index: int) -> None:
+        """Observe a site whose points have all been read, as soon as its axis is known."""
+        site = self.sites[index]
+        if self._axes.is_known(site.stack, self._state_count(site)):
+            self._observe_and_release(index)
+        else:
+            self._without_axis.setdefault(site.stack, []).append(index)
+
+    def _observe_and_release(self, index: int) -> None:
+        """Observe a site and release the tensors that no other site needs."""
+        site = self.sites[index]
+        self._observe(site, self._values(site))
+        self.observed += 1
+        for point in set(site.hook_points):
+            self._sites_at[point].discard(index)
+            if not self._sites_at[point]:
+                self._tensors.pop(point, None)
+
+    def _prepare_contexts(self, site: Site, contexts: Tensor) -> Any:  # noqa: ARG002 - a subclass uses it
+        """What to keep of the contexts of a site's attention call."""
+        return to_float(contexts)
+
+    def _pop_contexts(self, site: Site, axis: Axis) -> Any:
+        """What was kept of the contexts; None if they are not over the tokens of the stream."""
+        if site.attention is None:
+            return None
+        tokens, contexts = self._contexts.pop(site.attention, (0, None))
+        return contexts if tokens == axis.tokens else None
+
+    def _state_count(self, site: Site) -> int:
+        tensor = self._tensors[site.sum_points[0]]
+        return tensor.numel() // tensor.shape[-1]
+
+    def _axis(self, site: Site) -> Axis:
+        return self._axes.axis(site.stack, self._state_count(site), self._tensors[site.sum_points[0]].device)
+
+    def _tensor(self, site: Site, point: HookPoint) -> Float[Tensor, "batch token width"]:
+        """The tensor at a point in the batch's own shape, in float32 or better."""
+        tensor = self._tensors[point]
+        width = tensor.shape[-1]
+        axis = self._axes.axis(site.stack, tensor.numel() // width, tensor.device)
+        batch, tokens = len(axis.start), axis.tokens
+        if site.token_first:
+            return to_float(tensor.reshape(tokens, batch, width).transpose(0, 1))
+        return to_float(tensor.reshape(batch, tokens, width))
+
+    def _update_tensor(self, site: Site, update: Update) -> Float[Tensor, "batch token width"]:
+        tensor = self._tensor(site, update.point)
+        if update.factor != 1:
+            tensor = tensor * update.factor
+        return tensor if update.gain is None else tensor * self._gains[update.gain].to(tensor)
+
+    def _before_and_update(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
+        """x and F of a site; None at a site that adds nothing."""
+        if site.before is None or site.update is None:
+            return None, None
+        before = self._tensor(site, site.before)
+        for update in site.parallel:
+            before = before + self._update_tensor(site, update)
+        return before, self._update_tensor(site, site.update)
+
+    def _after(self, site: Site, before: Tensor | None, update: Tensor | None) -> Float[Tensor, "batch token width"]:
+        if site.after is not None:
+            return self._tensor(site, site.after)
+        assert before is not None and update is not None, "a state that the model does not compute is a sum"
+        return before + update
+
+    def _norm(self, site: Site) -> NormObservation | None:
+        if site.norm is None:
+            return None
+        norm_input, norm_output = self._tensor(site, site.norm.input), self._tensor(site, site.norm.output)
+        return NormObservation(norm_input, norm_output, site.norm.kind, site.norm.epsilon)
+
+    def _values(self, site: Site) -> Float[Tensor, "column batch"]:
+        before, update = self._before_and_update(site)
+        after = self._after(site, before, update)
+        axis = self._axis(site)
+        if before is not None and update is not None:
+            # one norm per token first: then only a small tensor is masked, not copies of the whole stream
+            parts = (after - before - update, after, before)
+            error, x_after, x = (t.norm(dim=-1).where(axis.real, 0).norm() for t in parts)
+            self._assert_identity(site, float(error), float(x_after + x))
+        contexts = self._pop_contexts(site, axis)
+        observation = ResidualObservation(axis.real, after, before, update, self._norm(site), contexts)
+        return self._stack({name: compute(observation) for name, compute in self.columns.items()}, after)
+
+    def _stack(self, values: Mapping[str, Any], like: Tensor) -> Float[Tensor, "column batch"]:
+        """The columns in their order, in float64; NaN where undefined."""
+        stacked = like.new_full((len(self.columns), like.shape[0]), torch.nan, dtype=torch.float64)
+        for row, name in enumerate(self.columns):
+            if values.get(name) is not None:
+                stacked[row] = torch.as_tensor(values[name])
+        return stacked
+
+    def _assert_identity(self, site: Site, error: float, size: float) -> None:
+        """Check x' = x + F(x) on every batch, to a few roundings of the model's own type."""
+        eps = max(torch.finfo(self._tensors[point].dtype).eps for point in site.sum_points)
+        if size < float("inf") and not error <= 4 * eps * size:
+            raise CaptureError(
+                f"x' = x + F(x) must hold at every residual site; at {site.name} of layer {site.layer} of the "
+                f"{site.stack} it is off by {error / size:.2e} of ‖x‖ + ‖x'‖; the model changed its way since it was examined"
+            )
+
+
+def to_float(x: Tensor) -> Tensor:
+    """Convert to float32 unless the tensor is float64."""
+    return x if x.dtype == torch.float64 else x.float()
