@@ -103,7 +103,7 @@ class Store:
         work.discard_beyond(self.storage, shards)
 
     def clear_obstacles(self) -> None:
-        """Make way for the card and the records; refuses if something that must not be deleted is in the way."""
+        """Make way for card, draft and records; refuses if something that must not be deleted is in the way."""
         work.clear_obstacles(self.storage)
 
     @property

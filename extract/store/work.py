@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attlas.extract.store.interface import Storage
-from attlas.extract.store.layout import CARD, TEMPORARY, WORK
+from attlas.extract.store.layout import CARD, DRAFT, TEMPORARY, WORK
 from attlas.extract.store.parts import discard_parts_beyond
 from attlas.extract.store.records import clear_way_for_records, discard_records_beyond
 from attlas.extract.tables import TABLES
@@ -15,8 +15,9 @@ def has_work(storage: Storage) -> bool:
 
 
 def clear_obstacles(storage: Storage) -> None:
-    """Make way for the card and the records; refuses if something that must not be deleted is in the way."""
+    """Make way for card, draft and records; refuses if something that must not be deleted is in the way."""
     storage.refuse_obstacle(CARD)
+    storage.delete(DRAFT)  # whatever has its name: it is written again
     clear_way_for_records(storage)
 
 
