@@ -93,7 +93,21 @@ def test_discovery_and_runtime_share_only_interception_and_what_stands_beside_th
 STORED = (
     *(f"extract/{n}.py" for n in ("identity", "manifest", "run", "shard")),
     *(f"extract/plan/{n}.py" for n in ("images", "spool", "stored", "texts")),
-    *(f"analysis/{n}.py" for n in ("damage", "dataset", "info", "integrity", "parts", "query", "scanning", "verify")),
+    *(
+        f"analysis/{n}.py"
+        for n in (
+            "damage",
+            "dataset",
+            "info",
+            "integrity",
+            "parts",
+            "query",
+            "row_checks",
+            "scanning",
+            "table_checks",
+            "verify",
+        )
+    ),
 )
 
 
