@@ -8,7 +8,7 @@ from typing import Any
 from attlas.analysis.manifest import section
 from attlas.analysis.naming import model_title
 from attlas.analysis.report.numbers import plural
-from attlas.extract.printable import shortened
+from attlas.extract.printable import shorten
 
 _SHOWN_ABOVE = ("model", "corpus", "engine", "device", "dtype", "schema_version")
 _MAX_LENGTH = 400
@@ -32,10 +32,10 @@ def format_value(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return "—" if value is None else "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        return shortened(", ".join(format_value(part) for part in value), _MAX_LENGTH) or "—"
+        return shorten(", ".join(format_value(part) for part in value), _MAX_LENGTH) or "—"
     if isinstance(value, int):
-        return shortened(f"{value:,}".replace(",", " "), _MAX_LENGTH)
-    return f"{value:g}" if isinstance(value, float) else shortened(str(value), _MAX_LENGTH)
+        return shorten(f"{value:,}".replace(",", " "), _MAX_LENGTH)
+    return f"{value:g}" if isinstance(value, float) else shorten(str(value), _MAX_LENGTH)
 
 
 def format_size(bytes_: int) -> str:
@@ -49,8 +49,8 @@ def format_size(bytes_: int) -> str:
 def _model(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     model = section(manifest, "model")
     names = [("name", format_value(model_title(manifest)))] if model.get("name") or model.get("title") else []
-    names += _labelled(model, ("revision", "architecture"))
-    rows = [*names, *_stacks(model), *_labelled(model, ("width", "parameters", "weights_digest", "residual"))]
+    names += _labelled_rows(model, ("revision", "architecture"))
+    rows = [*names, *_stacks(model), *_labelled_rows(model, ("width", "parameters", "weights_digest", "residual"))]
     refusals = section(model, "layout", "residual_refusals")
     rows += [(f"residual of {stack}", format_value(why)) for stack, why in refusals.items()]
     if name := section(manifest, "tokenizer").get("name"):
@@ -58,7 +58,7 @@ def _model(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows + _images(section(manifest, "images"))
 
 
-def _labelled(facts: Mapping[str, Any], labels: Sequence[str]) -> list[tuple[str, str]]:
+def _labelled_rows(facts: Mapping[str, Any], labels: Sequence[str]) -> list[tuple[str, str]]:
     return [(label.replace("_", " "), format_value(facts[label])) for label in labels if facts.get(label) is not None]
 
 
@@ -87,7 +87,7 @@ def _layers_and_heads(stack: Mapping[str, Any], layers: Sequence[Mapping[str, An
 
 
 def _images(images: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = _labelled(images, ("preprocessor",))
+    rows = _labelled_rows(images, ("preprocessor",))
     if images.get("pixels"):
         shape = f"{' × '.join(map(str, images['pixels']))} pixels"
         tokens = images.get("tokens")
@@ -100,7 +100,7 @@ def _images(images: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _corpus(corpus: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = _labelled(corpus, ("name", "documents", "sequences", "tokens", "content_tokens", "digest"))
+    rows = _labelled_rows(corpus, ("name", "documents", "sequences", "tokens", "content_tokens", "digest"))
     if corpus.get("files"):
         rows.append(("files", format_value(len(corpus["files"]))))
     dropped = corpus.get("dropped") or {}
@@ -109,7 +109,7 @@ def _corpus(corpus: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _measurement(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = _labelled(manifest, ("engine", "device", "dtype"))
+    rows = _labelled_rows(manifest, ("engine", "device", "dtype"))
     waste = manifest.get("padding_waste")
     if waste is not None:
         rows.append(("padded positions", f"{waste:.1%}"))

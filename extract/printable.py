@@ -20,10 +20,10 @@ def printable(text: object, *, limit: int | None = None) -> str:
     shown = str(text)
     if not _ASCII.fullmatch(shown):
         shown = "".join(map(_visible, shown))
-    return shown if limit is None else shortened(shown, limit)
+    return shown if limit is None else shorten(shown, limit)
 
 
-def shortened(text: str, limit: int) -> str:
+def shorten(text: str, limit: int) -> str:
     """At most `limit` characters: the beginning and the end, with … between them."""
     if len(text) <= limit:
         return text

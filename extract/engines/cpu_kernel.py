@@ -83,7 +83,7 @@ def group_by_token(
 
 
 @njit(error_model="numpy", inline="always")
-def _padded(n: int, multiple: int) -> int:
+def _round_up(n: int, multiple: int) -> int:
     return (n + multiple - 1) // multiple * multiple
 
 
@@ -91,7 +91,7 @@ def _padded(n: int, multiple: int) -> int:
 def _packed_keys(key: Float32[np.ndarray, "key width"], n: int) -> Float32[np.ndarray, "tile width TILE"]:
     """[token, width] as [tile, width, TILE]: for each tile of tokens, their entries side by side; zeros behind the last."""
     width = key.shape[1]
-    tiles = _padded(n, TILE) // TILE
+    tiles = _round_up(n, TILE) // TILE
     out = np.empty((tiles, width, TILE), np.float32)
     stride = key.strides[0] // 4
     whole = n // LANES * LANES if width % LANES == 0 else 0
@@ -110,10 +110,10 @@ def _packed_keys(key: Float32[np.ndarray, "key width"], n: int) -> Float32[np.nd
 
 
 @njit(error_model="numpy")
-def _packed(x: Float32[np.ndarray, "row width"], n: int) -> Float32[np.ndarray, "tile row TILE"]:
+def _pack(x: Float32[np.ndarray, "row width"], n: int) -> Float32[np.ndarray, "tile row TILE"]:
     """[row, width] as [tile, row, TILE]: tiles of columns; zeros behind the last."""
     width = x.shape[1]
-    tiles = _padded(width, TILE) // TILE
+    tiles = _round_up(width, TILE) // TILE
     out = np.empty((tiles, n, TILE), np.float32)
     stride = x.strides[0] // 4
     for t in range(tiles):
@@ -147,7 +147,7 @@ def _take_rows(
 
 
 @njit(error_model="numpy", inline="always")
-def _times_packed(
+def _multiply_packed(
     rows: Float32[np.ndarray, "ROWS place"],
     depth: int,
     packed: Float32[np.ndarray, "tile row TILE"],
@@ -520,7 +520,7 @@ def _look_up_rows(room: _Room, i: int, rows: int, groups: Int32[np.ndarray, "3 t
 @njit(error_model="numpy", forceinline=True)
 def _gather(room: _Room, values: Float32[np.ndarray, "tile key TILE"], low: int, high: int) -> None:
     """Contexts of the rows."""
-    _times_packed(room.rows[:, ROWS + low :], high - low, values, low, room.contexts)
+    _multiply_packed(room.rows[:, ROWS + low :], high - low, values, low, room.contexts)
     for r in range(ROWS):
         for k in range(room.contexts.shape[1]):
             room.contexts[r, k] *= room.weights[r]
@@ -678,8 +678,8 @@ def attend(
         first, n = start[b], length[b]
         real = slice(first, first + n)
         keys = _packed_keys(key[b, h // per_key_head, real], n)
-        values = _packed(value[b, h // per_key_head, real], n)
-        packed_write = _packed(write[h], write.shape[1]) if write.shape[0] > 0 else values[:0]
+        values = _pack(value[b, h // per_key_head, real], n)
+        packed_write = _pack(write[h], write.shape[1]) if write.shape[0] > 0 else values[:0]
         room = _room(keys.shape[0], key.shape[3], values.shape[0])
         by_key = np.zeros(n + LANES, np.float32)
         by_distance = np.zeros(2 * n + 2 * ROWS + LANES, np.float32)

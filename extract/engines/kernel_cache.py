@@ -48,7 +48,7 @@ def load_or_compile(name: str, compile_: Callable[[bool], Any]) -> Any:
                 zipfile.ZipFile(io.BytesIO(archive)).extractall(private)
             dispatcher = compile_(True)
             if dispatcher.stats.cache_misses:
-                _store(name, _packed(Path(private)))
+                _store(name, _pack(Path(private)))
             return dispatcher
 
 
@@ -135,7 +135,7 @@ def _warn_that_nothing_is_kept(reason: object) -> None:
     )
 
 
-def _packed(folder: Path) -> bytes:
+def _pack(folder: Path) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):

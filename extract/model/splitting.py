@@ -48,7 +48,7 @@ def split_by_sequence(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[
             patches = grid.prod(-1).tolist()
             images = _images_per_sequence(model, inputs, name, patches)
             sizes[len(grid)] = images
-            sizes[sum(patches)] = [sum(group) for group in _grouped(patches, images)]
+            sizes[sum(patches)] = [sum(group) for group in _group(patches, images)]
     for name, x in tensors.items():
         if len(x) not in sizes:
             sizes[len(x)] = _images_per_sequence(model, inputs, name, [1] * len(x))
@@ -116,7 +116,7 @@ def _placeholder_id(model: nn.Module, kind: str) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-def _grouped(items: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+def _group(items: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     """Consecutive groups of so many items each."""
     ends = [0, *accumulate(counts)]
     return [list(items[first:last]) for first, last in pairwise(ends)]

@@ -118,8 +118,10 @@ def read_text_settings(model_files: FileLookup, root_files: FileLookup) -> TextS
         from_sentence_transformers=True,
         lower_case=bool(lower_case),
         max_length=length,
-        tokenizer_options=_forwarded(file, "processor_kwargs", sections["processor_kwargs"], {"model_max_length"}),
-        config_options=_forwarded(file, "config_kwargs", sections["config_kwargs"], _RUNTIME_OPTIONS),
+        tokenizer_options=_forwarded_options(
+            file, "processor_kwargs", sections["processor_kwargs"], {"model_max_length"}
+        ),
+        config_options=_forwarded_options(file, "config_kwargs", sections["config_kwargs"], _RUNTIME_OPTIONS),
         notes=(*notes, *_settings_notes(file, settings)),
     )
 
@@ -155,7 +157,7 @@ def _refuse_model_options(file: Path, options: Mapping[str, Any]) -> None:
         )
 
 
-def _forwarded(file: Path, section: str, options: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
+def _forwarded_options(file: Path, section: str, options: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
     """The options to pass on to transformers, without those about where and how to load."""
     forwarded = {name: value for name, value in options.items() if name not in _LOADING_OPTIONS | ignored}
     for name in sorted(forwarded):

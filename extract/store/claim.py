@@ -11,7 +11,7 @@ from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.store.interface import Storage
 from attlas.extract.store.layout import LOCK, MANIFEST, RUN, TEMPORARY, WORK, name_of
 from attlas.extract.store.manifest import read_manifest
-from attlas.extract.store.sealed import get_sealed, sealed
+from attlas.extract.store.sealed import get_sealed, seal
 
 _LISTED = 4  # differences that a message lists
 
@@ -87,7 +87,7 @@ def claim(storage: Storage, identity: Identity) -> bool:
     Refuses a storage that holds another run or something else. Of several concurrent runs, one succeeds.
     """
     refuse_foreign(storage)
-    is_new = held_identity(storage) is None and storage.put_if_absent(RUN, sealed(asdict(identity)))
+    is_new = held_identity(storage) is None and storage.put_if_absent(RUN, seal(asdict(identity)))
     refuse_another(storage, identity)
     return is_new
 

@@ -34,13 +34,13 @@ class ObjectStorage(Storage):
         return f"{self._address.removesuffix('/')}/{key}" if key else self._address
 
     def put(self, key: str, content: bytes) -> None:
-        with self._named(key, "written"):
-            obstore.put(self._store, _checked(key), bytes(content))
+        with self._name_in_errors(key, "written"):
+            obstore.put(self._store, _check_key(key), bytes(content))
 
     def put_if_absent(self, key: str, content: bytes) -> bool:
-        with self._named(key, "written"):
+        with self._name_in_errors(key, "written"):
             try:
-                obstore.put(self._store, _checked(key), bytes(content), mode="create")
+                obstore.put(self._store, _check_key(key), bytes(content), mode="create")
             except AlreadyExistsError:
                 return False
         return True
@@ -48,21 +48,21 @@ class ObjectStorage(Storage):
     @contextmanager
     def writing(self, key: str) -> Iterator[BinaryIO]:
         # without close() no object appears
-        with self._named(key, "written"):
-            writer = obstore.open_writer(self._store, _checked(key))
+        with self._name_in_errors(key, "written"):
+            writer = obstore.open_writer(self._store, _check_key(key))
             yield cast(BinaryIO, writer)
             writer.close()
 
     def get(self, key: str) -> bytes | None:
         try:
-            with self._named(key, "read"):
-                return bytes(obstore.get(self._store, _checked(key)).bytes())
+            with self._name_in_errors(key, "read"):
+                return bytes(obstore.get(self._store, _check_key(key)).bytes())
         except FileNotFoundError:
             return None
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        with self._named(key, "read"):
-            return bytes(obstore.get_range(self._store, _checked(key), start=start, length=length)) if length else b""
+        with self._name_in_errors(key, "read"):
+            return bytes(obstore.get_range(self._store, _check_key(key), start=start, length=length)) if length else b""
 
     def open(self, key: str) -> BinaryIO:
         size = self.size(key)
@@ -75,29 +75,29 @@ class ObjectStorage(Storage):
 
     def size(self, key: str) -> int | None:
         try:
-            with self._named(key, "read"):
-                return obstore.head(self._store, _checked(key))["size"]
+            with self._name_in_errors(key, "read"):
+                return obstore.head(self._store, _check_key(key))["size"]
         except FileNotFoundError:
             return None
 
     def list(self, folder: str = "") -> Iterator[str]:
-        with self._named(folder, "listed"):
+        with self._name_in_errors(folder, "listed"):
             found = [entry["path"] for chunk in obstore.list(self._store, prefix=folder or None) for entry in chunk]
         yield from sorted(found, key=lambda key: key.split("/"))
 
     def names(self, folder: str = "") -> Sequence[str] | None:
-        with self._named(folder, "listed"):
+        with self._name_in_errors(folder, "listed"):
             found = obstore.list_with_delimiter(self._store, prefix=folder or None)
         keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
         return sorted({name_of(key.rstrip("/")) for key in keys}) or None
 
     def delete(self, key: str) -> None:
-        with self._named(key, "deleted"), suppress(FileNotFoundError):
-            obstore.delete(self._store, _checked(key))
+        with self._name_in_errors(key, "deleted"), suppress(FileNotFoundError):
+            obstore.delete(self._store, _check_key(key))
 
     def clear(self, folder: str) -> None:
         keys = list(self.list(folder))
-        with suppress(OSError), self._named(folder, "deleted"):
+        with suppress(OSError), self._name_in_errors(folder, "deleted"):
             obstore.delete(self._store, keys)
 
     def remove_if_empty(self) -> None:
@@ -136,7 +136,7 @@ class ObjectStorage(Storage):
         return f"{self.place(key)} {id(self._store)}"
 
     @contextmanager
-    def _named(self, key: str, done: str) -> Iterator[None]:
+    def _name_in_errors(self, key: str, done: str) -> Iterator[None]:
         """Turn errors of the store into OSErrors that name the full place."""
         try:
             yield
@@ -148,7 +148,7 @@ class ObjectStorage(Storage):
             raise OSError(f"{self.place(key)} can't be {done}: {first_line(error)}") from error
 
 
-def _checked(key: str) -> str:
+def _check_key(key: str) -> str:
     if not is_key(key):
         raise ValueError(f"a key is a relative path with forward slashes; got {key!r}")
     return key

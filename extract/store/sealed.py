@@ -48,10 +48,10 @@ def _refuse_constant(name: str) -> None:
 
 
 def put_sealed(storage: Storage, key: str, value: Mapping[str, Any]) -> None:
-    storage.put(key, sealed(value))
+    storage.put(key, seal(value))
 
 
-def sealed(value: Mapping[str, Any]) -> bytes:
+def seal(value: Mapping[str, Any]) -> bytes:
     return as_json({**value, _SEAL: _digest(value)})
 
 

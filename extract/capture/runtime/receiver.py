@@ -95,7 +95,7 @@ class CallReceiver:
         call = ScoredCall(
             scores=manual.scores,
             value=manual.value,
-            visibility=self._visibilities.of_pairs(attention, visible_scores(manual.scores)),
+            visibility=self._visibilities.of_mask(attention, visible_scores(manual.scores)),
             sinks=manual.sinks,
             write=self._write_factor(),
             token_ids=self.layers.tokens(attention.queries).ids,
@@ -115,7 +115,7 @@ class CallReceiver:
         scored = ScoredCall(
             scores=pattern,
             value=value,
-            visibility=self._visibilities.of_pairs(attention, pattern > 0),
+            visibility=self._visibilities.of_mask(attention, pattern > 0),
             write=self._write_factor(),
             token_ids=self.layers.tokens(attention.queries).ids,
             grid=self._grid(attention, *pattern.shape[::2]),

@@ -40,7 +40,7 @@ class Visibilities:
             cached = self._by_mask[cache_key] = (request.mask, visibility)
         return cached[1]
 
-    def of_pairs(self, attention: Attention, visible: Bool[Tensor, "batch head query key"]) -> Visibility:
+    def of_mask(self, attention: Attention, visible: Bool[Tensor, "batch head query key"]) -> Visibility:
         """Return the visibility that says for every pair whether the query sees the key."""
         batch, _, queries, keys = visible.shape
         # heads mostly see the same keys, and one head is enough then
