@@ -5,7 +5,6 @@
 """
 
 from attlas.extract.errors import Refusal as Refusal
-from attlas.extract.files import file_sha256 as file_sha256
 from attlas.extract.files import write_atomically as write_atomically
 from attlas.extract.store.claim import Identity as Identity
 from attlas.extract.store.claim import recipe_differences as recipe_differences
@@ -24,8 +23,6 @@ from attlas.extract.store.local import LocalFolder as LocalFolder
 from attlas.extract.store.lock import Lock as Lock
 from attlas.extract.store.opening import Location as Location
 from attlas.extract.store.opening import open_storage as open_storage
-from attlas.extract.store.opening import read_json as read_json
-from attlas.extract.store.opening import write_json as write_json
 from attlas.extract.store.parts import Part as Part
 from attlas.extract.store.parts import parts_of as parts_of
 from attlas.extract.store.records import ShardRecord as ShardRecord

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from attlas.extract.errors import Refusal, first_line
 from attlas.extract.store.interface import Storage
 from attlas.extract.store.local import LocalFolder
-from attlas.extract.store.sealed import as_json, get_json
 
 Location = str | os.PathLike[str] | Storage
 _ELSEWHERE = {"file": "give the folder's path", "memory": "give an ObjectStorage over obstore's MemoryStore"}
@@ -39,13 +37,3 @@ def _object_storage(address: str) -> Storage:
         return ObjectStorage(from_url(address), address)
     except Exception as error:  # obstore raises many types, from URLs, settings and credentials
         raise Refusal(f"{rule} can't be opened ({first_line(error)}); check the URL and the credentials") from error
-
-
-def read_json(file: Path) -> Any | None:
-    """The value of a local JSON file, or None if there is none, for tools that inspect a dataset. Raises Damaged."""
-    return get_json(LocalFolder(file.parent), file.name)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write a local JSON file as datasets do, for tools that edit a dataset."""
-    LocalFolder(file.parent).put(file.name, as_json(value))

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from attlas.extract.store import Part, Store, file_sha256, read_json, write_json
+from attlas.extract.store import Part, Store
 from attlas.extract.tables import SCHEMA_VERSION, TABLES
 from tests import oracles
+from tests.files import file_sha256, read_json, write_json
 
 Floats = NDArray[np.float64]
 WIDTH = 16

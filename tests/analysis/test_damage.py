@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attlas.extract.store import read_json, write_json
 from attlas.extract.tables import TABLES
 from attlas.flows.cli import exit_code
 from tests.analysis.synthetic import with_new_checksums, write_dataset
+from tests.files import read_json, write_json
 
 COMMANDS = ("info", "report", "query", "verify")
 # names of exceptions and messages of Rust panics (DuckDB writes "Catalog Error")
@@ -331,7 +331,7 @@ def test_a_flipped_byte_anywhere(intact: Path, tmp_path: Path, run_command: RunC
 
 
 def _with_checksums(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    from attlas.extract.store import file_sha256
+    from tests.files import file_sha256
 
     copied = copy.deepcopy(manifest)
     for part in copied["tables"]["heads"]["parts"]:

@@ -4,8 +4,9 @@ import polars as pl
 import pytest
 
 from attlas.analysis.dataset import Dataset
-from attlas.extract.store import Refusal, read_json, write_json
+from attlas.extract.store import Refusal
 from tests.analysis.synthetic import write_dataset
+from tests.files import read_json, write_json
 
 
 def test_scan_reads_the_manifests_parts_and_no_stray_file(tmp_path: Path) -> None:

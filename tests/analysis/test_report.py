@@ -16,8 +16,9 @@ from attlas.analysis.report import summary, write_report
 from attlas.analysis.report.content import gather
 from attlas.analysis.report.figures import nice_ticks, step
 from attlas.analysis.report.numbers import THIN, estimate, format_number, half_width, interval, percent
-from attlas.extract.store import Refusal, Store, read_json, write_json
+from attlas.extract.store import Refusal, Store
 from tests.analysis.synthetic import rewrite, write_dataset
+from tests.files import read_json, write_json
 
 HOSTILE = """<script>alert("1")</script>'"><img src=https://example.org/x.png onerror=alert(1)>{{ 7 * 7 }}"""
 VOID = {"meta", "link", "br", "img", "input", "hr"}

@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 import pytest
 
 from attlas.analysis.verify import Finding, verify
-from attlas.extract.store import read_json, write_json
 from tests.analysis.synthetic import rewrite, write_dataset
+from tests.files import read_json, write_json
 
 HEADS = "heads/shard-00000.parquet"
 COUNTS = ("sequences", "query_rows", "masked_rows", "nonfinite_rows")

@@ -14,9 +14,10 @@ import attlas
 from attlas.extract.errors import Refusal
 from attlas.extract.options import RunOptions
 from attlas.extract.run import finish, measure_shard, plan_run
-from attlas.extract.store import MANIFEST, WORK, file_sha256
+from attlas.extract.store import MANIFEST, WORK
 from attlas.extract.tables import TABLES
 from tests.extract.runs import complete_run
+from tests.files import file_sha256
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the quick brown fox jumps again.",

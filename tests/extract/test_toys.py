@@ -127,7 +127,7 @@ def test_what_is_wrong_with_a_toy_is_found(dataset: Path, table: str, column: st
 
 
 def sha256_of(path: Path) -> str:
-    from attlas.extract.store import file_sha256
+    from tests.files import file_sha256
 
     return file_sha256(path)
 
