@@ -66,6 +66,9 @@ def check_file(dataset: Dataset, table: str, part: Part) -> Iterator[Finding]:
         return
     if footer.rows != part.rows:
         yield Finding(part.path, "row count", f"{part.rows} in the manifest, {footer.rows} in the file")
+    names = dataset.manifest["tables"][table].get("columns")
+    if names is not None and footer.schema.names != names:
+        yield Finding(part.path, "schema", "its columns are not those that the manifest lists")
     if table in TABLES:
         yield from (Finding(part.path, "schema", text) for text in _schema_differences(TABLES[table], footer.schema))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact
 from attlas.extract.engines.sums import HeadSums
-from attlas.extract.tables import Recorder, Scope, Table, needs_of
+from attlas.extract.tables import TABLES, Column, Columns, Recorder, Scope, Table, needs_of
 
 _Kept = tuple[Recorder, Any, dict[str, Tensor]]
 
@@ -74,7 +74,7 @@ class Collector:
 
 
 def open_collector(
-    tables: Iterable[Table],
+    columns: Columns,
     model: nn.Module,
     layout: Layout,
     *,
@@ -83,34 +83,38 @@ def open_collector(
     shard: int = 0,
     without: frozenset[str] = frozenset(),
 ) -> Collector:
-    """A collector for the tables that this model has and this shard holds; `without` names columns to leave out."""
-    chosen = [table for table in tables if is_recorded(table, layout, shard=shard)]
-    columns = {t.name: tuple(c for c in t.facts if c.name not in without) for t in chosen}
-    needs = needs_of(columns)
+    """A collector for these columns of tables, as far as the model and the shard have the tables; `without` names others."""
+    chosen = {
+        name: tuple(c for c in chosen if c.name not in without)
+        for name, chosen in columns.items()
+        if is_recorded(TABLES[name], chosen, layout, shard=shard)
+    }
+    needs = needs_of(chosen)
     recorders = []
-    for table in chosen:
-        scope = Scope(sequence_ids, document_ids, columns[table.name], needs, model, layout, shard)
-        assert table.recorder is not None, f"{table.name} is recorded"
-        recorders.append(table.recorder(table, scope))
+    for name, of_table in chosen.items():
+        scope = Scope(sequence_ids, document_ids, of_table, needs, model, layout, shard)
+        recorder = TABLES[name].recorder
+        assert recorder is not None, f"{name} is recorded"
+        recorders.append(recorder(TABLES[name], scope))
     return Collector(recorders, needs, sequences=len(sequence_ids))
 
 
-def is_recorded(table: Table, layout: Layout, *, shard: int) -> bool:
+def is_recorded(table: Table, columns: Sequence[Column], layout: Layout, *, shard: int) -> bool:
     """Whether the table has rows of a shard: one of the residual stream needs a model whose stream can be read."""
-    if table.recorder is None or (table.kind == "static" and shard > 0):
+    if table.kind == "static" and shard > 0:
         return False
-    return layout.residual_refusal is None or not table.needs(table.facts).residual
+    return layout.residual_refusal is None or not table.needs(columns).residual
 
 
 def left_to_reference(
-    tables: Iterable[Table], layout: Layout, engine: Engine, *, absent: Collection[Fact]
+    columns: Columns, layout: Layout, engine: Engine, *, absent: Collection[Fact]
 ) -> dict[str, list[str]]:
-    """Row quantities and residual columns that the engine leaves to the reference engine; nothing where it makes all.
+    """Row quantities and residual columns that the engine leaves to the reference engine; empty if it makes all.
 
     `absent` are facts that no attention call of the model has: what needs them is never made.
     """
-    chosen = [table for table in tables if is_recorded(table, layout, shard=0)]
-    needs = needs_of({table.name: table.facts for table in chosen})
+    chosen = {name: c for name, c in columns.items() if is_recorded(TABLES[name], c, layout, shard=0)}
+    needs = needs_of(chosen)
     rows = [name for name in needs.row_quantities if not set(ROW_QUANTITIES[name].needs) & set(absent)]
     left = {
         "rows": engine.left_to_reference(rows),

@@ -14,7 +14,7 @@ from attlas.extract.corpus import Corpus
 from attlas.extract.instrument import Instrument
 from attlas.extract.options import RunOptions
 from attlas.extract.store import Identity
-from attlas.extract.tables import SCHEMA_VERSION
+from attlas.extract.tables import SCHEMA_VERSION, TABLES, columns_beyond_core
 
 # options that do not change the dataset, or are represented by what they stand for
 _NOT_IN_RECIPE = {"out", "corpus", "model", "digest_key", "device", "dtype", "engine"}
@@ -35,7 +35,7 @@ def recipe_of(options: RunOptions, instrument: Instrument, *, batch_tokens: int)
         "model": encoder.name,
         "revision": encoder.revision,
         **instrument.digests,
-        "tables": [table.name for table in instrument.tables],
+        "statistics": columns_beyond_core(TABLES.values(), instrument.columns),
         "max_length": instrument.max_length,
         "batch_tokens": batch_tokens,
         "device": encoder.device.type,

@@ -16,7 +16,7 @@ from attlas.extract.model.images import processor_digest
 from attlas.extract.model.measured_model import MeasuredModel, examine_image_model, examine_text_model
 from attlas.extract.model.token_classes import token_classes
 from attlas.extract.options import Progress, RunOptions
-from attlas.extract.tables import Table, recorded_tables
+from attlas.extract.tables import Columns, measured_columns
 
 # the largest batches by default, in tokens: larger ones are no faster, and need more padding
 BATCH_TOKENS = 4096
@@ -25,7 +25,7 @@ CUDA_BATCH_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Instrument:
-    """A loaded model, the part of it that is measured, the engine, and the tables to record.
+    """A loaded model, the part of it that is measured, the engine, and the columns to record of each table.
 
     `max_length`: the length of the longest sequence in tokens, special ones included. `classes`: the class of every token id;
     None if the tables learn neither ids nor classes.
@@ -36,7 +36,7 @@ class Instrument:
     engine: Engine
     max_length: int
     classes: np.ndarray | None = None
-    tables: tuple[Table, ...] = field(default_factory=recorded_tables)
+    columns: Columns = field(default_factory=measured_columns)
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -81,7 +81,7 @@ def open_instrument(options: RunOptions, *, images: Path | None, progress: Progr
     has_classes = options.tokens != "none" and encoder.tokenizer is not None
     classes = token_classes(encoder.tokenizer) if has_classes else None
     progress("model", 1, 1)
-    return Instrument(encoder, measured_model, engine, max_length, classes, recorded_tables(options.tables))
+    return Instrument(encoder, measured_model, engine, max_length, classes, measured_columns(options.statistics))
 
 
 def _measured_model(options: RunOptions, encoder: Encoder, images: Path | None) -> MeasuredModel:

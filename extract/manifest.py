@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attlas.extract.collector import left_to_reference
 from attlas.extract.instrument import Instrument
 from attlas.extract.model.token_classes import class_sizes
-from attlas.extract.plan import Plan
+from attlas.extract.plan import Plan, planned_schema
 from attlas.extract.store import Identity, ShardRecord
 from attlas.extract.tables import SCHEMA_VERSION, TABLES
 
@@ -47,6 +47,7 @@ def draft_manifest(identity: Identity, instrument: Instrument, plan: Plan) -> di
         "device": recipe["device"],
         "dtype": recipe["dtype"],
         "shards": plan.shards,
+        "tables": {name: {"columns": names} for name, names in _columns(recipe, instrument).items()},
     }
 
 
@@ -54,15 +55,26 @@ def complete_manifest(draft: Mapping[str, Any], records: Iterable[ShardRecord]) 
     """The draft with the parts and counts of all shards."""
     records = list(records)
     padded, positions = (sum(record.facts[name] for record in records) for name in ("padded", "positions"))
-    written = [name for name in TABLES if any(name in record.parts for record in records)]
+    written = [name for name in draft["tables"] if any(name in record.parts for record in records)]
     return {
         **draft,
         "padding_waste": padded / positions if positions else 0.0,
-        "tables": {name: _table_facts(name, records) for name in written},
+        "tables": {name: draft["tables"][name] | _rows_and_parts(name, records) for name in written},
     }
 
 
-def _table_facts(table: str, records: Sequence[ShardRecord]) -> dict[str, Any]:
+def _columns(recipe: Mapping[str, Any], instrument: Instrument) -> dict[str, list[str]]:
+    """The names of all columns of each table, keys included."""
+    names = {}
+    for table in TABLES.values():
+        if table.kind == "plan":
+            names[table.name] = planned_schema(table, tokens=recipe["tokens"]).names
+        elif table.name in instrument.columns:
+            names[table.name] = [c.name for c in (*table.keys, *instrument.columns[table.name])]
+    return names
+
+
+def _rows_and_parts(table: str, records: Sequence[ShardRecord]) -> dict[str, Any]:
     parts = [record.parts[table] for record in records if table in record.parts]
     return {"rows": sum(part.rows for part in parts), "parts": [asdict(part) for part in parts]}
 
@@ -71,7 +83,7 @@ def _left_to_reference(instrument: Instrument) -> dict[str, list[str]]:
     images = instrument.measured_model.images
     has_grids = images is not None and bool(images.grids)
     absent = () if has_grids else ("grid",)
-    return left_to_reference(instrument.tables, instrument.measured_model.layout, instrument.engine, absent=absent)
+    return left_to_reference(instrument.columns, instrument.measured_model.layout, instrument.engine, absent=absent)
 
 
 def _reader_facts(recipe: Mapping[str, Any], instrument: Instrument) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,15 @@ from attlas.extract.model.modality import measured_part
 from attlas.extract.model.packing import BatchPart, split_packed_texts
 from attlas.extract.model.splitting import split_by_sequence, split_packed_images
 from attlas.extract.model.token_classes import token_classes
-from attlas.extract.tables import CLASS_MASSES, TABLES, Table, recorded_tables
+from attlas.extract.tables import (
+    CLASS_MASSES,
+    CORE,
+    TABLES,
+    Columns,
+    measured_columns,
+    needs_of,
+    statistics_named,
+)
 
 
 def measure(
@@ -39,6 +47,7 @@ def measure(
     tokenizer: Any = None,
     engine: str = "auto",
     tables: Collection[str] | None = None,
+    statistics: str | Collection[str] = CORE,
     **inputs: Any,
 ) -> dict[str, pa.Table]:
     """Measure one batch through any attention model: {"heads": …, "residual": …, "profiles": …} as Arrow tables.
@@ -47,6 +56,7 @@ def measure(
     token] where there is padding (left or right), `pixel_values`, the `src` of an nn.TransformerEncoder. An
     encoder–decoder model without `decoder_input_ids` is measured by its encoder alone.
     tables: the names of those to measure; by default all that are not on request. Nothing else is computed.
+    statistics: `core`, `all`, or the names of columns to measure besides the core, such as `query_norm`.
 
     `sequence_id` is the row of the batch. Columns that need the tokenizer (the token classes) are absent without one.
     `residual` is absent where the model's stream could not be read exactly. Raises Refusal for inputs that cannot be
@@ -56,19 +66,19 @@ def measure(
     given = bind_inputs(model, arguments, inputs, options=_OPTIONS)
     model = measured_part(model, given)
     device = main_input(model, given).device
-    row_engine, wanted = choose(engine, device=device.type), _tables_named(tables)
+    row_engine, wanted = choose(engine, device=device.type), _columns_of(tables, statistics)
     classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=device)
     batch_of(model, given, classes)  # refuses what can't be measured before the model runs
     refuse_training(model, given)
     with eval_mode(model):
         try:
-            collector, layout = _measure_batch(model, given, classes, engine=row_engine, tables=wanted)
+            collector, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
         except CaptureError:
             if not forget_layouts(model):
                 raise
             # the model may have changed in a way that its fingerprint does not show: examine it again
-            collector, layout = _measure_batch(model, given, classes, engine=row_engine, tables=wanted)
-    if any(table.needs(table.facts).residual for table in wanted):
+            collector, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
+    if needs_of(wanted).residual:
         _warn_of_absent_residual(layout)
     return {
         name: table.drop_columns(["document_id"] if "document_id" in table.column_names else [])
@@ -80,21 +90,23 @@ def measure(
 _OPTIONS = tuple(n for n, p in inspect.signature(measure).parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
-def _tables_named(names: Collection[str] | None) -> tuple[Table, ...]:
-    """The tables of these names, or those of every run. Raises Refusal for an unknown name."""
-    if names is None:
-        return recorded_tables()
+def _columns_of(tables: Collection[str] | None, statistics: str | Collection[str]) -> Columns:
+    """The columns to measure of the named tables, or of those of every run. Raises Refusal for an unknown name."""
+    if tables is None:
+        return measured_columns(statistics)
     recorded = [table.name for table in TABLES.values() if table.recorder is not None]
-    for name in names:
+    for name in tables:
         if name not in recorded:
             raise Refusal(
                 f"the tables that can be measured are {', '.join(recorded)}; {name!r} is not one; choose another"
             )
-    return tuple(TABLES[name] for name in recorded if name in names)
+    on_request = [name for name in tables if TABLES[name].on_request]
+    columns = measured_columns([*statistics_named(statistics), *on_request])
+    return {name: chosen for name, chosen in columns.items() if name in tables}
 
 
 def _measure_batch(
-    model: nn.Module, inputs: Mapping[str, Any], classes: Tensor | None, *, engine: Engine, tables: Iterable[Table]
+    model: nn.Module, inputs: Mapping[str, Any], classes: Tensor | None, *, engine: Engine, columns: Columns
 ) -> tuple[Collector, Layout]:
     """Run the model on the inputs, in as many parts as it needs."""
     parts = split_batch(model, inputs)
@@ -103,7 +115,7 @@ def _measure_batch(
     _refuse_added_mask(model, layout, inputs)
     numbers = np.arange(sum(len(part.places) for part in parts))
     collector = open_collector(
-        tables,
+        columns,
         model,
         layout,
         sequence_ids=numbers,

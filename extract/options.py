@@ -12,7 +12,7 @@ from attlas.extract.errors import Refusal
 from attlas.extract.model.folder import check_model_name
 from attlas.extract.model.measured_model import Stacks
 from attlas.extract.store import Location, Store
-from attlas.extract.tables import recorded_tables
+from attlas.extract.tables import measured_columns
 
 TokenMode = Literal["none", "classes", "ids", "text"]
 Progress = Callable[[str, int, int | None], None]  # stage, done, total
@@ -29,7 +29,7 @@ class RunOptions:
     stride: int = 0
     limit: int | None = None
     tokens: TokenMode = "classes"
-    tables: Collection[str] = ()  # on request, besides those of every run
+    statistics: str | Collection[str] = "core"  # core, all, or names of tables and columns to measure as well
     stacks: Stacks = "encoder"  # of an encoder–decoder model
     text_column: str = "text"
     unit: Literal["document", "paragraph", "line"] = "document"
@@ -52,7 +52,7 @@ def check_options(options: RunOptions) -> Corpus:
         value = getattr(options, name)
         if value is not None and value < lowest:
             raise Refusal(f"{name} must be at least {lowest}; got {value}; give a larger number")
-    recorded_tables(options.tables)
+    measured_columns(options.statistics)
     check_model_name(options.model, trust_remote_code=options.trust_remote_code)
     read_key(options.digest_key)
     store = Store.at(options.out)

@@ -44,7 +44,7 @@ SHARDS_AT_ONCE = 2
 def run(*, progress: Progress | None = None, **options: Any) -> Location:
     """Measure a corpus with a model in this process: the dataset that `attlas run` writes, without Prefect or a report.
 
-    options: the fields of RunOptions, such as model, corpus and out; `tables` names those on request to write as well.
+    options: the fields of RunOptions, such as model, corpus, out and statistics.
     progress(stage, done, total): called while the model is loaded and the corpus planned. Returns the dataset's location. An
     interrupted run continues where it stopped. Raises Refusal for what can't be measured.
     """

@@ -45,7 +45,7 @@ def measure_sequences(
     planned = plan_batches(measured_model, lengths, batch_tokens=batch_tokens)
     sequence_ids, document_ids = (sequences[name].to_numpy() for name in ("sequence_id", "document_id"))
     collector = open_collector(
-        instrument.tables,
+        instrument.columns,
         measured_model.model,
         measured_model.layout,
         sequence_ids=sequence_ids,

@@ -67,6 +67,13 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         Literal["none", "classes", "ids", "text"],
         Field(description="what the dataset contains about the tokens; only ids and text reveal the corpus"),
     ] = "classes"
+    statistics: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="what to measure: core, all, or names of columns and tables besides the core, separated by commas",
+        ),
+    ] = "core"
     stacks: Annotated[
         Literal["encoder", "all"],
         Field(

@@ -88,6 +88,8 @@ def head_columns(
     s: Floats | None = None,
     visible: Bools | None = None,
     *,
+    q: Floats | None = None,
+    k: Floats | None = None,
     v: Floats | None = None,
     w_o: Floats | None = None,
     context: Floats | None = None,
@@ -100,7 +102,7 @@ def head_columns(
 
     `grid`: rows and columns of an image's patches, and the number of tokens before them.
 
-    p, s, visible [n, n]; v [n, d_v]; w_o [d_v, d_model] without bias; context [n, d_v], else Σ p v; tokens, classes,
+    p, s, visible [n, n]; q, k [n, d_k]; v [n, d_v]; w_o [d_v, d_model] without bias; context [n, d_v], else Σ p v; tokens, classes,
     sink [n].
     """
     p = np.asarray(p, dtype=np.float64)
@@ -118,6 +120,9 @@ def head_columns(
         **received_columns(p, rows, sink),
         **score_columns(s, visible, rows),
         **write_columns(p, visible, rows, v=v, w_o=w_o, context=context),
+        **vector_columns(q=q, k=k, v=v, w_o=w_o),
+        "sink_keys": sink_keys(p, visible, rows),
+        "mean_log_self": mean(math.log(p[i, i]) for i in rows if p[i, i] > 0),
         "query_rows": len(rows),
         "masked_rows": masked,
         "nonfinite_rows": nonfinite,
@@ -262,6 +267,30 @@ def write_columns(
         weighted = norm_weighted_pattern(p, visible, rows, v=v, w_o=w_o)
         columns["value_weighted_first"] = ratio(float(weighted[:, 0].sum()), float(weighted.sum()))
     return columns
+
+
+def vector_columns(*, q: Floats | None, k: Floats | None, v: Floats | None, w_o: Floats | None) -> Columns:
+    """Mean norms of queries, keys and written values, and the first token's written value against that of the others."""
+    written = None if v is None or w_o is None else np.asarray(v, dtype=np.float64) @ w_o
+    columns = {
+        name: None if vectors is None else mean(math.sqrt(math.fsum(x * x for x in vector)) for vector in vectors)
+        for name, vectors in (("query_norm", q), ("key_norm", k), ("value_norm", written))
+    }
+    norms = [] if written is None else [float(np.linalg.norm(vector)) for vector in written]
+    others = mean(norms[1:])
+    return columns | {"value_ratio_first": None if others is None else ratio(norms[0], others)}
+
+
+def sink_keys(p: Floats, visible: Bools, rows: list[int]) -> int | None:
+    """Keys with more than 0.3 of the attention of the rows that see them, of those that half of the rows see."""
+    if not rows:
+        return None
+    count = 0
+    for j in range(p.shape[1]):
+        seen_by = [i for i in rows if visible[i, j]]
+        if seen_by and 2 * len(seen_by) >= len(rows):
+            count += math.fsum(float(p[i, j]) for i in seen_by) / len(seen_by) > 0.3
+    return count
 
 
 def norm_weighted_pattern(p: Floats, visible: Bools, rows: list[int], *, v: Floats, w_o: Floats) -> Floats:

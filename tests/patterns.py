@@ -141,6 +141,19 @@ CLOSED_FORMS: dict[str, dict[str, ClosedForm]] = {
     "received_entropy_nats": {"U": math.log, "I": math.log, "F": _zero},
     "mutual_information_nats": {"U": _zero, "I": math.log, "P": _previous_received_entropy, "F": _zero},
     "received_max": {"U": _share, "C": _harmonic_share, "I": _share, "P": _two_rows, "F": _one},
+    "sink_keys": {
+        "U": lambda n: n if n < 4 else 0,
+        "I": lambda n: n if n < 4 else 0,
+        "P": lambda n: 0 if n > 6 else 2 if n == 3 else 1,
+        "F": _one,
+    },
+    "mean_log_self": {
+        "U": lambda n: -math.log(n),
+        "C": lambda n: -math.lgamma(n + 1) / n,
+        "I": _zero,
+        "P": _zero,  # of row 0 alone
+        "F": _zero,
+    },
     "received_max_key": {"C": _zero, "P": _zero, "F": _zero},
 }
 

@@ -56,6 +56,7 @@ def test_only_the_cells_that_the_catalogue_leaves_blank_have_no_closed_form():
         ("mutual_information_nats", "C"),  # positive, see below
         ("received_max_key", "U"),  # a tie, see below
         ("received_max_key", "I"),
+        ("sink_keys", "C"),
     }
 
 
@@ -256,6 +257,8 @@ def test_values_behind_the_mask_change_nothing():
     clean = oracles.head_columns(p, s, visible, v=v, w_o=w_o) | oracles.sample_columns(p, s, visible, v=v, w_o=w_o)
     v[4] = np.nan
     dirty = oracles.head_columns(p, s, visible, v=v, w_o=w_o) | oracles.sample_columns(p, s, visible, v=v, w_o=w_o)
+    of_tokens = ("value_norm", "value_ratio_first")  # whether a row sees them or not
+    assert all(math.isnan(dirty.pop(name) or 0) for name in of_tokens) and all(clean.pop(name) for name in of_tokens)
     same(clean, dirty)
     assert dirty["output_norm"] is not None
 
@@ -267,6 +270,10 @@ def test_nothing_measured_is_null_everywhere_but_in_the_counts():
     columns = oracles.head_columns(p, p, nothing, tokens=[1, 1, 1], classes=["bos"] * 3, sink=np.zeros(3), v=v, w_o=w_o)
     counts = {c: columns.pop(c) for c in ("query_rows", "masked_rows", "nonfinite_rows")}
     assert counts == {"query_rows": 0, "masked_rows": 3, "nonfinite_rows": 0}
+    assert (columns.pop("value_norm"), columns.pop("value_ratio_first")) == (
+        near(math.sqrt(2)),
+        1,
+    )  # of tokens, not rows
     assert set((columns | oracles.sample_columns(p, p, nothing, v=v, w_o=w_o)).values()) == {None}
 
 

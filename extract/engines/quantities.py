@@ -11,9 +11,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-# what an attention call may have: scores rather than only the pattern; common positions of queries and keys; token ids;
-# token classes of the keys; values; the output projection; a learned sink; the grid of an image's patches
-Fact = Literal["scores", "positions", "token_ids", "classes", "values", "projection", "sink", "grid"]
+# what an attention call may have: queries and keys as vectors; scores rather than only the pattern; common positions of
+# queries and keys; token ids; token classes of the keys; values; the output projection; a learned sink; the grid of an
+# image's patches
+Fact = Literal["queries", "scores", "positions", "token_ids", "classes", "values", "projection", "sink", "grid"]
 # how numbers of windows are combined into that of the sequence; None if they cannot be
 Merge = Literal["sum", "max"]
 
@@ -50,6 +51,19 @@ ROW_QUANTITIES: dict[str, RowQuantity] = {
         RowQuantity(name="score_variance", formula="variance of s over visible keys", merge=None, needs=("scores",)),
         RowQuantity(name="context_norm", formula="‖c‖, c = Σ p v"),
         RowQuantity(name="output_norm", formula="‖c W_O^h‖", needs=("projection",)),
+        RowQuantity(
+            name="self_score",
+            formula="s[i,i]; −∞ if i does not see itself",
+            merge=None,
+            needs=("scores", "positions"),
+        ),
+        RowQuantity(name="query_norms", formula="Σ_i ‖q_i‖ over real queries", axis="head", needs=("queries",)),
+        RowQuantity(
+            name="key_norms",
+            formula="Σ_j ‖k_j‖ over real keys, of grouped heads the keys that they share",
+            axis="head",
+            needs=("queries",),
+        ),
         RowQuantity(name="sink", formula="mass of the learned sink", needs=("sink",)),
         RowQuantity(name="received", formula="Σ_i p[i, key]", axis="key", merge=None),
         RowQuantity(name="value_norm", formula="‖v W_O^h‖", axis="key", merge=None, needs=("projection", "values")),

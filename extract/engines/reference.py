@@ -1,7 +1,7 @@
 """The reference engine: plain torch, a block of rows at a time, on any device.
 
-It computes every row quantity, each with its own function: of a block of the pattern (`OF_BLOCKS`), or of the call's
-contexts and values (`OF_CALLS`). Only the requested ones are computed.
+It computes every row quantity, each with its own function: of a block of the pattern (`OF_BLOCKS`), or of the call and its
+output (`OF_CALLS`). Only the requested ones are computed.
 """
 
 from __future__ import annotations
@@ -282,10 +282,48 @@ def _value_norm(call: Call, output: Tensor, _measured: Tensor) -> Tensor:
     return (values @ call.write.to(exact)).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
 
 
+def _query_norms(call: Call, _output: Tensor, _measured: Tensor) -> Tensor:
+    assert isinstance(call, AttentionCall), "asked for where queries are known"
+    return _norm_sums(call.query, call.visibility.queries.real)
+
+
+def _key_norms(call: Call, output: Tensor, _measured: Tensor) -> Tensor:
+    assert isinstance(call, AttentionCall), "asked for where keys are known"
+    sums = _norm_sums(call.key, call.visibility.keys.real)
+    return sums.repeat_interleave(output.shape[1] // sums.shape[1], dim=1)
+
+
+def _norm_sums(vectors: Float[Tensor, "batch head token width"], real: Bool[Tensor, "batch token"]) -> Tensor:
+    norms = vectors.to(_exact(vectors)).norm(dim=-1)
+    return norms.where(real[:, None], 0).sum(-1, dtype=torch.float64)
+
+
+def _self_score(call: Call, _output: Tensor, measured: Tensor) -> Tensor:
+    visibility = call.visibility
+    if isinstance(call, ScoredCall):
+        scores = call.scores.to(_exact(call.scores)).diagonal(dim1=-2, dim2=-1)
+    else:
+        exact = _exact(call.query)
+        key = call.key.to(exact).repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
+        scores = (call.query.to(exact) * key).sum(-1) * call.scale
+        if call.softcap is not None:
+            scores = (scores / call.softcap).tanh() * call.softcap
+        if visibility.bias is not None:
+            scores = scores + visibility.bias.diagonal(dim1=-2, dim2=-1).to(exact)
+    place = visibility.queries.place
+    sees_itself = (visibility.first <= place) & (place < visibility.last)
+    if visibility.allowed is not None:
+        sees_itself = sees_itself & visibility.allowed.diagonal(dim1=-2, dim2=-1)
+    return scores.masked_fill(~sees_itself, -torch.inf).where(measured, 0)
+
+
 OF_CALLS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
     "context_norm": _context_norm,
     "output_norm": _output_norm,
     "value_norm": _value_norm,
+    "query_norms": _query_norms,
+    "key_norms": _key_norms,
+    "self_score": _self_score,
 }
 
 

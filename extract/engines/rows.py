@@ -36,7 +36,7 @@ class AttentionCall:
     @property
     def facts(self) -> frozenset[Fact]:
         """What the call offers to row quantities."""
-        return _facts(self, scores=True, values=True)
+        return _facts(self, queries=True, scores=True, values=True)
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,12 @@ class ScoredCall:
     @property
     def facts(self) -> frozenset[Fact]:
         """What the call offers to row quantities."""
-        return _facts(self, scores=not self.weights_only, values=self.value is not None)
+        return _facts(self, queries=False, scores=not self.weights_only, values=self.value is not None)
 
 
-def _facts(call: AttentionCall | ScoredCall, *, scores: bool, values: bool) -> frozenset[Fact]:
+def _facts(call: AttentionCall | ScoredCall, *, queries: bool, scores: bool, values: bool) -> frozenset[Fact]:
     has: dict[Fact, bool] = {
+        "queries": queries,
         "scores": scores,
         "values": values,
         "positions": not call.visibility.is_cross_attention,

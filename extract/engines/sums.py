@@ -236,6 +236,61 @@ def received_max_key(o: HeadObservation) -> Tensor:
     return (place - first_place).where(o.count > 0, torch.nan)
 
 
+# the share of its rows' attention from which a key is a sink (Gu 2025)
+_SINK_SHARE = 0.3
+
+
+@_quantity("received", merge=None)
+def sink_keys(o: HeadObservation) -> Tensor:
+    """Keys that receive more than 0.3 of the attention of the rows that see them, of those that half of the rows see."""
+    seen = o.visibility.rows_seeing(o.rows.measured).double()
+    is_common = (seen > 0) & (2 * seen >= o.count[..., None])
+    return (is_common & (o.received > _SINK_SHARE * seen)).sum(-1).double().where(o.count > 0, torch.nan)
+
+
+@_quantity()
+def queries(o: HeadObservation) -> Tensor:
+    """Real queries."""
+    return o.visibility.queries.real.sum(-1)[:, None].expand_as(o.count)
+
+
+@_quantity()
+def keys(o: HeadObservation) -> Tensor:
+    """Real keys."""
+    return o.visibility.keys.real.sum(-1)[:, None].expand_as(o.count)
+
+
+@_quantity("value_norm")
+def value_norms(o: HeadObservation) -> Tensor:
+    """Σ_j ‖v_j W_O^h‖ over real keys."""
+    return o.rows["value_norm"].double().sum(-1)
+
+
+@_quantity("value_norm", merge=None)
+def value_norm_first(o: HeadObservation) -> Tensor:
+    """‖v_0 W_O^h‖ of the first token."""
+    return _first_key(o, o.rows["value_norm"].double())
+
+
+@_quantity("self_score", "score_max", "max_weight")
+def log_self(o: HeadObservation) -> Tensor:
+    """Σ ln p[i,i] over rows where it is not 0."""
+    return _log_self(o).nan_to_num(0).sum(-1)
+
+
+@_quantity("self_score", "score_max", "max_weight")
+def log_self_rows(o: HeadObservation) -> Tensor:
+    """Rows with p[i,i] > 0."""
+    return _log_self(o).isfinite().sum(-1)
+
+
+def _log_self(o: HeadObservation) -> Float[Tensor, "batch head query"]:
+    """ln p[i,i] from the row's largest score and weight; NaN where p[i,i] is 0, also by rounding in the pattern's type."""
+    largest = o.rows["max_weight"]
+    log = o.rows["self_score"].double() - o.rows["score_max"].double() + largest.double().log()
+    return log.where(o.rows.measured & (log.to(largest.dtype).exp() > 0), torch.nan)
+
+
 @_quantity("received", "value_norm", merge=None)
 def written_first(o: HeadObservation) -> Tensor:
     """Σ p ‖v W_O^h‖ on the first token."""

@@ -123,6 +123,20 @@ class Visibility:
             total = (before + after).where(self.visible > 0, 0)
         return total.double() / self.visible.clamp_min(1)
 
+    def rows_seeing(self, measured: Bool[Tensor, "batch head query"]) -> Int[Tensor, "batch head key"]:
+        """The number of measured rows that see each key."""
+        if self.allowed is None:
+            counted = (measured & (self.visible > 0)).long()
+            steps = counted.new_zeros(*counted.shape[:2], self.keys.tokens + 1)
+            steps.scatter_add_(-1, self.first.expand_as(counted), counted)
+            steps.scatter_add_(-1, self.last.clamp_min(0).expand_as(counted), -counted)
+            return steps.cumsum(-1)[..., :-1]
+        blocks = _blocks(len(self.keys.start) * measured.shape[1], self.queries.tokens, self.keys.tokens)
+        return sum(
+            ((self.seen(first, last) & measured[..., first:last, None]).sum(-2) for first, last in blocks),
+            start=torch.zeros((), dtype=torch.long, device=measured.device),
+        )
+
     def pairs_of(self, measured: Bool[Tensor, "batch head query"]) -> Int[Tensor, "batch head distance"]:
         """Visible pairs of the measured rows at each distance d, at index d + tokens − 1."""
         if self.allowed is not None:

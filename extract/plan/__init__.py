@@ -7,6 +7,7 @@ measuring the shard needs, so any worker can measure any shard without reading t
 from attlas.extract.plan.images import make_image_plan as make_image_plan
 from attlas.extract.plan.stored import Plan as Plan
 from attlas.extract.plan.stored import load_plan as load_plan
+from attlas.extract.plan.stored import planned_schema as planned_schema
 from attlas.extract.plan.stored import planned_tables as planned_tables
 from attlas.extract.plan.stored import read_plan as read_plan
 from attlas.extract.plan.stored import read_shard as read_shard

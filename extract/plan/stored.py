@@ -128,9 +128,10 @@ def clear_plan(storage: Storage) -> None:
 def planned_tables(sequences: pa.Table, documents: pa.Table, *, tokens: str) -> dict[str, pa.Table]:
     """The rows of `sequences` and `documents` of a shard, with the tokens themselves only if that mode keeps them."""
     planned = {"sequences": sequences, "documents": documents}
-    return {name: _conform(TABLES[name], rows, kept=_KEPT[tokens]) for name, rows in planned.items()}
+    schemas = {name: planned_schema(TABLES[name], tokens=tokens) for name in planned}
+    return {name: rows.select(schemas[name].names).cast(schemas[name]) for name, rows in planned.items()}
 
 
-def _conform(table: Table, rows: pa.Table, *, kept: frozenset[str]) -> pa.Table:
-    schema = table.schema(optional=kept & table.optional)
-    return rows.select(schema.names).cast(schema)
+def planned_schema(table: Table, *, tokens: str) -> pa.Schema:
+    """The schema of `sequences` or `documents`, with the tokens themselves only if that mode keeps them."""
+    return table.schema(optional=_KEPT[tokens] & table.optional)

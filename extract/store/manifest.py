@@ -74,7 +74,7 @@ _IMAGES = record(
     optional={"digest": text},
 )
 PART = record({"path": text, "rows": count, "bytes": count, "sha256": sha256})
-_TABLE = record({"rows": count, "parts": list_of(PART)})
+_TABLE = record({"rows": count, "parts": list_of(PART)}, optional={"columns": list_of(text)})
 _MANIFEST = record(
     {
         "run": _RUN,

@@ -4,15 +4,20 @@ A new table is a module with a `TABLE`, and a line here. The pipeline, `measure`
 `verify`, `query` and the benchmarks loop over `TABLES`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from functools import reduce
 
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.profiles import doubling_bin_edges as doubling_bin_edges
-from attlas.extract.errors import Refusal
 from attlas.extract.tables import documents, heads, profiles, residual, sequences
 from attlas.extract.tables.column import Column as Column
 from attlas.extract.tables.heads import CLASS_MASSES as CLASS_MASSES
+from attlas.extract.tables.selection import ALL as ALL
+from attlas.extract.tables.selection import CORE as CORE
+from attlas.extract.tables.selection import Columns as Columns
+from attlas.extract.tables.selection import columns_beyond_core as columns_beyond_core
+from attlas.extract.tables.selection import select_columns as select_columns
+from attlas.extract.tables.selection import statistics_named as statistics_named
 from attlas.extract.tables.table import Agreement as Agreement
 from attlas.extract.tables.table import Recorder as Recorder
 from attlas.extract.tables.table import Rule as Rule
@@ -26,15 +31,11 @@ TABLES: dict[str, Table] = {
 }
 
 
-def recorded_tables(asked: Collection[str] = ()) -> tuple[Table, ...]:
-    """The tables that a pass records: all that are not on request, and those that are asked for by name."""
-    on_request = [name for name, table in TABLES.items() if table.on_request]
-    for name in asked:
-        if name not in on_request:
-            raise Refusal(f"a table on request is one of {', '.join(on_request) or 'none'}; got {name!r}; leave it out")
-    return tuple(t for t in TABLES.values() if t.recorder is not None and (not t.on_request or t.name in asked))
+def measured_columns(statistics: str | Collection[str] = CORE) -> Columns:
+    """The columns to measure of each recorded table, for the option `--statistics`. Raises Refusal for an unknown name."""
+    return select_columns(TABLES.values(), statistics)
 
 
-def needs_of(columns: Mapping[str, Sequence[Column]]) -> Needs:
-    """What the columns of these tables need of a pass, all together."""
+def needs_of(columns: Columns) -> Needs:
+    """Everything that the columns of these tables need from a pass."""
     return reduce(Needs.__or__, (TABLES[name].needs(chosen) for name, chosen in columns.items()), Needs())

@@ -28,6 +28,7 @@ class Column(Generic[Observation, Values]):
     reference: str = ""
     nullable: bool = False
     signed: bool = False  # a key that may be negative
+    core: bool = True  # measured by every run; others only if asked for
     compute: Callable[[Observation], Values] | None = None
 
     @property
@@ -59,6 +60,7 @@ def column(
     reference: str = "",
     nullable: bool = False,
     dtype: DType = "float32",
+    core: bool = True,
 ) -> Callable[[Callable[[Observation], Values]], Column[Observation, Values]]:
     """Make the decorated function a `Column` of the same name."""
 
@@ -72,6 +74,7 @@ def column(
             bounds=bounds,
             reference=reference,
             nullable=nullable,
+            core=core,
             compute=compute,
         )
 

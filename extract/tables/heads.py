@@ -326,6 +326,75 @@ def value_weighted_first(o: HeadQuantities) -> Values:
     return o.ratio(o["written_first"], o["written"])
 
 
+@column(
+    formula="mean over the sequence's tokens of ‖q_i‖, as the attention call receives it, after rotation and normalisation; "
+    "null where the call has no queries and keys",
+    bounds=(0, None),
+    nullable=True,
+    core=False,
+)
+def query_norm(o: HeadQuantities) -> Values:
+    """The size of the queries: with that of the keys, the scale of the scores."""
+    return o.ratio(o["query_norms"], o["queries"])
+
+
+@column(
+    formula="mean over the sequence's tokens of ‖k_j‖, as query_norm; keys of grouped heads count for each query head",
+    bounds=(0, None),
+    nullable=True,
+    core=False,
+)
+def key_norm(o: HeadQuantities) -> Values:
+    """The size of the keys."""
+    return o.ratio(o["key_norms"], o["keys"])
+
+
+@column(formula="mean over the sequence's tokens of ‖v_j W_O^h‖", bounds=(0, None), nullable=True, core=False)
+def value_norm(o: HeadQuantities) -> Values:
+    """How much a token would write if it had all of the attention."""
+    return o.ratio(o["value_norms"], o["keys"])
+
+
+@column(
+    formula="‖v_0 W_O^h‖ / mean over j ≥ 1 of ‖v_j W_O^h‖; null if n = 1",
+    bounds=(0, None),
+    reference="Gu 2025",
+    nullable=True,
+    core=False,
+)
+def value_ratio_first(o: HeadQuantities) -> Values:
+    """Whether the first token would write less than others: far below 1 where a sink writes nothing (value drain)."""
+    return o.ratio(o["value_norm_first"] * (o["keys"] - 1), o["value_norms"] - o["value_norm_first"])
+
+
+@column(
+    formula="number of keys j with α_j > 0.3, α_j = Σ_i p[i,j] / (rows that see j), among keys that at least half of the "
+    "measured rows see",
+    unit="keys",
+    dtype="int32",
+    bounds=(0, "n"),
+    reference="Gu 2025",
+    nullable=True,
+    core=False,
+)
+def sink_keys(o: HeadQuantities) -> Values:
+    """How many keys are sinks, wherever they are."""
+    return o["sink_keys"]
+
+
+@column(
+    formula="mean of ln p[i,i] over rows with p[i,i] > 0; null where score_max is",
+    unit="nats",
+    bounds=(None, 0),
+    reference="LLM-Check 2024",
+    nullable=True,
+    core=False,
+)
+def mean_log_self(o: HeadQuantities) -> Values:
+    """The log-determinant of a causal pattern, divided by its rows."""
+    return o.ratio(o["log_self"], o["log_self_rows"])
+
+
 @column(formula="rows measured", unit="rows", dtype="int64", bounds=(0, "n"))
 def query_rows(o: HeadQuantities) -> Values:
     """How many rows the means are over: the weight of this row in any mean over sequences."""

@@ -29,12 +29,21 @@ TABLE = Table(
             bounds=(0, None),
         ),
         Column(
-            name="token_ids", dtype="list<int32>", formula="the ids (only with --tokens ids or text)", nullable=True
+            name="token_ids",
+            dtype="list<int32>",
+            formula="the ids (only with --tokens ids or text)",
+            nullable=True,
+            core=False,
         ),
-        Column(name="text", dtype="string", formula="the window's text (only with --tokens text)", nullable=True),
+        Column(
+            name="text",
+            dtype="string",
+            formula="the window's text (only with --tokens text)",
+            nullable=True,
+            core=False,
+        ),
     ),
     order=("sequence_id",),
-    optional=frozenset({"token_ids", "text"}),
     counted_by="sequence_id",
     totals={"sequences": "COUNT(sequence_id)", "tokens": "SUM(tokens)"},
     agreements=(

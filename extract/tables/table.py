@@ -80,7 +80,7 @@ class Agreement:
 class Table:
     """One table of the contract: a folder of Parquet parts on disk.
 
-    `keys` identify a row; parts are sorted by `order`; `optional` columns are there only on request. `outcome`: the
+    `keys` identify a row; parts are sorted by `order`. `outcome`: the
     column that is not null where a softmax has one more outcome than keys. `totals`: facts of the corpus in the manifest
     that are aggregates of this table, in SQL. `recorder` makes what records a shard; a planned table has none.
     """
@@ -91,7 +91,6 @@ class Table:
     keys: tuple[Column[Any, Any], ...]
     facts: tuple[Column[Any, Any], ...]
     order: tuple[str, ...]
-    optional: frozenset[str] = frozenset()
     on_request: bool = False
     needs: Callable[[Sequence[Column]], Needs] = lambda columns: Needs()  # of these columns
     recorder: Callable[[Table, Scope], Recorder] | None = None
@@ -105,6 +104,11 @@ class Table:
     @property
     def columns(self) -> tuple[Column[Any, Any], ...]:
         return self.keys + self.facts
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """The columns that are only there if asked for."""
+        return frozenset(column.name for column in self.facts if not column.core)
 
     @property
     def is_always_written(self) -> bool:
@@ -123,7 +127,8 @@ class Table:
 
     def to_arrow(self, columns: Mapping[str, Any]) -> pa.Table:
         """Rows from a mapping of columns to arrays, those that it lacks left out; null where a value is not finite."""
-        schema = self.schema(without=frozenset(c.name for c in self.columns) - columns.keys())
+        absent = frozenset(c.name for c in self.columns) - columns.keys()
+        schema = self.schema(optional=self.optional, without=absent)
         return pa.table([_to_arrow(np.asarray(columns[f.name]), f.type) for f in schema], schema=schema)
 
 

@@ -21,7 +21,7 @@ from attlas.extract.measurement import layout_of, observe
 from attlas.extract.model.encoder import Encoder, load_encoder
 from attlas.extract.model.special_tokens import special_tokens
 from attlas.extract.model.token_classes import token_classes
-from attlas.extract.tables import recorded_tables
+from attlas.extract.tables import measured_columns
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def measured_pass(work: Workload) -> Callable[[], None]:
     layout = layout_of(model)
     engine = choose("auto")
     numbers = np.arange(len(work.ids))
-    collector = open_collector(recorded_tables(), model, layout, sequence_ids=numbers, document_ids=numbers)
+    collector = open_collector(measured_columns(), model, layout, sequence_ids=numbers, document_ids=numbers)
 
     def run() -> None:
         observe(model, layout, inputs, batch=batch, engine=engine, collector=collector)

@@ -33,11 +33,11 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(TABLES, name, table)
 
 
-def run(tmp_path: Path, *, tables=(), **options) -> Path:
+def run(tmp_path: Path, **options) -> Path:
     text = tmp_path / "text.txt"
     text.write_text("A table is a module. " * 30)
     chosen = {"model": "demo", "corpus": str(text), "max_length": 24, "shard_sequences": 3, "device": "cpu", **options}
-    complete_run(RunOptions(out=tmp_path / "out", tables=tables, **chosen))
+    complete_run(RunOptions(out=tmp_path / "out", **chosen))
     return tmp_path / "out"
 
 
@@ -47,7 +47,7 @@ def rows(dataset: Path, table: str) -> pl.DataFrame:
 
 @pytest.fixture
 def dataset(toys, demo, tmp_path: Path) -> Path:
-    return run(tmp_path, tables=("toy_queries",))
+    return run(tmp_path, statistics="toy_queries")
 
 
 def test_every_toy_is_written_and_verified(dataset: Path):
@@ -132,9 +132,12 @@ def sha256_of(path: Path) -> str:
     return file_sha256(path)
 
 
-def test_only_tables_on_request_are_asked_for_by_name(toys, tmp_path: Path):
-    with pytest.raises(Refusal, match="a table on request is one of toy_queries; got 'heads'; leave it out"):
-        run(tmp_path, tables=("heads",))
+def test_an_unknown_statistic_is_refused_with_the_nearest_names(toys, tmp_path: Path):
+    with pytest.raises(Refusal, match=r"a statistic is core, all, .*'toy_querys' is none; did you mean toy_queries"):
+        run(tmp_path, statistics="all,toy_querys")
+    with pytest.raises(Refusal, match=r"'residual.entropy_nats' is none"):
+        run(tmp_path, statistics=("residual.entropy_nats",))
+    assert not (tmp_path / "out").exists()
 
 
 # --- quantities

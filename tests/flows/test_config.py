@@ -41,8 +41,7 @@ def test_the_example_is_a_valid_run() -> None:
 def test_extraction_has_the_same_options_and_defaults() -> None:
     from attlas.extract.options import RunOptions
 
-    # tables on request are chosen by statistics on the command line
-    extraction = {f.name: f.default for f in fields(RunOptions) if f.name != "tables"}
+    extraction = {f.name: f.default for f in fields(RunOptions)}
     flows = {name: MISSING if f.is_required() else f.default for name, f in Run.model_fields.items()}
     assert flows == extraction
 
