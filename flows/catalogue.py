@@ -18,7 +18,9 @@ def list_columns(tables: Iterable["Table"]) -> None:
         typer.echo(f"{table.name}: one row per {table.row}")
         width = max(len(column.name) for column in table.columns)
         for column in table.columns:
-            typer.echo(f"  {column.name:<{width}}  {column.formula}" + (f"  ({column.unit})" if column.unit else ""))
+            unit = f"  ({column.unit})" if column.unit else ""
+            request = "" if column.core else "  [on request]"
+            typer.echo(f"  {column.name:<{width}}  {column.formula}{unit}{request}")
         typer.echo()
 
 
@@ -29,13 +31,15 @@ def describe_column(name: str, tables: Iterable["Table"]) -> None:
         raise Refusal(f"the catalogue has no column {name!r}; {_suggestion(name, tables)}")
     for table, column in matches:
         typer.echo(f"{table.name}.{column.name}")
-        for label, text in _facts_of(column):
+        for label, text in _facts_of(table, column):
             typer.echo(f"  {label:<9}  {text}")
 
 
-def _facts_of(column: "Column") -> list[tuple[str, str]]:
+def _facts_of(table: "Table", column: "Column") -> list[tuple[str, str]]:
     nullable = "where undefined or unknown" if column.nullable else "never"
-    facts = {"type": column.dtype, "null": nullable, **column.metadata}
+    option = f": --statistics {column.name}" if table.recorder is not None else ""
+    measured = "by every run" if column.core else f"on request{option}"
+    facts = {"type": column.dtype, "null": nullable, "measured": measured, **column.metadata}
     return list(facts.items())
 
 

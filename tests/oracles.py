@@ -120,7 +120,7 @@ def head_columns(
         **received_columns(p, rows, sink),
         **score_columns(s, visible, rows),
         **write_columns(p, visible, rows, v=v, w_o=w_o, context=context),
-        **vector_columns(q=q, k=k, v=v, w_o=w_o),
+        **vector_columns(rows, q=q, k=k, v=v, w_o=w_o),
         "sink_keys": sink_keys(p, visible, rows),
         "mean_log_self": mean(math.log(p[i, i]) for i in rows if p[i, i] > 0),
         "query_rows": len(rows),
@@ -269,12 +269,14 @@ def write_columns(
     return columns
 
 
-def vector_columns(*, q: Floats | None, k: Floats | None, v: Floats | None, w_o: Floats | None) -> Columns:
+def vector_columns(
+    rows: list[int], *, q: Floats | None, k: Floats | None, v: Floats | None, w_o: Floats | None
+) -> Columns:
     """Mean norms of queries, keys and written values, and the first token's written value against that of the others."""
     written = None if v is None or w_o is None else np.asarray(v, dtype=np.float64) @ w_o
     columns = {
         name: None if vectors is None else mean(math.sqrt(math.fsum(x * x for x in vector)) for vector in vectors)
-        for name, vectors in (("query_norm", q), ("key_norm", k), ("value_norm", written))
+        for name, vectors in (("query_norm", None if q is None else q[rows]), ("key_norm", k), ("value_norm", written))
     }
     norms = [] if written is None else [float(np.linalg.norm(vector)) for vector in written]
     others = mean(norms[1:])

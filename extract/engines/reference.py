@@ -282,20 +282,19 @@ def _value_norm(call: Call, output: Tensor, _measured: Tensor) -> Tensor:
     return (values @ call.write.to(exact)).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
 
 
-def _query_norms(call: Call, _output: Tensor, _measured: Tensor) -> Tensor:
+# the score of a token that does not see itself: finite in every type, and without weight
+_UNSEEN = -1e38
+
+
+def _query_norm(call: Call, _output: Tensor, measured: Tensor) -> Tensor:
     assert isinstance(call, AttentionCall), "asked for where queries are known"
-    return _norm_sums(call.query, call.visibility.queries.real)
+    return call.query.to(_exact(call.query)).norm(dim=-1).where(measured, 0)
 
 
-def _key_norms(call: Call, output: Tensor, _measured: Tensor) -> Tensor:
+def _key_norm(call: Call, output: Tensor, _measured: Tensor) -> Tensor:
     assert isinstance(call, AttentionCall), "asked for where keys are known"
-    sums = _norm_sums(call.key, call.visibility.keys.real)
-    return sums.repeat_interleave(output.shape[1] // sums.shape[1], dim=1)
-
-
-def _norm_sums(vectors: Float[Tensor, "batch head token width"], real: Bool[Tensor, "batch token"]) -> Tensor:
-    norms = vectors.to(_exact(vectors)).norm(dim=-1)
-    return norms.where(real[:, None], 0).sum(-1, dtype=torch.float64)
+    norms = call.key.to(_exact(call.key)).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
+    return norms.repeat_interleave(output.shape[1] // norms.shape[1], dim=1)
 
 
 def _self_score(call: Call, _output: Tensor, measured: Tensor) -> Tensor:
@@ -314,15 +313,15 @@ def _self_score(call: Call, _output: Tensor, measured: Tensor) -> Tensor:
     sees_itself = (visibility.first <= place) & (place < visibility.last)
     if visibility.allowed is not None:
         sees_itself = sees_itself & visibility.allowed.diagonal(dim1=-2, dim2=-1)
-    return scores.masked_fill(~sees_itself, -torch.inf).where(measured, 0)
+    return scores.masked_fill(~sees_itself, _UNSEEN).where(measured, 0)
 
 
 OF_CALLS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
     "context_norm": _context_norm,
     "output_norm": _output_norm,
     "value_norm": _value_norm,
-    "query_norms": _query_norms,
-    "key_norms": _key_norms,
+    "query_norm": _query_norm,
+    "key_norm": _key_norm,
     "self_score": _self_score,
 }
 

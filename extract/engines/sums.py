@@ -249,21 +249,9 @@ def sink_keys(o: HeadObservation) -> Tensor:
 
 
 @_quantity()
-def queries(o: HeadObservation) -> Tensor:
-    """Real queries."""
-    return o.visibility.queries.real.sum(-1)[:, None].expand_as(o.count)
-
-
-@_quantity()
 def keys(o: HeadObservation) -> Tensor:
     """Real keys."""
     return o.visibility.keys.real.sum(-1)[:, None].expand_as(o.count)
-
-
-@_quantity("value_norm")
-def value_norms(o: HeadObservation) -> Tensor:
-    """Σ_j ‖v_j W_O^h‖ over real keys."""
-    return o.rows["value_norm"].double().sum(-1)
 
 
 @_quantity("value_norm", merge=None)

@@ -327,7 +327,7 @@ def value_weighted_first(o: HeadQuantities) -> Values:
 
 
 @column(
-    formula="mean over the sequence's tokens of ‖q_i‖, as the attention call receives it, after rotation and normalisation; "
+    formula="mean of ‖q_i‖, as the attention call receives it, after rotation and normalisation; "
     "null where the call has no queries and keys",
     bounds=(0, None),
     nullable=True,
@@ -335,7 +335,7 @@ def value_weighted_first(o: HeadQuantities) -> Values:
 )
 def query_norm(o: HeadQuantities) -> Values:
     """The size of the queries: with that of the keys, the scale of the scores."""
-    return o.ratio(o["query_norms"], o["queries"])
+    return o.mean("query_norm")
 
 
 @column(
@@ -346,13 +346,13 @@ def query_norm(o: HeadQuantities) -> Values:
 )
 def key_norm(o: HeadQuantities) -> Values:
     """The size of the keys."""
-    return o.ratio(o["key_norms"], o["keys"])
+    return o.ratio(o["key_norm"], o["keys"])
 
 
 @column(formula="mean over the sequence's tokens of ‖v_j W_O^h‖", bounds=(0, None), nullable=True, core=False)
 def value_norm(o: HeadQuantities) -> Values:
     """How much a token would write if it had all of the attention."""
-    return o.ratio(o["value_norms"], o["keys"])
+    return o.ratio(o["value_norm"], o["keys"])
 
 
 @column(
@@ -364,7 +364,7 @@ def value_norm(o: HeadQuantities) -> Values:
 )
 def value_ratio_first(o: HeadQuantities) -> Values:
     """Whether the first token would write less than others: far below 1 where a sink writes nothing (value drain)."""
-    return o.ratio(o["value_norm_first"] * (o["keys"] - 1), o["value_norms"] - o["value_norm_first"])
+    return o.ratio(o["value_norm_first"] * (o["keys"] - 1), o["value_norm"] - o["value_norm_first"])
 
 
 @column(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from attlas.extract.engines import choose
 from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.profiles import PROFILE_COLUMNS
-from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES
+from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, known_quantities
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 from attlas.extract.engines.visibility import Axis, visibility_from_mask
 from attlas.extract.tables import TABLES, needs_of
@@ -167,6 +167,9 @@ def test_a_call_that_the_model_has_made_agrees_with_float64_and_is_left_as_it_is
     call = call_of(**facts)
     exact = choose("reference").attend(doubled(call), lambda: own_output(call), ALL)[1]
     made, contexts = scored(call), own_output(call).float().nan_to_num(7.0)
+    known = known_quantities(ALL, made.facts)
+    assert ALL - known == {"query_norm", "key_norm"} | ALL - known_quantities(ALL, call.facts)
+    exact = Rows(exact.measured, {name: exact[name] for name in known})
     before = made.scores.clone(), contexts.clone()
     rows = choose(engine).rows_of_scores(made, contexts, ALL)
     assert_rows_agree(rows, exact, absolute=2e-5 * max(1.0, facts["size"]), relative=1e-4)

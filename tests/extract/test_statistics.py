@@ -1,0 +1,106 @@
+"""What is measured besides the core: chosen by name, absent otherwise, and listed in the manifest."""
+
+from pathlib import Path
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from attlas.analysis.dataset import Dataset
+from attlas.analysis.query import query
+from attlas.analysis.report import write_report
+from attlas.analysis.verify import verify
+from attlas.extract import measure
+from attlas.extract.errors import Refusal
+from attlas.extract.options import RunOptions
+from attlas.extract.run import plan_run
+from attlas.extract.store import open_dataset
+from attlas.extract.tables import TABLES, columns_beyond_core, measured_columns
+from tests.extract.runs import complete_run
+from tests.files import read_json, write_json
+
+EXTRA = sorted(TABLES["heads"].optional)
+
+
+def options(tmp_path: Path, statistics: str, out: str = "out") -> RunOptions:
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("Only what is asked for is measured, and nothing else is there. " * 6)
+    return RunOptions(
+        model="demo", corpus=str(corpus), out=tmp_path / out, max_length=24, shard_sequences=3, statistics=statistics
+    )
+
+
+def names(columns) -> set[str]:
+    return {column.name for column in columns}
+
+
+def test_the_core_is_always_measured_and_names_add_to_it() -> None:
+    core = measured_columns()
+    assert set(core) == {"heads", "residual", "profiles"}
+    assert not names(core["heads"]) & set(EXTRA)
+    assert len(EXTRA) >= 6
+    assert measured_columns("core") == core == measured_columns(())
+    everything = measured_columns("all")
+    assert all(everything[name] == table.facts for name, table in TABLES.items() if name in everything)
+    one = measured_columns("query_norm")
+    assert names(one["heads"]) - names(core["heads"]) == {"query_norm"}
+    assert one == measured_columns("core, heads.query_norm") == measured_columns(["query_norm"])
+    assert columns_beyond_core(TABLES.values(), one) == ["heads.query_norm"]
+    assert columns_beyond_core(TABLES.values(), core) == []
+    assert measured_columns("heads")["heads"] == TABLES["heads"].facts
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ("query_nrm", "'query_nrm' is none; did you mean query_norm, query_rows, key_norm"),
+        ("residual.query_norm", "'residual.query_norm' is none; did you mean query_norm"),
+        ("ALL", "'ALL' is none; attlas stats lists them"),
+        ("documents", "'documents' is none"),
+    ],
+)
+def test_an_unknown_name_is_refused_before_anything_is_written(tmp_path: Path, statistics: str, message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        plan_run(options(tmp_path, statistics))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_has_the_columns_that_were_asked_for_and_lists_them(demo, tmp_path: Path) -> None:
+    for statistics, extra in (("core", []), ("sink_keys", ["sink_keys"]), ("all", EXTRA)):
+        out = Path(str(complete_run(options(tmp_path, statistics, statistics)).options.out))
+        manifest = open_dataset(out)[1]
+        columns = pq.read_schema(next((out / "heads").iterdir())).names
+        assert sorted(set(columns) & set(EXTRA)) == extra
+        assert manifest["tables"]["heads"]["columns"] == columns
+        assert manifest["run"]["statistics"] == [f"heads.{name}" for name in extra]
+        assert verify(out) == []
+        assert Dataset.open(out).scan("heads").collect_schema().names() == columns
+        assert query(out, "SELECT * FROM heads LIMIT 1").column_names == columns
+        assert Path(str(write_report(out))).exists()
+    shared = pq.read_schema(tmp_path / "core" / "heads" / "shard-00000.parquet").names
+    core, everything = (
+        pl.read_parquet(tmp_path / name / "heads" / "*.parquet", columns=shared) for name in ("core", "all")
+    )
+    assert core.equals(everything), "asking for more changes no number"
+
+
+def test_a_column_that_the_manifest_lists_and_a_part_lacks_is_found(demo, tmp_path: Path) -> None:
+    out = Path(str(complete_run(options(tmp_path, "core")).options.out))
+    manifest = read_json(out / "manifest.json")
+    manifest["tables"]["heads"]["columns"].insert(-1, "sink_keys")
+    write_json(out / "manifest.json", manifest)
+    assert {finding.check for finding in verify(out)} == {"schema"}
+
+
+def test_a_run_is_not_resumed_with_other_statistics(demo, tmp_path: Path) -> None:
+    plan_run(options(tmp_path, "core"))
+    with pytest.raises(Refusal, match=r"statistics: there \[\], asked \['heads\.query_norm'\]"):
+        plan_run(options(tmp_path, "query_norm"))
+
+
+def test_measure_takes_statistics_too(demo) -> None:
+    inputs = demo.tokenizer("measured in a notebook", return_tensors="pt")
+    assert set(EXTRA) <= set(measure(demo.model, statistics="all", **inputs)["heads"].column_names)
+    (heads,) = measure(demo.model, tables=("heads",), statistics=("key_norm",), **inputs).values()
+    assert set(heads.column_names) & set(EXTRA) == {"key_norm"}
+    assert not set(measure(demo.model, **inputs)["heads"].column_names) & set(EXTRA)
