@@ -234,7 +234,7 @@ def row_damages(table: str) -> dict[str, Callable[[pa.Table], pa.Table]]:
         "huge key": fill_column(first, 2**31 - 1, pa.int64()),
     }
     for name, value in (("nan", float("nan")), ("inf", float("inf")), ("huge", 3e38), ("negative", -3e38)):
-        floats = [c.name for c in TABLES[table].facts if c.dtype.startswith("float")]
+        floats = [c.name for c in TABLES[table].facts if c.core and c.dtype.startswith("float")]
         if floats:
             damages[f"{name} everywhere"] = lambda rows, floats=floats, value=value: _fill_columns(rows, floats, value)
     return damages
