@@ -371,7 +371,7 @@ def value_ratio_first(o: HeadQuantities) -> Values:
     formula="number of keys j with α_j > 0.3, α_j = Σ_i p[i,j] / (rows that see j), among keys that at least half of the "
     "measured rows see",
     unit="keys",
-    dtype="int32",
+    dtype="int64",
     bounds=(0, "n"),
     reference="Gu 2025",
     nullable=True,
