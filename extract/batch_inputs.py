@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,26 +21,32 @@ from attlas.extract.model.special_tokens import SpecialTokens
 
 
 class SequenceInput(NamedTuple):
-    """A sequence: its length in tokens, and its token ids, or the name and SHA-256 of its image."""
+    """A sequence: its length in tokens, its token ids or the name and SHA-256 of its image, whether it is in the sample."""
 
     tokens: int
     content: Any
+    in_sample: bool = True
 
 
-def sequence_inputs(instrument: Instrument, sequences: pa.Table) -> list[SequenceInput]:
-    """The planned sequences of a shard."""
+def sequence_inputs(instrument: Instrument, sequences: pa.Table, *, sample: int | None) -> list[SequenceInput]:
+    """The planned sequences of a shard, the first ones as its sample; None: all of them."""
+    sample = len(sequences) if sample is None else sample
     if instrument.measured_model.images is None:
         ids = (np.asarray(row.as_py(), np.int64) for row in sequences["token_ids"])
-        return [SequenceInput(len(row), row) for row in ids]
-    columns = (sequences[name].to_pylist() for name in ("tokens", "image", "sha256"))
-    return [SequenceInput(tokens, (image, sha256)) for tokens, image, sha256 in zip(*columns, strict=True)]
+        return [SequenceInput(len(row), row, place < sample) for place, row in enumerate(ids)]
+    rows = zip(*(sequences[name].to_pylist() for name in ("tokens", "image", "sha256")), strict=True)
+    return [
+        SequenceInput(tokens, (image, sha256), place < sample) for place, (tokens, image, sha256) in enumerate(rows)
+    ]
 
 
 def batch_inputs(instrument: Instrument, sequences: Sequence[SequenceInput]) -> tuple[dict[str, Any], Batch]:
     """The keyword arguments of the model's forward, and what the capture needs to know about the batch."""
     content = [sequence.content for sequence in sequences]
     images = instrument.measured_model.images
-    return _text_batch(instrument, content) if images is None else _image_batch(instrument, images, content)
+    inputs, batch = _text_batch(instrument, content) if images is None else _image_batch(instrument, images, content)
+    sample = np.array([sequence.in_sample for sequence in sequences])
+    return inputs, replace(batch, sample=_to_device(instrument.encoder.device, sample))
 
 
 def _image_batch(

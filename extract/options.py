@@ -30,6 +30,7 @@ class RunOptions:
     limit: int | None = None
     tokens: TokenMode = "classes"
     statistics: str | Collection[str] = "core"  # core, all, or names of tables and columns to measure as well
+    sample: int = 8  # sequences of each shard for which sampled columns are measured
     stacks: Stacks = "encoder"  # of an encoder–decoder model
     text_column: str = "text"
     unit: Literal["document", "paragraph", "line"] = "document"
@@ -48,7 +49,14 @@ class RunOptions:
 
 def check_options(options: RunOptions) -> Corpus:
     """Check everything that can be checked before the model is loaded; returns the opened corpus. Raises Refusal."""
-    for name, lowest in (("max_length", 1), ("stride", 0), ("limit", 1), ("shard_sequences", 1), ("batch_tokens", 1)):
+    for name, lowest in (
+        ("max_length", 1),
+        ("stride", 0),
+        ("limit", 1),
+        ("shard_sequences", 1),
+        ("batch_tokens", 1),
+        ("sample", 1),
+    ):
         value = getattr(options, name)
         if value is not None and value < lowest:
             raise Refusal(f"{name} must be at least {lowest}; got {value}; give a larger number")

@@ -88,6 +88,7 @@ class Worker:
     plan: Plan
     instrument: Instrument
     batch_tokens: int
+    sample: int
     tokens: str  # what the dataset keeps of the tokens themselves
 
     def rows_of(self, shard: int) -> tuple[pa.Table, pa.Table]:
@@ -136,7 +137,7 @@ def open_worker(
             f"a worker measures as planned; {store.storage.place()} was planned otherwise ({'; '.join(differences)}); "
             "give it the same model, options and software"
         )
-    return Worker(store, plan, instrument, batch_tokens, options.tokens)
+    return Worker(store, plan, instrument, batch_tokens, options.sample, options.tokens)
 
 
 def measure_shards(
@@ -163,7 +164,12 @@ def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], 
 
     sequences, documents = worker.rows_of(shard)
     tables, facts = measure_sequences(
-        worker.instrument, sequences, shard=shard, batch_tokens=worker.batch_tokens, progress=progress
+        worker.instrument,
+        sequences,
+        shard=shard,
+        batch_tokens=worker.batch_tokens,
+        sample=worker.sample,
+        progress=progress,
     )
     tables |= planned_tables(sequences, documents, tokens=worker.tokens)
     parts = {name: worker.store.write_part(name, shard, table) for name, table in sorted(tables.items())}

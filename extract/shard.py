@@ -31,16 +31,18 @@ def measure_sequences(
     *,
     shard: int,
     batch_tokens: int,
+    sample: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
     """The measured tables of a shard, and the numbers of its positions and of the padded ones among them.
 
+    sample: the number of sequences, from the first on, for which sampled columns are computed; None: all.
     Threads take turns at the model, and do everything before and after it concurrently.
     progress(tokens, documents): called after each batch with its tokens, and the number of documents whose last sequence was
     in it.
     """
     measured_model = instrument.measured_model
-    inputs = sequence_inputs(instrument, sequences)
+    inputs = sequence_inputs(instrument, sequences, sample=sample)
     lengths = [sequence.tokens for sequence in inputs]
     planned = plan_batches(measured_model, lengths, batch_tokens=batch_tokens)
     sequence_ids, document_ids = (sequences[name].to_numpy() for name in ("sequence_id", "document_id"))

@@ -74,6 +74,9 @@ class Run(BaseModel, frozen=True, extra="forbid"):
             description="what to measure: core, all, or names of columns and tables besides the core, separated by commas",
         ),
     ] = "core"
+    sample: Annotated[
+        Count, Field(description="sequences of each shard for which statistics that need whole rows are measured")
+    ] = 8
     stacks: Annotated[
         Literal["encoder", "all"],
         Field(

@@ -324,6 +324,10 @@ def sample_columns(
         "keys_for_half_mass": mean(keys_for_mass(p[i, visible[i]], 0.5) for i in rows),
         "keys_for_90_mass": mean(keys_for_mass(p[i, visible[i]], 0.9) for i in rows),
         "gini": mean(gini(p[i, visible[i]]) for i in rows),
+        **{f"mass_top_{k}": mean(math.fsum(sorted(p[i], reverse=True)[:k]) for i in rows) for k in (4, 16, 64)},
+        "mass_streaming": mean(
+            math.fsum(float(p[i, j]) for j in range(len(p)) if j < 4 or i - 64 < j <= i) for i in rows
+        ),
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
-from attlas.extract.engines.quantities import Fact, known_quantities, needs_of
+from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact, known_quantities, needs_of
 from attlas.extract.errors import Refusal
 
 if TYPE_CHECKING:
@@ -60,22 +60,26 @@ class Engine:
         """
         from attlas.extract.engines import reference
 
-        known = known_quantities(wanted, call.facts)
-        needed = _without_unneeded(call, known)
+        known, sampled = _split_sampled(known_quantities(wanted, call.facts))
+        needed = _without_unneeded(call, known | sampled)
         if self.fused is None or not self.fused.takes(needed):
-            return reference.attend(needed, call_original, known)
-        output, rows = self.fused.attend(needed, call_original)
-        return output, _complement(rows, needed, output, known)
+            output, rows = reference.attend(needed, call_original, known)
+        else:
+            output, rows = self.fused.attend(needed, call_original)
+            rows = _complement(rows, needed, output, known)
+        return output, _add_sampled(rows, needed, output, sampled)
 
     def rows_of_scores(self, call: ScoredCall, output: Tensor, wanted: Collection[str]) -> Rows:
         """The wanted row quantities of a call that the model computed, if the call has what they need."""
         from attlas.extract.engines import reference
 
-        known = known_quantities(wanted, call.facts)
-        needed = _without_unneeded(call, known)
+        known, sampled = _split_sampled(known_quantities(wanted, call.facts))
+        needed = _without_unneeded(call, known | sampled)
         if self.fused is None or self.fused.rows_of_scores is None or not self.fused.takes(needed):
-            return reference.rows_of(needed, output, known)
-        return _complement(self.fused.rows_of_scores(needed, output), needed, output, known)
+            rows = reference.rows_of(needed, output, known)
+        else:
+            rows = _complement(self.fused.rows_of_scores(needed, output), needed, output, known)
+        return _add_sampled(rows, needed, output, sampled)
 
     def head_sums(self, observation: HeadObservation, names: Sequence[str], *, profiles: bool = False) -> HeadSums:
         """The named head quantities of an observation, and its profiles if asked for."""
@@ -83,7 +87,8 @@ class Engine:
 
     def left_to_reference(self, wanted: Collection[str]) -> list[str]:
         """The wanted row quantities that this engine leaves to the reference engine."""
-        return [] if self.fused is None else sorted(set(wanted) - self.fused.makes)
+        others = {name for name in wanted if not ROW_QUANTITIES[name].sampled}
+        return [] if self.fused is None else sorted(others - self.fused.makes)
 
     def residual_left_to_reference(self, columns: Collection[str]) -> list[str]:
         """The residual columns that are computed in torch, not by compiled code."""
@@ -92,6 +97,33 @@ class Engine:
         from attlas.extract.engines import residual_cpu
 
         return sorted(set(columns) - residual_cpu.MAKES)
+
+
+def _split_sampled(names: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """Row quantities of all sequences, and those of the sample."""
+    sampled = frozenset(name for name in names if ROW_QUANTITIES[name].sampled)
+    return names - sampled, sampled
+
+
+def _add_sampled(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, names: frozenset[str]) -> Rows:
+    """Add quantities of the sample's sequences, computed by the reference engine; NaN for the others."""
+    import torch
+
+    from attlas.extract.engines import reference
+
+    if not names:
+        return rows
+    if call.sample is None:
+        made = reference.rows_of(call, output, names, measured=rows.measured).quantities
+        return replace(rows, quantities={**rows.quantities, **made})
+    chosen = call.sample.nonzero().flatten()
+    quantities = dict.fromkeys(names, torch.full(rows.measured.shape, torch.nan, device=output.device))
+    if len(chosen):
+        made = reference.rows_of(call.of_sequences(chosen), output[chosen], names, measured=rows.measured[chosen])
+        for name, values in made.quantities.items():
+            quantities[name] = torch.full(rows.measured.shape, torch.nan, dtype=values.dtype, device=output.device)
+            quantities[name][chosen] = values
+    return replace(rows, quantities={**rows.quantities, **quantities})
 
 
 def _without_unneeded(call: Call, known: Collection[str]) -> Call:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 # what an attention call may have: queries and keys as vectors; scores rather than only the pattern; common positions of
@@ -17,6 +18,8 @@ from typing import Literal
 Fact = Literal["queries", "scores", "positions", "token_ids", "classes", "values", "projection", "sink", "grid"]
 # how numbers of windows are combined into that of the sequence; None if they cannot be
 Merge = Literal["sum", "max"]
+
+_WRITTEN: tuple[Fact, ...] = ("projection", "values")
 
 TOKEN_CLASSES = ("bos", "separator", "special", "whitespace", "punctuation", "number", "word_start", "subword")
 
@@ -28,6 +31,7 @@ class RowQuantity:
     `axis`: there is a number per query (of its row), per key or distance (summed over rows), or per head. Rows that are not
     measured (padding, fully masked, non-finite scores) have 0 and add to no sum. `merge`: how the rows of a head are
     combined into a number of the sequence, by sum or maximum; None if they are not. A call must have all that it `needs`.
+    `sampled`: computed for the sequences of the sample only, NaN for others.
     """
 
     name: str
@@ -35,7 +39,10 @@ class RowQuantity:
     axis: Literal["query", "key", "distance", "head"] = "query"
     merge: Merge | None = "sum"
     needs: tuple[Fact, ...] = ()
+    sampled: bool = False
 
+
+_of_sample = partial(RowQuantity, sampled=True)
 
 ROW_QUANTITIES: dict[str, RowQuantity] = {
     quantity.name: quantity
@@ -93,6 +100,17 @@ ROW_QUANTITIES: dict[str, RowQuantity] = {
             needs=("grid",),
         ),
         RowQuantity(name="patch_mass", formula="Σ_i Σ_j p over patches i and j", axis="head", needs=("grid",)),
+        _of_sample(name="keys_for_half_mass", formula="fewest keys with half of Σ p"),
+        _of_sample(name="keys_for_90_mass", formula="fewest keys with 0.9 of Σ p"),
+        _of_sample(name="gini", formula="Σ_j Σ_k |p_j − p_k| / (2 m Σ p)"),
+        _of_sample(name="mass_top_4", formula="Σ of the 4 largest p"),
+        _of_sample(name="mass_top_16", formula="Σ of the 16 largest p"),
+        _of_sample(name="mass_top_64", formula="Σ of the 64 largest p"),
+        _of_sample(name="mass_streaming", formula="Σ p over j < 4 or i − 64 < j ≤ i", needs=("positions",)),
+        _of_sample(name="norm_entropy", formula="−Σ q ln q, q = p ‖v W_O^h‖ / Σ p ‖v W_O^h‖", needs=_WRITTEN),
+        _of_sample(name="norm_distance", formula="Σ q·|d|", needs=(*_WRITTEN, "positions")),
+        _of_sample(name="norm_max_weight", formula="max q", needs=_WRITTEN),
+        _of_sample(name="norm_rows", formula="1 if Σ p ‖v W_O^h‖ > 0", needs=_WRITTEN),
         RowQuantity(name="patch_rows", formula="patches i that see any patch", axis="head", needs=("grid",)),
     )
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from attlas.extract.engines.patches import Grid, PatchSums
 from attlas.extract.engines.quantities import ROW_QUANTITIES
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
+from attlas.extract.engines.sampled import SAMPLED
 from attlas.extract.engines.visibility import diagonal_sums, rows_per_block
 
 Call = AttentionCall | ScoredCall
@@ -169,6 +170,19 @@ class Block:
         return self.weights / self.total[..., None]
 
     @cached_property
+    def descending(self) -> Float[Tensor, "batch head row key"]:
+        """The weights of each row, the largest first."""
+        return self.pattern.sort(-1, descending=True).values
+
+    @cached_property
+    def norm_weighted(self) -> Float[Tensor, "batch head row key"]:
+        """p ‖v W_O^h‖ as shares of each row's sum; zeros where nothing is written."""
+        norms = _value_norm(self.call, self.pattern, self.measured)[..., self.keys]
+        weights = self.pattern * norms[:, :, None]
+        total = weights.sum(-1, keepdim=True)
+        return weights / total.where(total > 0, 1)
+
+    @cached_property
     def sink(self) -> Float[Tensor, "batch head row"]:
         return self.sink_weight / self.total
 
@@ -262,6 +276,7 @@ OF_BLOCKS: dict[str, Callable[[Block], Tensor]] = {
     "patch_distance": lambda block: block.patch_sums.distance,
     "patch_mass": _patch_mass,
     "patch_rows": lambda block: block.patch_sums.rows,
+    **SAMPLED,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -19,7 +19,7 @@ class AttentionCall:
 
     With grouped heads, `key` has fewer heads than `query`, each for consecutive query heads. `sinks` are logits of a
     learned sink. Scores are (query · key)·scale, soft-capped, plus the visibility's bias. `write` is R of each head,
-    lower triangular, with ‖c R‖ = ‖c W_O^h‖.
+    lower triangular, with ‖c R‖ = ‖c W_O^h‖. `sample` marks the sequences of the sample; None: all of them.
     """
 
     query: Float[Tensor, "batch head query width"]
@@ -32,6 +32,19 @@ class AttentionCall:
     write: Float[Tensor, "head value_width value_width"] | None = None
     token_ids: Int[Tensor, "batch token"] | None = None
     grid: Grid | None = None
+    sample: Bool[Tensor, " batch"] | None = None
+
+    def of_sequences(self, chosen: Int[Tensor, " sequence"]) -> AttentionCall:
+        """The call of some sequences."""
+        return replace(
+            self,
+            query=self.query[chosen],
+            key=self.key[chosen],
+            value=self.value[chosen],
+            visibility=self.visibility.of_sequences(chosen),
+            token_ids=None if self.token_ids is None else self.token_ids[chosen],
+            sample=None,
+        )
 
     @property
     def facts(self) -> frozenset[Fact]:
@@ -54,6 +67,19 @@ class ScoredCall:
     token_ids: Int[Tensor, "batch token"] | None = None
     grid: Grid | None = None
     weights_only: bool = False
+    sample: Bool[Tensor, " batch"] | None = None
+
+    def of_sequences(self, chosen: Int[Tensor, " sequence"]) -> ScoredCall:
+        """The call of some sequences."""
+        return replace(
+            self,
+            scores=self.scores[chosen],
+            value=None if self.value is None else self.value[chosen],
+            visibility=self.visibility.of_sequences(chosen),
+            sinks=None if self.sinks is None else self.sinks[chosen],
+            token_ids=None if self.token_ids is None else self.token_ids[chosen],
+            sample=None,
+        )
 
     @property
     def facts(self) -> frozenset[Fact]:

@@ -41,6 +41,9 @@ class Axis:
     def real(self) -> Bool[Tensor, "batch token"]:
         return self.positions >= 0
 
+    def of_sequences(self, chosen: Int[Tensor, " sequence"]) -> Axis:
+        return Axis(self.start[chosen], self.length[chosen], self.tokens)
+
     @cached_property
     def padding(self) -> slice | None:
         """From the first to the last place at which any sequence has padding; None if none has."""
@@ -83,6 +86,16 @@ class Visibility:
     last: Int[Tensor, "#batch #group query"]
     allowed: Bool[Tensor, "#batch #group query key"] | None = None
     bias: Float[Tensor, "#batch #group query key"] | None = None
+
+    def of_sequences(self, chosen: Int[Tensor, " sequence"]) -> Visibility:
+        """The visibility of some sequences."""
+        queries = self.queries.of_sequences(chosen)
+        keys = self.keys.of_sequences(chosen) if self.is_cross_attention else queries
+        first, last, allowed, bias = (
+            x if x is None or len(x) == 1 else x[chosen] for x in (self.first, self.last, self.allowed, self.bias)
+        )
+        assert first is not None and last is not None, "every query has a range of keys"
+        return Visibility(queries, keys, first, last, allowed, bias)
 
     @property
     def is_cross_attention(self) -> bool:

@@ -8,6 +8,7 @@ p[i,j] is the pattern, s[i,j] the masked and scaled score, d = j − i, V_i the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -393,6 +394,83 @@ def sink_keys(o: HeadQuantities) -> Values:
 def mean_log_self(o: HeadQuantities) -> Values:
     """The log-determinant of a causal pattern, divided by its rows."""
     return o.ratio(o["log_self"], o["log_self_rows"])
+
+
+_sampled = partial(column, nullable=True, core=False)
+_OF_SAMPLE = "; null outside the sample"
+
+
+@_sampled(formula=f"mean of the fewest keys with half of the row's mass{_OF_SAMPLE}", unit="keys", bounds=(1, "n"))
+def keys_for_half_mass(o: HeadQuantities) -> Values:
+    """How many keys matter to a row, however long its tail."""
+    return o.mean("keys_for_half_mass")
+
+
+@_sampled(formula=f"mean of the fewest keys with 0.9 of the row's mass{_OF_SAMPLE}", unit="keys", bounds=(1, "n"))
+def keys_for_90_mass(o: HeadQuantities) -> Values:
+    """How many keys have to be kept to lose a tenth of the attention."""
+    return o.mean("keys_for_90_mass")
+
+
+@_sampled(formula=f"mean of Σ_j Σ_k |p_j − p_k| / (2 m_i Σ_j p) over visible keys{_OF_SAMPLE}", bounds=(0, 1))
+def gini(o: HeadQuantities) -> Values:
+    """How unequal the weights of a row are: 0 if they are equal, (m − 1)/m if one key has all."""
+    return o.mean("gini")
+
+
+@_sampled(formula=f"mean of the sum of the 4 largest p{_OF_SAMPLE}", bounds=(0, 1))
+def mass_top_4(o: HeadQuantities) -> Values:
+    """Weight of the 4 strongest keys of each row."""
+    return o.mean("mass_top_4")
+
+
+@_sampled(formula=f"mean of the sum of the 16 largest p{_OF_SAMPLE}", bounds=(0, 1))
+def mass_top_16(o: HeadQuantities) -> Values:
+    """Weight of the 16 strongest keys of each row."""
+    return o.mean("mass_top_16")
+
+
+@_sampled(formula=f"mean of the sum of the 64 largest p{_OF_SAMPLE}", bounds=(0, 1))
+def mass_top_64(o: HeadQuantities) -> Values:
+    """Weight of the 64 strongest keys of each row."""
+    return o.mean("mass_top_64")
+
+
+@_sampled(formula=f"mean of Σ p over j < 4 or i − 64 < j ≤ i{_OF_SAMPLE}", bounds=(0, 1), reference="Xiao 2024")
+def mass_streaming(o: HeadQuantities) -> Values:
+    """Weight of the keys that streaming with 4 sinks and a window of 64 would keep."""
+    return o.mean("mass_streaming")
+
+
+_NORM_WEIGHTED = "q_j = p_j·‖v_j W_O^h‖ / Σ_k p_k·‖v_k W_O^h‖"
+
+
+@_sampled(
+    formula=f"mean of −Σ q ln q, {_NORM_WEIGHTED}{_OF_SAMPLE}",
+    unit="nats",
+    bounds=(0, "ln n"),
+    reference="Kobayashi 2020",
+)
+def norm_entropy_nats(o: HeadQuantities) -> Values:
+    """How spread a row's attention is, each key counted by what it writes."""
+    return o.ratio(o["norm_entropy"], o["norm_rows"])
+
+
+@_sampled(
+    formula=f"mean of Σ q·|d|, {_NORM_WEIGHTED}{_OF_SAMPLE}",
+    unit="tokens",
+    bounds=(0, "n−1"),
+    reference="Kobayashi 2020",
+)
+def norm_distance_tokens(o: HeadQuantities) -> Values:
+    """From how far the head writes."""
+    return o.ratio(o["norm_distance"], o["norm_rows"])
+
+
+@_sampled(formula=f"mean of max q, {_NORM_WEIGHTED}{_OF_SAMPLE}", bounds=("1/n", 1), reference="Kobayashi 2020")
+def norm_max_weight(o: HeadQuantities) -> Values:
+    """The largest share of what is written in a row."""
+    return o.ratio(o["norm_max_weight"], o["norm_rows"])
 
 
 @column(formula="rows measured", unit="rows", dtype="int64", bounds=(0, "n"))

@@ -107,6 +107,11 @@ def assert_rows_agree(got: Rows, expected: Rows, *, absolute: float, relative: f
     assert torch.equal(got.measured, expected.measured)
     assert got.quantities.keys() == expected.quantities.keys()
     for name, values in expected.quantities.items():
+        if name.startswith(
+            "keys_for_"
+        ):  # a sum of weights that reaches the share by rounding alone is one key more or less
+            assert ((got[name] - values).abs() <= 1).all(), name
+            continue
         torch.testing.assert_close(
             got[name].double(), values.double(), atol=absolute, rtol=relative, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -1,17 +1,25 @@
 """What is measured besides the core: chosen by name, absent otherwise, and listed in the manifest."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import torch
+import transformers
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.query import query
 from attlas.analysis.report import write_report
 from attlas.analysis.verify import verify
 from attlas.extract import measure
+from attlas.extract.capture.runtime.batch import Batch
+from attlas.extract.collector import open_collector
+from attlas.extract.engines import choose
 from attlas.extract.errors import Refusal
+from attlas.extract.measurement import layout_of, observe
 from attlas.extract.options import RunOptions
 from attlas.extract.run import plan_run
 from attlas.extract.store import open_dataset
@@ -28,6 +36,14 @@ def options(tmp_path: Path, statistics: str, out: str = "out") -> RunOptions:
     return RunOptions(
         model="demo", corpus=str(corpus), out=tmp_path / out, max_length=24, shard_sequences=3, statistics=statistics
     )
+
+
+def tiny_swin() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4
+    )
+    return transformers.SwinModel(config).eval()
 
 
 def names(columns) -> set[str]:
@@ -82,6 +98,45 @@ def test_a_dataset_has_the_columns_that_were_asked_for_and_lists_them(demo, tmp_
         pl.read_parquet(tmp_path / name / "heads" / "*.parquet", columns=shared) for name in ("core", "all")
     )
     assert core.equals(everything), "asking for more changes no number"
+
+
+SAMPLED = ("gini", "keys_for_half_mass", "mass_top_16", "mass_streaming", "norm_entropy_nats")
+
+
+def test_sampled_columns_are_those_of_the_first_sequences_of_each_shard(demo, tmp_path: Path) -> None:
+    few = replace(options(tmp_path, "all", "few"), sample=2, shard_sequences=4)
+    every = replace(options(tmp_path, "all", "every"), sample=4, shard_sequences=4)
+    tables = []
+    for asked in (few, every):
+        out = Path(str(complete_run(asked).options.out))
+        assert verify(out) == []
+        tables.append(pl.read_parquet(out / "heads" / "*.parquet").sort("sequence_id", "layer", "head"))
+    sampled, whole = tables
+    in_sample = pl.col("sequence_id") % 4 < 2
+    assert sampled.filter(in_sample).equals(whole.filter(in_sample))
+    others = sampled.filter(~in_sample)
+    assert others.height > 0
+    assert all(others[name].null_count() == others.height for name in SAMPLED)
+    assert all(whole[name].null_count() == 0 for name in SAMPLED)
+    core = [name for name in sampled.columns if name not in TABLES["heads"].optional]
+    assert sampled.select(core).equals(whole.select(core))
+
+
+def test_sampled_quantities_of_windows_are_of_their_sequences() -> None:
+    """Swin attends within windows, each a row of the call's batch."""
+    model, pixels = tiny_swin(), torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    layout = layout_of(model, {"pixel_values": pixels})
+    values = {}
+    for name, sample in (("all", None), ("second", torch.tensor([False, True, False]))):
+        numbers = np.arange(3)
+        collector = open_collector(measured_columns("gini"), model, layout, sequence_ids=numbers, document_ids=numbers)
+        batch = Batch(3, sample=sample)
+        observe(model, layout, {"pixel_values": pixels}, batch=batch, engine=choose("auto"), collector=collector)
+        values[name] = pl.DataFrame(collector.tables()["heads"]).sort("sequence_id", "stack", "layer", "head")
+    second = pl.col("sequence_id") == 1
+    assert values["all"]["gini"].null_count() == 0
+    assert values["second"].filter(second).equals(values["all"].filter(second))
+    assert values["second"].filter(~second)["gini"].null_count() == values["second"].filter(~second).height
 
 
 def test_a_column_that_the_manifest_lists_and_a_part_lacks_is_found(demo, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attlas.extract.engines.patches import Grid
@@ -23,8 +23,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """The number of sequences, the tokens of each text input by its name, and the patch grid of each stack of images."""
+    """The number of sequences, the tokens of each text input by its name, and the patch grid of each stack of images.
+
+    `sample` marks the sequences of the sample, for statistics that are computed for them only; None: all of them.
+    """
 
     sequences: int
     texts: Mapping[str, Tokens] = field(default_factory=dict)
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    sample: Bool[Tensor, " sequence"] | None = None

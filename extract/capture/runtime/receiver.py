@@ -73,6 +73,7 @@ class CallReceiver:
             write=self._write_factor(),
             token_ids=self.layers.tokens(attention.queries).ids,
             grid=self._grid(attention, *query.shape[::2]),
+            sample=self._sample(attention, len(query)),
         )
         original = OriginalOutput(request, query)
         output, rows = self._engine.attend(call, original.whole, self._observer.needs.row_quantities)
@@ -100,6 +101,7 @@ class CallReceiver:
             write=self._write_factor(),
             token_ids=self.layers.tokens(attention.queries).ids,
             grid=self._grid(attention, *manual.scores.shape[::2]),
+            sample=self._sample(attention, len(manual.scores)),
         )
         rows = self._engine.rows_of_scores(call, manual.contexts, self._observer.needs.row_quantities)
         self._measure(attention, call.visibility, rows, manual.contexts)
@@ -119,6 +121,7 @@ class CallReceiver:
             write=self._write_factor(),
             token_ids=self.layers.tokens(attention.queries).ids,
             grid=self._grid(attention, *pattern.shape[::2]),
+            sample=self._sample(attention, len(pattern)),
             weights_only=True,
         )
         of_tokens = contexts[:, :, : pattern.shape[-2]]
@@ -138,6 +141,14 @@ class CallReceiver:
         grid = self._batch.grids.get(attention.stack)
         is_whole = grid is not None and batch == self._batch.sequences and queries == grid.tokens
         return grid if is_whole and not attention.is_cross_attention else None
+
+    def _sample(self, attention: Attention, batch: int) -> Tensor | None:
+        """Which rows of a call's batch are of sequences of the sample: a sequence may have several windows."""
+        sample = self._batch.sample
+        if sample is None or batch % len(sample):
+            return None
+        windows = batch // len(sample)
+        return sample.repeat(windows) if attention.batch_last else sample.repeat_interleave(windows)
 
     def _measure(self, attention: Attention, visibility: Visibility, rows: Rows, contexts: Tensor) -> None:
         """Sum the rows of each head. Nothing of the size of a pattern is kept."""

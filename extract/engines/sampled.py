@@ -1,0 +1,73 @@
+"""Row quantities that need whole rows of the pattern at once: sorted weights, and the pattern weighted by values' norms.
+
+They cost more than a pass over the keys, so a run computes them for a sample of its sequences only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from attlas.extract.engines.reference import Block
+
+# a share is reached within one part in a million, so that ties do not depend on rounding
+_TOLERANCE = 1e-6
+# the keys that StreamingLLM keeps: the first ones, and those of a window that ends at the query (Xiao 2024)
+STREAMING_FIRST, STREAMING_LAST = 4, 64
+
+
+def keys_for_mass(block: Block, share: float) -> Float[Tensor, "batch head row"]:
+    """The fewest keys that hold this share of what the row gives to its keys."""
+    cumulative = block.descending.double().cumsum(-1)
+    enough = share * (1 - _TOLERANCE) * cumulative[..., -1:]
+    return ((cumulative < enough).sum(-1) + 1).double()
+
+
+def gini(block: Block) -> Float[Tensor, "batch head row"]:
+    """Σ |p_j − p_k| / (2 m Σ p) over the m visible keys; 0 if they are equal."""
+    weights = block.descending.double()
+    keys = block.usable.sum(-1, keepdim=True)
+    rank = torch.arange(1, weights.shape[-1] + 1, device=weights.device)
+    total = (keys * weights).sum(-1)
+    return ((keys + 1 - 2 * rank) * weights).sum(-1) / total.where(total > 0, 1)
+
+
+def mass_top(block: Block, keys: int) -> Float[Tensor, "batch head row"]:
+    return block.descending[..., :keys].sum(-1)
+
+
+def mass_streaming(block: Block) -> Float[Tensor, "batch head row"]:
+    visibility = block.call.visibility
+    query, key = visibility.queries.positions[:, block.rows, None], visibility.keys.positions[:, None, block.keys]
+    kept: Bool[Tensor, "batch row key"] = (key < STREAMING_FIRST) | ((key <= query) & (key > query - STREAMING_LAST))
+    return (block.pattern * kept[:, None]).sum(-1)
+
+
+def norm_entropy(block: Block) -> Float[Tensor, "batch head row"]:
+    weights = block.norm_weighted
+    return -weights.xlogy(weights).sum(-1)
+
+
+def norm_distance(block: Block) -> Float[Tensor, "batch head row"]:
+    return (block.norm_weighted * block.distances.abs()).sum(-1)
+
+
+SAMPLED: dict[str, Callable[[Block], Tensor]] = {
+    "keys_for_half_mass": partial(keys_for_mass, share=0.5),
+    "keys_for_90_mass": partial(keys_for_mass, share=0.9),
+    "gini": gini,
+    "mass_top_4": partial(mass_top, keys=4),
+    "mass_top_16": partial(mass_top, keys=16),
+    "mass_top_64": partial(mass_top, keys=64),
+    "mass_streaming": mass_streaming,
+    "norm_entropy": norm_entropy,
+    "norm_distance": norm_distance,
+    "norm_max_weight": lambda block: block.norm_weighted.amax(-1),
+    "norm_rows": lambda block: (block.norm_weighted.sum(-1) > 0).to(block.pattern.dtype),
+}
