@@ -326,7 +326,7 @@ def sample_columns(
         "gini": mean(gini(p[i, visible[i]]) for i in rows),
         **{f"mass_top_{k}": mean(math.fsum(sorted(p[i], reverse=True)[:k]) for i in rows) for k in (4, 16, 64)},
         "mass_streaming": mean(
-            math.fsum(float(p[i, j]) for j in range(len(p)) if j < 4 or i - 64 < j <= i) for i in rows
+            math.fsum(float(p[i, j]) for j in range(p.shape[1]) if j < 4 or i - 64 < j <= i) for i in rows
         ),
     }
 
@@ -335,7 +335,7 @@ def norm_columns(p: Floats, visible: Bools, rows: list[int], *, v: Floats | None
     if v is None or w_o is None:
         return {"norm_entropy_nats": None, "norm_distance_tokens": None, "norm_max_weight": None}
     weighted = norm_weighted_pattern(p, visible, rows, v=v, w_o=w_o)
-    distance = np.abs(offsets(len(p)))
+    distance = np.abs(np.arange(p.shape[1])[None, :] - np.arange(len(p))[:, None])
     # a row in which no value writes anything has no norm-weighted pattern and is left out
     pairs = [(i, row / row.sum()) for i, row in zip(rows, weighted, strict=True) if row.sum() > 0]
     return {

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention as imported
 
-from attlas.extract import measure
+import attlas
 from attlas.extract.errors import CaptureError, Refusal
 from attlas.extract.measurement import layout_of
 from tests import oracles
@@ -22,6 +23,7 @@ from tests.extract.test_heads import assert_columns
 from tests.extract.test_torch_modules import Heads, Kept, assert_heads, exact, linear
 
 BATCH, TOKENS, WIDTH, HEADS, HEAD_WIDTH = 3, 7, 16, 4, 4
+measure = partial(attlas.measure, statistics="all")
 SDPA = functional.scaled_dot_product_attention
 
 
@@ -421,7 +423,12 @@ def test_a_transformers_model_that_hides_a_layer_shows_it_when_run_again_or_is_r
         place = (row["stack"], row["layer"], row["head"], row["sequence_id"])
         assert place == (known["stack"], known["layer"], known["head"], known["sequence_id"])
         columns = {n: value for n, value in known.items() if n != "stack"}
-        assert_columns(row, columns | (dict.fromkeys(SCORES) if place[:2] in replayed else {}), str(place))
+        assert_columns(
+            row,
+            columns
+            | (dict.fromkeys((*SCORES, "query_norm", "key_norm", "mean_log_self")) if place[:2] in replayed else {}),
+            str(place),
+        )
 
 
 # --- odd batches ---------------------------------------------------------------------------------------------------
@@ -507,8 +514,12 @@ def assert_half(stack: Any, x: torch.Tensor, s: np.ndarray, v: np.ndarray) -> No
     assert len(rows) == BATCH * HEADS
     for row in rows:
         of = row["sequence_id"], row["head"]
-        expected = oracles.head_columns(p[of], s[of], v=v[of], w_o=w_o[row["head"]])
-        rounded = {name: expected.pop(name) for name in ("context_norm", "output_norm")}
+        written = {"v": v[of], "w_o": w_o[row["head"]]}
+        expected = oracles.head_columns(p[of], s[of], **written) | oracles.sample_columns(p[of], s[of], **written)
+        of_values = ("context_norm", "output_norm", "value_norm", "value_ratio_first")
+        rounded = {name: expected.pop(name) for name in of_values}
+        for name in ("query_norm", "key_norm"):  # not of the scores
+            del expected[name]
         known = {name: value for name, value in expected.items() if name in row}
         assert_columns(row, known, f"sequence {of[0]} H{of[1]}")
         for name, value in rounded.items():

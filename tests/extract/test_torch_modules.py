@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack  # pyright: ignore
 
-from attlas.extract import measure
+import attlas
 from attlas.extract.errors import CaptureError, Refusal
 from tests import oracles
 from tests.extract.models import tiny
@@ -26,7 +27,10 @@ BATCH, TOKENS, MEMORY, WIDTH, HEADS = 3, 7, 5, 16, 4
 WITHIN_ONE_SEQUENCE = (
     *("distance_tokens", "offset_tokens", "offset_std_tokens", "distance_vs_uniform", "mass_self", "mass_previous"),
     *("mass_next", "mass_backward", "mass_forward", "mass_same_token", "mass_induction"),
+    *("mean_log_self", "mass_streaming", "norm_distance_tokens"),
 )
+
+measure = partial(attlas.measure, statistics="all")
 
 
 # --- by hand -------------------------------------------------------------------------------------------------------
@@ -169,6 +173,8 @@ def crossing_columns(p: Floats, s: Floats | None, visible: Floats, *, v: Floats,
         **oracles.received_columns(p, rows, None),
         **oracles.score_columns(s, visible, rows),
         **oracles.write_columns(p, visible, rows, v=v, w_o=w_o, context=None),
+        **oracles.vector_columns(rows, q=None, k=None, v=v, w_o=w_o),
+        "sink_keys": oracles.sink_keys(p, visible, rows),
         **dict.fromkeys(WITHIN_ONE_SEQUENCE),
         "mass_first": oracles.mean(float(p[i, 0]) for i in rows),
         "mass_sink": None,
@@ -185,7 +191,10 @@ def expected_columns(
     p, visible = (getattr(heads, name)[sequence, head][queries][:, keys] for name in ("p", "visible"))
     s = None if heads.s is None else heads.s[sequence, head][queries][:, keys]
     v, w_o = heads.v[sequence, head][keys], heads.w_o[head]
-    columns = (crossing_columns if is_cross_attention else oracles.head_columns)(p, s, visible, v=v, w_o=w_o)
+    of_head = crossing_columns if is_cross_attention else oracles.head_columns
+    columns = oracles.sample_columns(p, s, visible, v=v, w_o=w_o) | of_head(p, s, visible, v=v, w_o=w_o)
+    if s is None:
+        columns["mean_log_self"] = None
     named = {name: value for name, value in columns.items() if name.removeprefix("mass_") not in oracles.TOKEN_CLASSES}
     return {**named, "distance_patches": None, "mass_patches": None}  # there are no patches
 
@@ -205,7 +214,16 @@ def assert_heads(tables, expected: Mapping[str, list[Heads]], *, queries=None, k
                         heads, sequence, head, real[sequence], looked_at[sequence], is_cross_attention=stack == "cross"
                     )
                     row = got[stack, sequence, layer, head]
-                    assert set(columns) == set(row) - {"stack", "sequence_id", "layer", "head"}
+                    # queries and keys are compared where they are at hand, in test_heads
+                    columns = {name: value for name, value in columns.items() if name not in ("query_norm", "key_norm")}
+                    assert set(columns) == set(row) - {
+                        "stack",
+                        "sequence_id",
+                        "layer",
+                        "head",
+                        "query_norm",
+                        "key_norm",
+                    }
                     assert_columns(row, columns, f"{stack} sequence {sequence} L{layer}H{head}")
                     compared += 1
     assert compared == len(got)
