@@ -30,6 +30,7 @@ NAMES = (
     "by-hand/mpnet-512",
     "replay/longformer-2048",
     "run/minilm-128",
+    *(f"run/minilm-512-{statistics}" for statistics in ("core", "all")),
     "usual/minilm-512",
     "usual-by-one/minilm-512",
     "memory/bert-base-8192",

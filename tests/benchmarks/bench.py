@@ -38,6 +38,8 @@ def benchmarks() -> tuple[Benchmark, ...]:
         Benchmark("by-hand/mpnet-512", forward(lambda: mpnet(2, 512)), 5),
         Benchmark("replay/longformer-2048", forward(lambda: longformer(1, 2048)), 3),
         Benchmark("run/minilm-128", run.minilm_run, 4),
+        Benchmark("run/minilm-512-core", lambda repeats: run.minilm_run(repeats, run=run.CORE_512), 3),
+        Benchmark("run/minilm-512-all", lambda repeats: run.minilm_run(repeats, run=run.ALL_512), 3),
         Benchmark("usual/minilm-512", lambda repeats: minilm_usual(minilm(8, 512), repeats, at_once=8), 7),
         Benchmark("usual-by-one/minilm-512", lambda repeats: minilm_usual(minilm(8, 512), repeats, at_once=1), 7),
         Benchmark("memory/bert-base-8192", lambda _: compare_peak_memory(8192, 12), 1),

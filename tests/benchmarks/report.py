@@ -18,10 +18,10 @@ from tests.benchmarks.harness import Result
 
 LEGEND = """\
 ratio is ours ÷ theirs, each the fastest of its runs; median and range are of the ratios of neighbouring runs
-forward/*  tokens/s of a measured forward pass, with all columns, against the plain one (padding does not count)
+forward/*  tokens/s of a measured forward pass, with the core columns, against the plain one (padding does not count)
 by-hand/*  the same for a model that computes softmax itself, replay/* for one whose attention is run again
-run/*      tokens/s from tokenisation to Parquet and manifest, against plain passes over the same batches; without
-           loading the model and starting Prefect, whose cost does not depend on the corpus
+run/*      tokens/s from tokenisation to Parquet and manifest, against plain passes over the same batches; without loading
+           the model and starting Prefect, whose cost does not depend on the corpus; -core and -all: with these statistics
 usual/*    tokens/s from a batch to Parquet, against eager patterns, hooks and the same statistics in torch, in a separate
            process with torch's default allocator; usual-by-one gives its model one sequence at a time
 memory/*   peak growth of the process, against the plain pass, and the difference

@@ -26,6 +26,8 @@ from tests.benchmarks.harness import Result, alternate, time_call
 
 ROOT = Path(__file__).parents[2]
 RUN = Run(model="demo", corpus="demo", out=Path("out"), max_length=128, device="cpu", dtype="float32")
+CORE_512 = RUN.model_copy(update={"max_length": 512, "limit": 25})
+ALL_512 = CORE_512.model_copy(update={"statistics": "all"})
 Inputs = Mapping[str, Any]
 
 
@@ -128,13 +130,13 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 
 @cache
-def _first() -> FirstRun:
-    return first_run(RUN, Path(_scratch().name))
+def _first(run: Run) -> FirstRun:
+    return first_run(run, Path(_scratch().name) / f"{run.max_length}-{run.statistics}")
 
 
-def minilm_run(repeats: int) -> Result:
-    return compare_run(_first(), RUN, repeats)
+def minilm_run(repeats: int, *, run: Run = RUN) -> Result:
+    return compare_run(_first(run), run, repeats)
 
 
 def minilm_heads_bytes(repeats: int) -> Result:
-    return heads_bytes(_first().dataset)
+    return heads_bytes(_first(RUN).dataset)
