@@ -11,6 +11,7 @@ CHECKED_MODULES = (
     "attlas.extract.batch_inputs",
     "attlas.extract.capture",
     "attlas.extract.collector",
+    "attlas.extract.engines.block",
     "attlas.extract.engines.cpu",
     "attlas.extract.engines.observations",
     "attlas.extract.engines.patches",

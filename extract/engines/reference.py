@@ -7,13 +7,12 @@ output (`OF_CALLS`). Only the requested ones are computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attlas.extract.engines.patches import Grid, PatchSums
+from attlas.extract.engines.block import Block, exact_dtype, value_norms
 from attlas.extract.engines.quantities import ROW_QUANTITIES
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 from attlas.extract.engines.sampled import SAMPLED
@@ -85,149 +84,6 @@ def _accumulate(total: Tensor | None, value: Tensor, block: Block, axis: str) ->
     return total
 
 
-class Block:
-    """Rows `first` … `last` − 1 of a call's pattern, over the keys that any of them sees, computed lazily."""
-
-    def __init__(
-        self,
-        call: Call,
-        scores_of: Callable[[slice, slice], Float[Tensor, "batch head row key"]],
-        first: int,
-        last: int,
-        measured: Bool[Tensor, "batch head row"] | None = None,
-    ) -> None:
-        self.call, self.first, self.last = call, first, last
-        self.rows = slice(first, last)
-        self._scores_of = scores_of
-        if measured is not None:
-            self.measured = measured
-
-    @cached_property
-    def keys(self) -> slice:
-        """The keys in reach of a window; whole rows for distances over an image."""
-        visibility = self.call.visibility
-        return slice(0, visibility.keys.tokens) if self.call.grid else visibility.reach(self.first, self.last)
-
-    @cached_property
-    def scores(self) -> Float[Tensor, "batch head row key"]:
-        """The scores of the call, also of invisible pairs."""
-        return self._scores_of(self.rows, self.keys)
-
-    @cached_property
-    def visible(self) -> Bool[Tensor, "batch group row key"]:
-        return self.call.visibility.seen(self.first, self.last)[..., self.keys]
-
-    @cached_property
-    def measured(self) -> Bool[Tensor, "batch head row"]:
-        return self.visible.any(-1) & (self.scores.isfinite() | ~self.visible).all(-1)
-
-    @cached_property
-    def usable(self) -> Bool[Tensor, "batch head row key"]:
-        """Visible keys of measured rows."""
-        return self.visible & self.measured[..., None]
-
-    @cached_property
-    def usable_scores(self) -> Float[Tensor, "batch head row key"]:
-        """Scores with −∞ at other keys. Rows without usable keys have zeros, to keep everything defined, and are cleared later."""
-        return self.scores.where(self.usable, -torch.inf).where(self.measured[..., None], 0)
-
-    @cached_property
-    def largest(self) -> Float[Tensor, "batch head row"]:
-        return self.usable_scores.amax(-1)
-
-    @cached_property
-    def sinks(self) -> Float[Tensor, "batch head row"] | None:
-        sinks = self.call.sinks
-        if sinks is None:
-            return None
-        of_rows = sinks[None, :, None] if sinks.dim() == 1 else sinks
-        return of_rows.to(self.scores.dtype).expand(-1, -1, self.call.visibility.queries.tokens)[..., self.rows]
-
-    @cached_property
-    def shift(self) -> Float[Tensor, "batch head row"]:
-        """The value subtracted from scores before exponentiation."""
-        return self.largest if self.sinks is None else torch.maximum(self.largest, self.sinks)
-
-    @cached_property
-    def below(self) -> Float[Tensor, "batch head row key"]:
-        return (self.usable_scores - self.shift[..., None]).where(self.usable, 0)
-
-    @cached_property
-    def weights(self) -> Float[Tensor, "batch head row key"]:
-        return self.below.exp() * self.usable
-
-    @cached_property
-    def sink_weight(self) -> Float[Tensor, "batch head row"]:
-        return torch.zeros_like(self.shift) if self.sinks is None else (self.sinks - self.shift).exp()
-
-    @cached_property
-    def total(self) -> Float[Tensor, "batch head row"]:
-        return (self.weights.sum(-1) + self.sink_weight).where(self.measured, 1)
-
-    @cached_property
-    def pattern(self) -> Float[Tensor, "batch head row key"]:
-        """Zero for rows that are not measured."""
-        return self.weights / self.total[..., None]
-
-    @cached_property
-    def descending(self) -> Float[Tensor, "batch head row key"]:
-        """The weights of each row, the largest first."""
-        return self.pattern.sort(-1, descending=True).values
-
-    @cached_property
-    def norm_weighted(self) -> Float[Tensor, "batch head row key"]:
-        """p ‖v W_O^h‖ as shares of each row's sum; zeros where nothing is written."""
-        norms = _value_norm(self.call, self.pattern, self.measured)[..., self.keys]
-        weights = self.pattern * norms[:, :, None]
-        total = weights.sum(-1, keepdim=True)
-        return weights / total.where(total > 0, 1)
-
-    @cached_property
-    def sink(self) -> Float[Tensor, "batch head row"]:
-        return self.sink_weight / self.total
-
-    @cached_property
-    def distances(self) -> Float[Tensor, "row key"]:
-        """d = j − i."""
-        visibility = self.call.visibility
-        return (visibility.keys.place[None, self.keys] - visibility.queries.place[self.rows, None]).to(
-            self.scores.dtype
-        )
-
-    @cached_property
-    def offset(self) -> Float[Tensor, "batch head row"]:
-        return (self.pattern * self.distances).sum(-1)
-
-    @cached_property
-    def keys_counted(self) -> Int[Tensor, "batch head row"]:
-        """Usable keys of each row, at least 1."""
-        return self.usable.sum(-1).clamp_min(1)
-
-    @cached_property
-    def score_mean(self) -> Float[Tensor, "batch head row"]:
-        return (self.usable_scores.where(self.usable, 0)).sum(-1) / self.keys_counted
-
-    @cached_property
-    def patch_sums(self) -> PatchSums:
-        grid: Grid | None = self.call.grid
-        assert grid is not None, "asked for where there is a grid"
-        sums = PatchSums.zero(self.scores)
-        sums.add(self.scores, self.visible, self.measured, grid, self.first)
-        return sums
-
-    @cached_property
-    def equal_tokens(self) -> tuple[Bool[Tensor, "batch row key"], Bool[Tensor, "batch row key"]]:
-        """Pairs in which j ≠ i has the query's token, and pairs in which j ≤ i follows another copy of it."""
-        ids, real = self.call.token_ids, self.call.visibility.keys.real
-        assert ids is not None, "asked for where there are ids"
-        place = torch.arange(ids.shape[1], device=ids.device)
-        same = (ids[:, self.rows, None] == ids[:, None, :]) & (place[None, :] != place[self.rows, None])
-        same = same & real[:, None, :]
-        after_copy = same.roll(1, dims=-1)
-        after_copy[..., 0] = False
-        return same, after_copy & (place[None, :] <= place[self.rows, None])
-
-
 def _entropy(block: Block) -> Tensor:
     surprise = (block.pattern * block.below).sum(-1)
     of_sink = block.sink_weight.log().where(block.sink_weight > 0, 0) * block.sink
@@ -281,20 +137,13 @@ OF_BLOCKS: dict[str, Callable[[Block], Tensor]] = {
 
 
 def _context_norm(_call: Call, output: Tensor, measured: Tensor) -> Tensor:
-    return output.to(_exact(output)).norm(dim=-1).where(measured, 0)
+    return output.to(exact_dtype(output)).norm(dim=-1).where(measured, 0)
 
 
 def _output_norm(call: Call, output: Tensor, measured: Tensor) -> Tensor:
     assert call.write is not None, "asked for where the projection is known"
-    exact = _exact(output)
+    exact = exact_dtype(output)
     return (output.to(exact) @ call.write.to(exact)).norm(dim=-1).where(measured, 0)
-
-
-def _value_norm(call: Call, output: Tensor, _measured: Tensor) -> Tensor:
-    assert call.write is not None and call.value is not None, "asked for where both are known"
-    exact = _exact(output)
-    values = call.value.to(exact).repeat_interleave(output.shape[1] // call.value.shape[1], dim=1)
-    return (values @ call.write.to(exact)).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
 
 
 # the score of a token that does not see itself: finite in every type, and without weight
@@ -303,21 +152,21 @@ _UNSEEN = -1e38
 
 def _query_norm(call: Call, _output: Tensor, measured: Tensor) -> Tensor:
     assert isinstance(call, AttentionCall), "asked for where queries are known"
-    return call.query.to(_exact(call.query)).norm(dim=-1).where(measured, 0)
+    return call.query.to(exact_dtype(call.query)).norm(dim=-1).where(measured, 0)
 
 
 def _key_norm(call: Call, output: Tensor, _measured: Tensor) -> Tensor:
     assert isinstance(call, AttentionCall), "asked for where keys are known"
-    norms = call.key.to(_exact(call.key)).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
+    norms = call.key.to(exact_dtype(call.key)).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
     return norms.repeat_interleave(output.shape[1] // norms.shape[1], dim=1)
 
 
 def _self_score(call: Call, _output: Tensor, measured: Tensor) -> Tensor:
     visibility = call.visibility
     if isinstance(call, ScoredCall):
-        scores = call.scores.to(_exact(call.scores)).diagonal(dim1=-2, dim2=-1)
+        scores = call.scores.to(exact_dtype(call.scores)).diagonal(dim1=-2, dim2=-1)
     else:
-        exact = _exact(call.query)
+        exact = exact_dtype(call.query)
         key = call.key.to(exact).repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
         scores = (call.query.to(exact) * key).sum(-1) * call.scale
         if call.softcap is not None:
@@ -334,7 +183,7 @@ def _self_score(call: Call, _output: Tensor, measured: Tensor) -> Tensor:
 OF_CALLS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
     "context_norm": _context_norm,
     "output_norm": _output_norm,
-    "value_norm": _value_norm,
+    "value_norm": lambda call, output, _measured: value_norms(call, output.shape[1]),
     "query_norm": _query_norm,
     "key_norm": _key_norm,
     "self_score": _self_score,
@@ -343,7 +192,7 @@ OF_CALLS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
 
 def output_of(call: AttentionCall) -> Float[Tensor, "batch head query value_width"]:
     """The output of the call, computed from its definition, where the model's own attention function cannot be used."""
-    exact = _exact(call.query)
+    exact = exact_dtype(call.query)
     heads, queries = call.query.shape[1:3]
     of_heads = (t.to(exact).repeat_interleave(heads // t.shape[1], dim=1) for t in (call.key, call.value))
     key, value = next(of_heads).transpose(-1, -2), next(of_heads)
@@ -364,19 +213,15 @@ def _pattern(scores: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
     return scores.softmax(-1).where(seen.any(-1, keepdim=True), 1 / scores.shape[-1])
 
 
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _scores_of(call: Call) -> Callable[[slice, slice], Float[Tensor, "batch head row key"]]:
     """Scores of some rows and keys, in float32 (float64 for a float64 model); of weights alone their logarithms serve."""
     if isinstance(call, ScoredCall):
-        exact, scores = _exact(call.scores), call.scores
+        exact, scores = exact_dtype(call.scores), call.scores
         if call.weights_only:
             return lambda rows, keys: scores[:, :, rows, keys].to(exact).log()
         return lambda rows, keys: scores[:, :, rows, keys].to(exact)
     heads = call.query.shape[1]
-    key = call.key.to(_exact(call.query)).repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-1, -2)
+    key = call.key.to(exact_dtype(call.query)).repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-1, -2)
     return lambda rows, keys: _scores(call, key, rows, keys)
 
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from attlas.extract.engines.reference import Block
+from attlas.extract.engines.block import Block
 
 # a share is reached within one part in a million, so that ties do not depend on rounding
 _TOLERANCE = 1e-6

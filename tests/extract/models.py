@@ -1,5 +1,7 @@
 """Small random models of the families that are measured, and what their own eager attention says."""
 
+from pathlib import Path
+
 import torch
 import transformers
 
@@ -53,3 +55,12 @@ def eager_patterns(model, **inputs) -> list[torch.Tensor]:
             return [p.double() for p in model(**inputs, output_attentions=True).attentions]
     finally:
         model.set_attn_implementation("sdpa")
+
+
+def save_with_tokenizer(tokenizer, folder: Path) -> Path:
+    """Save a tiny BERT with this tokenizer and a vocabulary of its size; returns the folder."""
+    small = tiny("bert")
+    small.resize_token_embeddings(len(tokenizer))
+    small.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -14,7 +14,7 @@ from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.options import RunOptions
 from attlas.extract.run import finish, measure_shard, open_worker, plan_run
 from attlas.extract.store import Store
-from tests.extract.models import tiny
+from tests.extract.models import save_with_tokenizer
 from tests.extract.runs import complete_run, contents
 
 WORKER = """
@@ -28,12 +28,7 @@ for shard in map(int, sys.argv[1:]):
 
 @pytest.fixture(scope="module")
 def model(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    small = tiny("bert")
-    small.resize_token_embeddings(len(demo.tokenizer))
-    small.save_pretrained(folder)
-    demo.tokenizer.save_pretrained(folder)
-    return folder
+    return save_with_tokenizer(demo.tokenizer, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

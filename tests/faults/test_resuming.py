@@ -13,7 +13,7 @@ from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.options import RunOptions
 from attlas.extract.run import PlannedRun, finish, measure_shard, plan_run
 from attlas.extract.store import CARD, MANIFEST, WORK, Store, open_dataset
-from tests.extract.models import tiny
+from tests.extract.models import save_with_tokenizer
 from tests.extract.runs import contents
 from tests.faults.damage import BYTE_DAMAGES, JSON_DAMAGES, damages, flip_bit
 
@@ -39,12 +39,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    small = tiny("bert")
-    small.resize_token_embeddings(len(demo.tokenizer))
-    small.save_pretrained(folder)
-    demo.tokenizer.save_pretrained(folder)
-    return folder
+    return save_with_tokenizer(demo.tokenizer, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,169 @@
+"""A block of rows of a pattern, and what the reference engine computes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attlas.extract.engines.patches import Grid, PatchSums
+from attlas.extract.engines.rows import AttentionCall, ScoredCall
+
+
+def exact_dtype(x: Tensor) -> torch.dtype:
+    """The type to compute in: float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def value_norms(call: AttentionCall | ScoredCall, heads: int) -> Float[Tensor, "batch head key"]:
+    """‖v W_O^h‖ of each head's keys; 0 at padding."""
+    assert call.write is not None and call.value is not None, "asked for where both are known"
+    exact = exact_dtype(call.value)
+    values = call.value.to(exact).repeat_interleave(heads // call.value.shape[1], dim=1)
+    return (values @ call.write.to(exact)).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
+
+
+class Block:
+    """Rows `first` … `last` − 1 of a call's pattern, over the keys that any of them sees, computed lazily."""
+
+    def __init__(
+        self,
+        call: AttentionCall | ScoredCall,
+        scores_of: Callable[[slice, slice], Float[Tensor, "batch head row key"]],
+        first: int,
+        last: int,
+        measured: Bool[Tensor, "batch head row"] | None = None,
+    ) -> None:
+        self.call, self.first, self.last = call, first, last
+        self.rows = slice(first, last)
+        self._scores_of = scores_of
+        if measured is not None:
+            self.measured = measured
+
+    @cached_property
+    def keys(self) -> slice:
+        """The keys in reach of a window; whole rows for distances over an image."""
+        visibility = self.call.visibility
+        return slice(0, visibility.keys.tokens) if self.call.grid else visibility.reach(self.first, self.last)
+
+    @cached_property
+    def scores(self) -> Float[Tensor, "batch head row key"]:
+        """The scores of the call, also of invisible pairs."""
+        return self._scores_of(self.rows, self.keys)
+
+    @cached_property
+    def visible(self) -> Bool[Tensor, "batch group row key"]:
+        return self.call.visibility.seen(self.first, self.last)[..., self.keys]
+
+    @cached_property
+    def measured(self) -> Bool[Tensor, "batch head row"]:
+        return self.visible.any(-1) & (self.scores.isfinite() | ~self.visible).all(-1)
+
+    @cached_property
+    def usable(self) -> Bool[Tensor, "batch head row key"]:
+        """Visible keys of measured rows."""
+        return self.visible & self.measured[..., None]
+
+    @cached_property
+    def usable_scores(self) -> Float[Tensor, "batch head row key"]:
+        """Scores with −∞ at other keys. Rows without usable keys have zeros, to keep everything defined, and are cleared later."""
+        return self.scores.where(self.usable, -torch.inf).where(self.measured[..., None], 0)
+
+    @cached_property
+    def largest(self) -> Float[Tensor, "batch head row"]:
+        return self.usable_scores.amax(-1)
+
+    @cached_property
+    def sinks(self) -> Float[Tensor, "batch head row"] | None:
+        sinks = self.call.sinks
+        if sinks is None:
+            return None
+        of_rows = sinks[None, :, None] if sinks.dim() == 1 else sinks
+        return of_rows.to(self.scores.dtype).expand(-1, -1, self.call.visibility.queries.tokens)[..., self.rows]
+
+    @cached_property
+    def shift(self) -> Float[Tensor, "batch head row"]:
+        """The value subtracted from scores before exponentiation."""
+        return self.largest if self.sinks is None else torch.maximum(self.largest, self.sinks)
+
+    @cached_property
+    def below(self) -> Float[Tensor, "batch head row key"]:
+        return (self.usable_scores - self.shift[..., None]).where(self.usable, 0)
+
+    @cached_property
+    def weights(self) -> Float[Tensor, "batch head row key"]:
+        return self.below.exp() * self.usable
+
+    @cached_property
+    def sink_weight(self) -> Float[Tensor, "batch head row"]:
+        return torch.zeros_like(self.shift) if self.sinks is None else (self.sinks - self.shift).exp()
+
+    @cached_property
+    def total(self) -> Float[Tensor, "batch head row"]:
+        return (self.weights.sum(-1) + self.sink_weight).where(self.measured, 1)
+
+    @cached_property
+    def pattern(self) -> Float[Tensor, "batch head row key"]:
+        """Zero for rows that are not measured."""
+        return self.weights / self.total[..., None]
+
+    @cached_property
+    def descending(self) -> Float[Tensor, "batch head row key"]:
+        """The weights of each row, the largest first."""
+        return self.pattern.sort(-1, descending=True).values
+
+    @cached_property
+    def norm_weighted(self) -> Float[Tensor, "batch head row key"]:
+        """p ‖v W_O^h‖ as shares of each row's sum; zeros where nothing is written."""
+        norms = value_norms(self.call, self.pattern.shape[1])[..., self.keys]
+        weights = self.pattern * norms[:, :, None]
+        total = weights.sum(-1, keepdim=True)
+        return weights / total.where(total > 0, 1)
+
+    @cached_property
+    def sink(self) -> Float[Tensor, "batch head row"]:
+        return self.sink_weight / self.total
+
+    @cached_property
+    def distances(self) -> Float[Tensor, "row key"]:
+        """d = j − i."""
+        visibility = self.call.visibility
+        return (visibility.keys.place[None, self.keys] - visibility.queries.place[self.rows, None]).to(
+            self.scores.dtype
+        )
+
+    @cached_property
+    def offset(self) -> Float[Tensor, "batch head row"]:
+        return (self.pattern * self.distances).sum(-1)
+
+    @cached_property
+    def keys_counted(self) -> Int[Tensor, "batch head row"]:
+        """Usable keys of each row, at least 1."""
+        return self.usable.sum(-1).clamp_min(1)
+
+    @cached_property
+    def score_mean(self) -> Float[Tensor, "batch head row"]:
+        return (self.usable_scores.where(self.usable, 0)).sum(-1) / self.keys_counted
+
+    @cached_property
+    def patch_sums(self) -> PatchSums:
+        grid: Grid | None = self.call.grid
+        assert grid is not None, "asked for where there is a grid"
+        sums = PatchSums.zero(self.scores)
+        sums.add(self.scores, self.visible, self.measured, grid, self.first)
+        return sums
+
+    @cached_property
+    def equal_tokens(self) -> tuple[Bool[Tensor, "batch row key"], Bool[Tensor, "batch row key"]]:
+        """Pairs in which j ≠ i has the query's token, and pairs in which j ≤ i follows another copy of it."""
+        ids, real = self.call.token_ids, self.call.visibility.keys.real
+        assert ids is not None, "asked for where there are ids"
+        place = torch.arange(ids.shape[1], device=ids.device)
+        same = (ids[:, self.rows, None] == ids[:, None, :]) & (place[None, :] != place[self.rows, None])
+        same = same & real[:, None, :]
+        after_copy = same.roll(1, dims=-1)
+        after_copy[..., 0] = False
+        return same, after_copy & (place[None, :] <= place[self.rows, None])
