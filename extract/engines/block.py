@@ -111,15 +111,21 @@ class Block:
         return self.weights / self.total[..., None]
 
     @cached_property
+    def key_weights(self) -> Float[Tensor, "batch head row key"]:
+        """exp(s − max s) over the keys: in proportion to the pattern, also where a learned sink takes nearly all of a row."""
+        if self.sinks is None:
+            return self.weights
+        return (self.usable_scores - self.largest[..., None]).where(self.usable, 0).exp() * self.usable
+
+    @cached_property
     def descending(self) -> Float[Tensor, "batch head row key"]:
-        """The weights of each row, the largest first."""
-        return self.pattern.sort(-1, descending=True).values
+        """The weights of each row's keys, the largest first; the largest is 1."""
+        return self.key_weights.sort(-1, descending=True).values
 
     @cached_property
     def norm_weighted(self) -> Float[Tensor, "batch head row key"]:
         """p ‖v W_O^h‖ as shares of each row's sum; zeros where nothing is written."""
-        norms = value_norms(self.call, self.pattern.shape[1])[..., self.keys]
-        weights = self.pattern * norms[:, :, None]
+        weights = self.key_weights * value_norms(self.call, self.key_weights.shape[1])[..., None, self.keys]
         total = weights.sum(-1, keepdim=True)
         return weights / total.where(total > 0, 1)
 

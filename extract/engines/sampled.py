@@ -37,7 +37,7 @@ def gini(block: Block) -> Float[Tensor, "batch head row"]:
 
 
 def mass_top(block: Block, keys: int) -> Float[Tensor, "batch head row"]:
-    return block.descending[..., :keys].sum(-1)
+    return block.descending[..., :keys].sum(-1) * (block.largest - block.shift).exp() / block.total
 
 
 def mass_streaming(block: Block) -> Float[Tensor, "batch head row"]:
