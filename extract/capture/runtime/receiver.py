@@ -148,6 +148,8 @@ class CallReceiver:
         if sample is None or batch % len(sample):
             return None
         windows = batch // len(sample)
+        if windows == 1:  # nearly every call: nothing to repeat
+            return sample
         return sample.repeat(windows) if attention.batch_last else sample.repeat_interleave(windows)
 
     def _measure(self, attention: Attention, visibility: Visibility, rows: Rows, contexts: Tensor) -> None:
