@@ -169,9 +169,9 @@ def _cpu() -> Engine:
 
 
 def _triton() -> Engine:
-    from attlas.extract.engines import sums, triton
+    from attlas.extract.engines import triton
 
-    return Engine("triton", FusedPass(triton.MAKES, triton.takes, triton.attend), sums.head_sums)
+    return Engine("triton", FusedPass(triton.MAKES, triton.takes, triton.attend), triton.head_sums)
 
 
 _ENGINES: Mapping[str, Callable[[], Engine]] = {"reference": _reference, "cpu": _cpu, "triton": _triton}

@@ -108,6 +108,11 @@ class Visibility:
         return slice(min(low), max(high)) if min(low) < max(high) else slice(0, 1)
 
     @cached_property
+    def ends(self) -> Int[Tensor, "2 #batch #group query"]:
+        """`first` and `last` side by side, in 32 bits."""
+        return torch.stack((self.first, self.last)).to(torch.int32)
+
+    @cached_property
     def _reaches(self) -> tuple[list[int], list[int]]:
         """First visible key of each query row, over batch and heads, and the end of its visible keys."""
         sees = self.last > self.first
