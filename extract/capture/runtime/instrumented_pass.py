@@ -40,8 +40,7 @@ def instrumented_pass(
             factors = write_factors(model, layout)
     stream = None
     if needs.residual and layout.residual_refusal is None:
-        stream_class = CompiledStream if engine.compiled else Stream
-        stream = stream_class(layout, batch, needs.residual, observer.residual)
+        stream = _stream_class(engine)(layout, batch, needs.residual, observer.residual)
     receiver = CallReceiver(layout, batch, engine, observer, factors, stream)
     replayed = dict.fromkeys(a.module for a in layout.attentions if a.replay is not None)
     in_pieces = dict.fromkeys(a.module for a in layout.attentions if a.in_pieces)
@@ -52,7 +51,19 @@ def instrumented_pass(
         stack.enter_context(receiver.pieces.hooks(model, in_pieces, receiver.deliver))
         yield
         receiver.layers.assert_all_matched()
-        if stream is not None and stream.observed != len(layout.sites):
+        if stream is None:
+            return
+        stream.finish()
+        if stream.observed != len(layout.sites):
             raise CaptureError(
                 f"every forward pass must show each residual site once; expected {len(layout.sites)}, got {stream.observed}"
             )
+
+
+def _stream_class(engine: Engine) -> type[Stream]:
+    if engine.stream == "triton":
+        # needs a package that is only there where a GPU may be
+        from attlas.extract.capture.runtime.fused_stream import FusedStream
+
+        return FusedStream
+    return CompiledStream if engine.stream == "cpu" else Stream
