@@ -36,6 +36,10 @@ class Collector:
     def begin(self, sequences: Sequence[int] | np.ndarray) -> None:
         """The next batch has these sequences of the shard; what is left of one that failed is dropped."""
         self._sequences = np.asarray(sequences)
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop what a pass over the batch has shown so far."""
         self._kept: list[_Kept] = []
 
     def heads(self, attention: Attention, sums: HeadSums, calls: Sequence[HeadObservation]) -> None:

@@ -7,7 +7,7 @@ masks with holes, and biases, are stored per pair.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,6 +56,16 @@ class Axis:
     @cached_property
     def place(self) -> Int[Tensor, " token"]:
         return torch.arange(self.tokens, device=self.start.device)
+
+
+def right_padded_axis(lengths: Sequence[int], tokens: int, device: torch.device) -> Axis:
+    """An axis of sequences of these lengths, whose padding is known without asking the device."""
+    length = torch.tensor(lengths)
+    length = length.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else length.to(device)
+    axis = Axis(torch.zeros_like(length), length, tokens)
+    least = min(lengths)
+    vars(axis)["padding"] = slice(least, tokens) if least < tokens else None
+    return axis
 
 
 def whole_axis(batch: int, tokens: int, device: torch.device) -> Axis:
