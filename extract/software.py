@@ -12,7 +12,7 @@ def software_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        project = Path(__file__).parent.parent / "pyproject.toml"
+        project = Path(__file__).resolve().parent.parent / "pyproject.toml"  # through the link in attlas/
         if package != "attlas" or not project.is_file():
             raise
         return tomllib.loads(project.read_text("utf-8"))["project"]["version"]
