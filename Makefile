@@ -5,6 +5,7 @@
 # make lowest   a part of the quick tests on the lowest versions that pyproject.toml admits
 # make bench    speed, memory and size, against doing without or doing it the usual way
 # make census   every architecture of transformers, measured as a tiny model against its own eager patterns
+# make gpu      what needs a GPU, tests and benchmark, with the packages that GPU_PYTHON has; installs nothing
 # make hooks    format, lint and types at every commit
 # Each installs what it needs into .venv first, at the versions of constraints.txt.
 
@@ -15,9 +16,12 @@ PIP := -m pip --disable-pip-version-check
 INSTALL := $(BIN)/python $(PIP) install --quiet -c constraints.txt
 # a process for each core, each computing on one thread
 ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
+GPU_PYTHON ?= python3
+GPU_OUT := $(or $(OUT),data/gpu)
+ON_GPU := PYTHONPATH=. HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTHONUNBUFFERED=1 $(GPU_PYTHON)
 PYTEST := -m pytest -n logical --maxprocesses 8 $(PYTEST_OPTIONS)
 
-.PHONY: run test slow lowest check bench census format lint types hooks dictionary clean
+.PHONY: run test slow lowest check bench census gpu gpu-bench gpu-kit gpu-rehearsal format lint types hooks dictionary clean
 
 run: .venv/.run-installed
 	$(BIN)/attlas run flows/runs/demo.toml
@@ -37,6 +41,22 @@ bench: .venv/.test-installed
 # writes data/COVERAGE.md
 census: .venv/.test-installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.census.census
+
+# in under four minutes; leaves gpu.json and gpu.txt
+gpu:
+	$(ON_GPU) -m tests.gpu --out $(GPU_OUT) $(GPU_OPTIONS)
+
+# GPU_OPTIONS='--only forward/*' chooses some, '--sweep' tries tile sizes
+gpu-bench:
+	$(ON_GPU) -m tests.gpu.bench --out $(GPU_OUT) $(GPU_OPTIONS)
+
+# .gpu-kit: the demo model, to carry to a machine without its package
+gpu-kit: .venv/.test-installed
+	$(BIN)/python -m tests.gpu.kit
+
+# the code of `make gpu` on a CPU, with tiny sizes, Triton's interpreter and only the packages of a bare machine
+gpu-rehearsal: .venv/.test-installed gpu-kit
+	ATTLAS_GPU_DEVICE=cpu PYTHONPATH=tests/gpu/bare:. $(BIN)/python -m tests.gpu --seconds 900 --copies 1 --out $(GPU_OUT)
 
 format: .venv/.dev-installed
 	$(BIN)/ruff format --check .

@@ -7,12 +7,12 @@ state of the corpus.
 from __future__ import annotations
 
 from dataclasses import fields
-from importlib.metadata import version
 from typing import Any
 
 from attlas.extract.corpus import Corpus
 from attlas.extract.instrument import Instrument
 from attlas.extract.options import RunOptions
+from attlas.extract.software import software_version
 from attlas.extract.store import Identity
 from attlas.extract.tables import SCHEMA_VERSION, TABLES, columns_beyond_core
 
@@ -31,7 +31,7 @@ def recipe_of(options: RunOptions, instrument: Instrument, *, batch_tokens: int)
     encoder = instrument.encoder
     return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _NOT_IN_RECIPE} | {
         "schema_version": SCHEMA_VERSION,
-        "attlas": version("attlas"),
+        "attlas": software_version("attlas"),
         "model": encoder.name,
         "revision": encoder.revision,
         **instrument.digests,

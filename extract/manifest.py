@@ -5,13 +5,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from attlas.extract.collector import left_to_reference
 from attlas.extract.instrument import Instrument
 from attlas.extract.model.token_classes import class_sizes
 from attlas.extract.plan import Plan, planned_schema
+from attlas.extract.software import software_version
 from attlas.extract.store import Identity, ShardRecord
 from attlas.extract.tables import SCHEMA_VERSION, TABLES
 
@@ -41,7 +41,7 @@ def draft_manifest(identity: Identity, instrument: Instrument, plan: Plan) -> di
             "content_tokens": plan.content_tokens,
             "dropped": plan.dropped,
         },
-        "software": {"python": platform.python_version()} | {name: version(name) for name in software},
+        "software": {"python": platform.python_version()} | {name: software_version(name) for name in software},
         "engine": recipe["engine"],
         "by_reference": _left_to_reference(instrument),
         "device": recipe["device"],
