@@ -28,7 +28,7 @@ from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 from attlas.extract.engines.visibility import Visibility
 
 
-class UnmeasuredRows(Exception):  # noqa: N818 - nothing is wrong: the pass has to be made again
+class UnmeasuredRows(Exception):
     """Rows of a pass were not measured, so that the engine's own output stood where the model's own should have."""
 
 

@@ -187,7 +187,7 @@ def head_sums(
             (real & (seen == 0)).to(tl.float32),
             ((seen > 0) & (ok == 0)).to(tl.float32),
             tl.where(ok, tl.exp(entropy), 0),
-            entropy * entropy,
+            entropy.to(tl.float64) * entropy,
             share,
             tl.where(ok, uniform, 0),
             keys.to(tl.float32),
