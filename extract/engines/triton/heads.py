@@ -199,6 +199,8 @@ def head_sums(
         for n in tl.static_range(_SUMMED):
             if (n != _SINK or HAS_SINK) and (n != _SUMMED - 1 or HAS_WRITE):
                 of_quantity = tl.load(quantities + n * plane + rows, mask=ok, other=0)
+                if n == _ENTROPY:  # its variance is a difference of large sums
+                    of_quantity = of_quantity.to(tl.float64)
                 sums += tl.where(number == _OF_ROWS + n, tl.sum(of_quantity, 0).to(tl.float64), 0)
         if profiles is not None:
             none = tl.full([ROWS], -1, tl.int32)
