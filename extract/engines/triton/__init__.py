@@ -37,8 +37,10 @@ from attlas.extract.engines.visibility import Visibility
 
 _KEY_QUANTITIES = ("received", "value_norm")
 MAKES = frozenset({*of_rows.QUANTITIES, *_KEY_QUANTITIES, "offset_bins", "same_token", "induction"} - {"top", "part"})
+_OF_WRITES = frozenset({"output_norm", "value_norm"})
 _MIN_COLUMNS = 16  # of a product of tiles
 _MAX_WIDTH = 256  # of heads that the blocks below support
+_MAX_WRITE_WIDTH = 64  # in float32; of wider ones norms of writes are left to the reference engine
 _ROWS_OF_SUMS = 128  # rows that head sums take together
 _LOG2_E = math.log2(math.e)
 
@@ -170,7 +172,8 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
     # last, because it waits for the device
     if call.unmeasured is None and bool(unmeasured):
         output = call_original()
-    return output, KernelRows(buffers.measured, buffers.named(known_quantities(MAKES, call.facts)), buffers)
+    made = known_quantities(MAKES, call.facts) - (frozenset() if buffers.has_write else _OF_WRITES)
+    return output, KernelRows(buffers.measured, buffers.named(made), buffers)
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,8 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
     absent += () if o.classes is not None else TOKEN_CLASSES
     chosen = values.permute(2, 0, 1).index_select(0, _places(tuple(names), absent, values.device))
     for place, name in enumerate(names):
-        if name not in of_heads.MADE and head_quantity(name).is_known(o):
+        is_made = name in of_heads.MADE and name not in absent
+        if not is_made and head_quantity(name).is_known(o):
             chosen[place] = head_quantity(name).compute(o)
     of_profiles = None if bins is None else bins.sum(0, dtype=torch.float64).transpose(0, 1)
     return HeadSums(chosen, of_profiles)
@@ -305,7 +309,7 @@ def _of_pairs(name: str, pairs: Tensor | None) -> dict[str, Any]:
 
 def _write_factors(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
     """R in the type of the call, and what that type leaves of it."""
-    if call.write is None:
+    if call.write is None or (call.query.dtype == torch.float32 and call.write.shape[-1] > _MAX_WRITE_WIDTH):
         return None, None
     if call.query.dtype == torch.float32:
         return call.write, None
