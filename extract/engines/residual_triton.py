@@ -12,6 +12,7 @@ that they are specialised for, and launched with plain pointers.
 
 # kernels are Triton's language, which only looks like Python to a type checker
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportOptionalOperand=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 

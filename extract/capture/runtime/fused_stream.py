@@ -85,9 +85,10 @@ class FusedStream(Stream):
             update = self._in_shape(site, tensors[site.update.point], results)
             gain = None if site.update.gain is None else self._gains[site.update.gain]
             if site.parallel:
-                if len(site.parallel) > 1 or not _is_plain(site.parallel[0]):
+                other, *further = site.parallel
+                if further or not _is_plain(other):
                     return None
-                beside = self._in_shape(site, tensors[site.parallel[0].point], results)
+                beside = self._in_shape(site, tensors[other.point], results)
         if site.norm is not None:
             read = self._in_shape(site, tensors[site.norm.input], results)
             wrote = self._in_shape(site, tensors[site.norm.output], results)
