@@ -111,6 +111,7 @@ class SiteResults:
         places = max(1, min(sites, MAX_BYTES // (4 * self._size)))
         self._waiting = torch.empty(places, self._size, dtype=torch.float32, device=device)
         self._places = self._waiting.unbind()
+        self._device = self._waiting.get_device()
         self._used = 0
         self._tables: list[Tensor] = []
 
@@ -133,6 +134,7 @@ class SiteResults:
             read = None
         heads, head_width, head_strides = 0, 1, (0, 0, 0)
         if contexts is not None:
+            contexts = contexts if contexts.stride(3) == 1 else contexts.contiguous()
             _, heads, _, head_width = contexts.shape
             head_strides = contexts.stride()[:3]
         _launch(
@@ -160,7 +162,7 @@ class SiteResults:
         for state in states:
             if state is None:
                 continue
-            if state.shape != self.shape or state.dtype not in _TYPES:
+            if state.shape != self.shape or state.dtype not in _TYPES or state.get_device() != self._device:
                 return None
             strides = state.stride()
             if common is None:
@@ -187,7 +189,7 @@ class SiteResults:
 def _are_supported(contexts: Tensor | None) -> bool:
     if contexts is None:
         return True
-    return contexts.dtype in _TYPES and contexts.shape[3] <= _MAX_HEAD_WIDTH and contexts.stride(3) == 1
+    return contexts.dtype in _TYPES and contexts.shape[3] <= _MAX_HEAD_WIDTH
 
 
 def _source_of_norm(read: Tensor | None, after: Tensor | None, before: Tensor | None) -> int:
