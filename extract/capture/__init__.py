@@ -15,7 +15,7 @@ calls in the same way (`intercept`):
       projection         what reads its contexts          │     softmax     a softmax that the model computes itself
       sites              x, F and x' by their values      │     replay      a module run again with one-hot values
           │                                               ├─▶ receiver.CallReceiver   matches calls to layers, measures them
-          │                                               ├─▶ stream.Stream           observes sites as they complete
+          │                                               ├─▶ stream.Stream           measures sites as they complete
           ▼                                               ▼
     layout.Layout                                       Observer.heads, Observer.residual   (the collector of the tables)
 
@@ -50,6 +50,8 @@ Glossary, one noun per thing:
 * state: a distinct tensor of the stream's width. Its *derivation* says from which earlier state it is made, and how. Together
   they are the *state graph*, and a stream is a *path* in it.
 * axis: which tokens of each sequence are real (`engines.visibility.Axis`).
+* stream reader: what measures the sites of a pass, chosen by the engine: `stream.Stream` in torch, `CompiledStream` on the CPU,
+  `FusedStream` on CUDA, where nothing waits for the device before the pass is over.
 * piece: a call for one window or image, where a module makes several calls for one sequence.
 
 Lifetimes. Nothing of the size of a pattern outlives its call, no state of the stream outlives the sites that read it, and no

@@ -71,13 +71,13 @@ class Site:
         """Everything added to the stream, this site's own update last."""
         return self.parallel if self.update is None else (*self.parallel, self.update)
 
-    @property
+    @cached_property
     def sum_points(self) -> tuple[HookPoint, ...]:
         """Where x', x and F are read."""
         points = (self.after, self.before, *(update.point for update in self.updates))
         return tuple(point for point in points if point is not None)
 
-    @property
+    @cached_property
     def hook_points(self) -> tuple[HookPoint, ...]:
         """Every point that is read."""
         return self.sum_points if self.norm is None else (*self.sum_points, self.norm.input, self.norm.output)

@@ -12,6 +12,7 @@ that they are specialised for, and launched with plain pointers.
 
 # kernels are Triton's language, which only looks like Python to a type checker
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportOptionalOperand=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ IDENTITY = slice(len(COLUMNS), len(COLUMNS) + 3)
  _UPDATE_RATIO, _OFF, _AFTER, _BEFORE) = (tl.constexpr(row) for row in range(IDENTITY.stop))  # fmt: skip
 _ROWS = tl.constexpr(IDENTITY.stop)
 # which tensor a norm reads
-_NO_NORM, _READS_AFTER, _READS_BEFORE, _READS_OTHER = (tl.constexpr(kind) for kind in range(4))
+_NO_NORM, _READS_AFTER, _READS_BEFORE, _READS_OTHER = (tl.constexpr(source) for source in range(4))
 _INFINITY_BITS = tl.constexpr(0x7F800000)  # of float32; larger ones are NaN
 _NO_DIMENSION = tl.constexpr(2**31 - 1)
 
@@ -76,17 +77,17 @@ _MAX_LAUNCHERS = 1 << 14  # shapes of batches vary without end
 class SiteTensors(NamedTuple):
     """The tensors of a site, [batch, token, width] unless stated, in the model's own type.
 
-    x' (None if the model does not compute it), x, another update that x includes, F and its scale [width]; the norm's input and
-    output; the contexts [batch, head, token, head_width].
+    x' (None if the model does not compute it), x, another update that x includes, F; the norm's input and output; what scales F
+    [width]; the contexts [batch, head, token, head_width].
     """
 
     after: Tensor | None = None
     before: Tensor | None = None
     beside: Tensor | None = None
     update: Tensor | None = None
-    gain: Tensor | None = None
     read: Tensor | None = None
     wrote: Tensor | None = None
+    gain: Tensor | None = None
     contexts: Tensor | None = None
 
 
@@ -101,58 +102,74 @@ class SiteResults:
         self.shape = torch.Size((batch, tokens, width))
         self.axis = axis
         self.measured = 0
-        self._blocks = batch * triton.cdiv(tokens, _TOKENS)
-        self._contiguous = (tokens * width, width, 1)
+        blocks = batch * -(-tokens // _TOKENS)
+        self._grid = (blocks, 1, 1)
+        self._chunk = min(_CHUNK, max(16, triton.next_power_of_2(width)))
         self._ends = tuple(ends.to(device).contiguous() for ends in (axis.start, axis.length))
         # of a site: values [row, batch, token], then the vectors Σu and max|x'| [2, batch, block, width]; aligned
-        self._size = triton.cdiv(_ROWS.value * batch * tokens + 2 * self._blocks * width, 32) * 32
+        self._size = -(-(_ROWS.value * batch * tokens + 2 * blocks * width) // 32) * 32
         places = max(1, min(sites, MAX_BYTES // (4 * self._size)))
         self._waiting = torch.empty(places, self._size, dtype=torch.float32, device=device)
         self._places = self._waiting.unbind()
+        self._device = self._waiting.get_device()
         self._used = 0
         self._tables: list[Tensor] = []
 
-    def takes(self, tensors: SiteTensors) -> bool:
-        """Whether the kernels support a site's tensors."""
-        after, before, beside, update, _, read, wrote, contexts = tensors
-        if any(t is not None and t.dtype not in _TYPES for t in tensors):
-            return False
-        if any(t is not None and t.shape != self.shape for t in (after, before, beside, update, read, wrote)):
-            return False
-        return contexts is None or contexts.shape[-1] <= _MAX_HEAD_WIDTH
+    def measure(self, tensors: SiteTensors, *, factor: float = 1.0, kind: str = "", epsilon: float = 0.0) -> bool:
+        """Measure a site whose update is F × factor × gain, and whose norm, if it has one, is of this kind.
 
-    def measure(self, tensors: SiteTensors, *, factor: float = 1.0, kind: str = "", epsilon: float = 0.0) -> None:
-        """Measure a site whose update is F × factor × gain, and whose norm, if it has one, is of this kind."""
-        after, before, beside, update, gain, read, wrote, contexts = tensors
+        False if the kernels do not support its tensors.
+        """
+        *states, gain, contexts = tensors
+        strides = self._common_strides(states)
+        if strides is None or not _are_supported(contexts):
+            return False
         batch, tokens, width = self.shape
-        reads = _source_of_norm(tensors)
-        states = [after, before, beside, update, read if reads == _READS_OTHER.value else None, wrote]
-        strides = next(t.stride() for t in states if t is not None)
-        if strides[2] != 1 or any(t is not None and t.stride() != strides for t in states):
+        if not strides:
             states = [None if t is None else t.contiguous() for t in states]
-            strides = self._contiguous
-        heads, head_width, context_strides = 0, 1, (0, 0, 0)
+            strides = (tokens * width, width)
+        after, before, beside, update, read, wrote = states
+        reads = _source_of_norm(read, after, before)
+        if reads != _READS_OTHER.value:
+            read = None
+        heads, head_width, head_strides = 0, 1, (0, 0, 0)
         if contexts is not None:
-            if contexts.stride(3) != 1:
-                contexts = contexts.contiguous()
-            heads, head_width, context_strides = contexts.shape[1], contexts.shape[3], contexts.stride()[:3]
+            contexts = contexts if contexts.stride(3) == 1 else contexts.contiguous()
+            _, heads, _, head_width = contexts.shape
+            head_strides = contexts.stride()[:3]
         _launch(
             _read_site,
-            (self._blocks, 1, 1),
-            (*states, gain, contexts, *self._ends, self._places[self._used]),
-            (strides[0], strides[1], *context_strides, batch, tokens, heads, float(factor), float(epsilon)),
-            (width, head_width, triton.next_power_of_2(head_width), reads, kind == "layer", _TOKENS, _chunk(width)),
+            self._grid,
+            (after, before, beside, update, read, wrote, gain, contexts, *self._ends, self._places[self._used]),
+            (*strides, *head_strides, batch, tokens, heads, float(factor), float(epsilon)),
+            (width, head_width, 1 << (head_width - 1).bit_length(), reads, kind == "layer", _TOKENS, self._chunk),
         )
         self.measured += 1
         self._used += 1
         if self._used == len(self._places):
             self._reduce()
+        return True
 
     def columns(self) -> Tensor:
         """All results so far [site, COLUMNS then IDENTITY, batch], in the order in which sites were measured, in float64."""
         if self._used:
             self._reduce()
         return self._tables[0] if len(self._tables) == 1 else torch.cat(self._tables)
+
+    def _common_strides(self, states: Sequence[Tensor | None]) -> tuple[int, ...] | None:
+        """Strides of batch and token, empty if the states differ in them; None if the kernels do not support the states."""
+        common: tuple[int, ...] | None = None
+        for state in states:
+            if state is None:
+                continue
+            if state.shape != self.shape or state.dtype not in _TYPES or state.get_device() != self._device:
+                return None
+            strides = state.stride()
+            if common is None:
+                common = strides if strides[2] == 1 else ()
+            elif common != strides:
+                common = ()
+        return None if common is None else common[:2]
 
     def _reduce(self) -> None:
         """Turn what waits into columns."""
@@ -169,24 +186,24 @@ class SiteResults:
         self._used = 0
 
 
-def _chunk(width: int) -> int:
-    return min(_CHUNK, max(16, triton.next_power_of_2(width)))
+def _are_supported(contexts: Tensor | None) -> bool:
+    if contexts is None:
+        return True
+    return contexts.dtype in _TYPES and contexts.shape[3] <= _MAX_HEAD_WIDTH
 
 
-def _source_of_norm(tensors: SiteTensors) -> int:
+def _source_of_norm(read: Tensor | None, after: Tensor | None, before: Tensor | None) -> int:
     """Which tensor the norm reads: x' and x are read anyway."""
-    if tensors.wrote is None or tensors.read is None:
+    if read is None:
         return _NO_NORM.value
-    if _is_same(tensors.read, tensors.after):
+    if _is_same(read, after):
         return _READS_AFTER.value
-    return _READS_BEFORE.value if _is_same(tensors.read, tensors.before) else _READS_OTHER.value
+    return _READS_BEFORE.value if _is_same(read, before) else _READS_OTHER.value
 
 
 def _is_same(a: Tensor, b: Tensor | None) -> bool:
-    """Whether two tensors of one shape are the same memory."""
-    return a is b or (
-        b is not None and a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype
-    )
+    """Whether two tensors of one shape and the same strides are the same memory."""
+    return a is b or (b is not None and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype)
 
 
 def _launch(

@@ -51,19 +51,15 @@ class FusedStream(Stream):
     def _observe_site(self, site: Site) -> None:
         results = self._results_of(site)
         tensors = self._site_tensors(site, results)
-        if tensors is None or not results.takes(tensors):
+        if tensors is None or not _measure(site, tensors, results):
             super()._observe_site(site)
             return
         in_torch: dict[str, Tensor | None] = {}
         if self._torch_columns:
             observation = self._observation(site, results.axis, tensors.contexts)
             in_torch = {name: compute(observation) for name, compute in self._torch_columns.items()}
-        self._contexts.pop(site.attention or ("", 0), None)
-        factor = 1.0 if site.update is None else site.update.factor
-        if site.norm is None:
-            results.measure(tensors, factor=factor)
-        else:
-            results.measure(tensors, factor=factor, kind=site.norm.kind, epsilon=site.norm.epsilon)
+        if site.attention is not None:
+            self._contexts.pop(site.attention, None)
         self._measured.append(_MeasuredSite(site, results, results.measured - 1, self._roundoff(site), in_torch))
 
     def _results_of(self, site: Site) -> SiteResults:
@@ -89,13 +85,14 @@ class FusedStream(Stream):
             update = self._in_shape(site, tensors[site.update.point], results)
             gain = None if site.update.gain is None else self._gains[site.update.gain]
             if site.parallel:
-                if len(site.parallel) > 1 or not _is_plain(site.parallel[0]):
+                other, *further = site.parallel
+                if further or not _is_plain(other):
                     return None
-                beside = self._in_shape(site, tensors[site.parallel[0].point], results)
+                beside = self._in_shape(site, tensors[other.point], results)
         if site.norm is not None:
             read = self._in_shape(site, tensors[site.norm.input], results)
             wrote = self._in_shape(site, tensors[site.norm.output], results)
-        return SiteTensors(after, before, beside, update, gain, read, wrote, self._peek_contexts(site, results))
+        return SiteTensors(after, before, beside, update, read, wrote, gain, self._peek_contexts(site, results))
 
     def _in_shape(self, site: Site, tensor: Tensor, results: SiteResults) -> Float[Tensor, "batch token width"]:
         """The tensor in the batch's own shape, in its own type."""
@@ -116,6 +113,13 @@ class FusedStream(Stream):
         if self._makes_all:
             return made
         return self._stack({**dict(zip(COLUMNS, made.unbind(), strict=True)), **in_torch}, made[0])
+
+
+def _measure(site: Site, tensors: SiteTensors, results: SiteResults) -> bool:
+    factor = 1.0 if site.update is None else site.update.factor
+    if site.norm is None:
+        return results.measure(tensors, factor=factor)
+    return results.measure(tensors, factor=factor, kind=site.norm.kind, epsilon=site.norm.epsilon)
 
 
 def _is_plain(update: Update) -> bool:
