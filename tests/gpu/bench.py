@@ -212,7 +212,7 @@ def _device_works() -> bool:
     gc.collect()
     try:
         machine.synchronize()
-        if not machine.IS_REHEARSAL:
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
     except RuntimeError:
         return False
