@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 
 from attlas.extract.capture.runtime.batch import Batch, Tokens
-from attlas.extract.engines.visibility import Axis
+from attlas.extract.engines.visibility import right_padded_axis
 from attlas.extract.instrument import Instrument
 from attlas.extract.model.inputs import MASK_OF
 from attlas.extract.model.measured_model import TOKEN_TYPES, ImageCorpus
@@ -69,7 +69,6 @@ def _text_batch(instrument: Instrument, rows: list[np.ndarray]) -> tuple[dict[st
     for place, row in enumerate(rows):
         ids[place, : len(row)], is_token[place, : len(row)] = row, 1
     id_tensor, mask = _to_device(encoder.device, ids), _to_device(encoder.device, is_token)
-    length = mask.sum(-1)
     columns = {}
     if instrument.classes is not None:
         columns = {
@@ -83,7 +82,7 @@ def _text_batch(instrument: Instrument, rows: list[np.ndarray]) -> tuple[dict[st
     for name in measured_model.inputs:
         inputs |= {name: id_tensor, MASK_OF[name]: mask}
         # an axis per input: queries and keys with the same axis are the same tokens
-        texts[name] = Tokens(Axis(torch.zeros_like(length), length, tokens), **columns)
+        texts[name] = Tokens(right_padded_axis([len(row) for row in rows], tokens, encoder.device), **columns)
     if _uses_cache(measured_model.model):
         inputs["use_cache"] = False  # for tokens that never come
     return inputs, Batch(len(rows), texts)

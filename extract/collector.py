@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,11 @@ class Collector:
     def begin(self, sequences: Sequence[int] | np.ndarray) -> None:
         """The next batch has these sequences of the shard; what is left of one that failed is dropped."""
         self._sequences = np.asarray(sequences)
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop what a pass over the batch has shown so far."""
         self._kept: list[_Kept] = []
-        self._copied: torch.cuda.Event | None = None
 
     def heads(self, attention: Attention, sums: HeadSums, calls: Sequence[HeadObservation]) -> None:
         for recorder in self._recorders:
@@ -49,10 +52,9 @@ class Collector:
 
     def settle(self) -> None:
         """Count the batch: its forward pass went through."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        for recorder, place, kept in self._kept:
-            recorder.add(place, self._sequences, {name: tensor.numpy() for name, tensor in kept.items()})
+        kept = _on_the_host([tensor for _, _, kept in self._kept for tensor in kept.values()])
+        for recorder, place, tensors in self._kept:
+            recorder.add(place, self._sequences, {name: next(kept).numpy() for name in tensors})
         self.begin(self._sequences)
 
     def tables(self) -> dict[str, pa.Table]:
@@ -61,16 +63,25 @@ class Collector:
 
     def _take(self, recorder: Recorder, place: Any, kept: Mapping[str, Tensor] | None) -> None:
         if kept is not None:
-            self._kept.append((recorder, place, {name: self._bring_home(tensor) for name, tensor in kept.items()}))
+            self._kept.append((recorder, place, dict(kept)))
 
-    def _bring_home(self, tensor: Tensor) -> Tensor:
-        """The tensor on the CPU. CUDA is not waited for until the batch is settled: the model goes on meanwhile."""
-        if tensor.device.type != "cuda":
-            return tensor.cpu()
-        home = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record(torch.cuda.current_stream(tensor.device))
-        return home
+
+def _on_the_host(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The tensors in host memory. Those of one shape on a device come in one transfer, and it is waited for once."""
+    groups: dict[Any, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        if tensor.device.type != "cpu":
+            groups.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(number)
+    copies, places = [], {}
+    for (device, dtype, shape), numbers in groups.items():
+        copy = torch.empty((len(numbers), *shape), dtype=dtype, pin_memory=device.type == "cuda")
+        copies.append(copy.copy_(torch.stack([tensors[number] for number in numbers]), non_blocking=True))
+        places |= {number: (copy, place) for place, number in enumerate(numbers)}
+    for device in {device for device, _, _ in groups}:
+        torch.accelerator.synchronize(device)
+    for number, tensor in enumerate(tensors):
+        copy, place = places.get(number, (None, 0))
+        yield tensor if copy is None else copy[place]
 
 
 def open_collector(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from attlas.extract.capture.layout import Layout
 from attlas.extract.capture.modes import eval_mode, refuse_training
 from attlas.extract.capture.runtime.batch import Batch
 from attlas.extract.capture.runtime.instrumented_pass import instrumented_pass
+from attlas.extract.capture.runtime.receiver import UnmeasuredRows
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.engines import Engine, choose
 from attlas.extract.errors import CaptureError, Refusal, ResidualWarning
@@ -187,7 +189,36 @@ def observe(
     engine: Engine,
     collector: Collector,
 ) -> None:
-    """Run one measured forward pass; the collector takes its results once it has succeeded."""
-    with torch.inference_mode(), instrumented_pass(model, layout, batch=batch, engine=engine, observer=collector):
-        model(**inputs)
+    """Run one measured forward pass; the collector takes its results once it has succeeded.
+
+    A GPU is not waited for before the end of the pass. If it then turns out that rows were not measured, which is rare, the
+    pass is made again in the slow way, which gives the model its own output for these rows.
+    """
+    try:
+        _pass(model, layout, inputs, batch=batch, engine=engine, collector=collector, waits=model in _NEEDS_WAITING)
+    except UnmeasuredRows:
+        _NEEDS_WAITING.add(model)
+        collector.drop()
+        _pass(model, layout, inputs, batch=batch, engine=engine, collector=collector, waits=True)
     collector.settle()
+
+
+# models of which a pass had to be made again: the next ones most likely would, too
+_NEEDS_WAITING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _pass(
+    model: nn.Module,
+    layout: Layout,
+    inputs: Mapping[str, Any],
+    *,
+    batch: Batch,
+    engine: Engine,
+    collector: Collector,
+    waits: bool,
+) -> None:
+    with (
+        torch.inference_mode(),
+        instrumented_pass(model, layout, batch=batch, engine=engine, observer=collector, waits=waits),
+    ):
+        model(**inputs)

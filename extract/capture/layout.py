@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 # How an attention call is captured: through torch's function, through transformers' attention interface, from a softmax
@@ -82,6 +83,46 @@ class Site:
         return self.sum_points if self.norm is None else (*self.sum_points, self.norm.input, self.norm.output)
 
 
+@dataclass(frozen=True)
+class SitePoints:
+    """Which sites need which hook points, worked out once for all passes.
+
+    `of_site` are the distinct points of each site, `sites_at` the numbers of the sites that need a point, and `calls` the input
+    and output of each call of a module, None if no site needs it.
+    """
+
+    of_site: tuple[tuple[HookPoint, ...], ...]
+    sites_at: Mapping[HookPoint, tuple[int, ...]]
+    calls: Mapping[str, tuple[tuple[HookPoint | None, HookPoint | None], ...]]
+    overwritten: frozenset[HookPoint]
+    gains: frozenset[str]
+
+    @classmethod
+    def of(cls, sites: tuple[Site, ...]) -> SitePoints:
+        of_site = tuple(tuple(dict.fromkeys(site.hook_points)) for site in sites)
+        sites_at: dict[HookPoint, tuple[int, ...]] = {}
+        for number, points in enumerate(of_site):
+            for point in points:
+                sites_at[point] = (*sites_at.get(point, ()), number)
+        last_call: dict[str, int] = {}
+        for point in sites_at:
+            last_call[point.module] = max(point.call, last_call.get(point.module, 0))
+        calls = {
+            module: tuple(
+                tuple(p if (p := HookPoint(module, call, side)) in sites_at else None for side in ("input", "output"))
+                for call in range(last + 1)
+            )
+            for module, last in last_call.items()
+        }
+        return cls(
+            of_site,
+            sites_at,
+            calls,  # pyright: ignore[reportArgumentType] - pairs
+            frozenset(point for site in sites for point in site.overwritten),
+            frozenset(update.gain for site in sites for update in site.updates if update.gain is not None),
+        )
+
+
 class ReplaySpec(NamedTuple):
     """Which submodules of a replayed module compute its values, and which one reads its contexts.
 
@@ -138,6 +179,11 @@ class Layout:
     without_pattern: tuple[str, ...] = ()  # layers without attention: recurrent, convolutional
     mixed: bool = False  # some calls are over rows that are neither sequences of the batch nor windows of them
     residual_refusals: Mapping[str, str] = field(default_factory=dict)  # stacks that `residual` leaves out, and why
+
+    @cached_property
+    def points(self) -> SitePoints:
+        """The hook points of the sites."""
+        return SitePoints.of(self.sites)
 
     @property
     def methods(self) -> frozenset[CaptureMethod]:

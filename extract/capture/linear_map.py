@@ -8,6 +8,7 @@ returns, and a stored weight is used only if the module returns what that weight
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -129,5 +130,10 @@ def _zero_like(module: nn.Module, within: nn.Module) -> Tensor:
 
 def _test_vectors(width: int, like: Tensor) -> Float[Tensor, "1 token input"]:
     """Inputs to try a map on, the same every time."""
+    return _made_test_vectors(width, like.device, like.dtype).clone()
+
+
+@lru_cache(maxsize=64)
+def _made_test_vectors(width: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "1 token input"]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, _TEST_VECTORS, width, generator=generator).to(like.device, like.dtype)
+    return torch.randn(1, _TEST_VECTORS, width, generator=generator).to(device, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact, known_quantities, needs_of
 from attlas.extract.errors import Refusal
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from attlas.extract.engines.sums import HeadSums
 
     Call = TypeVar("Call", AttentionCall, ScoredCall)
+
+
+# what reads the residual stream: plain torch, compiled code on the CPU, or Triton's kernels on a GPU
+StreamReader = Literal["torch", "cpu", "triton"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Engine:
     name: str
     fused: FusedPass | None
     sum_rows: Callable[..., HeadSums]
-    compiled: bool = False  # whether compiled code also reads the residual stream
+    stream: StreamReader = "torch"
     is_ready: Callable[[], bool] = lambda: True
     make_ready: Callable[[], None] = lambda: None  # work that would otherwise delay the first batch
 
@@ -91,12 +95,19 @@ class Engine:
         return [] if self.fused is None else sorted(others - self.fused.makes)
 
     def residual_left_to_reference(self, columns: Collection[str]) -> list[str]:
-        """The residual columns that are computed in torch, not by compiled code."""
-        if not self.compiled:
+        """The residual columns that are computed in torch, not by the engine's own code."""
+        if self.stream == "torch":
             return []
-        from attlas.extract.engines import residual_cpu
+        return sorted(set(columns) - _residual_columns(self.stream))
 
-        return sorted(set(columns) - residual_cpu.MAKES)
+
+def _residual_columns(stream: StreamReader) -> frozenset[str]:
+    """The residual columns that an engine's own code makes."""
+    if stream == "triton":
+        from attlas.extract.engines.residual_triton import MAKES
+    else:
+        from attlas.extract.engines.residual_cpu import MAKES
+    return MAKES
 
 
 def _split_sampled(names: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
@@ -162,16 +173,16 @@ def _cpu() -> Engine:
         "cpu",
         FusedPass(cpu.MAKES, cpu.takes, cpu.attend, cpu.rows_of_scores),
         sums_cpu.head_sums,
-        compiled=True,
+        stream="cpu",
         is_ready=compiled.is_prepared,
         make_ready=compiled.prepare,
     )
 
 
 def _triton() -> Engine:
-    from attlas.extract.engines import sums, triton
+    from attlas.extract.engines import triton
 
-    return Engine("triton", FusedPass(triton.MAKES, triton.takes, triton.attend), sums.head_sums)
+    return Engine("triton", FusedPass(triton.MAKES, triton.takes, triton.attend), triton.head_sums, stream="triton")
 
 
 _ENGINES: Mapping[str, Callable[[], Engine]] = {"reference": _reference, "cpu": _cpu, "triton": _triton}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attlas.extract.engines import buffers, cpu_kernel
 from attlas.extract.engines.cpu_kernel import QUANTITIES
+from attlas.extract.engines.profiles import LARGEST_DOUBLING_BIN, OFFSET_BINS, doubling_bins
 from attlas.extract.engines.quantities import known_quantities
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 
@@ -24,7 +25,7 @@ from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 _PIECES, _PIECE_ROWS = 8, 1024
 
 
-MAKES = frozenset({*QUANTITIES, "received", "value_norm", "offsets", "same_token", "induction"})
+MAKES = frozenset({*QUANTITIES, "received", "value_norm", "offset_bins", "same_token", "induction"})
 
 
 def takes(call: AttentionCall | ScoredCall) -> bool:
@@ -117,7 +118,7 @@ def _rows(
 ) -> Rows:
     """The kernel's results with the pieces of a head added up, without quantities that are unknown for the call."""
     made = dict(zip(QUANTITIES, torch.from_numpy(quantities).unbind(), strict=True))
-    made |= {"received": torch.from_numpy(_sum_pieces(received)), "offsets": torch.from_numpy(_sum_pieces(offsets))}
+    made |= {"received": torch.from_numpy(_sum_pieces(received)), "offset_bins": torch.from_numpy(_in_bins(offsets))}
     made["value_norm"] = torch.from_numpy(value_norms)
     made |= zip(("same_token", "induction"), torch.from_numpy(looked_up.sum(0)).unbind(), strict=True)
     return Rows(torch.from_numpy(measured), {name: made[name] for name in known_quantities(made, call.facts)})
@@ -153,6 +154,16 @@ def _per_head(x: Tensor, batch: int, heads: int) -> np.ndarray:
     """Expand over batch and heads without a copy; a bias as float32."""
     x = x.float() if x.is_floating_point() else x
     return x.expand(batch, heads, *x.shape[2:]).numpy()
+
+
+def _in_bins(offsets: np.ndarray) -> np.ndarray:
+    """Sums by distance [piece, batch, head, distance] as sums by doubling bin."""
+    reach = offsets.shape[-1] // 2
+    distances = torch.arange(-reach, reach + 1)
+    bins, first = np.unique(doubling_bins(distances).numpy(), return_index=True)
+    sums = np.zeros((*offsets.shape[1:3], OFFSET_BINS))
+    sums[..., bins + LARGEST_DOUBLING_BIN] = np.add.reduceat(offsets, first, axis=-1, dtype=np.float64).sum(0)
+    return sums.astype(np.float32)
 
 
 def _sum_pieces(pieces: np.ndarray) -> np.ndarray:

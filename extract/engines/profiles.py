@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # commands that only read the catalogue do not load torch
 
 HISTOGRAM_BINS = 64
 LARGEST_DOUBLING_BIN = 24  # positions and distances up to 2²³
+OFFSET_BINS = 2 * LARGEST_DOUBLING_BIN + 1  # of signed distances; that of distance 0 is in the middle
 
 
 @dataclass(frozen=True)

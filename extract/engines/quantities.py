@@ -28,7 +28,7 @@ TOKEN_CLASSES = ("bos", "separator", "special", "whitespace", "punctuation", "nu
 class RowQuantity:
     """A quantity of the rows of a pattern.
 
-    `axis`: there is a number per query (of its row), per key or distance (summed over rows), or per head. Rows that are not
+    `axis`: there is a number per query (of its row), per key or bin of distances (summed over rows), or per head. Rows that are not
     measured (padding, fully masked, non-finite scores) have 0 and add to no sum. `merge`: how the rows of a head are
     combined into a number of the sequence, by sum or maximum; None if they are not. A call must have all that it `needs`.
     `sampled`: computed for the sequences of the sample only, NaN for others.
@@ -36,7 +36,7 @@ class RowQuantity:
 
     name: str
     formula: str
-    axis: Literal["query", "key", "distance", "head"] = "query"
+    axis: Literal["query", "key", "bin", "head"] = "query"
     merge: Merge | None = "sum"
     needs: tuple[Fact, ...] = ()
     sampled: bool = False
@@ -75,9 +75,9 @@ ROW_QUANTITIES: dict[str, RowQuantity] = {
         RowQuantity(name="received", formula="Σ_i p[i, key]", axis="key", merge=None),
         RowQuantity(name="value_norm", formula="‖v W_O^h‖", axis="key", needs=("projection", "values")),
         RowQuantity(
-            name="offsets",
-            formula="Σ_i p[i, i+d] at index d + queries − 1",
-            axis="distance",
+            name="offset_bins",
+            formula="Σ_i Σ_j p over j − i in a doubling bin, at index bin + 24 (`profiles.OFFSET_BINS` of them)",
+            axis="bin",
             merge=None,
             needs=("positions",),
         ),

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas.extract.engines.block import Block, exact_dtype, value_norms
+from attlas.extract.engines.profiles import LARGEST_DOUBLING_BIN, OFFSET_BINS, doubling_bins
 from attlas.extract.engines.quantities import ROW_QUANTITIES
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 from attlas.extract.engines.sampled import SAMPLED
@@ -72,15 +73,12 @@ def _sum_blocks(
 
 
 def _accumulate(total: Tensor | None, value: Tensor, block: Block, axis: str) -> Tensor:
-    """Add a block's values per key, distance or head to the total."""
-    if axis == "head":
+    """Add a block's values per key, bin or head to the total."""
+    if axis != "key":
         return value if total is None else total + value
-    queries, keys = block.call.visibility.queries.tokens, block.call.visibility.keys.tokens
     if total is None:
-        total = value.new_zeros(*value.shape[:2], keys if axis == "key" else queries + keys - 1)
-    # the first distance is that from the block's last row to its first key
-    first = block.keys.start + (0 if axis == "key" else queries - block.last)
-    total[..., first : first + value.shape[-1]] += value
+        total = value.new_zeros(*value.shape[:2], block.call.visibility.keys.tokens)
+    total[..., block.keys] += value
     return total
 
 
@@ -99,6 +97,15 @@ def _offset_std(block: Block) -> Tensor:
 def _score_variance(block: Block) -> Tensor:
     centred = (block.usable_scores - block.score_mean[..., None]).where(block.usable, 0)
     return centred.square().sum(-1) / block.keys_counted
+
+
+def _offset_bins(block: Block) -> Float[Tensor, "batch head bin"]:
+    """Added up with a matrix product, whose order of summation is the same in every run."""
+    sums = diagonal_sums(block.pattern)
+    # the first diagonal is that from the block's last row to its first key
+    first = block.keys.start - (block.last - 1)
+    bins = doubling_bins(torch.arange(first, first + sums.shape[-1], device=sums.device)) + LARGEST_DOUBLING_BIN
+    return sums @ torch.nn.functional.one_hot(bins, OFFSET_BINS).to(sums.dtype)
 
 
 def _mass_where(block: Block, chosen: Bool[Tensor, "batch row key"]) -> Float[Tensor, "batch head"]:
@@ -126,7 +133,7 @@ OF_BLOCKS: dict[str, Callable[[Block], Tensor]] = {
     "score_variance": _score_variance,
     "sink": lambda block: block.sink,
     "received": lambda block: block.pattern.sum(-2),
-    "offsets": lambda block: diagonal_sums(block.pattern),
+    "offset_bins": _offset_bins,
     "same_token": lambda block: _mass_where(block, block.equal_tokens[0]),
     "induction": lambda block: _mass_where(block, block.equal_tokens[1]),
     "patch_distance": lambda block: block.patch_sums.distance,

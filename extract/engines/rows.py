@@ -20,6 +20,9 @@ class AttentionCall:
     With grouped heads, `key` has fewer heads than `query`, each for consecutive query heads. `sinks` are logits of a
     learned sink. Scores are (query · key)·scale, soft-capped, plus the visibility's bias. `write` is R of each head,
     lower triangular, with ‖c R‖ = ‖c W_O^h‖. `sample` marks the sequences of the sample; None: all of them.
+
+    The output is the model's own where a row is not measured. An engine that would have to wait for a device to know may
+    instead set `unmeasured` to 1 and return its own output: the caller then looks later, and makes the call again.
     """
 
     query: Float[Tensor, "batch head query width"]
@@ -33,6 +36,7 @@ class AttentionCall:
     token_ids: Int[Tensor, "batch token"] | None = None
     grid: Grid | None = None
     sample: Bool[Tensor, " batch"] | None = None
+    unmeasured: Int[Tensor, " 1"] | None = None
 
     def of_sequences(self, chosen: Int[Tensor, " sequence"]) -> AttentionCall:
         """The call of some sequences."""

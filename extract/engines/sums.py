@@ -16,7 +16,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas.extract.engines.observations import HeadObservation
-from attlas.extract.engines.profiles import COLUMN_OF_BIN, HISTOGRAM_BINS, PROFILE_COLUMNS, doubling_bins
+from attlas.extract.engines.profiles import (
+    COLUMN_OF_BIN,
+    HISTOGRAM_BINS,
+    LARGEST_DOUBLING_BIN,
+    PROFILE_COLUMNS,
+    doubling_bins,
+)
 from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, Fact, Merge, RowQuantity
 
 
@@ -168,27 +174,24 @@ def score_squared(o: HeadObservation) -> Tensor:
 
 
 def _mass_at(distance: int, o: HeadObservation) -> Tensor:
-    offsets = o.rows["offsets"].double()
-    middle = offsets.shape[-1] // 2
-    return offsets[..., middle + distance] if abs(distance) <= middle else offsets.new_zeros(offsets.shape[:-1])
+    """Σ p at a distance that has a bin of its own."""
+    return o.rows["offset_bins"][..., LARGEST_DOUBLING_BIN + distance].double()
 
 
 for _name, _distance in (("self", 0), ("previous", -1), ("next", 1)):
-    _quantity("offsets", name=_name)(partial(_mass_at, _distance))
+    _quantity("offset_bins", name=_name)(partial(_mass_at, _distance))
 
 
-@_quantity("offsets")
+@_quantity("offset_bins")
 def backward(o: HeadObservation) -> Tensor:
     """Σ p over d < 0."""
-    offsets = o.rows["offsets"].double()
-    return offsets[..., : offsets.shape[-1] // 2].sum(-1)
+    return o.rows["offset_bins"][..., :LARGEST_DOUBLING_BIN].double().sum(-1)
 
 
-@_quantity("offsets")
+@_quantity("offset_bins")
 def forward(o: HeadObservation) -> Tensor:
     """Σ p over d > 0."""
-    offsets = o.rows["offsets"].double()
-    return offsets[..., offsets.shape[-1] // 2 + 1 :].sum(-1)
+    return o.rows["offset_bins"][..., LARGEST_DOUBLING_BIN + 1 :].double().sum(-1)
 
 
 def _first_key(o: HeadObservation, values: Tensor) -> Tensor:
@@ -294,7 +297,7 @@ def written(o: HeadObservation) -> Tensor:
 # --- profiles ------------------------------------------------------------------------------------------------------
 
 # the row quantities from which profiles are made
-PROFILE_ROWS = ("entropy", "max_weight", "distance", "received", "offsets")
+PROFILE_ROWS = ("entropy", "max_weight", "distance", "received", "offset_bins")
 
 
 def _profiles(o: HeadObservation) -> Float[Tensor, "2 head column"]:
@@ -313,8 +316,10 @@ def _profiles(o: HeadObservation) -> Float[Tensor, "2 head column"]:
     if not visibility.is_cross_attention:
         reach = visibility.keys.tokens - 1
         distances = torch.arange(-reach, reach + 1, device=measured.device)
-        pairs = visibility.pairs_of(measured)
-        put("offset", doubling_bins(distances), o.rows["offsets"].double().sum(0), pairs.double().sum(0))
+        pairs = visibility.pairs_of(measured).double().sum(0)
+        put("offset", doubling_bins(distances), torch.zeros_like(pairs), pairs)
+        bins = range(-LARGEST_DOUBLING_BIN, LARGEST_DOUBLING_BIN + 1)
+        out[0, :, [COLUMN_OF_BIN["offset", number] for number in bins]] = o.rows["offset_bins"].double().sum(0)
     histograms = (("entropy", o.entropy_share, o.visible_keys >= 2), ("max_weight", o.rows["max_weight"], measured))
     for name, values, included in histograms:
         counts = _histogram(values, included)

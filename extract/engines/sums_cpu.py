@@ -17,6 +17,7 @@ from attlas.extract.engines.profiles import (
     COLUMN_OF_BIN,
     HISTOGRAM_BINS,
     LARGEST_DOUBLING_BIN,
+    OFFSET_BINS,
     PROFILE_COLUMNS,
     doubling_bin_edges,
 )
@@ -118,7 +119,7 @@ def _compiled_sums(
         rows.measured.contiguous().numpy(),
         tuple(array_of(name, nothing if name in _ALWAYS_READ else _ABSENT) for name in ROW_ARRAYS),
         array_of("received", nothing),
-        array_of("offsets", torch.zeros(batch, heads, 2 * tokens - 1)),
+        array_of("offset_bins", torch.zeros(batch, heads, OFFSET_BINS)),
         array_of("value_norm", _ABSENT),
         visibility.keys.start.numpy(),
         visibility.keys.length.numpy(),
@@ -274,7 +275,7 @@ def _sum_rows(
 
 @njit(error_model="numpy", fastmath=FAST)
 def _sum_offsets(
-    offsets: Float32[np.ndarray, " distance"],
+    bins: Float32[np.ndarray, " bin"],
     steps: Int64[np.ndarray, " step"],
     edges: Int64[np.ndarray, " bin"],
     profile: Float64[np.ndarray, "2 column"],
@@ -282,8 +283,7 @@ def _sum_offsets(
 ) -> None:
     """Masses on self, previous, next, backward and forward; and mass and opportunity of the offset profile."""
     n = steps.shape[0] // 2
-    middle = offsets.shape[0] // 2
-    ahead, behind = offsets[middle : middle + n], offsets[middle - n + 1 : middle + 1][::-1]
+    middle = bins.shape[0] // 2
     for place in range(1, 2 * n):  # accumulate steps up and down into numbers of pairs
         steps[place] += steps[place - 1]
     backward, forward = 0.0, 0.0
@@ -292,24 +292,20 @@ def _sum_offsets(
         if begin >= n:
             break
         end = min(edges[number], n)
-        up, down = 0.0, 0.0
         pairs_up, pairs_down = 0, 0
         for d in range(begin, end):
-            up += ahead[d]
             pairs_up += steps[n - 1 + d]
-        profile[0, _OFFSET + number] += up
+        profile[0, _OFFSET + number] += bins[middle + number]
         profile[1, _OFFSET + number] += pairs_up
         if number > 0:
             for d in range(begin, end):
-                down += behind[d]
                 pairs_down += steps[n - 1 - d]
-            profile[0, _OFFSET - number] += down
+            profile[0, _OFFSET - number] += bins[middle - number]
             profile[1, _OFFSET - number] += pairs_down
-            forward += up
-            backward += down
+            forward += bins[middle + number]
+            backward += bins[middle - number]
         begin = end
-    previous, following = (behind[1], ahead[1]) if n > 1 else (np.float32(0), np.float32(0))
-    out[_AT.self], out[_AT.previous], out[_AT.next] = ahead[0], previous, following
+    out[_AT.self], out[_AT.previous], out[_AT.next] = bins[middle], bins[middle - 1], bins[middle + 1]
     out[_AT.backward], out[_AT.forward] = backward, forward
 
 
@@ -380,7 +376,7 @@ def _sum_up(
     measured: Bool[np.ndarray, "batch head query"],
     quantities: tuple[Float32[np.ndarray, "batch head query"], ...],
     received: Float32[np.ndarray, "batch head key"],
-    offsets: Float32[np.ndarray, "batch head distance"],
+    bins: Float32[np.ndarray, "batch head bin"],
     value_norm: Float32[np.ndarray, "batch head key"],
     start: Int64[np.ndarray, " batch"],
     length: Int64[np.ndarray, " batch"],
@@ -418,7 +414,7 @@ def _sum_up(
                 profile,
                 out,
             )
-            _sum_offsets(offsets[b, h], steps, edges, profile, out)
+            _sum_offsets(bins[b, h], steps, edges, profile, out)
             _sum_keys(
                 received[b, h, rows],
                 _of_rows(value_norm, b, h, first, n),

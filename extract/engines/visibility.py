@@ -7,7 +7,7 @@ masks with holes, and biases, are stored per pair.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,6 +58,16 @@ class Axis:
         return torch.arange(self.tokens, device=self.start.device)
 
 
+def right_padded_axis(lengths: Sequence[int], tokens: int, device: torch.device) -> Axis:
+    """An axis of sequences of these lengths, whose padding is known without asking the device."""
+    length = torch.tensor(lengths)
+    length = length.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else length.to(device)
+    axis = Axis(torch.zeros_like(length), length, tokens)
+    least = min(lengths)
+    vars(axis)["padding"] = slice(least, tokens) if least < tokens else None
+    return axis
+
+
 def whole_axis(batch: int, tokens: int, device: torch.device) -> Axis:
     """An axis without padding."""
     zeros = torch.zeros(batch, dtype=torch.long, device=device)
@@ -106,6 +116,18 @@ class Visibility:
         """The range of keys that any of the query rows first … last−1 sees; a single key if they see none."""
         low, high = (ends[first:last] for ends in self._reaches)
         return slice(min(low), max(high)) if min(low) < max(high) else slice(0, 1)
+
+    @cached_property
+    def ends(
+        self,
+    ) -> Int[
+        Tensor,
+        (
+            end  # batch #group query
+        ),
+    ]:
+        """`first` and `last` side by side, in 32 bits."""
+        return torch.stack((self.first, self.last)).to(torch.int32)
 
     @cached_property
     def _reaches(self) -> tuple[list[int], list[int]]:

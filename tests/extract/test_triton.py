@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attlas.extract.engines import Engine, FusedPass, reference
+from attlas.extract.engines.profiles import LARGEST_DOUBLING_BIN
 from attlas.extract.engines.quantities import ROW_QUANTITIES, known_quantities
 from attlas.extract.engines.rows import AttentionCall, Rows
 from attlas.extract.engines.sums import head_sums
@@ -36,8 +37,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 ROOT = Path(__file__).parents[2]
 # several tiles each way within few tokens; all products whole, or all in parts
-SMALL = engine.Blocks(rows=16, keys=16, chunk=64, part=64, warps=4, stages=1)
-PARTS = engine.Blocks(rows=32, keys=16, chunk=16, part=16, warps=4, stages=1)
+SMALL = engine.Blocks(16, 16, chunk=64, part=64, warps=4, stages=1, tile=16, tile_warps=4, tile_stages=1)
+PARTS = engine.Blocks(32, 16, chunk=16, part=16, warps=4, stages=1, tile=16, tile_warps=4, tile_stages=1)
 FITTED = [SMALL, PARTS, engine._BLOCKS[4, 32]]
 
 
@@ -224,7 +225,7 @@ def test_rows_with_non_finite_scores_are_left_out_and_counted(poison):
     assert all(values.isfinite().all() for values in rows.quantities.values())
     of_row = [name for name in rows.quantities if ROW_QUANTITIES[name].axis == "query"]
     assert all(rows[name][0, 1, first] == 0 for name in of_row)
-    for sums in (rows["received"], rows["offsets"]):
+    for sums in (rows["received"], rows["offset_bins"]):
         torch.testing.assert_close(sums.sum(-1), rows.measured.sum(-1).float(), atol=1e-5, rtol=1e-5)
 
 
@@ -269,13 +270,15 @@ def test_a_narrow_pattern_far_away_keeps_its_spread(first):
     key = torch.full_like(call.key, -30.0)
     key[0, 0, first : first + 2] = 0.0
     call = dataclasses.replace(call, query=torch.ones_like(call.query), key=key, scale=1.0)
-    _, rows = attend_in_blocks(call, _not_called, engine.Blocks(rows=64, keys=64, chunk=16, part=16, warps=4, stages=1))
+    blocks = engine.Blocks(64, 64, chunk=16, part=16, warps=4, stages=1, tile=64, tile_warps=4, tile_stages=1)
+    _, rows = attend_in_blocks(call, _not_called, blocks)
     torch.testing.assert_close(rows["offset_std"], torch.full_like(rows["offset_std"], 0.5), atol=1e-5, rtol=1e-5)
 
 
 def test_a_single_token_sees_itself():
     rows = assert_agrees(whole_call(tokens=1, token_ids=torch.zeros(1, 1, dtype=torch.int64)))
-    assert rows["offsets"].tolist() == [[[1.0], [1.0]]]
+    assert rows["offset_bins"].sum(-1).tolist() == [[1.0, 1.0]]
+    assert rows["offset_bins"][..., LARGEST_DOUBLING_BIN].tolist() == [[1.0, 1.0]]
 
 
 def assert_same(rows: Rows, others: Rows) -> None:

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.extract.capture.layout import HookPoint, Site
-from attlas.extract.capture.runtime.stream import Stream, to_float
+from attlas.extract.capture.runtime.stream import Stream, assert_identity, to_float
 from attlas.extract.engines import buffers
-from attlas.extract.engines.observations import NormObservation, ResidualObservation
+from attlas.extract.engines.observations import NormObservation
 from attlas.extract.engines.visibility import Axis
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class CompiledStream(Stream):
                 return super()._values(site)
             state_pass = self._cpu.read_state(axis, after, before, update)
         if site.before is not None:
-            self._assert_identity(site, state_pass.off, state_pass.size)
+            assert_identity(site, state_pass.off, state_pass.size, self._roundoff(site))
         head_columns, contexts = self._pop_contexts(site, axis) or ({}, None)
         columns = {**state_pass.stream, **self._norm_columns(site, axis), **head_columns}
         return self._stack(columns | self._columns_in_torch(site, axis, contexts), axis.start)
@@ -128,9 +128,7 @@ class CompiledStream(Stream):
         """The columns that compiled code does not compute."""
         if not self._torch_columns:
             return {}
-        before, update = self._before_and_update(site)
-        after = self._after(site, before, update)
-        observation = ResidualObservation(axis.real, after, before, update, self._norm(site), contexts)
+        observation = self._observation(site, axis, contexts)
         return {name: compute(observation) for name, compute in self._torch_columns.items()}
 
     def _norm_columns(self, site: Site, axis: Axis) -> Mapping[str, Any]:

@@ -27,11 +27,12 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def instrumented_pass(
-    model: nn.Module, layout: Layout, *, batch: Batch, engine: Engine, observer: Observer
+    model: nn.Module, layout: Layout, *, batch: Batch, engine: Engine, observer: Observer, waits: bool = True
 ) -> Iterator[None]:
     """Measure one forward pass of the model, made inside this context, and hand the results to the observer.
 
-    Raises CaptureError if the pass shows other attention calls or residual sites than the layout has.
+    Raises CaptureError if the pass shows other attention calls or residual sites than the layout has. Unless it `waits` for
+    the device after each call, it raises UnmeasuredRows if some rows were not measured: then it has to be made again.
     """
     needs = observer.needs
     factors = {}
@@ -40,9 +41,8 @@ def instrumented_pass(
             factors = write_factors(model, layout)
     stream = None
     if needs.residual and layout.residual_refusal is None:
-        stream_class = CompiledStream if engine.compiled else Stream
-        stream = stream_class(layout, batch, needs.residual, observer.residual)
-    receiver = CallReceiver(layout, batch, engine, observer, factors, stream)
+        stream = _stream_class(engine)(layout, batch, needs.residual, observer.residual)
+    receiver = CallReceiver(layout, batch, engine, observer, factors, stream, waits=waits)
     replayed = dict.fromkeys(a.module for a in layout.attentions if a.replay is not None)
     in_pieces = dict.fromkeys(a.module for a in layout.attentions if a.in_pieces)
     with _LOCK, ExitStack() as stack, compilation_disabled():
@@ -51,8 +51,20 @@ def instrumented_pass(
         stack.enter_context(intercept_attention(model, receiver, layout.methods, replayed_modules=replayed))
         stack.enter_context(receiver.pieces.hooks(model, in_pieces, receiver.deliver))
         yield
-        receiver.layers.assert_all_matched()
-        if stream is not None and stream.observed != len(layout.sites):
+        receiver.finish()
+        if stream is None:
+            return
+        stream.finish()
+        if stream.observed != len(layout.sites):
             raise CaptureError(
                 f"every forward pass must show each residual site once; expected {len(layout.sites)}, got {stream.observed}"
             )
+
+
+def _stream_class(engine: Engine) -> type[Stream]:
+    if engine.stream == "triton":
+        # needs a package that is only there where a GPU may be
+        from attlas.extract.capture.runtime.fused_stream import FusedStream
+
+        return FusedStream
+    return CompiledStream if engine.stream == "cpu" else Stream

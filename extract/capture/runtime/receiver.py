@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
 
+import torch
 from torch import Tensor
 
 from attlas.extract.capture.intercept.recorded_call import RecordedCall
@@ -27,10 +28,15 @@ from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 from attlas.extract.engines.visibility import Visibility
 
 
+class UnmeasuredRows(Exception):
+    """Rows of a pass were not measured, so that the engine's own output stood where the model's own should have."""
+
+
 class CallReceiver:
     """Measures the attention calls of one pass with an engine, and hands the results to the observer and the stream.
 
-    `factors` are the write factors of layers, by their number.
+    `factors` are the write factors of layers, by their number. With `waits`, the device is waited for after each call, so
+    that the output is the model's own where rows are not measured; without, `finish` says whether there were such rows.
     """
 
     def __init__(
@@ -41,6 +47,8 @@ class CallReceiver:
         observer: Observer,
         factors: Mapping[int, Tensor],
         stream: Stream | None,
+        *,
+        waits: bool = True,
     ) -> None:
         self.layers = LayerSequence(layout, batch)
         self.pieces = PieceJoiner()
@@ -52,6 +60,14 @@ class CallReceiver:
         self._visibilities = Visibilities(batch)
         self._call_numbers = count()  # of all calls, those over something else than positions included
         self._ignored = layout.ignored_calls
+        self._waits = waits
+        self._unmeasured: Tensor | None = None  # set to 1 by a call with such rows
+
+    def finish(self) -> None:
+        """Raise CaptureError unless every layer had its call, and UnmeasuredRows if an output was not the model's own."""
+        self.layers.assert_all_matched()
+        if self._unmeasured is not None and bool(self._unmeasured):
+            raise UnmeasuredRows
 
     def attend(self, request: Request) -> Tensor:
         with interception_disabled():
@@ -74,6 +90,7 @@ class CallReceiver:
             token_ids=self.layers.tokens(attention.queries).ids,
             grid=self._grid(attention, *query.shape[::2]),
             sample=self._sample(attention, len(query)),
+            unmeasured=self._mark_of_unmeasured(query.device),
         )
         original = OriginalOutput(request, query)
         output, rows = self._engine.attend(call, original.whole, self._observer.needs.row_quantities)
@@ -127,6 +144,15 @@ class CallReceiver:
         of_tokens = contexts[:, :, : pattern.shape[-2]]
         rows = self._engine.rows_of_scores(scored, of_tokens, self._observer.needs.row_quantities)
         self._measure(attention, scored.visibility, rows, contexts)
+
+    def _mark_of_unmeasured(self, device: torch.device) -> Tensor | None:
+        if self._waits or device.type == "cpu":
+            return None
+        if self._unmeasured is None or self._unmeasured.device != device:
+            if self._unmeasured is not None and bool(self._unmeasured):
+                raise UnmeasuredRows
+            self._unmeasured = torch.zeros(1, dtype=torch.int32, device=device)
+        return self._unmeasured
 
     def _next_layer(self, method: CaptureMethod) -> Attention:
         """The layer of a call: that of the pieces before it, or else the next."""

@@ -1,14 +1,15 @@
 """Observe the residual stream during a forward pass: x, F, x' and the norm of every site.
 
-A site is observed as soon as its last point has been read, and its tensors are released at once. At most two states are kept,
-three where sublayers are parallel.
+A site is measured as soon as its last point has been read, and its tensors are released at once. At most two states are kept,
+three where sublayers are parallel. That x' = x + F holds is checked when the pass is over, because a GPU must be waited for.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ ObserveSite = Callable[[Site, Float[Tensor, "column batch"]], None]
 class Stream:
     """The residual sites of one forward pass, in plain torch on any device.
 
-    `columns` are those that are asked for. They are observed in the order of their names.
+    `columns` are those that are asked for. They are observed in the order of their names. `finish` ends a pass that succeeded.
     """
 
     def __init__(
@@ -41,30 +42,28 @@ class Stream:
         self.sites = layout.sites
         self.columns = {name: columns[name] for name in sorted(columns)}
         self.observed = 0
+        self._points = layout.points
         self._axes = StreamAxes(layout, batch)
         self._observe = observe
         self._call_counts: Counter[str] = Counter()
         self._tensors: dict[HookPoint, Tensor] = {}
-        self._overwritten = {point for site in self.sites for point in site.overwritten}
         self._gains: dict[str, Tensor] = {}
         self._contexts: dict[tuple[str, int], Any] = {}
         self._site_of_attention = {site.attention: site for site in self.sites if site.attention is not None}
         self._without_axis: dict[str, list[int]] = {}  # by stack: complete sites whose axis is not known yet
-        self._missing_points = [set(site.hook_points) for site in self.sites]
-        self._sites_at: dict[HookPoint, set[int]] = {}  # sites that still need a point
-        for index, points in enumerate(self._missing_points):
-            for point in points:
-                self._sites_at.setdefault(point, set()).add(index)
+        # points that a site still waits for, and sites that still need a point
+        self._missing = [len(points) for points in self._points.of_site]
+        self._uses = {point: len(sites) for point, sites in self._points.sites_at.items()}
+        # sites that are checked in the end: the roundoff of their type, and the pair ‖x' − x − F‖, ‖x'‖ + ‖x‖
+        self._identities: list[tuple[Site, float, Tensor]] = []
 
     @contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
         """Hook every module that a site reads."""
-        modules = dict(model.named_modules())
-        gains = {update.gain for site in self.sites for update in site.updates if update.gain is not None}
-        self._gains = {name: model.get_parameter(name).detach().flatten() for name in gains}
+        self._gains = {name: model.get_parameter(name).detach().flatten() for name in self._points.gains}
         with ExitStack() as stack:
-            for name in {point.module for point in self._sites_at}:
-                handle = modules[name].register_forward_hook(self._hook_of(name), with_kwargs=True)
+            for name in self._points.calls:
+                handle = model.get_submodule(name).register_forward_hook(self._hook_of(name), with_kwargs=True)
                 stack.callback(handle.remove)
             yield
 
@@ -84,22 +83,38 @@ class Stream:
         if batch == self._axes.sequences:  # windows are not rows of the stream
             self._contexts[key] = (tokens, self._prepare_contexts(site, contexts))
 
+    def finish(self) -> None:
+        """End a pass: check that x' = x + F(x) held at every site."""
+        if not self._identities:
+            return
+        device = self._identities[0][2].device
+        sums = torch.stack([pair.to(device) for _, _, pair in self._identities]).tolist()
+        for (site, roundoff, _), (error, size) in zip(self._identities, sums, strict=True):
+            assert_identity(site, error, size, roundoff)
+
     def _hook_of(self, name: str) -> Callable[..., None]:
+        calls = self._points.calls[name]
+
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = self._call_counts[name]
-            self._call_counts[name] += 1
-            self._add_tensor(HookPoint(name, call, "input"), input_tensor(args, kwargs))
-            self._add_tensor(HookPoint(name, call, "output"), first_tensor(output))
+            self._call_counts[name] = call + 1
+            if call >= len(calls):
+                return
+            read, wrote = calls[call]
+            if read is not None:
+                self._add_tensor(read, input_tensor(args, kwargs))
+            if wrote is not None:
+                self._add_tensor(wrote, first_tensor(output))
 
         return hook
 
     def _add_tensor(self, point: HookPoint, tensor: Tensor | None) -> None:
-        if point not in self._sites_at or tensor is None:
+        if tensor is None:
             return
-        self._tensors[point] = tensor.clone() if point in self._overwritten else tensor
-        for index in sorted(self._sites_at[point]):
-            self._missing_points[index].discard(point)
-            if not self._missing_points[index]:
+        self._tensors[point] = tensor.clone() if point in self._points.overwritten else tensor
+        for index in self._points.sites_at[point]:
+            self._missing[index] -= 1
+            if not self._missing[index]:
                 self._complete(index)
 
     def _complete(self, index: int) -> None:
@@ -112,17 +127,19 @@ class Stream:
 
     def _observe_and_release(self, index: int) -> None:
         """Observe a site and release the tensors that no other site needs."""
-        site = self.sites[index]
-        self._observe(site, self._values(site))
+        self._observe_site(self.sites[index])
         self.observed += 1
-        for point in set(site.hook_points):
-            self._sites_at[point].discard(index)
-            if not self._sites_at[point]:
-                self._tensors.pop(point, None)
+        for point in self._points.of_site[index]:
+            self._uses[point] -= 1
+            if not self._uses[point]:
+                del self._tensors[point]
+
+    def _observe_site(self, site: Site) -> None:
+        self._observe(site, self._values(site))
 
     def _prepare_contexts(self, site: Site, contexts: Tensor) -> Any:  # noqa: ARG002 - a subclass uses it
         """What to keep of the contexts of a site's attention call."""
-        return to_float(contexts)
+        return contexts
 
     def _pop_contexts(self, site: Site, axis: Axis) -> Any:
         """What was kept of the contexts; None if they are not over the tokens of the stream."""
@@ -131,22 +148,30 @@ class Stream:
         tokens, contexts = self._contexts.pop(site.attention, (0, None))
         return contexts if tokens == axis.tokens else None
 
+    def _first_state(self, site: Site) -> Tensor:
+        """A state of the site, x' if the model computes it."""
+        point = site.before if site.after is None else site.after
+        assert point is not None, "a site has x' or x"
+        return self._tensors[point]
+
     def _state_count(self, site: Site) -> int:
-        tensor = self._tensors[site.sum_points[0]]
+        tensor = self._first_state(site)
         return tensor.numel() // tensor.shape[-1]
 
     def _axis(self, site: Site) -> Axis:
-        return self._axes.axis(site.stack, self._state_count(site), self._tensors[site.sum_points[0]].device)
+        return self._axes.axis(site.stack, self._state_count(site), self._first_state(site).device)
 
     def _tensor(self, site: Site, point: HookPoint) -> Float[Tensor, "batch token width"]:
         """The tensor at a point in the batch's own shape, in float32 or better."""
-        tensor = self._tensors[point]
+        return to_float(self._in_batch_shape(site, self._tensors[point]))
+
+    def _in_batch_shape(self, site: Site, tensor: Tensor) -> Float[Tensor, "batch token width"]:
         width = tensor.shape[-1]
         axis = self._axes.axis(site.stack, tensor.numel() // width, tensor.device)
         batch, tokens = len(axis.start), axis.tokens
         if site.token_first:
-            return to_float(tensor.reshape(tokens, batch, width).transpose(0, 1))
-        return to_float(tensor.reshape(batch, tokens, width))
+            return tensor.reshape(tokens, batch, width).transpose(0, 1)
+        return tensor.reshape(batch, tokens, width)
 
     def _update_tensor(self, site: Site, update: Update) -> Float[Tensor, "batch token width"]:
         tensor = self._tensor(site, update.point)
@@ -175,18 +200,21 @@ class Stream:
         norm_input, norm_output = self._tensor(site, site.norm.input), self._tensor(site, site.norm.output)
         return NormObservation(norm_input, norm_output, site.norm.kind, site.norm.epsilon)
 
-    def _values(self, site: Site) -> Float[Tensor, "column batch"]:
+    def _observation(self, site: Site, axis: Axis, contexts: Tensor | None) -> ResidualObservation:
         before, update = self._before_and_update(site)
         after = self._after(site, before, update)
+        contexts = None if contexts is None else to_float(contexts)
+        return ResidualObservation(axis.real, after, before, update, self._norm(site), contexts)
+
+    def _values(self, site: Site) -> Float[Tensor, "column batch"]:
         axis = self._axis(site)
-        if before is not None and update is not None:
+        o = self._observation(site, axis, self._pop_contexts(site, axis))
+        if o.stream is not None and o.update is not None:
             # one norm per token first: then only a small tensor is masked, not copies of the whole stream
-            parts = (after - before - update, after, before)
+            parts = (o.after - o.stream - o.update, o.after, o.stream)
             error, x_after, x = (t.norm(dim=-1).where(axis.real, 0).norm() for t in parts)
-            self._assert_identity(site, float(error), float(x_after + x))
-        contexts = self._pop_contexts(site, axis)
-        observation = ResidualObservation(axis.real, after, before, update, self._norm(site), contexts)
-        return self._stack({name: compute(observation) for name, compute in self.columns.items()}, after)
+            self._identities.append((site, self._roundoff(site), torch.stack([error, x_after + x])))
+        return self._stack({name: compute(o) for name, compute in self.columns.items()}, o.after)
 
     def _stack(self, values: Mapping[str, Any], like: Tensor) -> Float[Tensor, "column batch"]:
         """The columns in their order, in float64; NaN where undefined."""
@@ -196,14 +224,28 @@ class Stream:
                 stacked[row] = torch.as_tensor(values[name])
         return stacked
 
-    def _assert_identity(self, site: Site, error: float, size: float) -> None:
-        """Check x' = x + F(x) on every batch, to a few roundings of the model's own type."""
-        eps = max(torch.finfo(self._tensors[point].dtype).eps for point in site.sum_points)
-        if size < float("inf") and not error <= 4 * eps * size:
-            raise CaptureError(
-                f"x' = x + F(x) must hold at every residual site; at {site.name} of layer {site.layer} of the "
-                f"{site.stack} it is off by {error / size:.2e} of ‖x‖ + ‖x'‖; the model changed its way since it was examined"
-            )
+    def _roundoff(self, site: Site) -> float:
+        """The roundoff of the type in which the site's sum is made."""
+        return roundoff_of({self._tensors[point].dtype for point in site.sum_points})
+
+
+def assert_identity(site: Site, error: float, size: float, roundoff: float) -> None:
+    """Check x' = x + F(x) on every batch, to a few roundings of the model's own type."""
+    if size < float("inf") and not error <= 4 * roundoff * size:
+        raise CaptureError(
+            f"x' = x + F(x) must hold at every residual site; at {site.name} of layer {site.layer} of the "
+            f"{site.stack} it is off by {error / size:.2e} of ‖x‖ + ‖x'‖; the model changed its way since it was examined"
+        )
+
+
+def roundoff_of(dtypes: Collection[torch.dtype]) -> float:
+    """The roundoff of the coarsest of these types."""
+    return max(_epsilon(dtype) for dtype in dtypes)
+
+
+@cache
+def _epsilon(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 def to_float(x: Tensor) -> Tensor:

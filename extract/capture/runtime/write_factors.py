@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -56,8 +57,13 @@ def _are_same(before: Sequence[Tensor | None], now: Sequence[Tensor | None]) -> 
         None if x is None else (x.shape, x.dtype, x.device) for x in now
     ]:
         return False
-    pairs = [(a, b) for a, b in zip(before, now, strict=True) if a is not None and b is not None]
-    return all(torch.equal(a, b) for a, b in pairs)
+    pairs = [(a.flatten(), b.flatten()) for a, b in zip(before, now, strict=True) if a is not None and b is not None]
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for a, b in pairs:  # all on a device at once, because it is waited for
+        of_device = groups.setdefault((a.dtype, a.device), ([], []))
+        of_device[0].append(a)
+        of_device[1].append(b)
+    return all(torch.equal(torch.cat(a), torch.cat(b)) for a, b in groups.values())
 
 
 def _factor(weight: Float[Tensor, "head head_width model_width"]) -> Float[Tensor, "head head_width head_width"]:

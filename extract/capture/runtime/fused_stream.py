@@ -1,0 +1,128 @@
+"""The residual stream on a GPU: one launch for a site, and nothing that waits for the device before the pass is over."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attlas.extract.capture.layout import Site, Update
+from attlas.extract.capture.runtime.stream import Stream
+from attlas.extract.engines.residual_triton import COLUMNS, IDENTITY, MAKES, SiteResults, SiteTensors
+
+
+class _MeasuredSite(NamedTuple):
+    """A site whose results wait for the end of the pass, as the n-th of `results`, with what torch has computed."""
+
+    site: Site
+    results: SiteResults
+    number: int
+    roundoff: float
+    in_torch: dict[str, Tensor | None]
+
+
+class FusedStream(Stream):
+    """The residual sites of one forward pass, measured by Triton kernels; in torch where they support no site's tensors.
+
+    Sites are handed to the observer in `finish`, except those that are measured in torch.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # columns that the kernels do not compute, with their functions in plain torch
+        self._torch_columns = {name: compute for name, compute in self.columns.items() if name not in MAKES}
+        self._makes_all = tuple(self.columns) == COLUMNS
+        self._results: dict[tuple[str, int, int, int], SiteResults] = {}
+        self._measured: list[_MeasuredSite] = []
+
+    def finish(self) -> None:
+        made = {results: results.columns() for results in self._results.values() if results.measured}
+        columns = {results: rows.unbind() for results, rows in made.items()}
+        for site, results, number, _, in_torch in self._measured:
+            self._observe(site, self._chosen(columns[results][number], in_torch))
+        identities = {results: _identities(rows) for results, rows in made.items()}
+        for site, results, number, roundoff, _ in self._measured:
+            if site.update is not None:
+                self._identities.append((site, roundoff, identities[results][number]))
+        super().finish()
+
+    def _observe_site(self, site: Site) -> None:
+        results = self._results_of(site)
+        tensors = self._site_tensors(site, results)
+        if tensors is None or not results.takes(tensors):
+            super()._observe_site(site)
+            return
+        in_torch: dict[str, Tensor | None] = {}
+        if self._torch_columns:
+            observation = self._observation(site, results.axis, tensors.contexts)
+            in_torch = {name: compute(observation) for name, compute in self._torch_columns.items()}
+        self._contexts.pop(site.attention or ("", 0), None)
+        factor = 1.0 if site.update is None else site.update.factor
+        if site.norm is None:
+            results.measure(tensors, factor=factor)
+        else:
+            results.measure(tensors, factor=factor, kind=site.norm.kind, epsilon=site.norm.epsilon)
+        self._measured.append(_MeasuredSite(site, results, results.measured - 1, self._roundoff(site), in_torch))
+
+    def _results_of(self, site: Site) -> SiteResults:
+        """Where the results of sites go whose states are like this site's."""
+        state = self._first_state(site)
+        width = state.shape[-1]
+        states = state.numel() // width
+        key = (site.stack, states, width, state.get_device())
+        results = self._results.get(key)
+        if results is None:
+            axis = self._axes.axis(site.stack, states, state.device)
+            sites = sum(other.stack == site.stack for other in self.sites)
+            results = self._results[key] = SiteResults(axis, width, state.device, sites=sites)
+        return results
+
+    def _site_tensors(self, site: Site, results: SiteResults) -> SiteTensors | None:
+        """The site's tensors as the kernels read them; None if they have no place for what the site adds up."""
+        tensors = self._tensors
+        after = None if site.after is None else self._in_shape(site, tensors[site.after], results)
+        before = beside = update = gain = read = wrote = None
+        if site.before is not None and site.update is not None:
+            before = self._in_shape(site, tensors[site.before], results)
+            update = self._in_shape(site, tensors[site.update.point], results)
+            gain = None if site.update.gain is None else self._gains[site.update.gain]
+            if site.parallel:
+                if len(site.parallel) > 1 or not _is_plain(site.parallel[0]):
+                    return None
+                beside = self._in_shape(site, tensors[site.parallel[0].point], results)
+        if site.norm is not None:
+            read = self._in_shape(site, tensors[site.norm.input], results)
+            wrote = self._in_shape(site, tensors[site.norm.output], results)
+        return SiteTensors(after, before, beside, update, gain, read, wrote, self._peek_contexts(site, results))
+
+    def _in_shape(self, site: Site, tensor: Tensor, results: SiteResults) -> Float[Tensor, "batch token width"]:
+        """The tensor in the batch's own shape, in its own type."""
+        if tensor.shape == results.shape and not site.token_first:
+            return tensor
+        return self._in_batch_shape(site, tensor)
+
+    def _peek_contexts(self, site: Site, results: SiteResults) -> Tensor | None:
+        """The contexts, if they are over the tokens of the stream; they stay where they are."""
+        if site.attention is None:
+            return None
+        tokens, contexts = self._contexts.get(site.attention, (0, None))
+        return contexts if tokens == results.axis.tokens else None
+
+    def _chosen(self, made: Tensor, in_torch: dict[str, Tensor | None]) -> Float[Tensor, "column batch"]:
+        """The columns that are asked for, of those that the kernels and torch made."""
+        made = made[: IDENTITY.start]
+        if self._makes_all:
+            return made
+        return self._stack({**dict(zip(COLUMNS, made.unbind(), strict=True)), **in_torch}, made[0])
+
+
+def _is_plain(update: Update) -> bool:
+    return update.factor == 1 and update.gain is None
+
+
+def _identities(results: Float[Tensor, "site row batch"]) -> tuple[Tensor, ...]:
+    """‖x' − x − F‖ and ‖x'‖ + ‖x‖ of each site, over the batch."""
+    off, after, before = results[:, IDENTITY].sum(-1).sqrt().unbind(1)
+    return torch.stack([off, after + before], 1).unbind()

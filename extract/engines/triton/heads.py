@@ -1,0 +1,304 @@
+"""Head sums on a GPU: the results of `engines.sums.head_sums`, one program for each head of a sequence."""
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attlas.extract.engines.profiles import COLUMN_OF_BIN, HISTOGRAM_BINS, LARGEST_DOUBLING_BIN, PROFILE_COLUMNS
+from attlas.extract.engines.quantities import TOKEN_CLASSES
+from attlas.extract.engines.triton import rows as of_rows
+from attlas.extract.engines.triton.columns import BINS, MIDDLE, bin_of
+from attlas.extract.engines.triton.tiles import load_bounds
+
+# the head quantities that the kernel writes, in this order, after a first value that is NaN
+MADE = (
+    "rows",
+    "several",
+    "masked",
+    "nonfinite",
+    "attended",
+    "entropy_squared",
+    "entropy_share",
+    "uniform_distance",
+    "pairs",
+    "score",
+    "score_squared",
+    "score_max",
+    "self",
+    "previous",
+    "next",
+    "backward",
+    "forward",
+    "same_token",
+    "induction",
+    "first",
+    "received_entropy",
+    "received_max",
+    "received_max_key",
+    "written_first",
+    "written",
+    *TOKEN_CLASSES,
+    # sums of rows, in the order of `rows.QUANTITIES`
+    "entropy",
+    "collision",
+    "max_weight",
+    "distance",
+    "offset",
+    "offset_std",
+    "largest_score",  # not a head quantity: it is the sum of `score_max`
+    "score_mean",
+    "score_variance",
+    "sink",
+    "context_norm",
+    "output_norm",
+)
+_ROWS = tl.constexpr(1 + MADE.index("rows"))
+_OF_HEAD = tl.constexpr(1 + MADE.index("score_max"))
+_CLASSES = tl.constexpr(1 + MADE.index(TOKEN_CLASSES[0]))
+_CLASS_COUNT = tl.constexpr(len(TOKEN_CLASSES))
+_OF_ROWS = tl.constexpr(1 + MADE.index("entropy"))
+_SUMMED = tl.constexpr(of_rows.QUANTITIES.index("output_norm") + 1)
+VALUES = 64  # a power of two that holds them all
+_VALUES = tl.constexpr(VALUES)
+_ENTROPY = tl.constexpr(of_rows.QUANTITIES.index("entropy"))
+_MAX_WEIGHT = tl.constexpr(of_rows.QUANTITIES.index("max_weight"))
+_DISTANCE = tl.constexpr(of_rows.QUANTITIES.index("distance"))
+_SCORE_MAX = tl.constexpr(of_rows.QUANTITIES.index("score_max"))
+_SCORE_MEAN = tl.constexpr(of_rows.QUANTITIES.index("score_mean"))
+_SCORE_VARIANCE = tl.constexpr(of_rows.QUANTITIES.index("score_variance"))
+_SINK = tl.constexpr(of_rows.QUANTITIES.index("sink"))
+
+COLUMNS = tl.constexpr(len(PROFILE_COLUMNS))
+_HISTOGRAM = tl.constexpr(HISTOGRAM_BINS)
+_POSITIONS = tl.constexpr(32)  # a power of two that holds all bins of positions
+_POSITION_BINS = tl.constexpr(LARGEST_DOUBLING_BIN + 1)
+_OFFSET_BINS = tl.constexpr(2 * LARGEST_DOUBLING_BIN + 1)
+# columns of the first bin of each profile
+_OFFSETS = tl.constexpr(COLUMN_OF_BIN["offset", -LARGEST_DOUBLING_BIN])
+_SHARES = tl.constexpr(COLUMN_OF_BIN["entropy", 0])
+_WEIGHTS = tl.constexpr(COLUMN_OF_BIN["max_weight", 0])
+_ENTROPY_AT = tl.constexpr(COLUMN_OF_BIN["entropy_by_position", 0])
+_DISTANCE_AT = tl.constexpr(COLUMN_OF_BIN["distance_by_position", 0])
+_RECEIVED_AT = tl.constexpr(COLUMN_OF_BIN["received_by_position", 0])
+
+
+@triton.jit
+def _sum_to(n):
+    """1 + 2 + … + n; 0 for n ≤ 0."""
+    n = tl.maximum(n, 0)
+    return n * (n + 1) // 2
+
+
+@triton.jit
+def _first_of_bin(bins):
+    """The smallest distance of a doubling bin from 0 on; also the one after the largest of the bin before."""
+    return tl.where(bins < 3, bins, (1 << tl.minimum(tl.maximum(bins - 2, 0), 24)) + 1)
+
+
+@triton.jit
+def _put(profile, column, values, numbers, COUNT: tl.constexpr):
+    tl.store(profile + column + numbers, values, mask=numbers < COUNT)
+
+
+@triton.jit
+def _add_bins(sums, bins, values, numbers):
+    """Add values to the bins of these numbers."""
+    return sums + tl.sum(tl.where(bins[:, None] == numbers[None, :], values[:, None], 0), 0)
+
+
+@triton.jit(do_not_specialize=["batch", "heads", "tokens", "lines"])
+def head_sums(
+    quantities,
+    measured,
+    bounds,
+    of_keys,
+    bins,
+    looked_up,
+    classes,
+    start,
+    length,
+    values,
+    profiles,
+    bounds_batch, bounds_head, bounds_plane,
+    batch,
+    heads,
+    tokens,
+    lines,
+    HAS_SINK: tl.constexpr,
+    HAS_WRITE: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sums over the rows and keys of one head of one sequence, and its profiles.
+
+    `values` is float64 [batch, head, value]; `profiles` float32 [batch, head, 2, column], or None.
+    """
+    bh = tl.program_id(0)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    plane = batch.to(tl.int64) * heads * tokens
+    at_rows = bh.to(tl.int64) * tokens
+    quantities += at_rows
+    measured += at_rows
+    of_keys += at_rows
+    bounds += b * bounds_batch + h * bounds_head
+    begin = tl.load(start + b).to(tl.int32)
+    end = begin + tl.load(length + b).to(tl.int32)
+    number = tl.arange(0, _VALUES)
+    sums = tl.zeros([_VALUES], tl.float64)
+    top = -float("inf")
+    if profiles is not None:
+        profiles += bh.to(tl.int64) * 2 * COLUMNS
+        positions = tl.arange(0, _POSITIONS)
+        shares = tl.zeros([_HISTOGRAM], tl.float32)
+        weights = tl.zeros([_HISTOGRAM], tl.float32)
+        of_histogram = tl.arange(0, _HISTOGRAM)
+        entropies = tl.zeros([_POSITIONS], tl.float32)
+        distances = tl.zeros([_POSITIONS], tl.float32)
+        counts = tl.zeros([_POSITIONS], tl.float32)
+        pairs_at = tl.zeros([BINS], tl.float32)
+        offset = tl.arange(0, BINS) - MIDDLE
+        size = tl.abs(offset)
+        nearest, farthest = _first_of_bin(size), _first_of_bin(size + 1) - 1
+        lowest = tl.where(offset < 0, -farthest, nearest)
+        highest = tl.where(offset < 0, -nearest, farthest)
+    for at in range(begin // ROWS * ROWS, end, ROWS):
+        rows = at + tl.arange(0, ROWS)
+        real = (rows >= begin) & (rows < end)
+        ok = tl.load(measured + rows, mask=real, other=0) != 0
+        first, last = load_bounds(bounds, bounds_plane, rows, tokens)
+        seen = tl.where(real, tl.maximum(last - first, 0), 0)
+        keys = tl.where(ok, seen, 0)
+        entropy = tl.load(quantities + _ENTROPY * plane + rows, mask=ok, other=0)
+        several = keys >= 2
+        outcomes = tl.maximum(keys + HAS_SINK, 2).to(tl.float32)
+        share = tl.where(several, tl.minimum(entropy / tl.log(outcomes), 1), 0)
+        before = _sum_to(rows - first) - _sum_to(rows - last)
+        after = _sum_to(last - 1 - rows) - _sum_to(first - 1 - rows)
+        uniform = (before + after).to(tl.float32) / tl.maximum(seen, 1).to(tl.float32)
+        score_mean = tl.load(quantities + _SCORE_MEAN * plane + rows, mask=ok, other=0).to(tl.float64)
+        score_variance = tl.load(quantities + _SCORE_VARIANCE * plane + rows, mask=ok, other=0)
+        score_max = tl.load(quantities + _SCORE_MAX * plane + rows, mask=ok, other=-float("inf"))
+        top = tl.maximum(top, tl.max(score_max, 0))
+        of_row = (
+            ok.to(tl.float32),
+            several.to(tl.float32),
+            (real & (seen == 0)).to(tl.float32),
+            ((seen > 0) & (ok == 0)).to(tl.float32),
+            tl.where(ok, tl.exp(entropy), 0),
+            entropy.to(tl.float64) * entropy,
+            share,
+            tl.where(ok, uniform, 0),
+            keys.to(tl.float32),
+            score_mean * keys,
+            (score_variance + score_mean * score_mean) * keys,
+        )
+        for n in tl.static_range(len(of_row)):
+            sums += tl.where(number == _ROWS + n, tl.sum(of_row[n], 0).to(tl.float64), 0)
+        for n in tl.static_range(_SUMMED):
+            if (n != _SINK or HAS_SINK) and (n != _SUMMED - 1 or HAS_WRITE):
+                of_quantity = tl.load(quantities + n * plane + rows, mask=ok, other=0)
+                if n == _ENTROPY:  # its variance is a difference of large sums
+                    of_quantity = of_quantity.to(tl.float64)
+                sums += tl.where(number == _OF_ROWS + n, tl.sum(of_quantity, 0).to(tl.float64), 0)
+        if profiles is not None:
+            none = tl.full([ROWS], -1, tl.int32)
+            of_share = tl.where(several, tl.minimum((share * _HISTOGRAM).to(tl.int32), _HISTOGRAM - 1), none)
+            shares = _add_bins(shares, of_share, tl.full([ROWS], 1.0, tl.float32), of_histogram)
+            weight = tl.load(quantities + _MAX_WEIGHT * plane + rows, mask=ok, other=0)
+            of_weight = tl.where(ok, tl.minimum((weight * _HISTOGRAM).to(tl.int32), _HISTOGRAM - 1), none)
+            weights = _add_bins(weights, of_weight, tl.full([ROWS], 1.0, tl.float32), of_histogram)
+            of_position = tl.where(ok, bin_of(rows - begin), none)
+            distance = tl.load(quantities + _DISTANCE * plane + rows, mask=ok, other=0)
+            entropies = _add_bins(entropies, of_position, entropy, positions)
+            distances = _add_bins(distances, of_position, distance, positions)
+            counts = _add_bins(counts, of_position, tl.full([ROWS], 1.0, tl.float32), positions)
+            low = tl.maximum((first - rows)[:, None], lowest[None, :])
+            high = tl.minimum((last - 1 - rows)[:, None], highest[None, :])
+            pairs_at += tl.sum(tl.where(ok[:, None], tl.maximum(high - low + 1, 0), 0).to(tl.float32), 0)
+
+    measured_rows = tl.sum(tl.where(number == _ROWS, sums, 0), 0)
+    each = (1 / tl.maximum(measured_rows, 1)).to(tl.float32)
+    in_classes = tl.zeros([_CLASS_COUNT], tl.float64)
+    class_number = tl.arange(0, _CLASS_COUNT)
+    received_entropy, written = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+    largest, largest_key = -1.0, tl.zeros([], tl.int32)
+    if profiles is not None:
+        received_at = tl.zeros([_POSITIONS], tl.float32)
+        keys_at = tl.zeros([_POSITIONS], tl.float32)
+    for at in range(begin // ROWS * ROWS, end, ROWS):
+        keys = at + tl.arange(0, ROWS)
+        real = (keys >= begin) & (keys < end)
+        received = tl.load(of_keys + keys, mask=real, other=0)
+        mean = received * each
+        # smaller terms are below the resolution of float32
+        received_entropy -= tl.sum(tl.where(mean > 1e-30, mean * tl.log(tl.maximum(mean, 1e-30)), 0), 0)
+        most = tl.max(tl.where(real, received, -1), 0)
+        place = tl.min(tl.where(real & (received == most), keys, tokens), 0)
+        largest_key = tl.where(most > largest, place, largest_key)
+        largest = tl.maximum(largest, most)
+        if HAS_WRITE:
+            written += tl.sum(received * tl.load(of_keys + plane + keys, mask=real, other=0), 0)
+        if classes is not None:
+            of_class = tl.load(classes + b * tokens + keys, mask=real, other=-1).to(tl.int32)
+            masses = tl.sum(tl.where(of_class[:, None] == class_number[None, :], received[:, None], 0), 0)
+            in_classes += masses.to(tl.float64)
+        if profiles is not None:
+            of_position = tl.where(real, bin_of(keys - begin), -1)
+            received_at = _add_bins(received_at, of_position, received, positions)
+            keys_at = _add_bins(keys_at, of_position, tl.full([ROWS], 1.0, tl.float32), positions)
+
+    in_bins = tl.zeros([BINS], tl.float64)
+    same, induction = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+    for line in range(lines):
+        in_bins += tl.load(bins + (bh.to(tl.int64) * lines + line) * BINS + tl.arange(0, BINS)).to(tl.float64)
+    for tile in range(lines - 3):
+        same += tl.load(looked_up + (bh * (lines - 3) + tile) * 2).to(tl.float64)
+        induction += tl.load(looked_up + (bh * (lines - 3) + tile) * 2 + 1).to(tl.float64)
+    of_bin = tl.arange(0, BINS) - MIDDLE
+    if HAS_SINK:
+        sink = tl.sum(tl.where(number == _OF_ROWS + _SINK, sums, 0), 0) / tl.maximum(measured_rows, 1)
+        received_entropy -= tl.where(sink > 0, sink * tl.log(tl.maximum(sink, 1e-300)), 0)
+    undefined = tl.where(measured_rows > 0, 0.0, float("nan")).to(tl.float64)
+    on_first = tl.load(of_keys + begin, mask=end > begin, other=0).to(tl.float64)
+    written_first = on_first
+    if HAS_WRITE:
+        written_first *= tl.load(of_keys + plane + begin, mask=end > begin, other=0)
+    of_head = (
+        top,
+        tl.sum(tl.where(of_bin == 0, in_bins, 0), 0),
+        tl.sum(tl.where(of_bin == -1, in_bins, 0), 0),
+        tl.sum(tl.where(of_bin == 1, in_bins, 0), 0),
+        tl.sum(tl.where(of_bin < 0, in_bins, 0), 0),
+        tl.sum(tl.where(of_bin > 0, in_bins, 0), 0),
+        same,
+        induction,
+        on_first,
+        tl.maximum(received_entropy, 0) + undefined,
+        largest * each + undefined,
+        (largest_key - begin) + undefined,
+        written_first,
+        written,
+    )
+    for n in tl.static_range(len(of_head)):
+        sums += tl.where(number == _OF_HEAD + n, of_head[n].to(tl.float64), 0)
+    for n in tl.static_range(_CLASS_COUNT):
+        mass = tl.sum(tl.where(class_number == n, in_classes, 0), 0)
+        sums += tl.where(number == _CLASSES + n, mass, 0)
+    sums = tl.where(number == 0, float("nan"), sums)
+    tl.store(values + bh.to(tl.int64) * _VALUES + number, sums)
+
+    if profiles is not None:
+        counted = profiles + COLUMNS
+        _put(profiles, _OFFSETS, in_bins.to(tl.float32), tl.arange(0, BINS), _OFFSET_BINS)
+        _put(counted, _OFFSETS, pairs_at, tl.arange(0, BINS), _OFFSET_BINS)
+        for half in tl.static_range(2):
+            _put(profiles + half * COLUMNS, _SHARES, shares, of_histogram, _HISTOGRAM)
+            _put(profiles + half * COLUMNS, _WEIGHTS, weights, of_histogram, _HISTOGRAM)
+        _put(profiles, _ENTROPY_AT, entropies, positions, _POSITION_BINS)
+        _put(counted, _ENTROPY_AT, counts, positions, _POSITION_BINS)
+        _put(profiles, _DISTANCE_AT, distances, positions, _POSITION_BINS)
+        _put(counted, _DISTANCE_AT, counts, positions, _POSITION_BINS)
+        _put(profiles, _RECEIVED_AT, received_at, positions, _POSITION_BINS)
+        _put(counted, _RECEIVED_AT, keys_at, positions, _POSITION_BINS)
