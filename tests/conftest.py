@@ -60,7 +60,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)  # xdist may be absent
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute tests one by one, except files that need the same server (pytest-xdist 3.8 breaks its own groups)."""
+    """Distribute tests one by one, except files that need the same server (pytest-xdist 3.8 breaks its own groups).
+
+    Those that need a GPU by xdist's own scheduler, which does not repeat the test under which a worker died.
+    """
+    if config.getoption("markexpr") == "gpu":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     @cache

@@ -57,7 +57,8 @@ def run_tests(*, seconds: float) -> dict[str, Any]:
         file, log = Path(folder) / "outcomes.jsonl", Path(folder) / "log"
         began = time.perf_counter()
         with log.open("w") as written:
-            note = _run_within(seconds, _pytest(), _environment() | {"ATTLAS_GPU_OUTCOMES": str(file)}, written)
+            environment = {"ATTLAS_GPU_OUTCOMES": str(file)}
+            note = _run_within(seconds, _pytest(), environment, stdout=written, stderr=written)
         tests = read_outcomes(file)
         counts = Counter(test["outcome"] for test in tests)
         results = {"counts": dict(counts), "seconds": time.perf_counter() - began, "note": note, "tests": tests}
@@ -73,7 +74,11 @@ def _pytest() -> list[str]:
     command = [sys.executable, "-m", "pytest", *TESTS, "-m", "gpu", "-o", "filterwarnings=", "-p", "tests.gpu.outcomes"]
     command += ["-o", "cache_dir=/tmp/attlas-gpu-pytest", "--tb=short"]
     workers = min(_MOST_WORKERS, (os.cpu_count() or 1) - 2)
-    return [*command, "-n", str(workers)] if workers > 1 and find_spec("xdist") is not None else command
+    return (
+        [*command, "-n", str(workers), "--maxschedchunk=1"]
+        if workers > 1 and find_spec("xdist") is not None
+        else command
+    )
 
 
 def _environment() -> dict[str, str]:
@@ -83,10 +88,10 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **on_gpu, **quiet, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _run_within(seconds: float, command: Sequence[str], environment: dict[str, str], log: Any) -> str:
+def _run_within(seconds: float, command: Sequence[str], environment: dict[str, str], **files: Any) -> str:
     """Run a command; what there is to say of it if it did not end by itself with status 0 or 1."""
     process = subprocess.Popen(
-        command, cwd=machine.ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command, cwd=machine.ROOT, env=_environment() | environment, start_new_session=True, **files
     )
     try:
         status = process.wait(timeout=max(1.0, seconds))
@@ -94,7 +99,7 @@ def _run_within(seconds: float, command: Sequence[str], environment: dict[str, s
         os.killpg(process.pid, signal.SIGKILL)  # with its workers
         process.wait()
         return f"; stopped after {seconds:.0f} s, the others did not run"
-    return "" if status in (0, 1) else f"; pytest ended with status {status}"
+    return "" if status in (0, 1) else f"; it ended with status {status}"
 
 
 def run_benchmark(out: Path, *, seconds: float, copies: int) -> dict[str, Any]:
@@ -103,11 +108,15 @@ def run_benchmark(out: Path, *, seconds: float, copies: int) -> dict[str, Any]:
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "tests.gpu.bench", "--quiet"]
     command += ["--out", str(out), "--seconds", f"{max(0.0, seconds):.0f}", "--copies", str(copies)]
-    note = _run_within(seconds + 60, command, _environment(), None)
+    with tempfile.TemporaryFile("w+", errors="replace") as log:  # torch's profiler writes much to it
+        note = _run_within(seconds + 30, command, {}, stderr=log)
+        log.seek(0)
+        said = log.read()[-4000:]
     (out / "gpu-bench.txt").unlink(missing_ok=True)
     results = json.loads(file.read_text("utf-8")) if file.exists() else {}
     file.unlink(missing_ok=True)
-    return {"benchmarks": results.get("benchmarks", {})} | ({"benchmark_note": note.lstrip("; ")} if note else {})
+    of_process = {"benchmark_note": note.lstrip("; "), "benchmark_log": said} if note else {}
+    return {"benchmarks": results.get("benchmarks", {})} | of_process
 
 
 def _write(folder: Path, results: dict[str, Any]) -> str:
@@ -129,7 +138,7 @@ def _has_failed(results: dict[str, Any]) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python3 -m tests.gpu")
-    parser.add_argument("--seconds", type=float, default=225, help="for everything; default 225")
+    parser.add_argument("--seconds", type=float, default=210, help="for everything; default 210")
     parser.add_argument("--copies", type=int, default=10, help="of the demo corpus, for the whole run; default 10")
     parser.add_argument("--only", choices=("tests", "bench"), help="leave out the other")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "data" / "gpu", help="folder for both files")

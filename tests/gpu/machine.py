@@ -35,7 +35,7 @@ def demo_folder() -> str:
 
 
 def synchronize() -> None:
-    if DEVICE != "cpu":
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 

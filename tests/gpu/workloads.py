@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -62,9 +63,7 @@ def bert(tokens: int, sizes: dict[str, Any]) -> Workload:
     from transformers import BertConfig, BertModel
 
     small = _SMALL | {"num_attention_heads": 4} if IS_REHEARSAL else {}
-    return _of_random_weights(
-        BertModel, BertConfig(**sizes | small | {"max_position_embeddings": max(512, tokens)}), tokens
-    )
+    return _batch_for(_model(BertModel, BertConfig, **sizes | small, max_position_embeddings=4096), tokens)
 
 
 def llama_1b(tokens: int) -> Workload:
@@ -79,16 +78,18 @@ def llama_1b(tokens: int) -> Workload:
         num_key_value_heads=8,
         head_dim=64,
         intermediate_size=8192,
-        max_position_embeddings=max(8192, tokens),
+        max_position_embeddings=8192,
         use_cache=False,
     )
     small = _SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16} if IS_REHEARSAL else {}
-    return _of_random_weights(LlamaModel, LlamaConfig(**sizes | small), tokens)
+    return _batch_for(_model(LlamaModel, LlamaConfig, **sizes | small), tokens)
 
 
-def _of_random_weights(kind: Any, config: Any, tokens: int) -> Workload:
-    """A batch of BATCH_TOKENS tokens in sequences of this length; in a rehearsal of two short ones."""
+@cache
+def _model(kind: Any, config_class: Any, **sizes: Any) -> nn.Module:
+    """A model with random weights."""
     torch.manual_seed(0)
+    config = config_class(**sizes)
     config._attn_implementation = "sdpa"
     with torch.device(DEVICE):
         model = kind(config)
@@ -96,8 +97,13 @@ def _of_random_weights(kind: Any, config: Any, tokens: int) -> Workload:
     for name, weight in model.named_parameters():
         if name.endswith(_QUERIES_AND_KEYS):
             weight.mul_(_SHARPENED)
+    return model
+
+
+def _batch_for(model: Any, tokens: int) -> Workload:
+    """A batch of BATCH_TOKENS tokens in sequences of this length; in a rehearsal of two short ones."""
     length = min(tokens, BATCH_TOKENS // 2) if IS_REHEARSAL else tokens
-    ids = torch.randint(1000, config.vocab_size, (max(1, BATCH_TOKENS // length), length), device=DEVICE)
+    ids = torch.randint(1000, model.config.vocab_size, (max(1, BATCH_TOKENS // length), length), device=DEVICE)
     return Workload(model, ids)
 
 
