@@ -245,9 +245,11 @@ def _tile(tensor, rows, columns, held):
 
 @triton.jit
 def _step(after, before, beside, update, gain, factor, rows, columns, held, WIDTH: tl.constexpr):
-    """x', x, F and what was loaded for x; None where a site has none."""
-    x, f, loaded = None, None, None
-    if before is not None:
+    """x', x, F and what was loaded for x; all x' where a site adds nothing, because a kernel's function can't return None."""
+    if before is None:
+        y = _tile(after, rows, columns, held)
+        x, f, loaded = y, y, y
+    else:
         loaded = _tile(before, rows, columns, held)
         x = loaded
         if beside is not None:
@@ -255,7 +257,7 @@ def _step(after, before, beside, update, gain, factor, rows, columns, held, WIDT
         f = _tile(update, rows, columns, held) * factor
         if gain is not None:
             f *= tl.load(gain + columns, mask=columns < WIDTH, other=0).to(tl.float32)[None, :]
-    y = _tile(after, rows, columns, held) if after is not None else x + f
+        y = _tile(after, rows, columns, held) if after is not None else x + f
     return y, x, f, loaded
 
 
