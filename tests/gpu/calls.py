@@ -8,13 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attlas.extract.engines import Engine, choose, reference
+from attlas.extract.engines import Engine, choose, reference, sums
+from attlas.extract.engines.observations import HeadObservation
+from attlas.extract.engines.profiles import PROFILE_COLUMNS
+from attlas.extract.engines.quantities import TOKEN_CLASSES
 from attlas.extract.engines.rows import AttentionCall, Rows
 from attlas.extract.engines.visibility import Axis, visibility_from_mask
 from attlas.extract.tables import measured_columns, needs_of
 from tests.gpu.machine import DEVICE, IS_REHEARSAL
 
-CORE = needs_of(measured_columns()).row_quantities
+NEEDS = needs_of(measured_columns())
+CORE = NEEDS.row_quantities
 # of the output, which is rounded to the model's type
 _OF_OUTPUT = ("context_norm", "output_norm")
 # in tokens: rounding is relative to the longest distance
@@ -183,6 +187,34 @@ def assert_rows_agree(got: Rows, expected: Rows, case: Case) -> None:
     assert not wrong, f"{case}: {'; '.join(wrong)}"
 
 
+def assert_sums_agree(rows: Rows, exact: Rows, call: AttentionCall, case: Case) -> None:
+    """The engine's sums over its rows are those of torch over the exact rows, each within what its rows may differ."""
+    classes = call.token_ids % len(TOKEN_CLASSES)
+    got = engine_under_test().head_sums(
+        HeadObservation(rows, call.visibility, classes), NEEDS.head_names, profiles=NEEDS.profiles
+    )
+    expected = sums.head_sums(
+        HeadObservation(exact, call.visibility, classes), NEEDS.head_names, profiles=NEEDS.profiles
+    )
+    relative = max(2e-4, output_rounding(case))
+    absolute = (1e-4 * max(1.0, case.size) ** 2 + relative) * case.tokens  # of as many rows, some of them of squares
+    wrong = []
+    for name, values, others in zip(NEEDS.head_names, got.values, expected.values, strict=True):
+        off = (values - others).abs() - relative * others.abs()
+        if not torch.equal(values.isnan(), others.isnan()) or off.nan_to_num(0).max() > absolute:
+            worst = off.nan_to_num(0).argmax()
+            wrong.append(f"{name} is {values.flatten()[worst].item():.9g}, not {others.flatten()[worst].item():.9g}")
+    if got.profiles is not None and expected.profiles is not None:
+        # a share on the edge of a bin may be counted on either side
+        is_histogram = torch.tensor([name in ("entropy", "max_weight") for name, _ in PROFILE_COLUMNS], device=DEVICE)
+        off = (got.profiles - expected.profiles).abs()
+        if off[..., ~is_histogram].max() > absolute + relative * expected.profiles[..., ~is_histogram].max():
+            wrong.append(f"profiles are off by {off[..., ~is_histogram].max().item():.3g}")
+        if off[..., is_histogram].sum() > 4 + 0.01 * expected.profiles[..., is_histogram].sum():
+            wrong.append(f"{off[..., is_histogram].sum().item():.0f} rows are in other bins")
+    assert not wrong, f"{case}: sums: {'; '.join(wrong)}"
+
+
 def output_rounding(case: Case) -> float:
     """Two roundings to the model's type: of the weights and of the output; none in float32."""
     return 0.0 if case.dtype == "float32" else 2 * torch.finfo(getattr(torch, case.dtype)).eps
@@ -198,6 +230,7 @@ def assert_agrees(case: Case) -> None:
     assert got.dtype == call.query.dtype
     assert_rows_agree(rows, exact, case)
     real = call.visibility.queries.real[:, None, :, None]
+    assert_sums_agree(rows, exact, call, case)
     rounding = output_rounding(case)
     torch.testing.assert_close(
         got.double() * real,
