@@ -58,10 +58,10 @@ def _add_tile(sums, scores, seen, keys_seen, rows, at, unit, KEYS: tl.constexpr,
     """The sums of a row with one more tile of scores; its weights e = 2^(s·unit − top); and what older sums fall to.
 
     In a WHOLE tile every row sees every key, and all keys are on one side of every row. Of all visible keys so far, sums are
-    the largest score; their number, Σ b and Σ b² of b = s·unit − top; Σ e, Σ e·b, Σ e²; Σ e·d and Σ e·|d|; the mean place,
-    counted from the tile's first key, and the squared deviations from it.
+    the largest score; their number, Σ b and Σ b² of b = s·unit − top; Σ e, Σ e·b, Σ e²; Σ e·|d|; the mean place, counted from
+    the tile's first key, and the squared deviations from it.
     """
-    largest, count, below, below_squares, total, surprise, squares, ahead, distance, mean, spread = sums
+    largest, count, below, below_squares, total, surprise, squares, distance, mean, spread = sums
     old_top = largest * unit
     if WHOLE:
         largest = tl.maximum(largest, tl.max(scores, 1))
@@ -92,12 +92,10 @@ def _add_tile(sums, scores, seen, keys_seen, rows, at, unit, KEYS: tl.constexpr,
     tile_mean = tl.sum(e * local[None, :], 1) / tl.where(mass > 0, mass, 1)
     off = local[None, :] - tile_mean[:, None]
     tile_spread = tl.sum(e * off * off, 1)
-    tile_ahead = (tile_mean + (at - rows).to(tl.float32)) * mass
     faded = fade * total
     total, mean, spread = _merge_moments(faded, mean - KEYS, fade * spread, mass, tile_mean, tile_spread)
-    ahead = fade * ahead + tile_ahead
     if WHOLE:
-        distance = fade * distance + tl.abs(tile_ahead)
+        distance = fade * distance + tl.abs(tile_mean + (at - rows).to(tl.float32)) * mass
     else:
         keys = at + tl.arange(0, KEYS)
         distance = fade * distance + tl.sum(e * tl.abs((keys[None, :] - rows[:, None]).to(tl.float32)), 1)
@@ -110,7 +108,6 @@ def _add_tile(sums, scores, seen, keys_seen, rows, at, unit, KEYS: tl.constexpr,
             total,
             surprise,
             squares,
-            ahead,
             distance,
             mean,
             spread,
@@ -143,10 +140,14 @@ def _with_values(
 
 
 @triton.jit
-def _row_quantities(sums, ok, sink_logit, unit):
-    """The quantities of rows from the sums over all keys, in their order up to the sink; then top, part."""
-    largest, count, below, below_squares, total, surprise, squares, ahead, distance, _, spread = sums
+def _row_quantities(sums, ok, sink_logit, rows, at, unit):
+    """The quantities of rows from the sums over all keys, in their order up to the sink; then top, part.
+
+    `at` is the key that mean places are counted from.
+    """
+    largest, count, below, below_squares, total, surprise, squares, distance, mean, spread = sums
     largest, total, count = tl.where(ok, largest, 0), tl.where(ok, total, 1), tl.maximum(count, 1)
+    ahead = (mean + (at - rows).to(tl.float32)) * total
     natural = 1 / LOG2_E  # b is in powers of two
     top = largest * unit
     highest, sink = top * natural, tl.zeros_like(total)
@@ -249,7 +250,7 @@ def along_rows(
     if CHUNK >= WIDTH:
         q = load_rows(query, rows, query_row, 0, tokens, WIDTH, CHUNK)
     zero = tl.zeros([ROWS], tl.float32)
-    sums = (zero - float("inf"), zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    sums = (zero - float("inf"), zero, zero, zero, zero, zero, zero, zero, zero, zero)
     context = ()
     for _ in tl.static_range(PARTS):
         context = context + (tl.zeros([ROWS, PART_WIDTH], tl.float32),)  # noqa: RUF005
@@ -304,7 +305,8 @@ def along_rows(
     sink_logit = None
     if sinks is not None:
         sink_logit = tl.load(sinks + h).to(tl.float32)
-    row, top, part = _row_quantities(sums, ok, sink_logit, unit)
+    last_tile = tl.maximum(high - 1, 0) // KEYS * KEYS
+    row, top, part = _row_quantities(sums, ok, sink_logit, rows, last_tile, unit)
     plane = batch.to(tl.int64) * heads * tokens
     at = quantities + bh.to(tl.int64) * tokens + rows
     for n in tl.static_range(_OF_SUMS):
