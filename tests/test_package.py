@@ -72,3 +72,17 @@ def test_a_name_that_is_not_there_is_refused_as_of_any_module() -> None:
 @pytest.mark.parametrize("package", ["extract", "analysis", "flows"])
 def test_a_package_is_linked_relatively(package: str) -> None:
     assert (ROOT / "attlas" / package).readlink() == Path("..", package)
+
+
+def test_a_run_from_a_source_tree_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import PackageNotFoundError
+
+    from attlas.extract import software
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(software, "version", absent)
+    assert software.software_version("attlas") == attlas.__version__
+    with pytest.raises(PackageNotFoundError):
+        software.software_version("torch")

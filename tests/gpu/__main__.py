@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ TESTS = ("tests/gpu/test_run.py", "tests/gpu/test_measure.py", "tests/gpu/test_e
 _SHARE_OF_TESTS = 0.55
 _LEFT_AT_THE_END = 10  # seconds to end the last benchmark and write the files
 _MOST_WORKERS = 12
+_SECONDS_BETWEEN_REPORTS = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,15 +59,25 @@ def run_tests(*, seconds: float) -> dict[str, Any]:
         began = time.perf_counter()
         with log.open("w") as written:
             environment = {"ATTLAS_GPU_OUTCOMES": str(file)}
-            note = _run_within(seconds, _pytest(), environment, stdout=written, stderr=written)
+            note = _run_within(
+                seconds,
+                _pytest(),
+                environment,
+                progress=lambda passed: print(f"  tests: {_counts(read_outcomes(file))}, {passed:.0f} s", flush=True),
+                stdout=written,
+                stderr=written,
+            )
         tests = read_outcomes(file)
-        counts = Counter(test["outcome"] for test in tests)
-        results = {"counts": dict(counts), "seconds": time.perf_counter() - began, "note": note, "tests": tests}
+        results = {"counts": _counts(tests), "seconds": time.perf_counter() - began, "note": note, "tests": tests}
         print("\n".join(report.test_lines(results)), flush=True)
         if note or not tests:
             results["log"] = log.read_text(errors="replace")[-8000:]
             print(results["log"][-3000:], flush=True)
         return results
+
+
+def _counts(tests: Sequence[dict[str, Any]]) -> dict[str, int]:
+    return dict(Counter(test["outcome"] for test in tests))
 
 
 def _pytest() -> list[str]:
@@ -88,17 +99,32 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **on_gpu, **quiet, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _run_within(seconds: float, command: Sequence[str], environment: dict[str, str], **files: Any) -> str:
-    """Run a command; what there is to say of it if it did not end by itself with status 0 or 1."""
+def _run_within(
+    seconds: float,
+    command: Sequence[str],
+    environment: dict[str, str],
+    *,
+    progress: Callable[[float], None] = lambda _: None,
+    **files: Any,
+) -> str:
+    """Run a command; what there is to say of it if it did not end by itself with status 0 or 1.
+
+    progress(seconds): called every few seconds.
+    """
     process = subprocess.Popen(
         command, cwd=machine.ROOT, env=_environment() | environment, start_new_session=True, **files
     )
-    try:
-        status = process.wait(timeout=max(1.0, seconds))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with its workers
-        process.wait()
-        return f"; stopped after {seconds:.0f} s, the others did not run"
+    start = reported = time.perf_counter()
+    while (status := process.poll()) is None:
+        time.sleep(0.2)
+        now = time.perf_counter()
+        if now - start > max(1.0, seconds):
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers
+            process.wait()
+            return f"; stopped after {seconds:.0f} s, the others did not run"
+        if now - reported > _SECONDS_BETWEEN_REPORTS:
+            progress(now - start)
+            reported = now
     return "" if status in (0, 1) else f"; it ended with status {status}"
 
 

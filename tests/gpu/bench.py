@@ -89,12 +89,14 @@ def compare_attention(**shape: Any) -> Numbers:
     from tests.gpu.workloads import attention
 
     work = attention(**shape)
-    work.attend()
+    _, rows = work.attend()
+    work.head_sums(rows)
     plain, ours = kernel_time(work.plain), kernel_time(work.attend)
     return {
         "plain_ms": plain,
         "ours_ms": ours,
         "ratio": plain / ours,
+        "head_sums_ms": kernel_time(lambda: work.head_sums(rows)),
         "profile": profile(work.attend),
         "plain_profile": profile(work.plain),
     }
@@ -160,8 +162,20 @@ def _candidates(engine: Any, call: Any) -> Sequence[Any]:
         return engine.candidates(call)
     size, width = call.query.element_size(), max(32, call.query.shape[-1])
     own = engine._BLOCKS[size, width]
-    changes = [{}, {"warps": 4}, {"stages": 2}, {"stages": 4}, {"rows": 64, "warps": 4}]
-    return list(dict.fromkeys(own._replace(**change) for change in changes))
+    changes: list[dict[str, int]] = [
+        {},
+        {"warps": 4},
+        {"stages": 2},
+        {"stages": 4},
+        {"rows": 64, "warps": 4},
+        {"keys": 32},
+        {"keys": 128},
+        {"tile_warps": 8},
+        {"tile_stages": 2},
+        {"tile": 32},
+    ]
+    known = [change for change in changes if change.keys() <= {*own._fields}]
+    return list(dict.fromkeys(own._replace(**change) for change in known))
 
 
 def run_all(

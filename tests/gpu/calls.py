@@ -187,9 +187,15 @@ def assert_rows_agree(got: Rows, expected: Rows, case: Case) -> None:
     assert not wrong, f"{case}: {'; '.join(wrong)}"
 
 
+def classes_of(call: AttentionCall) -> Tensor:
+    """A class for each key."""
+    assert call.token_ids is not None
+    return call.token_ids % len(TOKEN_CLASSES)
+
+
 def assert_sums_agree(rows: Rows, exact: Rows, call: AttentionCall, case: Case) -> None:
     """The engine's sums over its rows are those of torch over the exact rows, each within what its rows may differ."""
-    classes = call.token_ids % len(TOKEN_CLASSES)
+    classes = classes_of(call)
     got = engine_under_test().head_sums(
         HeadObservation(rows, call.visibility, classes), NEEDS.head_names, profiles=NEEDS.profiles
     )

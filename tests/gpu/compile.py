@@ -16,8 +16,7 @@ os.environ["ATTLAS_GPU_DEVICE"] = "cpu"  # where the tensors are; no kernel runs
 os.environ.pop("TRITON_INTERPRET", None)
 
 from attlas.extract.engines.observations import HeadObservation
-from attlas.extract.engines.quantities import TOKEN_CLASSES
-from tests.gpu.calls import NEEDS, Case, call_of, engine_under_test, known
+from tests.gpu.calls import NEEDS, Case, call_of, classes_of, engine_under_test, known
 
 
 def cases() -> Iterator[tuple[str, Case]]:
@@ -65,7 +64,7 @@ def main(patterns: list[str]) -> int:
 def _make(case: Case) -> None:
     call, engine = call_of(case), engine_under_test()
     _, rows = engine.attend(call, call.query.clone, known(call))
-    observed = HeadObservation(rows, call.visibility, call.token_ids % len(TOKEN_CLASSES))
+    observed = HeadObservation(rows, call.visibility, classes_of(call))
     engine.head_sums(observed, NEEDS.head_names, profiles=NEEDS.profiles)
 
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from attlas.extract.capture.runtime.batch import Batch, Tokens
 from attlas.extract.collector import open_collector
 from attlas.extract.engines import choose
+from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.quantities import TOKEN_CLASSES
-from attlas.extract.engines.rows import AttentionCall
+from attlas.extract.engines.rows import AttentionCall, Rows
+from attlas.extract.engines.sums import HeadSums
 from attlas.extract.engines.visibility import visibility_from_mask, whole_axis
 from attlas.extract.measurement import layout_of, observe
 from attlas.extract.tables import measured_columns, needs_of
@@ -137,17 +139,22 @@ def plain_pass(work: Workload) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class AttentionWorkload:
-    """One attention call, and the row quantities that a run needs of it."""
+    """One attention call, and what a run needs of it."""
 
     call: AttentionCall
     causal: bool
 
-    @property
-    def wanted(self) -> frozenset[str]:
-        return needs_of(measured_columns()).row_quantities
+    def attend(self) -> tuple[Tensor, Rows]:
+        """Output and all core row quantities."""
+        needs = needs_of(measured_columns())
+        return choose("auto", device=DEVICE).attend(self.call, self.plain, needs.row_quantities)
 
-    def attend(self) -> Any:
-        return choose("auto", device=DEVICE).attend(self.call, self.plain, self.wanted)
+    def head_sums(self, rows: Rows) -> HeadSums:
+        """All core sums of its heads, and their profiles."""
+        needs, ids = needs_of(measured_columns()), self.call.token_ids
+        classes = None if ids is None else ids % len(TOKEN_CLASSES)
+        observed = HeadObservation(rows, self.call.visibility, classes)
+        return choose("auto", device=DEVICE).head_sums(observed, needs.head_names, profiles=needs.profiles)
 
     def plain(self) -> Tensor:
         """torch's own attention, on a GPU by FlashAttention."""
@@ -182,5 +189,6 @@ def attention(
         width**-0.5,
         write=torch.randn(heads, width, width, device=DEVICE).tril(),
         token_ids=torch.randint(0, 30_000, (batch, tokens), device=DEVICE),
+        unmeasured=torch.zeros(1, dtype=torch.int32, device=DEVICE),  # as in a pass, which does not wait for each call
     )
     return AttentionWorkload(call, causal)
