@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact, known_quantities, needs_of
 from attlas.extract.errors import Refusal
@@ -64,8 +65,8 @@ class Engine:
         """
         from attlas.extract.engines import reference
 
-        known, sampled = _split_sampled(known_quantities(wanted, call.facts))
-        needed = _without_unneeded(call, known | sampled)
+        known, sampled, unneeded = _asked(frozenset(wanted), call.facts)
+        needed = _without(call, unneeded)
         if self.fused is None or not self.fused.takes(needed):
             output, rows = reference.attend(needed, call_original, known)
         else:
@@ -77,8 +78,8 @@ class Engine:
         """The wanted row quantities of a call that the model computed, if the call has what they need."""
         from attlas.extract.engines import reference
 
-        known, sampled = _split_sampled(known_quantities(wanted, call.facts))
-        needed = _without_unneeded(call, known | sampled)
+        known, sampled, unneeded = _asked(frozenset(wanted), call.facts)
+        needed = _without(call, unneeded)
         if self.fused is None or self.fused.rows_of_scores is None or not self.fused.takes(needed):
             rows = reference.rows_of(needed, output, known)
         else:
@@ -110,10 +111,22 @@ def _residual_columns(stream: StreamReader) -> frozenset[str]:
     return MAKES
 
 
-def _split_sampled(names: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """Row quantities of all sequences, and those of the sample."""
+class _Asked(NamedTuple):
+    """Row quantities of all sequences, those of the sample, and the fields of the call that none of them needs."""
+
+    known: frozenset[str]
+    sampled: frozenset[str]
+    unneeded: tuple[str, ...]
+
+
+@lru_cache(maxsize=256)
+def _asked(wanted: frozenset[str], facts: frozenset[Fact]) -> _Asked:
+    """What is wanted of a call with these facts, as far as it has what that needs."""
+    names = known_quantities(wanted, facts)
     sampled = frozenset(name for name in names if ROW_QUANTITIES[name].sampled)
-    return names - sampled, sampled
+    fields: Mapping[Fact, str] = {"projection": "write", "token_ids": "token_ids", "grid": "grid"}
+    needs = needs_of(names)
+    return _Asked(names - sampled, sampled, tuple(field for fact, field in fields.items() if fact not in needs))
 
 
 def _add_sampled(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, names: frozenset[str]) -> Rows:
@@ -126,7 +139,7 @@ def _add_sampled(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, n
         return rows
     if call.sample is None:
         made = reference.rows_of(call, output, names, measured=rows.measured).quantities
-        return replace(rows, quantities={**rows.quantities, **made})
+        return rows.with_quantities(made)
     chosen = call.sample.nonzero().flatten()
     quantities = dict.fromkeys(names, torch.full(rows.measured.shape, torch.nan, device=output.device))
     if len(chosen):
@@ -134,25 +147,24 @@ def _add_sampled(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, n
         for name, values in made.quantities.items():
             quantities[name] = torch.full(rows.measured.shape, torch.nan, dtype=values.dtype, device=output.device)
             quantities[name][chosen] = values
-    return replace(rows, quantities={**rows.quantities, **quantities})
+    return rows.with_quantities(quantities)
 
 
-def _without_unneeded(call: Call, known: Collection[str]) -> Call:
-    """The call without the fields that no wanted quantity needs."""
-    fields: Mapping[Fact, str] = {"projection": "write", "token_ids": "token_ids", "grid": "grid"}
-    needs = needs_of(known)
-    return replace(call, **{field: None for fact, field in fields.items() if fact not in needs})
+def _without(call: Call, fields: Sequence[str]) -> Call:
+    """The call without these fields."""
+    there = [field for field in fields if getattr(call, field) is not None]
+    return replace(call, **dict.fromkeys(there)) if there else call
 
 
 def _complement(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, known: frozenset[str]) -> Rows:
     """Add the quantities that the engine did not make, computed by the reference engine."""
     from attlas.extract.engines import reference
 
-    made = {name: values for name, values in rows.quantities.items() if name in known}
-    others = known - made.keys()
-    if others:
-        made |= reference.rows_of(call, output, others, measured=rows.measured).quantities
-    return replace(rows, quantities=made)
+    rows = rows.only(known)
+    others = [name for name in known if name not in rows]
+    if not others:
+        return rows
+    return rows.with_quantities(reference.rows_of(call, output, others, measured=rows.measured).quantities)
 
 
 def _reference() -> Engine:

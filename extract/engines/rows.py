@@ -121,6 +121,14 @@ class Rows:
             expected = (*self.measured.shape[:2], *((self.measured.shape[-1],) if axis == "query" else ()))
             assert values.shape[: len(expected)] == expected, f"{name} is {[*values.shape]}, not {[*expected]}"
 
+    def only(self, names: frozenset[str]) -> Rows:
+        """These rows with no other quantities than those named."""
+        return replace(self, quantities={name: self.quantities[name] for name in self.quantities if name in names})
+
+    def with_quantities(self, others: Mapping[str, Tensor]) -> Rows:
+        """These rows with other quantities beside, or instead of, their own."""
+        return replace(self, quantities={**self.quantities, **others})
+
     def __getitem__(self, name: str) -> Tensor:
         return self.quantities[name]
 

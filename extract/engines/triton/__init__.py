@@ -13,10 +13,11 @@ reference engine does what this one does not support (float64, heads wider than 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import cache, cached_property, partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -26,18 +27,20 @@ from torch import Tensor
 from attlas.extract.engines import sums
 from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.profiles import OFFSET_BINS, PROFILE_COLUMNS
-from attlas.extract.engines.quantities import TOKEN_CLASSES, known_quantities
+from attlas.extract.engines.quantities import TOKEN_CLASSES, Fact, known_quantities
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 from attlas.extract.engines.sums import HeadSums, head_quantity
 from attlas.extract.engines.triton import heads as of_heads
 from attlas.extract.engines.triton import rows as of_rows
-from attlas.extract.engines.triton.columns import BINS, along_columns
+from attlas.extract.engines.triton.columns import BINS, DIAGONALS, along_columns
+from attlas.extract.engines.triton.launch import launch
 from attlas.extract.engines.triton.rows import along_rows
-from attlas.extract.engines.visibility import Visibility
 
 _KEY_QUANTITIES = ("received", "value_norm")
-MAKES = frozenset({*of_rows.QUANTITIES, *_KEY_QUANTITIES, "offset_bins", "same_token", "induction"} - {"top", "part"})
+_LOOKED_UP = ("same_token", "induction")
+MAKES = frozenset({*of_rows.QUANTITIES, *_KEY_QUANTITIES, "offset_bins", *_LOOKED_UP} - {"top", "part"})
 _OF_WRITES = frozenset({"output_norm", "value_norm"})
+_HEAD_QUANTITIES_OF_WRITES = ("output_norm", "written", "written_first")
 _MIN_COLUMNS = 16  # of a product of tiles
 _MAX_WIDTH = 256  # of heads that the blocks below support
 _MAX_WRITE_WIDTH = 64  # in float32; of wider ones norms of writes are left to the reference engine
@@ -95,143 +98,181 @@ def attend(call: AttentionCall, call_original: Callable[[], Tensor]) -> tuple[Te
 
 def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], blocks: Blocks) -> tuple[Tensor, Rows]:
     """`attend` with tiles of these sizes."""
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.query, call.key, call.value))
+    query, key, value = call.query, call.key, call.value
+    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     seen = call.visibility
     batch, heads, tokens, width = query.shape
-    value_width = value.shape[-1]
-    tiles = triton.cdiv(tokens, blocks.tile)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=query.device)
-
-    output = empty(batch, tokens, heads, value_width, dtype=query.dtype)
-    spans = empty(batch, heads, tiles, of_rows.SPAN.value, dtype=torch.int32)
-    unmeasured = torch.zeros(1, dtype=torch.int32, device=query.device) if call.unmeasured is None else call.unmeasured
+    key_heads, value_width = value.shape[1], value.shape[-1]
     write, write_rest = _write_factors(call)
-    buffers = Buffers(
-        quantities=empty(len(of_rows.QUANTITIES), batch, heads, tokens),
-        measured=empty(batch, heads, tokens, dtype=torch.bool),
-        of_keys=empty(len(_KEY_QUANTITIES), batch, heads, tokens),
-        bins=empty(batch, heads, tiles + 3, BINS.value),
-        looked_up=empty(batch, heads, tiles, 2),
-        has_sink=call.sinks is not None,
-        has_write=write is not None,
-        has_ids=call.token_ids is not None,
-    )
+    results = Results.empty(call, tile=blocks.tile, has_write=write is not None)
+    output = query.new_empty(batch, tokens, heads, value_width)
+    waits = call.unmeasured is None
+    unmeasured = query.new_zeros(1, dtype=torch.int32) if call.unmeasured is None else call.unmeasured
     natural = call.softcap is not None or seen.bias is not None
     allowed = None if seen.allowed is None else seen.allowed.view(torch.int8)
-    common = {
-        "query_batch": query.stride(0), "query_head": query.stride(1), "query_row": query.stride(2),
-        "key_batch": key.stride(0), "key_head": key.stride(1), "key_row": key.stride(2),
-        "value_batch": value.stride(0), "value_head": value.stride(1), "value_row": value.stride(2),
-        **_bounds(seen),
-        "batch": batch, "heads": heads, "tokens": tokens,
-        "unit": _LOG2_E if natural else call.scale * _LOG2_E, "scale": call.scale, "softcap": call.softcap,
-        "write": write, "write_rest": write_rest,
-        "start": seen.keys.start, "length": seen.keys.length,
-        **_of_pairs("allowed", allowed), **_of_pairs("bias", seen.bias),
-        "PER_KEY_HEAD": heads // key.shape[1], "WIDTH": width,
-        "CHUNK": min(blocks.chunk, max(_MIN_COLUMNS, triton.next_power_of_2(width))),
-        "VALUE_WIDTH": value_width, "PART_WIDTH": blocks.part, "PARTS": triton.cdiv(value_width, blocks.part),
-        "TILE": blocks.tile,
-    }  # fmt: skip
-    with torch.cuda.device_of(query):
-        along_rows[(batch * heads * triton.cdiv(tokens, blocks.rows),)](
-            query=query,
-            key=key,
-            value=value,
-            output=output,
-            quantities=buffers.quantities,
-            measured=buffers.measured,
-            spans=spans,
-            unmeasured=unmeasured,
-            sinks=call.sinks,
-            ROWS=blocks.rows,
-            KEYS=blocks.keys,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-            maxnreg=blocks.registers,
-            **common,
-        )
-        along_columns[(batch * heads * (tiles + 3),)](
-            query=query,
-            key=key,
-            value=value,
-            quantities=buffers.quantities,
-            spans=spans,
-            of_keys=buffers.of_keys,
-            bins=buffers.bins,
-            looked_up=buffers.looked_up,
-            ids=call.token_ids,
-            num_warps=blocks.tile_warps,
-            num_stages=blocks.tile_stages,
-            maxnreg=blocks.tile_registers,
-            **common,
-        )
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *_steps(seen.ends))
+    pairs = (*_strides_of(allowed), *_strides_of(seen.bias))
+    scoring = (_LOG2_E if natural else call.scale * _LOG2_E, call.scale, call.softcap)
+    constants = _constants(heads // key_heads, width, value_width, blocks)
+    places = results.places
+    launch(
+        along_rows,
+        (batch * heads * -(-tokens // blocks.rows), 1, 1),
+        (
+            *(query, key, value, output, seen.ends, seen.keys.start, seen.keys.length, results.slab, unmeasured),
+            *(call.sinks, write, write_rest, allowed, seen.bias),
+        ),
+        (*strides, *pairs, places.spans, batch, heads, tokens, *scoring),
+        (*constants, blocks.rows, blocks.keys),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+        maxnreg=blocks.registers,
+    )
+    launch(
+        along_columns,
+        (batch * heads * places.lines, 1, 1),
+        (
+            *(query, key, value, seen.ends, seen.keys.start, seen.keys.length, results.slab),
+            *(write, write_rest, call.token_ids, allowed, seen.bias),
+        ),
+        (
+            *(*strides, *pairs, places.of_keys, places.bins, places.looked_up, places.spans),
+            *(batch, heads, tokens, *scoring),
+        ),
+        constants,
+        num_warps=blocks.tile_warps,
+        num_stages=blocks.tile_stages,
+        maxnreg=blocks.tile_registers,
+    )
     output = output.transpose(1, 2)
     # last, because it waits for the device
-    if call.unmeasured is None and bool(unmeasured):
+    if waits and bool(unmeasured):
         output = call_original()
-    made = known_quantities(MAKES, call.facts) - (frozenset() if buffers.has_write else _OF_WRITES)
-    return output, KernelRows(buffers.measured, buffers.named(made), buffers)
+    return output, KernelRows(results, _made_of(call.facts, results.has_write))
+
+
+@cache
+def _constants(per_key_head: int, width: int, value_width: int, blocks: Blocks) -> tuple[int, ...]:
+    chunk = min(blocks.chunk, max(_MIN_COLUMNS, triton.next_power_of_2(width)))
+    return per_key_head, width, chunk, value_width, blocks.part, triton.cdiv(value_width, blocks.part), blocks.tile
+
+
+class Places(NamedTuple):
+    """Where arrays begin in the slab of a call, after the row quantities; `lines` are the programs along columns of a head."""
+
+    of_keys: int
+    bins: int
+    looked_up: int
+    spans: int
+    end: int
+    lines: int
+
+
+@cache
+def _places(batch: int, heads: int, tokens: int, tile: int) -> Places:
+    every, tiles = batch * heads, -(-tokens // tile)
+    lines = tiles + DIAGONALS.value
+    of_keys = len(of_rows.QUANTITIES) * every * tokens
+    bins = of_keys + len(_KEY_QUANTITIES) * every * tokens
+    looked_up = bins + every * lines * BINS.value
+    spans = looked_up + every * tiles * len(_LOOKED_UP)
+    return Places(of_keys, bins, looked_up, spans, spans + every * tiles * of_rows.SPAN.value, lines)
 
 
 @dataclass(frozen=True)
-class Buffers:
-    """What the kernels write of one call, for head sums to read as it is."""
+class Results:
+    """What the kernels write of one call, in one slab of float32; arrays are views of it."""
 
-    quantities: Float[Tensor, "quantity batch head query"]
-    measured: Bool[Tensor, "batch head query"]
-    of_keys: Float[Tensor, "2 batch head key"]
-    bins: Float[Tensor, "batch head line bin"]
-    looked_up: Float[Tensor, "batch head tile 2"]
+    slab: Float[Tensor, " number"]
+    shape: tuple[int, int, int]  # batch, heads, tokens
+    places: Places
     has_sink: bool
     has_write: bool
     has_ids: bool
 
-    def named(self, names: Collection[str]) -> Mapping[str, Tensor]:
-        """The row quantities of these names, each made when it is read."""
-        of_row, of_key = of_rows.QUANTITIES, _KEY_QUANTITIES
-        made: dict[str, Callable[[], Tensor]] = {}
-        for name in names:
-            if name in of_row:
-                made[name] = partial(self.quantities.__getitem__, of_row.index(name))
-            elif name in of_key:
-                made[name] = partial(self.of_keys.__getitem__, of_key.index(name))
-            elif name == "offset_bins":
-                made[name] = lambda: self.bins.sum(2)[..., :OFFSET_BINS]
-            else:
-                made[name] = partial(self._looked_up, ("same_token", "induction").index(name))
-        return _Lazy(made)
+    @classmethod
+    def empty(cls, call: AttentionCall, *, tile: int, has_write: bool) -> Results:
+        batch, heads, tokens, _ = call.query.shape
+        places = _places(batch, heads, tokens, tile)
+        slab = call.query.new_empty(places.end, dtype=torch.float32)
+        return cls(
+            slab, (batch, heads, tokens), places, call.sinks is not None, has_write, call.token_ids is not None
+        )
 
-    def _looked_up(self, which: int) -> Tensor:
-        return self.looked_up[..., which].sum(-1)
+    def of_row(self, name: str) -> Float[Tensor, "batch head query"]:
+        return self._array(of_rows.QUANTITIES.index(name) * self._plane, self.shape[2])
+
+    def quantity(self, name: str) -> Float[Tensor, "batch head *place"]:
+        """The row quantity of this name."""
+        if name in of_rows.QUANTITIES:
+            return self.of_row(name)
+        if name in _KEY_QUANTITIES:
+            return self._array(self.places.of_keys + _KEY_QUANTITIES.index(name) * self._plane, self.shape[2])
+        if name == "offset_bins":
+            return self._array(self.places.bins, self.places.lines, BINS.value).sum(2)[..., :OFFSET_BINS]
+        tiles = self.places.lines - DIAGONALS.value
+        return self._array(self.places.looked_up, tiles, len(_LOOKED_UP))[..., _LOOKED_UP.index(name)].sum(-1)
+
+    @property
+    def _plane(self) -> int:
+        return math.prod(self.shape)
+
+    def _array(self, begin: int, *shape: int) -> Tensor:
+        shape = (*self.shape[:2], *shape)
+        return self.slab[begin : begin + math.prod(shape)].view(shape)
 
 
-@dataclass(frozen=True)
 class KernelRows(Rows):
-    """Row quantities with the buffers that they are views of."""
+    """Row quantities as the kernels wrote them, each made when it is read, and others beside them."""
 
-    buffers: Buffers
+    def __init__(self, results: Results, names: frozenset[str], others: Mapping[str, Tensor] | None = None) -> None:
+        vars(self).update(results=results, names=names, quantities=_Quantities(results, names, others or {}))
 
-    def __post_init__(self) -> None:
-        """Nothing to check: the shapes are those of the buffers."""
+    @cached_property
+    def measured(self) -> Bool[Tensor, "batch head query"]:
+        return self.results.of_row("part") > 0
+
+    def only(self, names: frozenset[str]) -> KernelRows:
+        others = {name: values for name, values in self.quantities.others.items() if name in names}
+        return KernelRows(self.results, self.names & names, others)
+
+    def with_quantities(self, others: Mapping[str, Tensor]) -> KernelRows:
+        return KernelRows(self.results, self.names, {**self.quantities.others, **others})
+
+    if TYPE_CHECKING:
+        results: Results
+        names: frozenset[str]
+        quantities: _Quantities
 
 
-class _Lazy(Mapping[str, "Tensor"]):
-    """A mapping to the results of functions."""
+@cache
+def _made_of(facts: frozenset[Fact], has_write: bool) -> frozenset[str]:
+    """The row quantities that the kernels make of a call with these facts, with norms of writes or without."""
+    return known_quantities(MAKES, facts) - (frozenset() if has_write else _OF_WRITES)
 
-    def __init__(self, made: Mapping[str, Callable[[], Tensor]]) -> None:
-        self._made = made
+
+class _Quantities(Mapping[str, Tensor]):
+    """Row quantities by name: views of the kernels' results, and others."""
+
+    def __init__(self, results: Results, names: frozenset[str], others: Mapping[str, Tensor]) -> None:
+        self._results, self._names, self.others = results, names, others
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._made[name]()
+        if name in self.others:
+            return self.others[name]
+        if name not in self._names:
+            raise KeyError(name)
+        return self._results.quantity(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._made)
+        return iter(self._names | self.others.keys())
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len(self._names | self.others.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names or name in self.others
 
 
 def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> HeadSums:
@@ -239,79 +280,84 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
     rows, seen = o.rows, o.visibility
     if not isinstance(rows, KernelRows) or seen.allowed is not None:
         return sums.head_sums(o, names, profiles=profiles)
-    made = rows.buffers
-    batch, heads, tokens = made.measured.shape
-    values = torch.empty((batch, heads, of_heads.VALUES), dtype=torch.float64, device=made.measured.device)
-    bins = None
-    if profiles:
-        bins = torch.zeros((batch, heads, 2, len(PROFILE_COLUMNS)), dtype=torch.float32, device=values.device)
-    with torch.cuda.device_of(values):
-        of_heads.head_sums[(batch * heads,)](
-            quantities=made.quantities,
-            measured=made.measured,
-            of_keys=made.of_keys,
-            bins=made.bins,
-            looked_up=made.looked_up,
-            classes=o.classes,
-            start=seen.keys.start,
-            length=seen.keys.length,
-            values=values,
-            profiles=bins,
-            **_bounds(seen),
-            batch=batch,
-            heads=heads,
-            tokens=tokens,
-            lines=made.bins.shape[2],
-            HAS_SINK=made.has_sink,
-            HAS_WRITE=made.has_write,
-            ROWS=min(_ROWS_OF_SUMS, max(16, triton.next_power_of_2(tokens))),
-            num_warps=4,
-        )
-    absent = () if made.has_sink else ("sink",)
-    absent += () if made.has_write else ("output_norm", "written", "written_first")
-    absent += () if made.has_ids else ("same_token", "induction")
-    absent += () if o.classes is not None else TOKEN_CLASSES
-    chosen = values.permute(2, 0, 1).index_select(0, _places(tuple(names), absent, values.device))
-    for place, name in enumerate(names):
-        is_made = name in of_heads.MADE and name not in absent
-        if not is_made and head_quantity(name).is_known(o):
+    made = rows.results
+    batch, heads, tokens = made.shape
+    values = made.slab.new_empty(batch, heads, of_heads.VALUES, dtype=torch.float64)
+    # bins that no profile has stay as they are
+    in_bins = made.slab.new_zeros(batch, heads, 2, len(PROFILE_COLUMNS)) if profiles else None
+    places = made.places
+    launch(
+        of_heads.head_sums,
+        (batch * heads, 1, 1),
+        (made.slab, seen.ends, seen.keys.start, seen.keys.length, o.classes, values, in_bins),
+        (*_steps(seen.ends), *places[:3], batch, heads, tokens, places.lines),
+        (made.has_sink, made.has_write, made.has_ids, _rows_of_sums(tokens)),
+        num_warps=4,
+    )
+    classes = () if o.classes is not None else TOKEN_CLASSES
+    chosen = values.permute(2, 0, 1)[_chosen(tuple(names), made.has_sink, made.has_write, made.has_ids, classes, values.device)]
+    for place, name in _others(tuple(names), made.has_write):
+        if head_quantity(name).is_known(o):
             chosen[place] = head_quantity(name).compute(o)
-    of_profiles = None if bins is None else bins.sum(0, dtype=torch.float64).transpose(0, 1)
-    return HeadSums(chosen, of_profiles)
+    return HeadSums(chosen, None if in_bins is None else in_bins.sum(0, dtype=torch.float64).transpose(0, 1))
 
 
 @cache
-def _places(names: tuple[str, ...], absent: tuple[str, ...], device: torch.device) -> Tensor:
-    """Where the kernel writes these head quantities; 0, where it writes NaN, for those that it does not make."""
+def _rows_of_sums(tokens: int) -> int:
+    return min(_ROWS_OF_SUMS, max(16, triton.next_power_of_2(tokens)))
+
+
+@cache
+def _chosen(
+    names: tuple[str, ...],
+    has_sink: bool,
+    has_write: bool,
+    has_ids: bool,
+    without: tuple[str, ...],
+    device: torch.device,
+) -> Tensor:
+    """Where the kernel writes these head quantities; 0, where it writes NaN, for those that are not known."""
+    absent = {*without, *(() if has_sink else ("sink",)), *(() if has_ids else _LOOKED_UP)}
+    absent |= set() if has_write else {*_HEAD_QUANTITIES_OF_WRITES}
     known = {name: place + 1 for place, name in enumerate(of_heads.MADE) if name not in absent}
     return torch.tensor([known.get(name, 0) for name in names], device=device)
 
 
-def _bounds(seen: Visibility) -> dict[str, Any]:
-    """First visible key of each query and the end of its keys, over as many sequences and heads as differ."""
-    ends = seen.ends
-    return {
-        "bounds": ends,
-        "bounds_batch": 0 if ends.shape[1] == 1 else ends.stride(1),
-        "bounds_head": 0 if ends.shape[2] == 1 else ends.stride(2),
-        "bounds_plane": ends.stride(0),
-    }
+@cache
+def _others(names: tuple[str, ...], has_write: bool) -> tuple[tuple[int, str], ...]:
+    """Head quantities that the kernel does not make, and their places among the names."""
+    made = {*of_heads.MADE} - (set() if has_write else {*_HEAD_QUANTITIES_OF_WRITES})
+    return tuple((place, name) for place, name in enumerate(names) if name not in made)
 
 
-def _of_pairs(name: str, pairs: Tensor | None) -> dict[str, Any]:
-    """A tensor over pairs and its strides; a stride is 0 for a dimension that is broadcast."""
-    strides = [0] * 4
-    if pairs is not None:
-        strides = [0 if n == 1 else s for n, s in zip(pairs.shape, pairs.stride(), strict=True)]
-    names = (name, *(f"{name}_{dim}" for dim in ("batch", "head", "row", "key")))
-    return dict(zip(names, (pairs, *strides), strict=True))
+def _steps(ends: Tensor) -> tuple[int, int, int]:
+    """Strides of the ends of visible keys over sequences and heads, 0 where all share them; and from first to last."""
+    _, batch, heads, _ = ends.shape
+    plane, of_batch, of_head, _ = ends.stride()
+    return 0 if batch == 1 else of_batch, 0 if heads == 1 else of_head, plane
+
+
+def _strides_of(pairs: Tensor | None) -> tuple[int, ...]:
+    """Strides of a tensor over pairs; 0 for a dimension that is broadcast."""
+    if pairs is None:
+        return (0, 0, 0, 0)
+    return tuple(0 if n == 1 else s for n, s in zip(pairs.shape, pairs.stride(), strict=True))
 
 
 def _write_factors(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
     """R in the type of the call, and what that type leaves of it."""
-    if call.write is None or (call.query.dtype == torch.float32 and call.write.shape[-1] > _MAX_WRITE_WIDTH):
+    write, dtype = call.write, call.query.dtype
+    if write is None or (dtype == torch.float32 and write.shape[-1] > _MAX_WRITE_WIDTH):
         return None, None
-    if call.query.dtype == torch.float32:
-        return call.write, None
-    write = call.write.to(call.query.dtype)
-    return write, (call.write - write.float()).to(call.query.dtype)
+    if dtype == torch.float32:
+        return write, None
+    kept = _SPLIT_FACTORS.get(id(write))
+    if kept is None or kept[0]() is not write or kept[1].dtype != dtype:
+        near = write.to(dtype)
+        # a factor is kept as long as its model; what it is split into goes with it
+        forget = partial(_SPLIT_FACTORS.pop, id(write), None)
+        kept = _SPLIT_FACTORS[id(write)] = (weakref.ref(write, lambda _: forget()), near, (write - near).to(dtype))
+    return kept[1], kept[2]
+
+
+_SPLIT_FACTORS: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor]] = {}

@@ -27,7 +27,8 @@ from attlas.extract.engines.triton.tiles import (
 
 MIDDLE = tl.constexpr(LARGEST_DOUBLING_BIN)  # the bin of distance 0
 BINS = tl.constexpr(64)  # a power of two that holds them all
-_BLOCKS = tl.constexpr(64)  # tiles whose spans are looked at together
+DIAGONALS = tl.constexpr(3)  # that are summed by distance
+_BLOCK = tl.constexpr(64)  # tiles whose spans are looked at together
 
 
 @triton.jit
@@ -46,70 +47,100 @@ def bin_of(d):
 
 @triton.jit
 def _of_column(spans, tiles, key, TILE: tl.constexpr):
-    """The first tile of rows that sees something of a tile of keys, and the one after the last."""
-    low, high = tiles, 0
-    for at in range(0, tiles, _BLOCKS):
-        tile = at + tl.arange(0, _BLOCKS)
+    """Tiles of rows in a column: the first that sees something of it, the one after the last, and the run of whole ones.
+
+    A whole tile sees all keys of the column. The run begins with the first of them and ends before the first after it that
+    is not.
+    """
+    low, high, whole_low, whole_high = tiles, 0, tiles, tiles
+    for at in range(0, tiles, _BLOCK):
+        tile = at + tl.arange(0, _BLOCK)
         first = tl.load(spans + tile * SPAN, mask=tile < tiles, other=0)
         last = tl.load(spans + tile * SPAN + 1, mask=tile < tiles, other=0)
+        all_from = tl.load(spans + tile * SPAN + 2, mask=tile < tiles, other=0)
+        all_to = tl.load(spans + tile * SPAN + 3, mask=tile < tiles, other=0)
         sees = (first < key + TILE) & (last > key) & (last > first)
+        whole = (all_from <= key) & (all_to >= key + TILE)
         low = tl.minimum(low, tl.min(tl.where(sees, tile, tiles), 0))
         high = tl.maximum(high, tl.max(tl.where(sees, tile + 1, 0), 0))
-    return low, high
+        whole_low = tl.minimum(whole_low, tl.min(tl.where(whole, tile, tiles), 0))
+        whole_high = tl.minimum(whole_high, tl.min(tl.where((whole == 0) & (tile > whole_low), tile, tiles), 0))
+    return low, high, tl.minimum(whole_low, high), tl.minimum(whole_high, high)
 
 
 @triton.jit
-def _alike(spans, row, end, key, TILE: tl.constexpr):
-    """Whether the rows of tile `row` see the whole tile of keys, and the first tile after it, up to `end`, that differs."""
-    whole = (tl.load(spans + row * SPAN + 2) <= key) & (tl.load(spans + row * SPAN + 3) >= key + TILE)
-    stop = end
-    for at in range(row, end, _BLOCKS):
-        tile = at + tl.arange(0, _BLOCKS)
-        all_from = tl.load(spans + tile * SPAN + 2, mask=tile < end, other=0)
-        all_to = tl.load(spans + tile * SPAN + 3, mask=tile < end, other=0)
-        differs = ((all_from <= key) & (all_to >= key + TILE)) != whole
-        stop = tl.minimum(stop, tl.min(tl.where(differs & (tile < end), tile, end), 0))
-    return whole, stop
-
-
-@triton.jit
-def _equal_tokens(e, part, own, token, before, rows, keys, WHOLE: tl.constexpr):
-    """Σ p per row over other keys with the row's token, and over keys up to the row that follow one of these."""
+def equal_tokens(e, own, token, before, rows, keys, WHOLE: tl.constexpr):
+    """Σ e per row over other keys with the row's token, and over keys up to the row that follow one of these."""
     same, after = token[None, :] == own[:, None], before[None, :] == own[:, None]
     if not WHOLE:
         same &= keys[None, :] != rows[:, None]
         after &= keys[None, :] <= rows[:, None]
-    return tl.sum(tl.where(same, e, 0), 1) * part, tl.sum(tl.where(after, e, 0), 1) * part
+    return tl.sum(tl.where(same, e, 0), 1), tl.sum(tl.where(after, e, 0), 1)
+
+
+@triton.jit
+def tokens_of(ids, begins, places, tokens):
+    """The tokens at these places, and those before them; −1 where there are none."""
+    follows = (places > begins) & (places < tokens)
+    token = tl.load(ids + places, mask=places < tokens, other=-1).to(tl.int32)
+    return token, tl.where(follows, tl.load(ids + places - 1, mask=follows, other=-1).to(tl.int32), -1)
+
+
+@triton.jit
+def _add_bins(in_bins, mass, current, e, part, ahead, TILE: tl.constexpr):
+    """Add a tile to the mass per row of the current bin; where the bin changes, put its sum into its place.
+
+    The tile's number counts tiles from the query, positive ahead; they come in descending order.
+    """
+    size = tl.abs(ahead)
+    if size > 1:
+        sign = tl.where(ahead > 0, 1, -1)
+        outer = sign * (_log2(size * TILE) + 2)
+        at_edge = size == (1 << _log2(size))
+        inner = outer - tl.where(at_edge, sign, 0)
+        begins, ends = tl.where(ahead > 0, outer, inner), tl.where(ahead > 0, inner, outer)
+        of_rows = tl.sum(e, 1) * part
+        if at_edge | (begins != current):
+            place = tl.arange(0, TILE)
+            beyond = (place[None, :] > place[:, None]) == (ahead > 0)
+            beyond &= place[None, :] != place[:, None]
+            far = tl.sum(tl.where(beyond & at_edge, e, 0), 1) * part
+            first = tl.where(at_edge, tl.where(ahead > 0, far, of_rows - far), 0)
+            number = tl.arange(0, BINS) - MIDDLE
+            in_bins += tl.where(number == current, tl.sum(mass, 0), 0) + tl.where(number == begins, tl.sum(first, 0), 0)
+            mass = of_rows - first
+            current = ends
+        else:
+            mass += of_rows
+    return in_bins, mass, current
+
+
+@triton.jit
+def bins_of_diagonals(total, ahead, TILE: tl.constexpr):
+    """The bins of a tile's sums by distance; the tile is the sum of a diagonal of tiles."""
+    place, number = tl.arange(0, TILE), tl.arange(0, BINS) - MIDDLE
+    in_bins = tl.zeros([BINS], tl.float32)
+    # rotate row r by r places: a column then has one distance, and after the wrap the distance TILE before it
+    turn = place[None, :] + place[:, None]
+    total = tl.gather(total, turn % TILE, 1)
+    for wrapped in tl.static_range(2):
+        mass = tl.sum(tl.where((turn < TILE) == (wrapped == 0), total, 0), 0)
+        bin_ = bin_of(ahead * TILE + place - wrapped * TILE)
+        in_bins += tl.sum(tl.where(bin_[:, None] == number[None, :], mass[:, None], 0), 0)
+    return in_bins
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens"])
 def along_columns(
-    query,
-    key,
-    value,
-    bounds,
-    quantities,
-    spans,
-    of_keys,
-    bins,
-    looked_up,
+    query, key, value, bounds, start, length, slab, write, write_rest, ids, allowed, bias,
     query_batch, query_head, query_row,
     key_batch, key_head, key_row,
     value_batch, value_head, value_row,
     bounds_batch, bounds_head, bounds_plane,
-    batch,
-    heads,
-    tokens,
-    unit,
-    scale,
-    softcap,
-    write,
-    write_rest,
-    ids,
-    start,
-    length,
-    allowed, allowed_batch, allowed_head, allowed_row, allowed_key,
-    bias, bias_batch, bias_head, bias_row, bias_key,
+    allowed_batch, allowed_head, allowed_row, allowed_key,
+    bias_batch, bias_head, bias_row, bias_key,
+    of_keys, bins, looked_up, spans,
+    batch, heads, tokens, unit, scale, softcap,
     PER_KEY_HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -123,7 +154,7 @@ def along_columns(
     Or one of the nearest diagonals of tiles: bins of its distances.
     """
     tiles = tl.cdiv(tokens, TILE)
-    lines = tiles + 3
+    lines = tiles + DIAGONALS
     bh = tl.program_id(0) // lines
     line = tl.program_id(0) % lines
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
@@ -135,64 +166,56 @@ def along_columns(
     if bias is not None:
         bias += b * bias_batch + h * bias_head
     plane = batch.to(tl.int64) * heads * tokens
-    top_of = quantities + TOP * plane + bh.to(tl.int64) * tokens
-    part_of = quantities + PART * plane + bh.to(tl.int64) * tokens
-    spans += bh * tiles * SPAN
+    top_of = slab + TOP * plane + bh.to(tl.int64) * tokens
+    part_of = slab + PART * plane + bh.to(tl.int64) * tokens
+    spans = (slab + spans).to(tl.pointer_type(tl.int32)) + bh * tiles * SPAN
     place = tl.arange(0, TILE)
-    bin_numbers = tl.arange(0, BINS) - MIDDLE
     in_bins = tl.zeros([BINS], tl.float32)
+    total = tl.zeros([TILE, TILE], tl.float32)
 
     if line < tiles:
         keys = line * TILE + place
         k = None
         if CHUNK >= WIDTH:
             k = load_rows(key, keys, key_row, 0, tokens, WIDTH, CHUNK)
-        same_of_rows, after_of_rows = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+        same, after = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
         if ids is not None:
             ids += b * tokens
-            begins = tl.load(start + b)
-            token = tl.load(ids + keys, mask=keys < tokens, other=-1).to(tl.int32)
-            follows = (keys > begins) & (keys < tokens)
-            before = tl.where(follows, tl.load(ids + keys - 1, mask=follows, other=-1).to(tl.int32), -1)
-        received = tl.zeros([TILE], tl.float32)
-        row, end = _of_column(spans, tiles, line * TILE, TILE)
-        while row < end:
-            ahead = line - row
-            size = tl.abs(ahead)
-            log = _log2(tl.maximum(size, 1))
-            near, at_edge = size <= 1, (size > 1) & (size == (1 << log))
-            # the tiles up to the next edge between bins
-            stop = tl.where(ahead > 0, row + size - (1 << log), row + (2 << log) - size)
-            stop = tl.minimum(tl.where(near, line + 2, tl.where(at_edge, row + 1, stop)), end)
-            whole, stop = _alike(spans, row, stop, line * TILE, TILE)
-            whole = whole & (near == 0) if ids is not None else whole
-            total = tl.zeros([TILE, TILE], tl.float32)
-            if whole:
+            token, before = tokens_of(ids, tl.load(start + b), keys, tokens)
+        mass, current = tl.zeros([TILE], tl.float32), 100
+        edge_0, edge_5, edge_1, edge_4 = _of_column(spans, tiles, line * TILE, TILE)
+        # rows in five ranges: not all see the whole tile; they do, before, beside and after the keys; not all do
+        edge_2 = tl.minimum(tl.maximum(line - 1, edge_1), edge_4)
+        edge_3 = tl.minimum(tl.maximum(line + 2, edge_1), edge_4)
+        for n in range(5):
+            begin = tl.where(n == 0, edge_0, tl.where(n == 1, edge_1, tl.where(n == 2, edge_2, tl.where(n == 3, edge_3, edge_4))))
+            end = tl.where(n == 0, edge_1, tl.where(n == 1, edge_2, tl.where(n == 2, edge_3, tl.where(n == 3, edge_4, edge_5))))
+            if n % 2 == 1:
                 if ids is not None:
-                    before_here = tl.where(ahead < 0, before, -1)  # keys beyond the rows follow nothing
-                for n in range(row, stop):
-                    rows = n * TILE + place
+                    before_here = tl.where(n == 3, before, -1)  # keys beyond the rows follow nothing
+                for tile in range(begin, end):
+                    rows = tile * TILE + place
                     top, part = tl.load(top_of + rows), tl.load(part_of + rows)
                     scores = products(query, query_row, key, key_row, rows, keys, tokens, None, k, WIDTH, CHUNK)
                     if softcap is not None:
                         scores = soft_capped(scores, scale, softcap)
                     e = tl.exp2(tl.fma(scores, unit, -top[:, None]))
                     total = tl.fma(e, part[:, None], total)
+                    in_bins, mass, current = _add_bins(in_bins, mass, current, e, part, line - tile, TILE)
                     if ids is not None:
                         own = tl.load(ids + rows).to(tl.int32)
-                        same, after = _equal_tokens(e, part, own, token, before_here, rows, keys, True)
-                        same_of_rows += same
-                        after_of_rows += after
+                        of_same, of_after = equal_tokens(e, own, token, before_here, rows, keys, True)
+                        same += of_same * part
+                        after += of_after * part
             else:
-                for n in range(row, stop):
-                    rows = n * TILE + place
+                for tile in tl.range(begin, end, num_stages=1):
+                    rows = tile * TILE + place
                     top = tl.load(top_of + rows, mask=rows < tokens, other=0)
                     part = tl.load(part_of + rows, mask=rows < tokens, other=0)
                     first, last = load_bounds(bounds, bounds_plane, rows, tokens)
                     # rows that are not measured add nothing
-                    seen = seen_pairs(
-                        allowed, (allowed_row, allowed_key), rows, keys, first, tl.where(part > 0, last, first)
-                    )
+                    last = tl.where(part > 0, last, first)
+                    seen = seen_pairs(allowed, (allowed_row, allowed_key), rows, keys, first, last)
                     scores = products(query, query_row, key, key_row, rows, keys, tokens, None, k, WIDTH, CHUNK)
                     if (softcap is not None) or (bias is not None):
                         scores = soft_capped(scores, scale, softcap)
@@ -200,62 +223,36 @@ def along_columns(
                         scores += load_pairs(bias, (bias_row, bias_key), rows, keys, seen).to(tl.float32)
                     e = tl.where(seen, tl.exp2(tl.fma(scores, unit, -top[:, None])), 0)
                     total = tl.fma(e, part[:, None], total)
+                    in_bins, mass, current = _add_bins(in_bins, mass, current, e, part, line - tile, TILE)
                     if ids is not None:
                         own = tl.load(ids + rows, mask=rows < tokens, other=-2).to(tl.int32)
-                        same, after = _equal_tokens(e, part, own, token, before, rows, keys, False)
-                        same_of_rows += same
-                        after_of_rows += after
-            of_keys_here = tl.sum(total, 0)
-            received += of_keys_here
-            if not near:
-                mass = tl.sum(of_keys_here, 0)
-                bin_ = tl.where(ahead > 0, 1, -1) * (_log2(size * TILE) + 2)
-                if at_edge:
-                    beyond = (place[None, :] > place[:, None]) == (ahead > 0)
-                    beyond &= place[None, :] != place[:, None]
-                    far = tl.sum(tl.sum(tl.where(beyond, total, 0), 0), 0)
-                    in_bins += tl.where(bin_numbers == bin_, far, 0)
-                    bin_ -= tl.where(ahead > 0, 1, -1)
-                    mass -= far
-                in_bins += tl.where(bin_numbers == bin_, mass, 0)
-            row = stop
-        at = of_keys + bh.to(tl.int64) * tokens + keys
-        tl.store(at, received, mask=keys < tokens)
+                        of_same, of_after = equal_tokens(e, own, token, before, rows, keys, False)
+                        same += of_same * part
+                        after += of_after * part
+        in_bins += tl.where(tl.arange(0, BINS) - MIDDLE == current, tl.sum(mass, 0), 0)
+        at = slab + of_keys + bh.to(tl.int64) * tokens + keys
+        tl.store(at, tl.sum(total, 0), mask=keys < tokens)
         if write is not None:
             value += b * value_batch + (h // PER_KEY_HEAD) * value_head
-            vectors = ()
-            for n in tl.static_range(PARTS):
-                v = load_rows(value, keys, value_row, n * PART_WIDTH, tokens, VALUE_WIDTH, PART_WIDTH)
-                vectors = vectors + (v,)  # noqa: RUF005
-            norm = norms_of_writes(
-                vectors,
-                write + h * (VALUE_WIDTH * VALUE_WIDTH),
-                write_rest,
-                h * (VALUE_WIDTH * VALUE_WIDTH),
-                VALUE_WIDTH,
-                PART_WIDTH,
-                PARTS,
-            )
+            norm = _norms_of_values(value, value_row, write, write_rest, h, keys, tokens, VALUE_WIDTH, PART_WIDTH, PARTS)
             begins = tl.load(start + b)
             real = (keys >= begins) & (keys < begins + tl.load(length + b))
             tl.store(at + plane, tl.where(real, norm, 0), mask=keys < tokens)
         if ids is not None:
-            at = looked_up + (bh * tiles + line) * 2
-            tl.store(at, tl.sum(same_of_rows, 0))
-            tl.store(at + 1, tl.sum(after_of_rows, 0))
+            at = slab + looked_up + (bh.to(tl.int64) * tiles + line) * 2
+            tl.store(at, tl.sum(same, 0))
+            tl.store(at + 1, tl.sum(after, 0))
     else:
         ahead = line - tiles - 1
-        total = tl.zeros([TILE, TILE], tl.float32)
-        for row in range(tl.maximum(-ahead, 0), tl.minimum(tiles, tiles - ahead)):
-            rows, keys = row * TILE + place, (row + ahead) * TILE + place
-            low, high = tl.load(spans + row * SPAN), tl.load(spans + row * SPAN + 1)
-            if (low < (row + ahead) * TILE + TILE) & (high > (row + ahead) * TILE):
+        for tile in tl.range(tl.maximum(-ahead, 0), tl.minimum(tiles, tiles - ahead), num_stages=1):
+            rows, keys = tile * TILE + place, (tile + ahead) * TILE + place
+            low, high = tl.load(spans + tile * SPAN), tl.load(spans + tile * SPAN + 1)
+            if (low < (tile + ahead) * TILE + TILE) & (high > (tile + ahead) * TILE):
                 top = tl.load(top_of + rows, mask=rows < tokens, other=0)
                 part = tl.load(part_of + rows, mask=rows < tokens, other=0)
                 first, last = load_bounds(bounds, bounds_plane, rows, tokens)
-                seen = seen_pairs(
-                    allowed, (allowed_row, allowed_key), rows, keys, first, tl.where(part > 0, last, first)
-                )
+                last = tl.where(part > 0, last, first)
+                seen = seen_pairs(allowed, (allowed_row, allowed_key), rows, keys, first, last)
                 scores = products(query, query_row, key, key_row, rows, keys, tokens, None, None, WIDTH, CHUNK)
                 if (softcap is not None) or (bias is not None):
                     scores = soft_capped(scores, scale, softcap)
@@ -263,11 +260,19 @@ def along_columns(
                     scores += load_pairs(bias, (bias_row, bias_key), rows, keys, seen).to(tl.float32)
                 e = tl.where(seen, tl.exp2(tl.fma(scores, unit, -top[:, None])), 0)
                 total = tl.fma(e, part[:, None], total)
-        # rotate row r by r places: a column then has one distance, and after the wrap the distance TILE before it
-        turn = place[None, :] + place[:, None]
-        total = tl.gather(total, turn % TILE, 1)
-        for wrapped in tl.static_range(2):
-            mass = tl.sum(tl.where((turn < TILE) == (wrapped == 0), total, 0), 0)
-            bin_ = bin_of(ahead * TILE + place - wrapped * TILE)
-            in_bins += tl.sum(tl.where(bin_[:, None] == bin_numbers[None, :], mass[:, None], 0), 0)
-    tl.store(bins + (bh.to(tl.int64) * lines + line) * BINS + tl.arange(0, BINS), in_bins)
+        if (ahead == 0) | (tiles > 1):
+            in_bins = bins_of_diagonals(total, ahead, TILE)
+    tl.store(slab + bins + (bh.to(tl.int64) * lines + line) * BINS + tl.arange(0, BINS), in_bins)
+
+
+@triton.jit
+def _norms_of_values(
+    value, stride, write, write_rest, h, keys, tokens,
+    WIDTH: tl.constexpr, PART_WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """‖v R‖ of the values of these keys."""
+    vectors = ()
+    for n in tl.static_range(PARTS):
+        v = load_rows(value, keys, stride, n * PART_WIDTH, tokens, WIDTH, PART_WIDTH)
+        vectors = vectors + (v,)  # noqa: RUF005
+    return norms_of_writes(vectors, write, write_rest, h, WIDTH, PART_WIDTH, PARTS)

@@ -10,7 +10,7 @@ import triton.language as tl
 from attlas.extract.engines.profiles import COLUMN_OF_BIN, HISTOGRAM_BINS, LARGEST_DOUBLING_BIN, PROFILE_COLUMNS
 from attlas.extract.engines.quantities import TOKEN_CLASSES
 from attlas.extract.engines.triton import rows as of_rows
-from attlas.extract.engines.triton.columns import BINS, MIDDLE, bin_of
+from attlas.extract.engines.triton.columns import BINS, DIAGONALS, MIDDLE, bin_of
 from attlas.extract.engines.triton.tiles import load_bounds
 
 # the head quantities that the kernel writes, in this order, after a first value that is NaN
@@ -69,6 +69,7 @@ _DISTANCE = tl.constexpr(of_rows.QUANTITIES.index("distance"))
 _SCORE_MAX = tl.constexpr(of_rows.QUANTITIES.index("score_max"))
 _SCORE_MEAN = tl.constexpr(of_rows.QUANTITIES.index("score_mean"))
 _SCORE_VARIANCE = tl.constexpr(of_rows.QUANTITIES.index("score_variance"))
+_PART = of_rows.PART
 _SINK = tl.constexpr(of_rows.QUANTITIES.index("sink"))
 
 COLUMNS = tl.constexpr(len(PROFILE_COLUMNS))
@@ -111,24 +112,11 @@ def _add_bins(sums, bins, values, numbers):
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens", "lines"])
 def head_sums(
-    quantities,
-    measured,
-    bounds,
-    of_keys,
-    bins,
-    looked_up,
-    classes,
-    start,
-    length,
-    values,
-    profiles,
-    bounds_batch, bounds_head, bounds_plane,
-    batch,
-    heads,
-    tokens,
-    lines,
+    slab, bounds, start, length, classes, values, profiles,
+    bounds_batch, bounds_head, bounds_plane, of_keys, bins, looked_up, batch, heads, tokens, lines,
     HAS_SINK: tl.constexpr,
     HAS_WRITE: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows and keys of one head of one sequence, and its profiles.
@@ -139,9 +127,8 @@ def head_sums(
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     plane = batch.to(tl.int64) * heads * tokens
     at_rows = bh.to(tl.int64) * tokens
-    quantities += at_rows
-    measured += at_rows
-    of_keys += at_rows
+    quantities = slab + at_rows
+    of_keys = slab + of_keys + at_rows
     bounds += b * bounds_batch + h * bounds_head
     begin = tl.load(start + b).to(tl.int32)
     end = begin + tl.load(length + b).to(tl.int32)
@@ -166,7 +153,7 @@ def head_sums(
     for at in range(begin // ROWS * ROWS, end, ROWS):
         rows = at + tl.arange(0, ROWS)
         real = (rows >= begin) & (rows < end)
-        ok = tl.load(measured + rows, mask=real, other=0) != 0
+        ok = tl.load(quantities + _PART * plane + rows, mask=real, other=0) > 0
         first, last = load_bounds(bounds, bounds_plane, rows, tokens)
         seen = tl.where(real, tl.maximum(last - first, 0), 0)
         keys = tl.where(ok, seen, 0)
@@ -252,10 +239,12 @@ def head_sums(
     in_bins = tl.zeros([BINS], tl.float64)
     same, induction = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
     for line in range(lines):
-        in_bins += tl.load(bins + (bh.to(tl.int64) * lines + line) * BINS + tl.arange(0, BINS)).to(tl.float64)
-    for tile in range(lines - 3):
-        same += tl.load(looked_up + (bh * (lines - 3) + tile) * 2).to(tl.float64)
-        induction += tl.load(looked_up + (bh * (lines - 3) + tile) * 2 + 1).to(tl.float64)
+        in_bins += tl.load(slab + bins + (bh.to(tl.int64) * lines + line) * BINS + tl.arange(0, BINS)).to(tl.float64)
+    if HAS_IDS:
+        for tile in range(lines - DIAGONALS):
+            at = slab + looked_up + (bh.to(tl.int64) * (lines - DIAGONALS) + tile) * 2
+            same += tl.load(at).to(tl.float64)
+            induction += tl.load(at + 1).to(tl.float64)
     of_bin = tl.arange(0, BINS) - MIDDLE
     if HAS_SINK:
         sink = tl.sum(tl.where(number == _OF_ROWS + _SINK, sums, 0), 0) / tl.maximum(measured_rows, 1)

@@ -186,41 +186,26 @@ def _row_quantities(sums, ok, sink_logit, rows, at, unit):
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens"])
 def along_rows(
-    query,
-    key,
-    value,
-    output,
-    bounds,
-    quantities,
-    measured,
-    spans,
-    unmeasured,
+    query, key, value, output, bounds, start, length, slab, unmeasured, sinks, write, write_rest, allowed, bias,
     query_batch, query_head, query_row,
     key_batch, key_head, key_row,
     value_batch, value_head, value_row,
     bounds_batch, bounds_head, bounds_plane,
-    batch,
-    heads,
-    tokens,
+    allowed_batch, allowed_head, allowed_row, allowed_key,
+    bias_batch, bias_head, bias_row, bias_key,
+    spans,  # where they begin in the slab
+    batch, heads, tokens,
     unit,  # of products, in powers of two
-    scale,
-    softcap,
-    sinks,
-    write,
-    write_rest,
-    start,
-    length,
-    allowed, allowed_batch, allowed_head, allowed_row, allowed_key,
-    bias, bias_batch, bias_head, bias_row, bias_key,
+    scale, softcap,
     PER_KEY_HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     PART_WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
+    TILE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    TILE: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one head: its output and row quantities, and the spans of keys that its rows see.
 
@@ -308,12 +293,11 @@ def along_rows(
     last_tile = tl.maximum(high - 1, 0) // KEYS * KEYS
     row, top, part = _row_quantities(sums, ok, sink_logit, rows, last_tile, unit)
     plane = batch.to(tl.int64) * heads * tokens
-    at = quantities + bh.to(tl.int64) * tokens + rows
+    at = slab + bh.to(tl.int64) * tokens + rows
     for n in tl.static_range(_OF_SUMS):
         tl.store(at + n * plane, tl.where(ok, row[n], 0), mask=held)
     tl.store(at + TOP * plane, top, mask=held)
     tl.store(at + PART * plane, tl.where(ok, part, 0), mask=held)
-    tl.store(measured + bh.to(tl.int64) * tokens + rows, ok, mask=held)
     begins = tl.load(start + b)
     real = (rows >= begins) & (rows < begins + tl.load(length + b))
     if tl.max((real & (ok == 0)).to(tl.int32), 0) > 0:
@@ -329,18 +313,10 @@ def along_rows(
         c = c.to(output.dtype.element_ty)
         tl.store(at + columns[None, :], c, mask=held[:, None] & (columns < VALUE_WIDTH)[None, :])
         written = written + (c,)  # noqa: RUF005
-    at = quantities + bh.to(tl.int64) * tokens + rows
+    at = slab + bh.to(tl.int64) * tokens + rows
     tl.store(at + _OF_SUMS * plane, tl.sqrt(square), mask=held)
     if write is not None:
-        norm = norms_of_writes(
-            written,
-            write + h * (VALUE_WIDTH * VALUE_WIDTH),
-            write_rest,
-            h * (VALUE_WIDTH * VALUE_WIDTH),
-            VALUE_WIDTH,
-            PART_WIDTH,
-            PARTS,
-        )
+        norm = norms_of_writes(written, write, write_rest, h, VALUE_WIDTH, PART_WIDTH, PARTS)
         tl.store(at + (_OF_SUMS + 1) * plane, norm, mask=held)
 
     # one row that is not measured makes its tile one to be masked
@@ -353,7 +329,7 @@ def along_rows(
         all_from = all_from * 0 + tokens
     tiles = tl.cdiv(tokens, TILE)
     number = line * (ROWS // TILE) + tile
-    at = spans + (bh * tiles + number) * SPAN
+    at = (slab + spans).to(tl.pointer_type(tl.int32)) + (bh * tiles + number) * SPAN
     tl.store(at, starts, mask=number < tiles)
     tl.store(at + 1, ends, mask=number < tiles)
     tl.store(at + 2, all_from, mask=number < tiles)
@@ -361,8 +337,9 @@ def along_rows(
 
 
 @triton.jit
-def norms_of_writes(vectors, factor, rest, rest_at, WIDTH: tl.constexpr, PART_WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """‖c R‖ of rows c, given in parts of their width. R is `factor`, plus `rest` where its type has few digits."""
+def norms_of_writes(vectors, factor, rest, h, WIDTH: tl.constexpr, PART_WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """‖c R‖ of rows c, given in parts of their width. R is the head's `factor`, plus `rest` where its type has few digits."""
+    factor += h * (WIDTH * WIDTH)
     square = tl.zeros([vectors[0].shape[0]], tl.float32)
     for m in tl.static_range(PARTS):
         product = tl.zeros([vectors[0].shape[0], PART_WIDTH], tl.float32)
@@ -371,7 +348,7 @@ def norms_of_writes(vectors, factor, rest, rest_at, WIDTH: tl.constexpr, PART_WI
             r = load_rows(factor, rows, WIDTH, m * PART_WIDTH, WIDTH, WIDTH, PART_WIDTH)
             product = tl.dot(vectors[n], r, product, input_precision="ieee")
             if rest is not None:
-                r = load_rows(rest + rest_at, rows, WIDTH, m * PART_WIDTH, WIDTH, WIDTH, PART_WIDTH)
+                r = load_rows(rest + h * (WIDTH * WIDTH), rows, WIDTH, m * PART_WIDTH, WIDTH, WIDTH, PART_WIDTH)
                 product = tl.dot(vectors[n], r, product, input_precision="ieee")
         square += tl.sum(product * product, 1)
     return tl.sqrt(square)
