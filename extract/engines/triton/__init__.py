@@ -347,7 +347,7 @@ def _chosen(
     absent = {*without, *(() if has_sink else ("sink",)), *(() if has_ids else _LOOKED_UP)}
     absent |= set() if has_write else {*_HEAD_QUANTITIES_OF_WRITES}
     known = {name: place + 1 for place, name in enumerate(of_heads.MADE) if name not in absent}
-    return torch.tensor([known.get(name, 0) for name in names], device=device)
+    return torch.tensor([known.get(name, 0) for name in names], dtype=torch.long, device=device)
 
 
 @cache

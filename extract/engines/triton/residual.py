@@ -14,7 +14,7 @@ at once, in float64. Every sum has one owner and one order: without atomics, the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
