@@ -179,6 +179,7 @@ class Layout:
     without_pattern: tuple[str, ...] = ()  # layers without attention: recurrent, convolutional
     mixed: bool = False  # some calls are over rows that are neither sequences of the batch nor windows of them
     residual_refusals: Mapping[str, str] = field(default_factory=dict)  # stacks that `residual` leaves out, and why
+    imports_attention: bool = True  # a module calls torch's attention function by a name of its own
 
     @cached_property
     def points(self) -> SitePoints:

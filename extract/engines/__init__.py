@@ -105,7 +105,7 @@ class Engine:
 def _residual_columns(stream: StreamReader) -> frozenset[str]:
     """The residual columns that an engine's own code makes."""
     if stream == "triton":
-        from attlas.extract.engines.residual_triton import MAKES
+        from attlas.extract.engines.triton.residual import MAKES
     else:
         from attlas.extract.engines.residual_cpu import MAKES
     return MAKES

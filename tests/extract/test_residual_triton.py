@@ -32,7 +32,7 @@ from tests import oracles
 from tests.extract.models import tiny
 
 pytest.importorskip("triton")
-from attlas.extract.engines import residual_triton as kernels
+from attlas.extract.engines.triton import residual as kernels
 from tests.extract.test_triton import ROOT, _Hopper, _stack
 
 # NumPy, in which the interpreter computes, says so when infinities and NaN are made

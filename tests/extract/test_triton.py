@@ -37,9 +37,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 ROOT = Path(__file__).parents[2]
 # several tiles each way within few tokens; all products whole, or all in parts
-SMALL = engine.Blocks(16, 16, chunk=64, part=64, warps=4, stages=1, tile=16, tile_warps=4, tile_stages=1)
-PARTS = engine.Blocks(32, 16, chunk=16, part=16, warps=4, stages=1, tile=16, tile_warps=4, tile_stages=1)
-FITTED = [SMALL, PARTS, engine._BLOCKS[4, 32]]
+SMALL = engine.Blocks(16, 16, chunk=64, part=64, warps=4, stages=1, tile=16, tile_warps=4, tile_stages=1, short=0)
+PARTS = engine.Blocks(32, 16, chunk=16, part=16, warps=4, stages=1, tile=16, tile_warps=4, tile_stages=1, short=0)
+WHOLE = SMALL._replace(short=64)
+FITTED = [SMALL, PARTS, WHOLE, engine._BLOCKS[4, 32]]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -270,7 +271,7 @@ def test_a_narrow_pattern_far_away_keeps_its_spread(first):
     key = torch.full_like(call.key, -30.0)
     key[0, 0, first : first + 2] = 0.0
     call = dataclasses.replace(call, query=torch.ones_like(call.query), key=key, scale=1.0)
-    blocks = engine.Blocks(64, 64, chunk=16, part=16, warps=4, stages=1, tile=64, tile_warps=4, tile_stages=1)
+    blocks = engine.Blocks(64, 64, chunk=16, part=16, warps=4, stages=1, tile=64, tile_warps=4, tile_stages=1, short=0)
     _, rows = attend_in_blocks(call, _not_called, blocks)
     torch.testing.assert_close(rows["offset_std"], torch.full_like(rows["offset_std"], 0.5), atol=1e-5, rtol=1e-5)
 

@@ -83,6 +83,7 @@ def _layout_of(model: nn.Module, inputs: Mapping[str, Any], *, batch: int) -> La
         without_pattern=without_pattern,
         mixed=any(call.batch % batch for call in trace.calls),
         residual_refusals=refusals,
+        imports_attention=trace.imports_attention,
     )
 
 

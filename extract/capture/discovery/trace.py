@@ -76,6 +76,7 @@ class Trace:
     eps: float = torch.finfo(torch.float32).eps  # of the model's own type
     batch: int = 1
     output: Any = None
+    imports_attention: bool = False  # a module called torch's attention function by a name of its own
     clock: int = 0
 
     def tick(self) -> int:
@@ -167,6 +168,7 @@ class _Tracer:
         return hook
 
     def attend(self, request: Request) -> Tensor:
+        self._trace.imports_attention |= request.is_imported
         with interception_disabled():
             output = request.call_original()
             pattern = None

@@ -35,12 +35,18 @@ class Receiver(Protocol):
 
 @contextmanager
 def intercept_attention(
-    model: nn.Module, receiver: Receiver, methods: Collection[CaptureMethod], *, replayed_modules: Iterable[str] = ()
+    model: nn.Module,
+    receiver: Receiver,
+    methods: Collection[CaptureMethod],
+    *,
+    replayed_modules: Iterable[str] = (),
+    finds_imported: bool = True,
 ) -> Iterator[None]:
     """Send every attention call made in this context to the receiver.
 
     Calls of scaled_dot_product_attention are always intercepted, `interface` and `softmax` if they are among the methods,
-    and replay takes the modules that are named. Calls made inside these modules go through to the model.
+    and replay takes the modules that are named. Calls made inside these modules go through to the model. With
+    `finds_imported`, calls of the function are also found where a module has imported it.
     """
     modules = ReplayedModules(receiver.receive_recorded_call)
 
@@ -52,7 +58,7 @@ def intercept_attention(
             receiver.receive_product(product)
 
     with ExitStack() as stack:
-        stack.enter_context(intercept_sdpa(attend))
+        stack.enter_context(intercept_sdpa(attend, finds_imported=finds_imported))
         if "interface" in methods:
             stack.enter_context(intercept_interface(model, attend))
         if "softmax" in methods:

@@ -23,6 +23,7 @@ class Request:
     `mask` is as for scaled_dot_product_attention. `call_original` makes the call as the model would. `call_rows` makes it for
     some of the queries, given these and their rows of the mask; it is None if visibility depends on a query's position.
     `projection` is the weight that reads the contexts. Like `is_cross_attention`, it is None if the call does not tell.
+    `is_imported`: the caller had imported torch's function under a name of its own.
     """
 
     method: CaptureMethod
@@ -38,6 +39,7 @@ class Request:
     sinks: Float[Tensor, " head"] | None = None
     projection: Tensor | None = None
     is_cross_attention: bool | None = None
+    is_imported: bool = False
 
 
 Attend = Callable[[Request], "Tensor"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,11 +21,11 @@ from attlas.extract.errors import CaptureError
 
 
 @contextmanager
-def intercept_sdpa(attend: Attend) -> Iterator[None]:
+def intercept_sdpa(attend: Attend, *, finds_imported: bool = True) -> Iterator[None]:
     """Send every call of scaled_dot_product_attention to `attend`, with the fused paths around it switched off.
 
     Calls through `torch.nn.functional` reach the replacement by name. A module that imported the function itself still
-    calls the original: those calls are caught by a function mode.
+    calls the original: those calls are caught by a function mode, which slows down every other operation of torch.
     """
     original = functional.scaled_dot_product_attention
     original_multi_head = functional.multi_head_attention_forward
@@ -31,10 +33,11 @@ def intercept_sdpa(attend: Attend) -> Iterator[None]:
     multi_head = _MultiHeadForward(original_multi_head)
     torch.backends.mha.set_fastpath_enabled(False)
     replacement = _replacement(original, attend, multi_head)
+    imported = _replacement(original, lambda request: attend(replace(request, is_imported=True)), multi_head)
     functional.scaled_dot_product_attention = replacement
     functional.multi_head_attention_forward = multi_head
     try:
-        with _CallsOfOriginal(original, replacement):
+        with _CallsOfOriginal(original, imported) if finds_imported else nullcontext():
             yield
     finally:
         functional.scaled_dot_product_attention = original
@@ -117,7 +120,7 @@ class _MultiHeadForward:
 
     def __init__(self, original: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
         self._original = original
-        self._signature = inspect.signature(original)
+        self._signature = _signature(original)
         self.projection: Tensor | None = None
         self.is_cross_attention: bool | None = None
 
@@ -136,6 +139,11 @@ class _MultiHeadForward:
         finally:
             self.projection = self.is_cross_attention = None
         return intercepted if with_weights is None else with_weights
+
+
+@lru_cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _refuse_added_keys(arguments: Mapping[str, Any]) -> None:

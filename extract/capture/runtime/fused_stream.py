@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attlas.extract.capture.layout import Site, Update
 from attlas.extract.capture.runtime.stream import Stream
-from attlas.extract.engines.residual_triton import COLUMNS, IDENTITY, MAKES, SiteResults, SiteTensors
+from attlas.extract.engines.triton.residual import COLUMNS, IDENTITY, MAKES, SiteResults, SiteTensors
 
 
 class _MeasuredSite(NamedTuple):

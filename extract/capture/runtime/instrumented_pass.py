@@ -48,7 +48,15 @@ def instrumented_pass(
     with _LOCK, ExitStack() as stack, compilation_disabled():
         if stream is not None:
             stack.enter_context(stream.hooks(model))
-        stack.enter_context(intercept_attention(model, receiver, layout.methods, replayed_modules=replayed))
+        stack.enter_context(
+            intercept_attention(
+                model,
+                receiver,
+                layout.methods,
+                replayed_modules=replayed,
+                finds_imported=layout.imports_attention,
+            )
+        )
         stack.enter_context(receiver.pieces.hooks(model, in_pieces, receiver.deliver))
         yield
         receiver.finish()

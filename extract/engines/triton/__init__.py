@@ -35,6 +35,7 @@ from attlas.extract.engines.triton import rows as of_rows
 from attlas.extract.engines.triton.columns import BINS, DIAGONALS, along_columns
 from attlas.extract.engines.triton.launch import launch
 from attlas.extract.engines.triton.rows import along_rows
+from attlas.extract.engines.triton.short import whole_patterns
 
 _KEY_QUANTITIES = ("received", "value_norm")
 _LOOKED_UP = ("same_token", "induction")
@@ -52,6 +53,7 @@ class Blocks(NamedTuple):
     """Sizes: rows and keys of a tile, widths of scores and of contexts in one product, warps and stages.
 
     `tile`: rows and keys of a tile in the pass along columns, with its own warps and stages; rows are a multiple of it.
+    `short`: the most tokens of a sequence that one tile holds.
     """
 
     rows: int
@@ -63,6 +65,7 @@ class Blocks(NamedTuple):
     tile: int
     tile_warps: int
     tile_stages: int
+    short: int = 128
     registers: int | None = None
     tile_registers: int | None = None
 
@@ -74,11 +77,11 @@ _BLOCKS = {
     (2, 32): Blocks(128, 64, 32, 32, 8, 3, 64, 4, 3),
     (2, 64): Blocks(128, 64, 64, 64, 8, 3, 64, 4, 3),
     (2, 128): Blocks(128, 64, 128, 128, 8, 2, 64, 4, 2),
-    (2, 256): Blocks(64, 32, 256, 32, 8, 2, 64, 8, 2),
-    (4, 32): Blocks(64, 32, 16, 32, 8, 2, 64, 8, 2),
-    (4, 64): Blocks(64, 32, 16, 64, 8, 2, 64, 8, 2),
-    (4, 128): Blocks(64, 16, 16, 64, 8, 2, 64, 8, 2),
-    (4, 256): Blocks(32, 32, 16, 64, 8, 2, 32, 8, 2),
+    (2, 256): Blocks(64, 32, 256, 32, 8, 2, 64, 8, 2, 0),
+    (4, 32): Blocks(64, 32, 16, 32, 8, 2, 64, 8, 2, 0),
+    (4, 64): Blocks(64, 32, 16, 64, 8, 2, 64, 8, 2, 0),
+    (4, 128): Blocks(64, 16, 16, 64, 8, 2, 64, 8, 2, 0),
+    (4, 256): Blocks(32, 32, 16, 64, 8, 2, 32, 8, 2, 0),
 }
 
 
@@ -105,17 +108,38 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
     batch, heads, tokens, width = query.shape
     key_heads, value_width = value.shape[1], value.shape[-1]
     write, write_rest = _write_factors(call)
-    results = Results.empty(call, tile=blocks.tile, has_write=write is not None)
+    is_short = tokens <= blocks.short
+    tile = max(_MIN_COLUMNS, triton.next_power_of_2(tokens)) if is_short else blocks.tile
+    places = _places(batch, heads, tokens, tile, 0 if is_short else DIAGONALS.value)
+    results = Results(
+        query.new_empty(places.end, dtype=torch.float32),
+        (batch, heads, tokens),
+        places,
+        has_sink=call.sinks is not None,
+        has_write=write is not None,
+        has_ids=call.token_ids is not None,
+    )
     output = query.new_empty(batch, tokens, heads, value_width)
-    waits = call.unmeasured is None
     unmeasured = query.new_zeros(1, dtype=torch.int32) if call.unmeasured is None else call.unmeasured
     natural = call.softcap is not None or seen.bias is not None
     allowed = None if seen.allowed is None else seen.allowed.view(torch.int8)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *_steps(seen.ends))
     pairs = (*_strides_of(allowed), *_strides_of(seen.bias))
     scoring = (_LOG2_E if natural else call.scale * _LOG2_E, call.scale, call.softcap)
-    constants = _constants(heads // key_heads, width, value_width, blocks)
-    places = results.places
+    constants = _constants(heads // key_heads, width, value_width, tile, blocks)
+    if is_short:
+        launch(
+            whole_patterns,
+            (batch * heads, 1, 1),
+            (
+                *(query, key, value, output, seen.ends, seen.keys.start, seen.keys.length, results.slab, unmeasured),
+                *(call.sinks, write, write_rest, call.token_ids, allowed, seen.bias),
+            ),
+            (*strides, *pairs, *places[:3], batch, heads, tokens, *scoring),
+            constants,
+            num_warps=8 if tile > 64 else 4,
+        )
+        return _finished(call, call_original, output, results, unmeasured)
     launch(
         along_rows,
         (batch * heads * -(-tokens // blocks.rows), 1, 1),
@@ -145,21 +169,29 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
         num_stages=blocks.tile_stages,
         maxnreg=blocks.tile_registers,
     )
-    output = output.transpose(1, 2)
-    # last, because it waits for the device
-    if waits and bool(unmeasured):
-        output = call_original()
-    return output, KernelRows(results, _made_of(call.facts, results.has_write))
+    return _finished(call, call_original, output, results, unmeasured)
+
+
+def _finished(
+    call: AttentionCall, call_original: Callable[[], Tensor], output: Tensor, results: Results, unmeasured: Tensor
+) -> tuple[Tensor, Rows]:
+    rows = KernelRows(results, _made_of(call.facts, results.has_write))
+    if call.unmeasured is None and bool(unmeasured):  # waits for the device
+        return call_original(), rows
+    return output.transpose(1, 2), rows
 
 
 @cache
-def _constants(per_key_head: int, width: int, value_width: int, blocks: Blocks) -> tuple[int, ...]:
+def _constants(per_key_head: int, width: int, value_width: int, tile: int, blocks: Blocks) -> tuple[int, ...]:
     chunk = min(blocks.chunk, max(_MIN_COLUMNS, triton.next_power_of_2(width)))
-    return per_key_head, width, chunk, value_width, blocks.part, triton.cdiv(value_width, blocks.part), blocks.tile
+    return per_key_head, width, chunk, value_width, blocks.part, triton.cdiv(value_width, blocks.part), tile
 
 
 class Places(NamedTuple):
-    """Where arrays begin in the slab of a call, after the row quantities; `lines` are the programs along columns of a head."""
+    """Where arrays begin in the slab of a call, after the row quantities.
+
+    `tiles` are those of a column, `lines` the programs along columns of a head: columns, and diagonals.
+    """
 
     of_keys: int
     bins: int
@@ -167,17 +199,18 @@ class Places(NamedTuple):
     spans: int
     end: int
     lines: int
+    tiles: int
 
 
 @cache
-def _places(batch: int, heads: int, tokens: int, tile: int) -> Places:
+def _places(batch: int, heads: int, tokens: int, tile: int, diagonals: int) -> Places:
     every, tiles = batch * heads, -(-tokens // tile)
-    lines = tiles + DIAGONALS.value
+    lines = tiles + diagonals
     of_keys = len(of_rows.QUANTITIES) * every * tokens
     bins = of_keys + len(_KEY_QUANTITIES) * every * tokens
     looked_up = bins + every * lines * BINS.value
     spans = looked_up + every * tiles * len(_LOOKED_UP)
-    return Places(of_keys, bins, looked_up, spans, spans + every * tiles * of_rows.SPAN.value, lines)
+    return Places(of_keys, bins, looked_up, spans, spans + every * tiles * of_rows.SPAN.value, lines, tiles)
 
 
 @dataclass(frozen=True)
@@ -191,15 +224,6 @@ class Results:
     has_write: bool
     has_ids: bool
 
-    @classmethod
-    def empty(cls, call: AttentionCall, *, tile: int, has_write: bool) -> Results:
-        batch, heads, tokens, _ = call.query.shape
-        places = _places(batch, heads, tokens, tile)
-        slab = call.query.new_empty(places.end, dtype=torch.float32)
-        return cls(
-            slab, (batch, heads, tokens), places, call.sinks is not None, has_write, call.token_ids is not None
-        )
-
     def of_row(self, name: str) -> Float[Tensor, "batch head query"]:
         return self._array(of_rows.QUANTITIES.index(name) * self._plane, self.shape[2])
 
@@ -211,8 +235,9 @@ class Results:
             return self._array(self.places.of_keys + _KEY_QUANTITIES.index(name) * self._plane, self.shape[2])
         if name == "offset_bins":
             return self._array(self.places.bins, self.places.lines, BINS.value).sum(2)[..., :OFFSET_BINS]
-        tiles = self.places.lines - DIAGONALS.value
-        return self._array(self.places.looked_up, tiles, len(_LOOKED_UP))[..., _LOOKED_UP.index(name)].sum(-1)
+        return self._array(self.places.looked_up, self.places.tiles, len(_LOOKED_UP))[..., _LOOKED_UP.index(name)].sum(
+            -1
+        )
 
     @property
     def _plane(self) -> int:
@@ -290,12 +315,14 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
         of_heads.head_sums,
         (batch * heads, 1, 1),
         (made.slab, seen.ends, seen.keys.start, seen.keys.length, o.classes, values, in_bins),
-        (*_steps(seen.ends), *places[:3], batch, heads, tokens, places.lines),
+        (*_steps(seen.ends), *places[:3], batch, heads, tokens, places.lines, places.tiles),
         (made.has_sink, made.has_write, made.has_ids, _rows_of_sums(tokens)),
         num_warps=4,
     )
     classes = () if o.classes is not None else TOKEN_CLASSES
-    chosen = values.permute(2, 0, 1)[_chosen(tuple(names), made.has_sink, made.has_write, made.has_ids, classes, values.device)]
+    chosen = values.permute(2, 0, 1)[
+        _chosen(tuple(names), made.has_sink, made.has_write, made.has_ids, classes, values.device)
+    ]
     for place, name in _others(tuple(names), made.has_write):
         if head_quantity(name).is_known(o):
             chosen[place] = head_quantity(name).compute(o)
@@ -320,7 +347,7 @@ def _chosen(
     absent = {*without, *(() if has_sink else ("sink",)), *(() if has_ids else _LOOKED_UP)}
     absent |= set() if has_write else {*_HEAD_QUANTITIES_OF_WRITES}
     known = {name: place + 1 for place, name in enumerate(of_heads.MADE) if name not in absent}
-    return torch.tensor([known.get(name, 0) for name in names], device=device)
+    return torch.tensor([known.get(name, 0) for name in names], dtype=torch.long, device=device)
 
 
 @cache

@@ -27,6 +27,7 @@ from attlas.extract.engines.triton.tiles import (
 
 MIDDLE = tl.constexpr(LARGEST_DOUBLING_BIN)  # the bin of distance 0
 BINS = tl.constexpr(64)  # a power of two that holds them all
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter knows no PTX
 DIAGONALS = tl.constexpr(3)  # that are summed by distance
 _BLOCK = tl.constexpr(64)  # tiles whose spans are looked at together
 
@@ -69,8 +70,25 @@ def _of_column(spans, tiles, key, TILE: tl.constexpr):
 
 
 @triton.jit
+def _is_equal(a, b):
+    """1 where two whole numbers are equal, else 0, as max(0, 1 − |a − b|): GPUs add faster than they compare and select."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 d; sub.f32 d, $1, $2; abs.f32 d, d; sub.sat.f32 $0, 0f3F800000, d; }",
+        "=f,f,f",
+        [a.to(tl.float32), b.to(tl.float32)],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def equal_tokens(e, own, token, before, rows, keys, WHOLE: tl.constexpr):
     """Σ e per row over other keys with the row's token, and over keys up to the row that follow one of these."""
+    if WHOLE and not _INTERPRETED:
+        return tl.sum(e * _is_equal(own[:, None], token[None, :]), 1), tl.sum(
+            e * _is_equal(own[:, None], before[None, :]), 1
+        )
     same, after = token[None, :] == own[:, None], before[None, :] == own[:, None]
     if not WHOLE:
         same &= keys[None, :] != rows[:, None]
@@ -188,12 +206,16 @@ def along_columns(
         edge_2 = tl.minimum(tl.maximum(line - 1, edge_1), edge_4)
         edge_3 = tl.minimum(tl.maximum(line + 2, edge_1), edge_4)
         for n in range(5):
-            begin = tl.where(n == 0, edge_0, tl.where(n == 1, edge_1, tl.where(n == 2, edge_2, tl.where(n == 3, edge_3, edge_4))))
-            end = tl.where(n == 0, edge_1, tl.where(n == 1, edge_2, tl.where(n == 2, edge_3, tl.where(n == 3, edge_4, edge_5))))
+            begin = tl.where(
+                n == 0, edge_0, tl.where(n == 1, edge_1, tl.where(n == 2, edge_2, tl.where(n == 3, edge_3, edge_4)))
+            )
+            end = tl.where(
+                n == 0, edge_1, tl.where(n == 1, edge_2, tl.where(n == 2, edge_3, tl.where(n == 3, edge_4, edge_5)))
+            )
             if n % 2 == 1:
                 if ids is not None:
                     before_here = tl.where(n == 3, before, -1)  # keys beyond the rows follow nothing
-                for tile in range(begin, end):
+                for tile in tl.range(begin, end, num_stages=3):
                     rows = tile * TILE + place
                     top, part = tl.load(top_of + rows), tl.load(part_of + rows)
                     scores = products(query, query_row, key, key_row, rows, keys, tokens, None, k, WIDTH, CHUNK)
@@ -234,7 +256,7 @@ def along_columns(
         tl.store(at, tl.sum(total, 0), mask=keys < tokens)
         if write is not None:
             value += b * value_batch + (h // PER_KEY_HEAD) * value_head
-            norm = _norms_of_values(value, value_row, write, write_rest, h, keys, tokens, VALUE_WIDTH, PART_WIDTH, PARTS)
+            norm = norms_of_values(value, value_row, write, write_rest, h, keys, tokens, VALUE_WIDTH, PART_WIDTH, PARTS)
             begins = tl.load(start + b)
             real = (keys >= begins) & (keys < begins + tl.load(length + b))
             tl.store(at + plane, tl.where(real, norm, 0), mask=keys < tokens)
@@ -266,7 +288,7 @@ def along_columns(
 
 
 @triton.jit
-def _norms_of_values(
+def norms_of_values(
     value, stride, write, write_rest, h, keys, tokens,
     WIDTH: tl.constexpr, PART_WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip

@@ -10,7 +10,7 @@ import triton.language as tl
 from attlas.extract.engines.profiles import COLUMN_OF_BIN, HISTOGRAM_BINS, LARGEST_DOUBLING_BIN, PROFILE_COLUMNS
 from attlas.extract.engines.quantities import TOKEN_CLASSES
 from attlas.extract.engines.triton import rows as of_rows
-from attlas.extract.engines.triton.columns import BINS, DIAGONALS, MIDDLE, bin_of
+from attlas.extract.engines.triton.columns import BINS, MIDDLE, bin_of
 from attlas.extract.engines.triton.tiles import load_bounds
 
 # the head quantities that the kernel writes, in this order, after a first value that is NaN
@@ -110,10 +110,10 @@ def _add_bins(sums, bins, values, numbers):
     return sums + tl.sum(tl.where(bins[:, None] == numbers[None, :], values[:, None], 0), 0)
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "tokens", "lines"])
+@triton.jit(do_not_specialize=["batch", "heads", "tokens", "lines", "tiles"])
 def head_sums(
     slab, bounds, start, length, classes, values, profiles,
-    bounds_batch, bounds_head, bounds_plane, of_keys, bins, looked_up, batch, heads, tokens, lines,
+    bounds_batch, bounds_head, bounds_plane, of_keys, bins, looked_up, batch, heads, tokens, lines, tiles,
     HAS_SINK: tl.constexpr,
     HAS_WRITE: tl.constexpr,
     HAS_IDS: tl.constexpr,
@@ -241,8 +241,8 @@ def head_sums(
     for line in range(lines):
         in_bins += tl.load(slab + bins + (bh.to(tl.int64) * lines + line) * BINS + tl.arange(0, BINS)).to(tl.float64)
     if HAS_IDS:
-        for tile in range(lines - DIAGONALS):
-            at = slab + looked_up + (bh.to(tl.int64) * (lines - DIAGONALS) + tile) * 2
+        for tile in range(tiles):
+            at = slab + looked_up + (bh.to(tl.int64) * tiles + tile) * 2
             same += tl.load(at).to(tl.float64)
             induction += tl.load(at + 1).to(tl.float64)
     of_bin = tl.arange(0, BINS) - MIDDLE

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# what a kernel is specialised for, to the compiled kernel with its grid
+# by all arguments but the addresses of tensors: a compiled kernel with its grid
 _LAUNCHERS: dict[tuple[Any, ...], Callable[..., None]] = {}
-_MAX_LAUNCHERS = 4096
-_ALIGNMENT = 16  # bytes; kernels are compiled for tensors that begin at multiples of it
+_MAX_LAUNCHERS = 1 << 14  # shapes of batches vary without end
+# by what kernels are specialised for
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+_ALIGNMENT = 16  # bytes, and elements in strides
 
 
 def launch(
@@ -22,31 +24,39 @@ def launch(
     constants: tuple[int, ...],
     **options: Any,
 ) -> None:
-    """Launch a kernel on the device of its first tensor. Its parameters are tensors, numbers and constants, in this order.
+    """Launch a kernel on the device of its tensors. Its parameters are tensors, numbers and constants, in this order.
 
-    Triton looks at every argument of every launch to find the compiled kernel. Here a kernel is found by the arguments
-    themselves, as far as they are not tensors, and tensors are given as addresses.
+    Triton looks at every argument of every launch to find the compiled kernel. Here it is found by all arguments at once, and
+    tensors are given as addresses.
     """
-    first = tensors[0]
-    assert first is not None, "kernels begin with what they read"
-    device = first.get_device()
+    device = next(tensor.get_device() for tensor in tensors if tensor is not None)
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, constants, **options)
         return
-    addresses, dtypes, misaligned = [], [], 0
-    for tensor in tensors:
-        address = 0 if tensor is None else tensor.data_ptr()
-        addresses.append(address)
-        dtypes.append(None if tensor is None else tensor.dtype)
-        misaligned |= address
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+    is_aligned = not any(address % _ALIGNMENT for address in addresses)
     key = (kernel, device, grid, numbers, constants, *dtypes, *options.values())
-    launcher = None if misaligned % _ALIGNMENT else _LAUNCHERS.get(key)
+    launcher = _LAUNCHERS.get(key) if is_aligned else None
     if launcher is not None:
         launcher(*addresses, *numbers, *constants)
         return
-    compiled = kernel[grid](*tensors, *numbers, *constants, enable_fp_fusion=True, **options)
-    if compiled is not None and not misaligned % _ALIGNMENT:  # the interpreter compiles nothing
-        if len(_LAUNCHERS) >= _MAX_LAUNCHERS:
-            _LAUNCHERS.clear()
-        _LAUNCHERS[key] = compiled[grid]
+    special = (kernel, device, *map(_specialisation, numbers), constants, *dtypes, *options.values())
+    compiled = _COMPILED.get(special) if is_aligned else None
+    if compiled is None:
+        compiled = kernel[grid](*tensors, *numbers, *constants, enable_fp_fusion=True, **options)
+        if is_aligned and compiled is not None:  # the interpreter compiles nothing
+            _COMPILED[special] = compiled
+        return
+    if len(_LAUNCHERS) >= _MAX_LAUNCHERS:
+        _LAUNCHERS.clear()
+    launcher = _LAUNCHERS[key] = compiled[grid]
+    launcher(*addresses, *numbers, *constants)
+
+
+def _specialisation(number: float | None) -> Any:
+    """What of a number a kernel may be compiled for, as Triton has it: None, 1, multiples of 16, 64 bits."""
+    if not isinstance(number, int):
+        return None if number is None else float
+    return number == 1, number % _ALIGNMENT == 0, abs(number) >> 31 > 0

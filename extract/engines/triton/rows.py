@@ -140,7 +140,7 @@ def _with_values(
 
 
 @triton.jit
-def _row_quantities(sums, ok, sink_logit, rows, at, unit):
+def row_quantities(sums, ok, sink_logit, rows, at, unit):
     """The quantities of rows from the sums over all keys, in their order up to the sink; then top, part.
 
     `at` is the key that mean places are counted from.
@@ -182,6 +182,35 @@ def _row_quantities(sums, ok, sink_logit, rows, at, unit):
         top,
         part,
     )
+
+
+@triton.jit
+def store_rows(at, plane, row, top, part, ok, held):
+    """Write row quantities to the slab, up to the sink, and what the pass along columns needs."""
+    for n in tl.static_range(_OF_SUMS):
+        tl.store(at + n * plane, tl.where(ok, row[n], 0), mask=held)
+    tl.store(at + TOP * plane, top, mask=held)
+    tl.store(at + PART * plane, tl.where(ok, part, 0), mask=held)
+
+
+@triton.jit
+def store_output(
+    at, plane, output, context, part, ok, held, write, write_rest, h,
+    WIDTH: tl.constexpr, PART_WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Write rows of the output, in the layout that the model reads next, with the heads of a token side by side; and norms."""
+    square, written = tl.zeros_like(part), ()
+    for n in tl.static_range(PARTS):
+        columns = tl.arange(0, PART_WIDTH) + n * PART_WIDTH
+        c = tl.where(ok[:, None], context[n] * part[:, None], 0)
+        square += tl.sum(c * c, 1)
+        c = c.to(output.dtype.element_ty)
+        tl.store(output + columns[None, :], c, mask=held[:, None] & (columns < WIDTH)[None, :])
+        written = written + (c,)  # noqa: RUF005
+    tl.store(at + _OF_SUMS * plane, tl.sqrt(square), mask=held)
+    if write is not None:
+        norm = norms_of_writes(written, write, write_rest, h, WIDTH, PART_WIDTH, PARTS)
+        tl.store(at + (_OF_SUMS + 1) * plane, norm, mask=held)
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens"])
@@ -291,33 +320,18 @@ def along_rows(
     if sinks is not None:
         sink_logit = tl.load(sinks + h).to(tl.float32)
     last_tile = tl.maximum(high - 1, 0) // KEYS * KEYS
-    row, top, part = _row_quantities(sums, ok, sink_logit, rows, last_tile, unit)
+    row, top, part = row_quantities(sums, ok, sink_logit, rows, last_tile, unit)
     plane = batch.to(tl.int64) * heads * tokens
     at = slab + bh.to(tl.int64) * tokens + rows
-    for n in tl.static_range(_OF_SUMS):
-        tl.store(at + n * plane, tl.where(ok, row[n], 0), mask=held)
-    tl.store(at + TOP * plane, top, mask=held)
-    tl.store(at + PART * plane, tl.where(ok, part, 0), mask=held)
+    store_rows(at, plane, row, top, part, ok, held)
     begins = tl.load(start + b)
     real = (rows >= begins) & (rows < begins + tl.load(length + b))
     if tl.max((real & (ok == 0)).to(tl.int32), 0) > 0:
         tl.store(unmeasured, 1)
-
-    # in the layout that the model reads next, with the heads of a token contiguous
-    at = output + ((b * tokens + rows) * heads + h)[:, None] * VALUE_WIDTH
-    square, written = zero, ()
-    for n in tl.static_range(PARTS):
-        columns = tl.arange(0, PART_WIDTH) + n * PART_WIDTH
-        c = tl.where(ok[:, None], context[n] * part[:, None], 0)
-        square += tl.sum(c * c, 1)
-        c = c.to(output.dtype.element_ty)
-        tl.store(at + columns[None, :], c, mask=held[:, None] & (columns < VALUE_WIDTH)[None, :])
-        written = written + (c,)  # noqa: RUF005
-    at = slab + bh.to(tl.int64) * tokens + rows
-    tl.store(at + _OF_SUMS * plane, tl.sqrt(square), mask=held)
-    if write is not None:
-        norm = norms_of_writes(written, write, write_rest, h, VALUE_WIDTH, PART_WIDTH, PARTS)
-        tl.store(at + (_OF_SUMS + 1) * plane, norm, mask=held)
+    store_output(
+        at, plane, output + ((b * tokens + rows) * heads + h)[:, None] * VALUE_WIDTH, context, part, ok, held,
+        write, write_rest, h, VALUE_WIDTH, PART_WIDTH, PARTS,
+    )  # fmt: skip
 
     # one row that is not measured makes its tile one to be masked
     tile = tl.arange(0, ROWS // TILE)

@@ -5,9 +5,6 @@ program takes a block of one sequence's tokens. Along the width it first adds up
 of the norm's input), then what needs the norm of x' (fourth powers, and the block's sums over tokens for each dimension). It
 writes values of tokens, and two vectors for each block. At the end of a pass, `_reduce` turns them into columns for all sites
 at once, in float64. Every sum has one owner and one order: without atomics, the same input gives the same bytes.
-
-A launch by Triton's own dispatch costs more than the kernel takes on a small batch. Compiled kernels are therefore kept by all
-that they are specialised for, and launched with plain pointers.
 """
 
 # kernels are Triton's language, which only looks like Python to a type checker
@@ -16,15 +13,14 @@ that they are specialised for, and launched with plain pointers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from attlas.extract.engines.triton.launch import launch
 from attlas.extract.engines.visibility import Axis
 
 if TYPE_CHECKING:
@@ -66,12 +62,7 @@ _MAX_HEAD_WIDTH = 256
 _TOKENS, _CHUNK = 16, 128  # of a block: tokens, and dimensions read at a time; 64 registers a thread for four tensors
 _MEAN_TOKENS, _VECTORS, _DIMENSIONS = 256, 8, 256  # read at a time at the end of a pass: tokens; vectors × dimensions
 _WARPS = 4
-_ALIGNMENT = 16  # bytes, for which kernels are specialised
 MAX_BYTES = 64 << 20  # of results that wait for the end of the pass
-
-# launchers of compiled kernels, by what the kernels are specialised for
-_LAUNCHERS: dict[Any, Callable[..., None]] = {}
-_MAX_LAUNCHERS = 1 << 14  # shapes of batches vary without end
 
 
 class SiteTensors(NamedTuple):
@@ -137,12 +128,13 @@ class SiteResults:
             contexts = contexts if contexts.stride(3) == 1 else contexts.contiguous()
             _, heads, _, head_width = contexts.shape
             head_strides = contexts.stride()[:3]
-        _launch(
+        launch(
             _read_site,
             self._grid,
             (after, before, beside, update, read, wrote, gain, contexts, *self._ends, self._places[self._used]),
             (*strides, *head_strides, batch, tokens, heads, float(factor), float(epsilon)),
             (width, head_width, 1 << (head_width - 1).bit_length(), reads, kind == "layer", _TOKENS, self._chunk),
+            num_warps=_WARPS,
         )
         self.measured += 1
         self._used += 1
@@ -175,12 +167,13 @@ class SiteResults:
         """Turn what waits into columns."""
         batch, tokens, width = self.shape
         table = self._waiting.new_empty(self._used, _ROWS.value, batch, dtype=torch.float64)
-        _launch(
+        launch(
             _reduce_sites,
             (self._used * batch, _ROWS.value, 1),
             (self._waiting, *self._ends, table),
             (self._size, batch, tokens),
             (width, _TOKENS, _MEAN_TOKENS, _VECTORS, _DIMENSIONS),
+            num_warps=_WARPS,
         )
         self._tables.append(table)
         self._used = 0
@@ -204,37 +197,6 @@ def _source_of_norm(read: Tensor | None, after: Tensor | None, before: Tensor | 
 def _is_same(a: Tensor, b: Tensor | None) -> bool:
     """Whether two tensors of one shape and the same strides are the same memory."""
     return a is b or (b is not None and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype)
-
-
-def _launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    tensors: Sequence[Tensor | None],
-    numbers: tuple[float, ...],
-    constants: tuple[int, ...],
-) -> None:
-    """Launch a kernel on the device of its last tensor, whose arguments are tensors, numbers and constants, in this order."""
-    last = tensors[-1]
-    assert last is not None
-    device = last.get_device()
-    if device >= 0 and device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _launch(kernel, grid, tensors, numbers, constants)
-    pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    if reduce(or_, pointers) % _ALIGNMENT:
-        kernel[grid](*tensors, *numbers, *constants, num_warps=_WARPS, enable_fp_fusion=True)
-        return None
-    key = (id(kernel), device, grid, numbers, constants, *[None if t is None else t.dtype for t in tensors])
-    launcher = _LAUNCHERS.get(key)
-    if launcher is not None:
-        launcher(*pointers, *numbers, *constants)
-        return None
-    compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=_WARPS, enable_fp_fusion=True)
-    if compiled is not None:  # the interpreter compiles nothing
-        if len(_LAUNCHERS) >= _MAX_LAUNCHERS:
-            _LAUNCHERS.clear()
-        _LAUNCHERS[key] = compiled[grid]
-    return None
 
 
 @triton.jit
