@@ -56,7 +56,7 @@ gpu-kit: .venv/.test-installed
 
 # the code of `make gpu` on a CPU, with tiny sizes, Triton's interpreter and only the packages of a bare machine
 gpu-rehearsal: .venv/.test-installed gpu-kit
-	ATTLAS_GPU_DEVICE=cpu PYTHONPATH=tests/gpu/bare:. $(BIN)/python -m tests.gpu --seconds 900 --copies 1 --out $(GPU_OUT)
+	ATTLAS_GPU_DEVICE=cpu PYTHONPATH=tests/gpu/bare:. $(BIN)/python -m tests.gpu --seconds 1800 --copies 1 --out $(GPU_OUT)
 
 format: .venv/.dev-installed
 	$(BIN)/ruff format --check .

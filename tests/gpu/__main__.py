@@ -84,7 +84,8 @@ def _pytest() -> list[str]:
     # other versions of libraries warn of other things; outcomes.py is named because a worker has no conftest of its own
     command = [sys.executable, "-m", "pytest", *TESTS, "-m", "gpu", "-o", "filterwarnings=", "-p", "tests.gpu.outcomes"]
     command += ["-o", "cache_dir=/tmp/attlas-gpu-pytest", "--tb=short"]
-    workers = min(_MOST_WORKERS, (os.cpu_count() or 1) - 2)
+    cores = os.cpu_count() or 1
+    workers = min(_MOST_WORKERS, cores if machine.IS_REHEARSAL else cores - 2)
     return (
         [*command, "-n", str(workers), "--maxschedchunk=1"]
         if workers > 1 and find_spec("xdist") is not None

@@ -22,11 +22,12 @@ from tests.gpu.calls import NEEDS, Case, call_of, classes_of, engine_under_test,
 def cases() -> Iterator[tuple[str, Case]]:
     from tests.gpu.test_engine import BRAIN, FEATURES, FULL, HALF, WIDTHS
 
-    for dtype, width in WIDTHS:
-        yield f"{dtype}/{width}", Case(192, dtype=dtype, width=width)
-    for dtype in (FULL, BRAIN):
-        for name, feature in FEATURES.items():
-            yield f"{dtype}/{name}", Case(192, dtype=dtype, **feature)
+    for length, tokens in (("long", 192), ("short", 96)):
+        for dtype, width in WIDTHS:
+            yield f"{length}/{dtype}/{width}", Case(tokens, dtype=dtype, width=width)
+        for dtype in (FULL, BRAIN):
+            for name, feature in FEATURES.items():
+                yield f"{length}/{dtype}/{name}", Case(tokens, dtype=dtype, **feature)
     yield f"{HALF}/everything", Case(192, dtype=HALF, **FEATURES["everything"])
     yield f"{BRAIN}/odd", Case(197, dtype=BRAIN)
 
@@ -57,7 +58,7 @@ def main(patterns: list[str]) -> int:
         except Exception as error:
             failed += 1
             shared = f"FAILED: {type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}"
-        print(f"{name:24} {time.perf_counter() - start:5.1f} s  shared bytes: {shared}", flush=True)
+        print(f"{name:30} {time.perf_counter() - start:5.1f} s  shared bytes: {shared}", flush=True)
     return int(failed > 0)
 
 

@@ -33,8 +33,9 @@ SHORT = (
     if IS_REHEARSAL
     else (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 1000)
 )
-LONG = (20,) if IS_REHEARSAL else (2048, 4095, 8192, 16_384)
-TOKENS = 18 if IS_REHEARSAL else 197
+LONG = (140,) if IS_REHEARSAL else (2048, 4095, 8192, 16_384)
+# within one tile, and beyond
+BRIEF, TOKENS = (18, 130) if IS_REHEARSAL else (100, 197)
 
 
 @pytest.mark.parametrize(("dtype", "width"), WIDTHS)
@@ -43,10 +44,17 @@ def test_every_width_agrees_with_float64(dtype: str, width: int) -> None:
         assert_agrees(Case(TOKENS, dtype=dtype, width=width, causal=causal, padding="right" if causal else "left"))
 
 
+@pytest.mark.parametrize(("dtype", "width"), [of for of in WIDTHS if of[1] in (24, 32, 64, 128, 256)])
+def test_every_width_agrees_in_short_sequences(dtype: str, width: int) -> None:
+    for causal in (False, True):
+        assert_agrees(Case(BRIEF, dtype=dtype, width=width, causal=causal, padding="right" if causal else "left"))
+
+
 @pytest.mark.parametrize("dtype", [FULL, BRAIN])
+@pytest.mark.parametrize("tokens", [TOKENS, BRIEF])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_every_kind_of_call_agrees_with_float64(feature: str, dtype: str) -> None:
-    assert_agrees(Case(TOKENS, dtype=dtype, **FEATURES[feature]))
+def test_every_kind_of_call_agrees_with_float64(feature: str, tokens: int, dtype: str) -> None:
+    assert_agrees(Case(tokens, dtype=dtype, **FEATURES[feature]))
 
 
 def test_everything_at_once_agrees_in_float16() -> None:
@@ -101,7 +109,7 @@ def test_what_stands_at_padding_does_not_matter(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FULL, BRAIN])
-@pytest.mark.parametrize("tokens", [TOKENS, LONG[0]])
+@pytest.mark.parametrize("tokens", [BRIEF, TOKENS, LONG[-1]])
 def test_the_same_call_gives_the_same_bytes(tokens: int, dtype: str) -> None:
     call = call_of(Case(tokens, dtype=dtype, causal=True, padding="right"))
     first = _attend(call)
