@@ -242,9 +242,9 @@ def head_sums(
         in_bins += tl.load(slab + bins + (bh.to(tl.int64) * lines + line) * BINS + tl.arange(0, BINS)).to(tl.float64)
     if HAS_IDS:
         for tile in range(tiles):
-            at = slab + looked_up + (bh.to(tl.int64) * tiles + tile) * 2
-            same += tl.load(at).to(tl.float64)
-            induction += tl.load(at + 1).to(tl.float64)
+            found = slab + looked_up + (bh.to(tl.int64) * tiles + tile) * 2
+            same += tl.load(found).to(tl.float64)
+            induction += tl.load(found + 1).to(tl.float64)
     of_bin = tl.arange(0, BINS) - MIDDLE
     if HAS_SINK:
         sink = tl.sum(tl.where(number == _OF_ROWS + _SINK, sums, 0), 0) / tl.maximum(measured_rows, 1)
