@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -188,37 +189,28 @@ def observe(
     batch: Batch,
     engine: Engine,
     collector: Collector,
+    factors: Mapping[int, Tensor] | None = None,
 ) -> None:
     """Run one measured forward pass; the collector takes its results once it has succeeded.
+
+    `factors` are the model's write factors, if it has not changed since they were made.
 
     A GPU is not waited for before the end of the pass. If it then turns out that rows were not measured, which is rare, the
     pass is made again in the slow way, which gives the model its own output for these rows.
     """
+    measure_pass = partial(
+        instrumented_pass, model, layout, batch=batch, engine=engine, observer=collector, factors=factors
+    )
     try:
-        _pass(model, layout, inputs, batch=batch, engine=engine, collector=collector, waits=model in _NEEDS_WAITING)
+        with torch.inference_mode(), measure_pass(waits=model in _NEEDS_WAITING):
+            model(**inputs)
     except UnmeasuredRows:
         _NEEDS_WAITING.add(model)
         collector.drop()
-        _pass(model, layout, inputs, batch=batch, engine=engine, collector=collector, waits=True)
+        with torch.inference_mode(), measure_pass(waits=True):
+            model(**inputs)
     collector.settle()
 
 
 # models of which a pass had to be made again: the next ones most likely would, too
 _NEEDS_WAITING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def _pass(
-    model: nn.Module,
-    layout: Layout,
-    inputs: Mapping[str, Any],
-    *,
-    batch: Batch,
-    engine: Engine,
-    collector: Collector,
-    waits: bool,
-) -> None:
-    with (
-        torch.inference_mode(),
-        instrumented_pass(model, layout, batch=batch, engine=engine, observer=collector, waits=waits),
-    ):
-        model(**inputs)

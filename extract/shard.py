@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 from attlas.extract.batch_inputs import SequenceInput, batch_inputs, sequence_inputs
 from attlas.extract.batching import batches, padded_positions
 from attlas.extract.capture.rng import fixed_rng
+from attlas.extract.capture.runtime.instrumented_pass import factors_for
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.errors import Refusal, first_line
 from attlas.extract.instrument import Instrument
@@ -100,11 +102,13 @@ def _measure_batches(
 ) -> None:
     """Measure every batch. One that does not fit into memory is split in halves."""
     waiting = deque(planned)
+    measured_model = instrument.measured_model
+    factors = factors_for(measured_model.model, measured_model.layout, collector.needs)
     while waiting:
         batch = waiting.popleft()
         collector.begin(batch)
         try:
-            _measure_batch(instrument, [sequences[n] for n in batch], collector)
+            _measure_batch(instrument, [sequences[n] for n in batch], collector, factors)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -117,7 +121,12 @@ def _measure_batches(
             report(batch)
 
 
-def _measure_batch(instrument: Instrument, sequences: Sequence[SequenceInput], collector: Collector) -> None:
+def _measure_batch(
+    instrument: Instrument,
+    sequences: Sequence[SequenceInput],
+    collector: Collector,
+    factors: Mapping[int, Tensor],
+) -> None:
     measured_model = instrument.measured_model
     inputs, batch = batch_inputs(instrument, sequences)
     with fixed_rng():  # nothing random enters a dataset
@@ -128,6 +137,7 @@ def _measure_batch(instrument: Instrument, sequences: Sequence[SequenceInput], c
             batch=batch,
             engine=instrument.engine,
             collector=collector,
+            factors=factors,
         )
 
 

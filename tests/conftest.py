@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if find_spec("beartype") is not None:  # a machine with a GPU may lack it
         check_shapes()
     settings.load_profile(THOROUGH if _is_slow_tier(config) else QUICK)
-    if getattr(config.option, "numprocesses", None):
+    if getattr(config.option, "numprocesses", None) and os.environ.get("ATTLAS_GPU") != "1":
         subprocess.run(
             [sys.executable, "-c", "from attlas.extract.engines import choose; choose('cpu').make_ready()"],
             check=True,

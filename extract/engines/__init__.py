@@ -161,7 +161,7 @@ def _complement(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, kn
     from attlas.extract.engines import reference
 
     rows = rows.only(known)
-    others = [name for name in known if name not in rows]
+    others = rows.lacks(known)
     if not others:
         return rows
     return rows.with_quantities(reference.rows_of(call, output, others, measured=rows.measured).quantities)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -50,7 +51,7 @@ class AttentionCall:
             sample=None,
         )
 
-    @property
+    @cached_property
     def facts(self) -> frozenset[Fact]:
         """What the call offers to row quantities."""
         return _facts(self, queries=True, scores=True, values=True)
@@ -85,7 +86,7 @@ class ScoredCall:
             sample=None,
         )
 
-    @property
+    @cached_property
     def facts(self) -> frozenset[Fact]:
         """What the call offers to row quantities."""
         return _facts(self, queries=False, scores=not self.weights_only, values=self.value is not None)
@@ -120,6 +121,10 @@ class Rows:
             axis = ROW_QUANTITIES[name].axis
             expected = (*self.measured.shape[:2], *((self.measured.shape[-1],) if axis == "query" else ()))
             assert values.shape[: len(expected)] == expected, f"{name} is {[*values.shape]}, not {[*expected]}"
+
+    def lacks(self, names: frozenset[str]) -> frozenset[str]:
+        """The names of quantities that are not known."""
+        return names - self.quantities.keys()
 
     def only(self, names: frozenset[str]) -> Rows:
         """These rows with no other quantities than those named."""

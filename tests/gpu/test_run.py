@@ -117,10 +117,10 @@ def scarce_memory(monkeypatch: pytest.MonkeyPatch):
         return
     measure = shard._measure_batch
 
-    def failing(instrument, sequences, collector) -> None:
+    def failing(instrument, sequences, collector, factors) -> None:
         if len(sequences) > 4:
             raise torch.OutOfMemoryError("not enough memory, for the test")
-        measure(instrument, sequences, collector)
+        measure(instrument, sequences, collector, factors)
 
     with monkeypatch.context() as patch:
         patch.setattr(shard, "_measure_batch", failing)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas.extract.capture.runtime.batch import Batch, Tokens
+from attlas.extract.capture.runtime.instrumented_pass import factors_for
 from attlas.extract.collector import open_collector
 from attlas.extract.engines import choose
 from attlas.extract.engines.observations import HeadObservation
@@ -115,13 +116,14 @@ def measured_pass(work: Workload) -> Callable[[], None]:
     layout, engine = layout_of(model), choose("auto", device=DEVICE)
     numbers = np.arange(len(work.ids))
     collector = open_collector(measured_columns(), model, layout, sequence_ids=numbers, document_ids=numbers)
+    factors = factors_for(model, layout, collector.needs)  # as a run does, once for a shard
 
     def run() -> None:
         # a run makes a batch's axis anew; what an axis has computed is kept in it
         axis = whole_axis(*work.ids.shape, work.ids.device)
         tokens = {name: replace(of, axis=axis) for name, of in batch.texts.items()}
         fresh = replace(batch, texts=tokens)
-        observe(model, layout, inputs, batch=fresh, engine=engine, collector=collector)
+        observe(model, layout, inputs, batch=fresh, engine=engine, collector=collector, factors=factors)
 
     return run
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from attlas.extract.capture.compiled import compilation_disabled
 from attlas.extract.capture.intercept.assemble import intercept_attention
@@ -18,6 +18,7 @@ from attlas.extract.capture.runtime.receiver import CallReceiver
 from attlas.extract.capture.runtime.stream import Stream
 from attlas.extract.capture.runtime.write_factors import write_factors
 from attlas.extract.engines import Engine
+from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.quantities import needs_of
 from attlas.extract.errors import CaptureError
 
@@ -27,18 +28,25 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def instrumented_pass(
-    model: nn.Module, layout: Layout, *, batch: Batch, engine: Engine, observer: Observer, waits: bool = True
+    model: nn.Module,
+    layout: Layout,
+    *,
+    batch: Batch,
+    engine: Engine,
+    observer: Observer,
+    factors: Mapping[int, Tensor] | None = None,
+    waits: bool = True,
 ) -> Iterator[None]:
     """Measure one forward pass of the model, made inside this context, and hand the results to the observer.
+
+    `factors` are the model's write factors; None: they are made, or looked up and checked, for this pass.
 
     Raises CaptureError if the pass shows other attention calls or residual sites than the layout has. Unless it `waits` for
     the device after each call, it raises UnmeasuredRows if some rows were not measured: then it has to be made again.
     """
     needs = observer.needs
-    factors = {}
-    if "projection" in needs_of(needs.row_quantities):
-        with compilation_disabled():
-            factors = write_factors(model, layout)
+    if factors is None:
+        factors = factors_for(model, layout, needs)
     stream = None
     if needs.residual and layout.residual_refusal is None:
         stream = _stream_class(engine)(layout, batch, needs.residual, observer.residual)
@@ -67,6 +75,14 @@ def instrumented_pass(
             raise CaptureError(
                 f"every forward pass must show each residual site once; expected {len(layout.sites)}, got {stream.observed}"
             )
+
+
+def factors_for(model: nn.Module, layout: Layout, needs: Needs) -> Mapping[int, Tensor]:
+    """The model's write factors, by the number of the layer; none if nothing that is asked for needs them."""
+    if "projection" not in needs_of(needs.row_quantities):
+        return {}
+    with compilation_disabled():
+        return write_factors(model, layout)
 
 
 def _stream_class(engine: Engine) -> type[Stream]:

@@ -258,7 +258,12 @@ class KernelRows(Rows):
     def measured(self) -> Bool[Tensor, "batch head query"]:
         return self.results.of_row("part") > 0
 
+    def lacks(self, names: frozenset[str]) -> frozenset[str]:
+        return names - self.names - self.quantities.others.keys()
+
     def only(self, names: frozenset[str]) -> KernelRows:
+        if not self.quantities.others and self.names <= names:
+            return self
         others = {name: values for name, values in self.quantities.others.items() if name in names}
         return KernelRows(self.results, self.names & names, others)
 
@@ -307,26 +312,41 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
         return sums.head_sums(o, names, profiles=profiles)
     made = rows.results
     batch, heads, tokens = made.shape
-    values = made.slab.new_empty(batch, heads, of_heads.VALUES, dtype=torch.float64)
-    # bins that no profile has stay as they are
-    in_bins = made.slab.new_zeros(batch, heads, 2, len(PROFILE_COLUMNS)) if profiles else None
+    of = _Asked(tuple(names), made.has_sink, made.has_write, made.has_ids, o.classes is not None)
+    values = made.slab.new_empty(len(of.names), batch, heads, dtype=torch.float64)
+    in_bins = made.slab.new_empty(batch, 2, heads, len(PROFILE_COLUMNS)) if profiles else None
     places = made.places
     launch(
         of_heads.head_sums,
         (batch * heads, 1, 1),
-        (made.slab, seen.ends, seen.keys.start, seen.keys.length, o.classes, values, in_bins),
+        (
+            made.slab,
+            seen.ends,
+            seen.keys.start,
+            seen.keys.length,
+            o.classes,
+            _sum_places(of, values.device),
+            values,
+            in_bins,
+        ),
         (*_steps(seen.ends), *places[:3], batch, heads, tokens, places.lines, places.tiles),
         (made.has_sink, made.has_write, made.has_ids, _rows_of_sums(tokens)),
         num_warps=4,
     )
-    classes = () if o.classes is not None else TOKEN_CLASSES
-    chosen = values.permute(2, 0, 1)[
-        _chosen(tuple(names), made.has_sink, made.has_write, made.has_ids, classes, values.device)
-    ]
-    for place, name in _others(tuple(names), made.has_write):
-        if head_quantity(name).is_known(o):
-            chosen[place] = head_quantity(name).compute(o)
-    return HeadSums(chosen, None if in_bins is None else in_bins.sum(0, dtype=torch.float64).transpose(0, 1))
+    for place, name in _others(of):
+        quantity = head_quantity(name)
+        values[place] = quantity.compute(o) if quantity.is_known(o) else torch.nan
+    return HeadSums(values, None if in_bins is None else in_bins.sum(0, dtype=torch.float64))
+
+
+class _Asked(NamedTuple):
+    """Names of head quantities that are asked for, and what the call has."""
+
+    names: tuple[str, ...]
+    has_sink: bool
+    has_write: bool
+    has_ids: bool
+    has_classes: bool
 
 
 @cache
@@ -335,26 +355,21 @@ def _rows_of_sums(tokens: int) -> int:
 
 
 @cache
-def _chosen(
-    names: tuple[str, ...],
-    has_sink: bool,
-    has_write: bool,
-    has_ids: bool,
-    without: tuple[str, ...],
-    device: torch.device,
-) -> Tensor:
-    """Where the kernel writes these head quantities; 0, where it writes NaN, for those that are not known."""
-    absent = {*without, *(() if has_sink else ("sink",)), *(() if has_ids else _LOOKED_UP)}
-    absent |= set() if has_write else {*_HEAD_QUANTITIES_OF_WRITES}
-    known = {name: place + 1 for place, name in enumerate(of_heads.MADE) if name not in absent}
-    return torch.tensor([known.get(name, 0) for name in names], dtype=torch.long, device=device)
+def _sum_places(of: _Asked, device: torch.device) -> Tensor:
+    """Where the kernel writes each quantity that it makes: twice its place among the names, plus 1 if it is not known."""
+    unknown = {*(() if of.has_sink else ("sink",)), *(() if of.has_ids else _LOOKED_UP)}
+    unknown |= set() if of.has_classes else {*TOKEN_CLASSES}
+    others = {name for _, name in _others(of)}
+    place_of = {name: 2 * place + (name in unknown) for place, name in enumerate(of.names) if name not in others}
+    places = [place_of.get(name, -1) for name in of_heads.MADE]
+    return torch.tensor(places + [-1] * (of_heads.VALUES - len(places)), dtype=torch.int32, device=device)
 
 
 @cache
-def _others(names: tuple[str, ...], has_write: bool) -> tuple[tuple[int, str], ...]:
+def _others(of: _Asked) -> tuple[tuple[int, str], ...]:
     """Head quantities that the kernel does not make, and their places among the names."""
-    made = {*of_heads.MADE} - (set() if has_write else {*_HEAD_QUANTITIES_OF_WRITES})
-    return tuple((place, name) for place, name in enumerate(names) if name not in made)
+    made = {*of_heads.MADE} - (set() if of.has_write else {*_HEAD_QUANTITIES_OF_WRITES})
+    return tuple((place, name) for place, name in enumerate(of.names) if name not in made)
 
 
 def _steps(ends: Tensor) -> tuple[int, int, int]:

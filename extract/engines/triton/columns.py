@@ -85,15 +85,19 @@ def _is_equal(a, b):
 @triton.jit
 def equal_tokens(e, own, token, before, rows, keys, WHOLE: tl.constexpr):
     """Σ e per row over other keys with the row's token, and over keys up to the row that follow one of these."""
-    if WHOLE and not _INTERPRETED:
-        return tl.sum(e * _is_equal(own[:, None], token[None, :]), 1), tl.sum(
-            e * _is_equal(own[:, None], before[None, :]), 1
-        )
-    same, after = token[None, :] == own[:, None], before[None, :] == own[:, None]
+    others, earlier = e, e
     if not WHOLE:
-        same &= keys[None, :] != rows[:, None]
-        after &= keys[None, :] <= rows[:, None]
-    return tl.sum(tl.where(same, e, 0), 1), tl.sum(tl.where(after, e, 0), 1)
+        others = tl.where(keys[None, :] != rows[:, None], e, 0)
+        earlier = tl.where(keys[None, :] <= rows[:, None], e, 0)
+    return _sum_of_equal(others, own, token), _sum_of_equal(earlier, own, before)
+
+
+@triton.jit
+def _sum_of_equal(e, own, token):
+    """Σ e per row over keys whose token is the row's own."""
+    if _INTERPRETED:
+        return tl.sum(tl.where(token[None, :] == own[:, None], e, 0), 1)
+    return tl.sum(e * _is_equal(own[:, None], token[None, :]), 1)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from attlas.extract.engines.triton import rows as of_rows
 from attlas.extract.engines.triton.columns import BINS, MIDDLE, bin_of
 from attlas.extract.engines.triton.tiles import load_bounds
 
-# the head quantities that the kernel writes, in this order, after a first value that is NaN
+# the head quantities that the kernel makes
 MADE = (
     "rows",
     "several",
@@ -55,11 +55,11 @@ MADE = (
     "context_norm",
     "output_norm",
 )
-_ROWS = tl.constexpr(1 + MADE.index("rows"))
-_OF_HEAD = tl.constexpr(1 + MADE.index("score_max"))
-_CLASSES = tl.constexpr(1 + MADE.index(TOKEN_CLASSES[0]))
+_ROWS = tl.constexpr(MADE.index("rows"))
+_OF_HEAD = tl.constexpr(MADE.index("score_max"))
+_CLASSES = tl.constexpr(MADE.index(TOKEN_CLASSES[0]))
 _CLASS_COUNT = tl.constexpr(len(TOKEN_CLASSES))
-_OF_ROWS = tl.constexpr(1 + MADE.index("entropy"))
+_OF_ROWS = tl.constexpr(MADE.index("entropy"))
 _SUMMED = tl.constexpr(of_rows.QUANTITIES.index("output_norm") + 1)
 VALUES = 64  # a power of two that holds them all
 _VALUES = tl.constexpr(VALUES)
@@ -112,7 +112,7 @@ def _add_bins(sums, bins, values, numbers):
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens", "lines", "tiles"])
 def head_sums(
-    slab, bounds, start, length, classes, values, profiles,
+    slab, bounds, start, length, classes, places, values, profiles,
     bounds_batch, bounds_head, bounds_plane, of_keys, bins, looked_up, batch, heads, tokens, lines, tiles,
     HAS_SINK: tl.constexpr,
     HAS_WRITE: tl.constexpr,
@@ -121,7 +121,8 @@ def head_sums(
 ):  # fmt: skip
     """Sums over the rows and keys of one head of one sequence, and its profiles.
 
-    `values` is float64 [batch, head, value]; `profiles` float32 [batch, head, 2, column], or None.
+    `values` is float64 [quantity, batch, head]. `places` says for each of MADE where it goes: to place // 2, or nowhere if it
+    is negative; as NaN if it is odd. `profiles` is float32 [batch, 2, head, column], or None.
     """
     bh = tl.program_id(0)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
@@ -136,7 +137,7 @@ def head_sums(
     sums = tl.zeros([_VALUES], tl.float64)
     top = -float("inf")
     if profiles is not None:
-        profiles += bh.to(tl.int64) * 2 * COLUMNS
+        profiles += (b * 2 * heads + h) * COLUMNS
         positions = tl.arange(0, _POSITIONS)
         shares = tl.zeros([_HISTOGRAM], tl.float32)
         weights = tl.zeros([_HISTOGRAM], tl.float32)
@@ -242,9 +243,9 @@ def head_sums(
         in_bins += tl.load(slab + bins + (bh.to(tl.int64) * lines + line) * BINS + tl.arange(0, BINS)).to(tl.float64)
     if HAS_IDS:
         for tile in range(tiles):
-            at = slab + looked_up + (bh.to(tl.int64) * tiles + tile) * 2
-            same += tl.load(at).to(tl.float64)
-            induction += tl.load(at + 1).to(tl.float64)
+            found = slab + looked_up + (bh.to(tl.int64) * tiles + tile) * 2
+            same += tl.load(found).to(tl.float64)
+            induction += tl.load(found + 1).to(tl.float64)
     of_bin = tl.arange(0, BINS) - MIDDLE
     if HAS_SINK:
         sink = tl.sum(tl.where(number == _OF_ROWS + _SINK, sums, 0), 0) / tl.maximum(measured_rows, 1)
@@ -275,16 +276,17 @@ def head_sums(
     for n in tl.static_range(_CLASS_COUNT):
         mass = tl.sum(tl.where(class_number == n, in_classes, 0), 0)
         sums += tl.where(number == _CLASSES + n, mass, 0)
-    sums = tl.where(number == 0, float("nan"), sums)
-    tl.store(values + bh.to(tl.int64) * _VALUES + number, sums)
+    place = tl.load(places + number)
+    sums = tl.where(place % 2 != 0, float("nan"), sums)
+    tl.store(values + (place // 2).to(tl.int64) * batch * heads + bh, sums, mask=place >= 0)
 
     if profiles is not None:
-        counted = profiles + COLUMNS
+        counted = profiles + heads.to(tl.int64) * COLUMNS
         _put(profiles, _OFFSETS, in_bins.to(tl.float32), tl.arange(0, BINS), _OFFSET_BINS)
         _put(counted, _OFFSETS, pairs_at, tl.arange(0, BINS), _OFFSET_BINS)
         for half in tl.static_range(2):
-            _put(profiles + half * COLUMNS, _SHARES, shares, of_histogram, _HISTOGRAM)
-            _put(profiles + half * COLUMNS, _WEIGHTS, weights, of_histogram, _HISTOGRAM)
+            _put(profiles + half * heads.to(tl.int64) * COLUMNS, _SHARES, shares, of_histogram, _HISTOGRAM)
+            _put(profiles + half * heads.to(tl.int64) * COLUMNS, _WEIGHTS, weights, of_histogram, _HISTOGRAM)
         _put(profiles, _ENTROPY_AT, entropies, positions, _POSITION_BINS)
         _put(counted, _ENTROPY_AT, counts, positions, _POSITION_BINS)
         _put(profiles, _DISTANCE_AT, distances, positions, _POSITION_BINS)

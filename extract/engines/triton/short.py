@@ -57,11 +57,12 @@ def whole_patterns(
     if bias is not None:
         bias += b * bias_batch + h * bias_head
         scores += load_pairs(bias, (bias_row, bias_key), rows, rows, seen).to(tl.float32)
-    largest = tl.max(tl.where(seen, scores, -float("inf")), 1)
+    scores = tl.where(seen, scores, -float("inf"))
+    largest = tl.max(scores, 1)
     top = tl.where(largest == -float("inf"), 0, largest * unit)
-    e = tl.fma(scores, unit, -top[:, None])
-    below = tl.where(seen, e, 0)
-    e = tl.where(seen, tl.exp2(e), 0)
+    below = tl.fma(scores, unit, -top[:, None])
+    e = tl.exp2(below)
+    below = tl.where(seen, below, 0)
     count = tl.maximum(last - first, 0).to(tl.float32) if allowed is None else tl.sum(seen.to(tl.float32), 1)
     total = tl.sum(e, 1)
     place = rows.to(tl.float32)
@@ -108,9 +109,8 @@ def whole_patterns(
     )  # fmt: skip
 
     # rows that are not measured add nothing
-    e = tl.where(ok[:, None], e, 0)
-    part = tl.where(ok, part, 0)
-    tl.store(at + of_keys, tl.sum(e * part[:, None], 0), mask=rows < tokens)
+    p = tl.where(ok[:, None], e * part[:, None], 0)
+    tl.store(at + of_keys, tl.sum(p, 0), mask=rows < tokens)
     if write is not None:
         norm = norms_of_values(value, value_row, write, write_rest, h, rows, tokens, VALUE_WIDTH, PART_WIDTH, PARTS)
         tl.store(at + of_keys + plane, tl.where(real, norm, 0), mask=rows < tokens)
@@ -118,8 +118,8 @@ def whole_patterns(
         ids += b * tokens
         token, before = tokens_of(ids, begins, rows, tokens)
         own = tl.load(ids + rows, mask=rows < tokens, other=-2).to(tl.int32)
-        same, after = equal_tokens(e, own, token, before, rows, rows, False)
-        tl.store(slab + looked_up + bh.to(tl.int64) * 2, tl.sum(same * part, 0))
-        tl.store(slab + looked_up + bh.to(tl.int64) * 2 + 1, tl.sum(after * part, 0))
-    in_bins = bins_of_diagonals(e * part[:, None], 0, TILE)
+        same, after = equal_tokens(p, own, token, before, rows, rows, False)
+        tl.store(slab + looked_up + bh.to(tl.int64) * 2, tl.sum(same, 0))
+        tl.store(slab + looked_up + bh.to(tl.int64) * 2 + 1, tl.sum(after, 0))
+    in_bins = bins_of_diagonals(p, 0, TILE)
     tl.store(slab + bins + bh.to(tl.int64) * BINS + tl.arange(0, BINS), in_bins)
