@@ -187,8 +187,8 @@ def test_what_a_pass_keeps_is_freed_when_it_ends(monkeypatch: pytest.MonkeyPatch
     passes = []
 
     class Recorded(CallReceiver):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             passes.append(weakref.ref(self))
 
     monkeypatch.setattr("attlas.extract.capture.runtime.instrumented_pass.CallReceiver", Recorded)

@@ -45,7 +45,8 @@ _HEAD_QUANTITIES_OF_WRITES = ("output_norm", "written", "written_first")
 _MIN_COLUMNS = 16  # of a product of tiles
 _MAX_WIDTH = 256  # of heads that the blocks below support
 _MAX_WRITE_WIDTH = 64  # in float32; of wider ones norms of writes are left to the reference engine
-_ROWS_OF_SUMS = 128  # rows that head sums take together
+_ROWS_OF_SUMS = 32  # rows that a program for head sums, which is one warp, takes together
+_SUMMING_PROGRAMS = 1024  # enough to keep a GPU busy, if each has 128 rows or more
 _LOG2_E = math.log2(math.e)
 
 
@@ -314,25 +315,29 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
     batch, heads, tokens = made.shape
     of = _Asked(tuple(names), made.has_sink, made.has_write, made.has_ids, o.classes is not None)
     values = made.slab.new_empty(len(of.names), batch, heads, dtype=torch.float64)
-    in_bins = made.slab.new_empty(batch, 2, heads, len(PROFILE_COLUMNS)) if profiles else None
-    places = made.places
+    parts, part_rows = _parts(batch * heads, tokens)
+    of_parts = made.slab.new_empty(batch, heads, parts, of_heads.VALUES, dtype=torch.float64) if parts > 1 else None
+    in_bins = made.slab.new_empty(batch * parts, 2, heads, len(PROFILE_COLUMNS)) if profiles else None
+    places, ends, axis = _sum_places(of, values.device), seen.ends, seen.keys
+    sizes = (*made.places[:3], batch, heads, tokens, made.places.lines, made.places.tiles, parts)
+    has = (made.has_sink, made.has_write, made.has_ids)
     launch(
-        of_heads.head_sums,
-        (batch * heads, 1, 1),
-        (
-            made.slab,
-            seen.ends,
-            seen.keys.start,
-            seen.keys.length,
-            o.classes,
-            _sum_places(of, values.device),
-            values,
-            in_bins,
-        ),
-        (*_steps(seen.ends), *places[:3], batch, heads, tokens, places.lines, places.tiles),
-        (made.has_sink, made.has_write, made.has_ids, _rows_of_sums(tokens)),
-        num_warps=4,
+        of_heads.sum_rows_and_keys,
+        (batch * heads, parts, 1),
+        (made.slab, ends, axis.start, axis.length, o.classes, places, of_parts, values, in_bins),
+        (*_steps(ends), *sizes, part_rows),
+        (*has, _ROWS_OF_SUMS),
+        num_warps=1,
     )
+    if of_parts is not None:
+        launch(
+            of_heads.finish_head,
+            (batch * heads, 1, 1),
+            (made.slab, axis.start, axis.length, places, of_parts, values),
+            sizes,
+            has,
+            num_warps=1,
+        )
     for place, name in _others(of):
         quantity = head_quantity(name)
         values[place] = quantity.compute(o) if quantity.is_known(o) else torch.nan
@@ -350,8 +355,11 @@ class _Asked(NamedTuple):
 
 
 @cache
-def _rows_of_sums(tokens: int) -> int:
-    return min(_ROWS_OF_SUMS, max(16, triton.next_power_of_2(tokens)))
+def _parts(heads: int, tokens: int) -> tuple[int, int]:
+    """Into how many parts the rows of each head are divided to be summed, and the rows of a part."""
+    parts = max(1, min(_SUMMING_PROGRAMS // heads, tokens // 128))
+    rows = -(-tokens // parts // _ROWS_OF_SUMS) * _ROWS_OF_SUMS
+    return -(-tokens // rows), rows
 
 
 @cache

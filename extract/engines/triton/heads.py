@@ -56,7 +56,14 @@ MADE = (
     "output_norm",
 )
 _ROWS = tl.constexpr(MADE.index("rows"))
-_OF_HEAD = tl.constexpr(MADE.index("score_max"))
+# sums of parts stand where what is made of them goes
+_TOP = tl.constexpr(MADE.index("score_max"))
+_LOGS = tl.constexpr(MADE.index("received_entropy"))
+_LARGEST = tl.constexpr(MADE.index("received_max"))
+_LARGEST_KEY = tl.constexpr(MADE.index("received_max_key"))
+_WRITTEN = tl.constexpr(MADE.index("written"))
+_RECEIVED_MASS = tl.constexpr(len(MADE))
+_SELF = tl.constexpr(MADE.index("self"))
 _CLASSES = tl.constexpr(MADE.index(TOKEN_CLASSES[0]))
 _CLASS_COUNT = tl.constexpr(len(TOKEN_CLASSES))
 _OF_ROWS = tl.constexpr(MADE.index("entropy"))
@@ -110,34 +117,54 @@ def _add_bins(sums, bins, values, numbers):
     return sums + tl.sum(tl.where(bins[:, None] == numbers[None, :], values[:, None], 0), 0)
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "tokens", "lines", "tiles"])
-def head_sums(
-    slab, bounds, start, length, classes, places, values, profiles,
-    bounds_batch, bounds_head, bounds_plane, of_keys, bins, looked_up, batch, heads, tokens, lines, tiles,
+@triton.jit
+def _bins_of_head(bins, bh, lines):
+    """Mass by doubling bin of the distance, over all rows."""
+    in_bins = tl.zeros([BINS], tl.float64)
+    for line in range(lines):
+        in_bins += tl.load(bins + (bh.to(tl.int64) * lines + line) * BINS + tl.arange(0, BINS)).to(tl.float64)
+    return in_bins
+
+
+@triton.jit
+def _at(sums, number, place):
+    """One number of a vector."""
+    return tl.sum(tl.where(number == place, sums, 0), 0)
+
+
+@triton.jit(do_not_specialize=["batch", "heads", "tokens", "lines", "tiles", "parts", "part_rows"])
+def sum_rows_and_keys(
+    slab, bounds, start, length, classes, places, sums_of_parts, values, profiles,
+    bounds_batch, bounds_head, bounds_plane, of_keys, bins, looked_up, batch, heads, tokens, lines, tiles, parts, part_rows,
     HAS_SINK: tl.constexpr,
     HAS_WRITE: tl.constexpr,
     HAS_IDS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the rows and keys of one head of one sequence, and its profiles.
+    """Sums over some rows and keys of one head of one sequence, and their profiles.
 
-    `values` is float64 [quantity, batch, head]. `places` says for each of MADE where it goes: to place // 2, or nowhere if it
-    is negative; as NaN if it is odd. `profiles` is float32 [batch, 2, head, column], or None.
+    With one part, `values` are written as `finish_head` writes them; with several, their sums go to `sums_of_parts`, float64
+    [batch, head, part, VALUES]. `profiles` is float32 [batch, part, 2, head, column], or None.
     """
-    bh = tl.program_id(0)
+    bh, number_of_part = tl.program_id(0), tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     plane = batch.to(tl.int64) * heads * tokens
-    at_rows = bh.to(tl.int64) * tokens
-    quantities = slab + at_rows
-    of_keys = slab + of_keys + at_rows
+    quantities = slab + bh.to(tl.int64) * tokens
+    received_by = slab + of_keys + bh.to(tl.int64) * tokens
     bounds += b * bounds_batch + h * bounds_head
     begin = tl.load(start + b).to(tl.int32)
     end = begin + tl.load(length + b).to(tl.int32)
+    low, high = tl.maximum(begin, number_of_part * part_rows), tl.minimum(end, (number_of_part + 1) * part_rows)
     number = tl.arange(0, _VALUES)
     sums = tl.zeros([_VALUES], tl.float64)
-    top = -float("inf")
+    top = tl.full([], -float("inf"), tl.float32)
+    received_logs, received_mass = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+    written = tl.zeros([], tl.float64)
+    largest, largest_key = tl.full([], -1.0, tl.float32), tl.zeros([], tl.int32)
+    in_classes = tl.zeros([_CLASS_COUNT], tl.float64)
+    class_number = tl.arange(0, _CLASS_COUNT)
     if profiles is not None:
-        profiles += (b * 2 * heads + h) * COLUMNS
+        profiles += (((b * parts + number_of_part) * 2) * heads + h) * COLUMNS
         positions = tl.arange(0, _POSITIONS)
         shares = tl.zeros([_HISTOGRAM], tl.float32)
         weights = tl.zeros([_HISTOGRAM], tl.float32)
@@ -145,15 +172,17 @@ def head_sums(
         entropies = tl.zeros([_POSITIONS], tl.float32)
         distances = tl.zeros([_POSITIONS], tl.float32)
         counts = tl.zeros([_POSITIONS], tl.float32)
+        received_at = tl.zeros([_POSITIONS], tl.float32)
+        keys_at = tl.zeros([_POSITIONS], tl.float32)
         pairs_at = tl.zeros([BINS], tl.float32)
         offset = tl.arange(0, BINS) - MIDDLE
         size = tl.abs(offset)
         nearest, farthest = _first_of_bin(size), _first_of_bin(size + 1) - 1
         lowest = tl.where(offset < 0, -farthest, nearest)
         highest = tl.where(offset < 0, -nearest, farthest)
-    for at in range(begin // ROWS * ROWS, end, ROWS):
+    for at in range(low // ROWS * ROWS, high, ROWS):
         rows = at + tl.arange(0, ROWS)
-        real = (rows >= begin) & (rows < end)
+        real = (rows >= low) & (rows < high)
         ok = tl.load(quantities + _PART * plane + rows, mask=real, other=0) > 0
         first, last = load_bounds(bounds, bounds_plane, rows, tokens)
         seen = tl.where(real, tl.maximum(last - first, 0), 0)
@@ -190,98 +219,59 @@ def head_sums(
                 if n == _ENTROPY:  # its variance is a difference of large sums
                     of_quantity = of_quantity.to(tl.float64)
                 sums += tl.where(number == _OF_ROWS + n, tl.sum(of_quantity, 0).to(tl.float64), 0)
-        if profiles is not None:
-            none = tl.full([ROWS], -1, tl.int32)
-            of_share = tl.where(several, tl.minimum((share * _HISTOGRAM).to(tl.int32), _HISTOGRAM - 1), none)
-            shares = _add_bins(shares, of_share, tl.full([ROWS], 1.0, tl.float32), of_histogram)
-            weight = tl.load(quantities + _MAX_WEIGHT * plane + rows, mask=ok, other=0)
-            of_weight = tl.where(ok, tl.minimum((weight * _HISTOGRAM).to(tl.int32), _HISTOGRAM - 1), none)
-            weights = _add_bins(weights, of_weight, tl.full([ROWS], 1.0, tl.float32), of_histogram)
-            of_position = tl.where(ok, bin_of(rows - begin), none)
-            distance = tl.load(quantities + _DISTANCE * plane + rows, mask=ok, other=0)
-            entropies = _add_bins(entropies, of_position, entropy, positions)
-            distances = _add_bins(distances, of_position, distance, positions)
-            counts = _add_bins(counts, of_position, tl.full([ROWS], 1.0, tl.float32), positions)
-            low = tl.maximum((first - rows)[:, None], lowest[None, :])
-            high = tl.minimum((last - 1 - rows)[:, None], highest[None, :])
-            pairs_at += tl.sum(tl.where(ok[:, None], tl.maximum(high - low + 1, 0), 0).to(tl.float32), 0)
 
-    measured_rows = tl.sum(tl.where(number == _ROWS, sums, 0), 0)
-    each = (1 / tl.maximum(measured_rows, 1)).to(tl.float32)
-    in_classes = tl.zeros([_CLASS_COUNT], tl.float64)
-    class_number = tl.arange(0, _CLASS_COUNT)
-    received_entropy, written = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
-    largest, largest_key = -1.0, tl.zeros([], tl.int32)
-    if profiles is not None:
-        received_at = tl.zeros([_POSITIONS], tl.float32)
-        keys_at = tl.zeros([_POSITIONS], tl.float32)
-    for at in range(begin // ROWS * ROWS, end, ROWS):
-        keys = at + tl.arange(0, ROWS)
-        real = (keys >= begin) & (keys < end)
-        received = tl.load(of_keys + keys, mask=real, other=0)
-        mean = received * each
+        received = tl.load(received_by + rows, mask=real, other=0)
+        received_mass += tl.sum(received, 0)
         # smaller terms are below the resolution of float32
-        received_entropy -= tl.sum(tl.where(mean > 1e-30, mean * tl.log(tl.maximum(mean, 1e-30)), 0), 0)
+        received_logs += tl.sum(tl.where(received > 1e-30, received * tl.log(tl.maximum(received, 1e-30)), 0), 0)
         most = tl.max(tl.where(real, received, -1), 0)
-        place = tl.min(tl.where(real & (received == most), keys, tokens), 0)
+        place = tl.min(tl.where(real & (received == most), rows, tokens), 0)
         largest_key = tl.where(most > largest, place, largest_key)
         largest = tl.maximum(largest, most)
         if HAS_WRITE:
-            written += tl.sum(received * tl.load(of_keys + plane + keys, mask=real, other=0), 0)
+            written += tl.sum(received * tl.load(received_by + plane + rows, mask=real, other=0), 0)
         if classes is not None:
-            of_class = tl.load(classes + b * tokens + keys, mask=real, other=-1).to(tl.int32)
+            of_class = tl.load(classes + b * tokens + rows, mask=real, other=-1).to(tl.int32)
             masses = tl.sum(tl.where(of_class[:, None] == class_number[None, :], received[:, None], 0), 0)
             in_classes += masses.to(tl.float64)
         if profiles is not None:
-            of_position = tl.where(real, bin_of(keys - begin), -1)
-            received_at = _add_bins(received_at, of_position, received, positions)
-            keys_at = _add_bins(keys_at, of_position, tl.full([ROWS], 1.0, tl.float32), positions)
+            ones, none = tl.full([ROWS], 1.0, tl.float32), tl.full([ROWS], -1, tl.int32)
+            of_share = tl.where(several, tl.minimum((share * _HISTOGRAM).to(tl.int32), _HISTOGRAM - 1), none)
+            shares = _add_bins(shares, of_share, ones, of_histogram)
+            weight = tl.load(quantities + _MAX_WEIGHT * plane + rows, mask=ok, other=0)
+            of_weight = tl.where(ok, tl.minimum((weight * _HISTOGRAM).to(tl.int32), _HISTOGRAM - 1), none)
+            weights = _add_bins(weights, of_weight, ones, of_histogram)
+            distance = tl.load(quantities + _DISTANCE * plane + rows, mask=ok, other=0)
+            position = tl.where(real, bin_of(rows - begin), none)
+            of_measured = tl.where(ok, position, none)
+            entropies = _add_bins(entropies, of_measured, entropy, positions)
+            distances = _add_bins(distances, of_measured, distance, positions)
+            counts = _add_bins(counts, of_measured, ones, positions)
+            received_at = _add_bins(received_at, position, received, positions)
+            keys_at = _add_bins(keys_at, position, ones, positions)
+            nearer = tl.maximum((first - rows)[:, None], lowest[None, :])
+            farther = tl.minimum((last - 1 - rows)[:, None], highest[None, :])
+            pairs_at += tl.sum(tl.where(ok[:, None], tl.maximum(farther - nearer + 1, 0), 0).to(tl.float32), 0)
 
-    in_bins = tl.zeros([BINS], tl.float64)
-    same, induction = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
-    for line in range(lines):
-        in_bins += tl.load(slab + bins + (bh.to(tl.int64) * lines + line) * BINS + tl.arange(0, BINS)).to(tl.float64)
-    if HAS_IDS:
-        for tile in range(tiles):
-            found = slab + looked_up + (bh.to(tl.int64) * tiles + tile) * 2
-            same += tl.load(found).to(tl.float64)
-            induction += tl.load(found + 1).to(tl.float64)
-    of_bin = tl.arange(0, BINS) - MIDDLE
-    if HAS_SINK:
-        sink = tl.sum(tl.where(number == _OF_ROWS + _SINK, sums, 0), 0) / tl.maximum(measured_rows, 1)
-        received_entropy -= tl.where(sink > 0, sink * tl.log(tl.maximum(sink, 1e-300)), 0)
-    undefined = tl.where(measured_rows > 0, 0.0, float("nan")).to(tl.float64)
-    on_first = tl.load(of_keys + begin, mask=end > begin, other=0).to(tl.float64)
-    written_first = on_first
-    if HAS_WRITE:
-        written_first *= tl.load(of_keys + plane + begin, mask=end > begin, other=0)
-    of_head = (
-        top,
-        tl.sum(tl.where(of_bin == 0, in_bins, 0), 0),
-        tl.sum(tl.where(of_bin == -1, in_bins, 0), 0),
-        tl.sum(tl.where(of_bin == 1, in_bins, 0), 0),
-        tl.sum(tl.where(of_bin < 0, in_bins, 0), 0),
-        tl.sum(tl.where(of_bin > 0, in_bins, 0), 0),
-        same,
-        induction,
-        on_first,
-        tl.maximum(received_entropy, 0) + undefined,
-        largest * each + undefined,
-        (largest_key - begin) + undefined,
-        written_first,
-        written,
-    )
-    for n in tl.static_range(len(of_head)):
-        sums += tl.where(number == _OF_HEAD + n, of_head[n].to(tl.float64), 0)
+    of_part = (top, received_logs, largest, largest_key, written, received_mass)
+    of_places = (_TOP, _LOGS, _LARGEST, _LARGEST_KEY, _WRITTEN, _RECEIVED_MASS)
+    for n in tl.static_range(len(of_part)):
+        sums += tl.where(number == of_places[n], of_part[n].to(tl.float64), 0)
     for n in tl.static_range(_CLASS_COUNT):
-        mass = tl.sum(tl.where(class_number == n, in_classes, 0), 0)
-        sums += tl.where(number == _CLASSES + n, mass, 0)
-    place = tl.load(places + number)
-    sums = tl.where(place % 2 != 0, float("nan"), sums)
-    tl.store(values + (place // 2).to(tl.int64) * batch * heads + bh, sums, mask=place >= 0)
+        sums += tl.where(number == _CLASSES + n, _at(in_classes, class_number, n), 0)
+    if sums_of_parts is None:
+        _finish(
+            sums, slab, places, values, bh, begin, end, of_keys, bins, looked_up, batch, heads, tokens, lines, tiles,
+            HAS_SINK, HAS_WRITE, HAS_IDS,
+        )  # fmt: skip
+    else:
+        tl.store(sums_of_parts + (bh.to(tl.int64) * parts + number_of_part) * _VALUES + number, sums)
 
     if profiles is not None:
         counted = profiles + heads.to(tl.int64) * COLUMNS
+        in_bins = tl.zeros([BINS], tl.float64)
+        if number_of_part == 0:
+            in_bins = _bins_of_head(slab + bins, bh, lines)
         _put(profiles, _OFFSETS, in_bins.to(tl.float32), tl.arange(0, BINS), _OFFSET_BINS)
         _put(counted, _OFFSETS, pairs_at, tl.arange(0, BINS), _OFFSET_BINS)
         for half in tl.static_range(2):
@@ -293,3 +283,86 @@ def head_sums(
         _put(counted, _DISTANCE_AT, counts, positions, _POSITION_BINS)
         _put(profiles, _RECEIVED_AT, received_at, positions, _POSITION_BINS)
         _put(counted, _RECEIVED_AT, keys_at, positions, _POSITION_BINS)
+
+
+@triton.jit(do_not_specialize=["batch", "heads", "tokens", "lines", "tiles", "parts"])
+def finish_head(
+    slab, start, length, places, sums_of_parts, values,
+    of_keys, bins, looked_up, batch, heads, tokens, lines, tiles, parts,
+    HAS_SINK: tl.constexpr,
+    HAS_WRITE: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+):  # fmt: skip
+    """The head quantities of one head of one sequence, from the sums of its parts."""
+    bh = tl.program_id(0)
+    b = (bh // heads).to(tl.int64)
+    begin = tl.load(start + b).to(tl.int32)
+    end = begin + tl.load(length + b).to(tl.int32)
+    number = tl.arange(0, _VALUES)
+    is_maximum = (number == _TOP) | (number == _LARGEST)
+    sums = tl.where(is_maximum, -float("inf"), tl.zeros([_VALUES], tl.float64))
+    for part in range(parts):
+        of_part = tl.load(sums_of_parts + (bh.to(tl.int64) * parts + part) * _VALUES + number)
+        is_new = _at(of_part, number, _LARGEST) > tl.max(tl.where(number == _LARGEST, sums, -float("inf")), 0)
+        key = tl.where(is_new, of_part, sums)
+        together = tl.where(is_maximum, tl.maximum(sums, of_part), sums + of_part)
+        sums = tl.where(number == _LARGEST_KEY, key, together)
+    _finish(
+        sums, slab, places, values, bh, begin, end, of_keys, bins, looked_up, batch, heads, tokens, lines, tiles,
+        HAS_SINK, HAS_WRITE, HAS_IDS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    sums, slab, places, values, bh, begin, end, of_keys, bins, looked_up, batch, heads, tokens, lines, tiles,
+    HAS_SINK: tl.constexpr, HAS_WRITE: tl.constexpr, HAS_IDS: tl.constexpr,
+):  # fmt: skip
+    """Write the quantities of one head, from the sums over all its rows and keys.
+
+    `values` is float64 [quantity, batch, head]. `places` says for each of MADE where it goes: to place // 2, or nowhere if it
+    is negative; as NaN if it is odd.
+    """
+    number = tl.arange(0, _VALUES)
+    received_by = slab + of_keys + bh.to(tl.int64) * tokens
+    measured = _at(sums, number, _ROWS)
+    count = tl.maximum(measured, 1)
+    # −Σ p̄ ln p̄ with p̄ = received / count
+    entropy = (tl.log(count) * _at(sums, number, _RECEIVED_MASS) - _at(sums, number, _LOGS)) / count
+    if HAS_SINK:
+        sink = _at(sums, number, _OF_ROWS + _SINK) / count
+        entropy -= tl.where(sink > 0, sink * tl.log(tl.maximum(sink, 1e-300)), 0)
+    undefined = tl.where(measured > 0, 0.0, float("nan")).to(tl.float64)
+    largest = tl.max(tl.where(number == _LARGEST, sums, -float("inf")), 0)
+    key = _at(sums, number, _LARGEST_KEY)
+    first = tl.load(received_by + begin, mask=end > begin, other=0).to(tl.float64)
+    written_first = first
+    if HAS_WRITE:
+        plane = batch.to(tl.int64) * heads * tokens
+        written_first *= tl.load(received_by + plane + begin, mask=end > begin, other=0)
+    in_bins, of_bin = _bins_of_head(slab + bins, bh, lines), tl.arange(0, BINS) - MIDDLE
+    same, induction = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+    if HAS_IDS:
+        for tile in range(tiles):
+            found = slab + looked_up + (bh.to(tl.int64) * tiles + tile) * 2
+            same += tl.load(found).to(tl.float64)
+            induction += tl.load(found + 1).to(tl.float64)
+    made = (
+        _at(in_bins, of_bin, 0),
+        _at(in_bins, of_bin, -1),
+        _at(in_bins, of_bin, 1),
+        tl.sum(tl.where(of_bin < 0, in_bins, 0), 0),
+        tl.sum(tl.where(of_bin > 0, in_bins, 0), 0),
+        same,
+        induction,
+        first,
+        tl.maximum(entropy, 0) + undefined,
+        largest / count + undefined,
+        key - begin + undefined,
+        written_first,
+    )
+    for n in tl.static_range(len(made)):
+        sums = tl.where(number == _SELF + n, made[n].to(tl.float64), sums)
+    place = tl.load(places + number)
+    sums = tl.where(place % 2 != 0, float("nan"), sums)
+    tl.store(values + (place // 2).to(tl.int64) * batch * heads + bh, sums, mask=place >= 0)
