@@ -52,7 +52,7 @@ class Collector:
 
     def settle(self) -> None:
         """Count the batch: its forward pass went through."""
-        kept = _on_the_host([tensor for _, _, kept in self._kept for tensor in kept.values()])
+        kept = _on_the_host([(tensor, of.in_parts) for of, _, kept in self._kept for tensor in kept.values()])
         for recorder, place, tensors in self._kept:
             recorder.add(place, self._sequences, {name: next(kept).numpy() for name in tensors})
         self.begin(self._sequences)
@@ -66,22 +66,28 @@ class Collector:
             self._kept.append((recorder, place, dict(kept)))
 
 
-def _on_the_host(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The tensors in host memory. Those of one shape on a device come in one transfer, and it is waited for once."""
+def _on_the_host(tensors: Sequence[tuple[Tensor, bool]]) -> Iterator[Tensor]:
+    """The tensors in host memory, those in parts added up.
+
+    Tensors of one shape on a device come in one transfer, and a device is waited for once.
+    """
     groups: dict[Any, list[int]] = {}
-    for number, tensor in enumerate(tensors):
-        if tensor.device.type != "cpu":
-            groups.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(number)
-    copies, places = [], {}
-    for (device, dtype, shape), numbers in groups.items():
-        copy = torch.empty((len(numbers), *shape), dtype=dtype, pin_memory=device.type == "cuda")
-        copies.append(copy.copy_(torch.stack([tensors[number] for number in numbers]), non_blocking=True))
-        places |= {number: (copy, place) for place, number in enumerate(numbers)}
-    for device in {device for device, _, _ in groups}:
+    for number, (tensor, in_parts) in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype, tensor.shape, in_parts), []).append(number)
+    places: dict[int, Tensor] = {}
+    for (device, _, _, in_parts), numbers in groups.items():
+        of_group = [tensors[number][0] for number in numbers]
+        if device.type == "cpu":
+            copies = [tensor.sum(0, dtype=torch.float64) for tensor in of_group] if in_parts else of_group
+        else:
+            stacked = torch.stack(of_group)
+            stacked = stacked.sum(1, dtype=torch.float64) if in_parts else stacked
+            copies = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=device.type == "cuda")
+            copies.copy_(stacked, non_blocking=True)
+        places |= zip(numbers, copies, strict=True)
+    for device in {device for device, *_ in groups if device.type != "cpu"}:
         torch.accelerator.synchronize(device)
-    for number, tensor in enumerate(tensors):
-        copy, place = places.get(number, (None, 0))
-        yield tensor if copy is None else copy[place]
+    return (places[number] for number in range(len(tensors)))
 
 
 def open_collector(

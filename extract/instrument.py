@@ -20,7 +20,7 @@ from attlas.extract.tables import Columns, measured_columns
 
 # the largest batches by default, in tokens: larger ones are no faster, and need more padding
 BATCH_TOKENS = 4096
-CUDA_BATCH_TOKENS = 16_384
+CUDA_BATCH_TOKENS = 65_536
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, Fac
 
 
 class HeadSums(NamedTuple):
-    """The head quantities of one attention layer, and its profiles, in float64.
+    """The head quantities of one attention layer in float64, and its profiles, in parts to be added up in float64.
 
     Unknown quantities are NaN. Profiles contain sum and count of each bin, over all sequences of the batch, in the columns
     of `PROFILE_COLUMNS`; None if they were not asked for.
     """
 
     values: Float[Tensor, "quantity batch head"]
-    profiles: Float[Tensor, "2 head column"] | None
+    profiles: Float[Tensor, "part 2 head column"] | None
 
 
 Compute = Callable[[HeadObservation], Float[Tensor, "batch head"]]
@@ -90,7 +90,7 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
     for place, quantity in enumerate(map(head_quantity, names)):
         if quantity.is_known(o):
             values[place] = quantity.compute(o)
-    return HeadSums(values, _profiles(o) if profiles else None)
+    return HeadSums(values, _profiles(o)[None] if profiles else None)
 
 
 def _quantity(

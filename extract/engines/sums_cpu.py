@@ -94,7 +94,7 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
         quantity = head_quantity(name)
         if quantity.is_known(o):
             values[place] = made[name] if name in made else quantity.compute(o).numpy()
-    return HeadSums(torch.from_numpy(values), torch.from_numpy(of_profiles) if profiles else None)
+    return HeadSums(torch.from_numpy(values), torch.from_numpy(of_profiles)[None] if profiles else None)
 
 
 def _compiled_sums(

@@ -76,7 +76,9 @@ class RaggedRecorder(Recorder):
 
 
 class AdditiveRecorder(Recorder):
-    """Sums over all sequences of a shard. Keeps `totals` of any shape, one place at a time; float64."""
+    """Sums over all sequences of a shard. Keeps `totals`, in parts of any shape, one place at a time; float64."""
+
+    in_parts = True
 
     def __init__(self, table: Table, scope: Scope) -> None:
         super().__init__(table, scope)

@@ -153,6 +153,9 @@ class Recorder:
     places; of a batch that failed half-way nothing is. At the end the recorder makes its rows.
     """
 
+    # whether what is kept comes in parts, along a first dimension, which are added up in float64 before they are brought home
+    in_parts = False
+
     def __init__(self, table: Table, scope: Scope) -> None:
         self.table, self.scope = table, scope
 

@@ -83,9 +83,7 @@ def _join(pieces: Sequence[MeasuredCall], module_input: Tensor | None) -> Measur
             f"{contexts.shape[-2]} tokens; the model changed its way since it was examined"
         )
     profiles = [piece.sums.profiles for piece in pieces if piece.sums.profiles is not None]
-    sums = HeadSums(
-        torch.cat([piece.sums.values for piece in pieces], 1), torch.stack(profiles).sum(0) if profiles else None
-    )
+    sums = HeadSums(torch.cat([piece.sums.values for piece in pieces], 1), torch.cat(profiles) if profiles else None)
     axis = pieces[0].axis
     if len(pieces) > 1:
         axis = whole_axis(len(contexts), contexts.shape[-2], contexts.device)

@@ -341,7 +341,7 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
     for place, name in _others(of):
         quantity = head_quantity(name)
         values[place] = quantity.compute(o) if quantity.is_known(o) else torch.nan
-    return HeadSums(values, None if in_bins is None else in_bins.sum(0, dtype=torch.float64))
+    return HeadSums(values, in_bins)
 
 
 class _Asked(NamedTuple):
