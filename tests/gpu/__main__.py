@@ -26,7 +26,7 @@ from tests.gpu.outcomes import read_outcomes
 TESTS = ("tests/gpu/test_run.py", "tests/gpu/test_measure.py", "tests/gpu/test_engine.py")
 _SHARE_OF_TESTS = 0.55
 _LEFT_AT_THE_END = 10  # seconds to end the last benchmark and write the files
-_MOST_WORKERS = 12
+_MOST_WORKERS = 15
 _SECONDS_BETWEEN_REPORTS = 10
 
 
