@@ -21,16 +21,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attlas.extract.engines import Engine, FusedPass, reference
+from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.profiles import LARGEST_DOUBLING_BIN
-from attlas.extract.engines.quantities import ROW_QUANTITIES, known_quantities
+from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, known_quantities
 from attlas.extract.engines.rows import AttentionCall, Rows
-from attlas.extract.engines.sums import head_sums
+from attlas.extract.engines.sums import HEAD_QUANTITIES, head_sums
 from attlas.extract.engines.visibility import Axis, visibility_from_mask
+from tests.extract.models import tiny
 from tests.extract.test_engines import assert_rows_agree, call_of, doubled, own_output
 from tests.properties import cases
 
 pytest.importorskip("triton")
 from attlas.extract.engines import triton as engine
+from attlas.extract.engines.triton import summing
 
 # NumPy, in which the interpreter computes, says so when infinities and NaN are made; a kernel takes them in its stride
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -108,6 +111,9 @@ def attend_in_blocks(call: AttentionCall, call_original, blocks) -> tuple[torch.
 def attend(call: AttentionCall, call_original) -> tuple[torch.Tensor, Rows]:
     made = FusedPass(engine.MAKES, engine.takes, engine.attend)
     return Engine("triton", made, head_sums).attend(call, call_original, frozenset(ROW_QUANTITIES))
+
+
+_FUSED = FusedPass(engine.MAKES, engine.takes, engine.attend)
 
 
 def _not_called() -> torch.Tensor:
@@ -282,6 +288,98 @@ def test_a_single_token_sees_itself():
     assert rows["offset_bins"][..., LARGEST_DOUBLING_BIN].tolist() == [[1.0, 1.0]]
 
 
+HEAD_NAMES = tuple(sorted({*HEAD_QUANTITIES, *(name for name, row in ROW_QUANTITIES.items() if row.merge)}))
+
+
+def assert_sums_agree(call: AttentionCall, blocks=SMALL) -> None:
+    """Head sums and profiles of the kernels' rows are those of float64 rows in plain torch."""
+    classes = torch.arange(call.query.shape[2]).expand(call.query.shape[::2]) % len(TOKEN_CLASSES)
+    _, rows = attend_in_blocks(call, _not_called, blocks)
+    got = engine.head_sums(HeadObservation(rows, call.visibility, classes), HEAD_NAMES, profiles=True)
+    exact = exact_rows(doubled(call), formula(call))
+    expected = head_sums(HeadObservation(exact, call.visibility, classes), HEAD_NAMES, profiles=True)
+    for name, values, others in zip(HEAD_NAMES, got.values, expected.values, strict=True):
+        torch.testing.assert_close(
+            values, others, atol=2e-4, rtol=1e-4, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert got.profiles is not None and expected.profiles is not None
+    off = (got.profiles.double().sum(0) - expected.profiles.sum(0)).abs()
+    assert off.max() < 1e-3
+
+
+@pytest.mark.parametrize("rows_of_part", [None, 32])
+@pytest.mark.parametrize(
+    ("tokens", "causal", "blocks"), [(1, False, SMALL), (2, True, WHOLE), (40, False, WHOLE), (70, True, SMALL)]
+)
+def test_head_sums_agree(tokens, causal, blocks, rows_of_part, monkeypatch):
+    """Of a head whole, and in parts."""
+    if rows_of_part is not None:
+        monkeypatch.setattr(summing, "_parts", lambda _heads, n: (-(-n // rows_of_part), rows_of_part))
+    write = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)).tril()
+    assert_sums_agree(
+        whole_call(tokens=tokens, causal=causal, write=write, token_ids=torch.arange(tokens)[None] % 7), blocks
+    )
+
+
+@pytest.mark.parametrize("rows_of_part", [None, 16])
+def test_head_sums_of_padded_sequences_agree(rows_of_part, monkeypatch):
+    if rows_of_part is not None:
+        monkeypatch.setattr(summing, "_parts", lambda _heads, n: (-(-n // rows_of_part), rows_of_part))
+    for seed in range(4):
+        facts: dict[str, Any] = dict(batch=3, heads=2, grouped=True, tokens=24, width=16, causal=seed > 1, size=1.0)
+        assert_sums_agree(call_of(seed, **facts))
+
+
+def test_head_sums_with_a_learned_sink_agree():
+    assert_sums_agree(whole_call(tokens=24, causal=True, sinks=torch.tensor([0.5, 1.0])))
+
+
+def test_every_row_is_in_one_part():
+    for heads, tokens in ((1536, 128), (384, 512), (48, 4096), (64, 8192), (1, 1), (2, 130), (1, 16_384), (3, 4095)):
+        parts, rows = summing._parts(heads, tokens)
+        assert (parts - 1) * rows < tokens <= parts * rows, (heads, tokens)
+        assert rows % summing._ROWS_AT_ONCE == 0
+
+
+def test_a_pass_with_rows_that_are_not_measured_is_made_again(monkeypatch):
+    """Without waiting for the device, the engine's output stands where the model's own should: then nothing of it is kept."""
+    from attlas.extract import measurement
+    from attlas.extract.capture.runtime.receiver import CallReceiver
+
+    def marked(receiver: Any, _device: torch.device) -> torch.Tensor | None:
+        if not receiver._waits and receiver._unmeasured is None:
+            receiver._unmeasured = torch.zeros(1, dtype=torch.int32)
+        return receiver._unmeasured
+
+    waited = []
+
+    def recorded(*arguments: Any, waits: bool, **options: Any) -> Any:
+        waited.append(waits)
+        return instrumented(*arguments, waits=waits, **options)
+
+    instrumented = measurement.instrumented_pass
+    monkeypatch.setattr(measurement, "instrumented_pass", recorded)
+    monkeypatch.setattr(CallReceiver, "_mark_of_unmeasured", marked)
+    monkeypatch.setattr(measurement, "choose", lambda name, device: Engine("triton", _FUSED, head_sums))
+    model, inputs = tiny("bert"), {"input_ids": torch.randint(2, 60, (2, 8))}
+    assert all(row["nonfinite_rows"] == 0 for row in _rows_of_heads(model, inputs))
+    assert waited == [False]
+    with torch.no_grad():
+        model.encoder.layer[1].attention.self.query.weight[0, 0] = torch.inf  # scores of a head are infinite or NaN
+    waited.clear()
+    assert any(row["nonfinite_rows"] > 0 for row in _rows_of_heads(model, inputs))
+    assert waited == [False, True]
+    waited.clear()
+    _rows_of_heads(model, inputs)
+    assert waited == [True]  # it is known
+
+
+def _rows_of_heads(model: Any, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    from attlas.extract import measurement
+
+    return measurement.measure(model, **inputs, tables=["heads"])["heads"].to_pylist()
+
+
 def assert_same(rows: Rows, others: Rows) -> None:
     assert torch.equal(rows.measured, others.measured)
     assert rows.quantities.keys() == others.quantities.keys()
@@ -336,10 +434,16 @@ def compile_calls(dtypes: list[str], widths: list[int]) -> list[dict[str, Any]]:
     JITFunction.run = compile_only
     found = []
     for name, width in itertools.product(dtypes, widths):
-        call = whole_call(tokens=256, width=width, causal=True, token_ids=torch.zeros(1, 256, dtype=torch.int64))
-        attend(in_type(call, getattr(torch, name)), call.value.clone)
+        for tokens in (256, 96):  # the second fits into one tile
+            ids = torch.zeros(1, tokens, dtype=torch.int64)
+            call = whole_call(tokens=tokens, width=width, causal=True, token_ids=ids)
+            _, rows = attend(in_type(call, getattr(torch, name)), call.value.clone)
+            engine.head_sums(HeadObservation(rows, call.visibility, ids), HEAD_NAMES, profiles=True)
         facts = {"dtype": name, "width": width}
-        found += [facts | {"shared": k.metadata.shared, "stack": _stack(k.asm["cubin"])} for k in kernels]
+        found += [
+            facts | {"name": k.metadata.name, "shared": k.metadata.shared, "stack": _stack(k.asm["cubin"])}
+            for k in kernels
+        ]
         kernels.clear()
     return found
 
@@ -365,7 +469,8 @@ def test_the_kernels_fit_an_h100(tmp_path, dtypes, widths):
     told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout)
-    assert len(found) == 3 * len(dtypes.split()) * len(widths.split())
+    names = {"along_rows", "along_columns", "whole_patterns", "sum_rows_and_keys", "finish_head"}
+    assert {kernel["name"] for kernel in found} == names
     for kernel in found:
         assert kernel["shared"] <= 227 * 1024, kernel
         assert kernel["stack"] <= 64, kernel
