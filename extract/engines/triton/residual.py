@@ -53,6 +53,8 @@ IDENTITY = slice(len(COLUMNS), len(COLUMNS) + 3)
  _NORM_SCALE, _OUTLIER_DIM, _OUTLIER_RATIO, _STEP_COSINE, _STREAM_GAIN, _STREAM_NORM, _UPDATE_COSINE, _UPDATE_NORM,
  _UPDATE_RATIO, _OFF, _AFTER, _BEFORE) = (tl.constexpr(row) for row in range(IDENTITY.stop))  # fmt: skip
 _ROWS = tl.constexpr(IDENTITY.stop)
+_GROUP = tl.constexpr(8)  # rows that are stored side by side for each token, one by each of its threads
+_GROUPS = tl.constexpr(-(-IDENTITY.stop // 8))
 # which tensor a norm reads
 _NO_NORM, _READS_AFTER, _READS_BEFORE, _READS_OTHER = (tl.constexpr(source) for source in range(4))
 _INFINITY_BITS = tl.constexpr(0x7F800000)  # of float32; larger ones are NaN
@@ -62,11 +64,11 @@ _LARGEST_SCALE = tl.constexpr(2.0**60)  # of squares, before they are squared
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_WIDTH = 256
 _TOKENS, _WARPS = 32, 8  # of a block
+_REGISTERS = 64  # of a thread: four blocks fit on a multiprocessor
 _ELEMENTS = tl.constexpr(8)  # of a tensor that a thread reads at a time: 16 bytes in half precision
 _CHUNK = 64  # dimensions of the block's tokens read at a time: as many elements as its threads read
 _UNIT_COLUMNS = 2048  # dimensions of unit vectors added up at a time, at most
 _MEAN_TOKENS, _VECTORS, _DIMENSIONS = 512, 32, 64  # read at a time at the end of a pass: tokens; vectors × dimensions
-_REDUCE_WARPS = 4
 MAX_BYTES = 64 << 20  # of results that wait for the end of the pass
 
 
@@ -103,8 +105,9 @@ class SiteResults:
         self._tiles = _tiles(width)
         self._ends = tuple(ends.to(device).contiguous() for ends in (axis.start, axis.length))
         # of a site: Σu [batch, block, width]; max|x'| and its dimension [2, batch, block]; 1/‖x'‖ [batch, block, token],
-        # only used by `_read_site`; values [row, batch, token]. Aligned
-        self._size = -(-(blocks * (width + 2 + _TOKENS) + _ROWS.value * batch * tokens) // 32) * 32
+        # only used by `_read_site`; values [group, batch, token, row]. Aligned
+        values = _GROUPS.value * _GROUP.value * batch * tokens
+        self._size = -(-(blocks * (width + 2 + _TOKENS) + values) // 32) * 32
         places = max(1, min(sites, MAX_BYTES // (4 * self._size)))
         self._waiting = torch.empty(places, self._size, dtype=torch.float32, device=device)
         self._places = self._waiting.unbind()
@@ -138,7 +141,7 @@ class SiteResults:
             _read_site,
             self._grid,
             (after, before, beside, update, read, wrote, gain, contexts, *self._ends, self._places[self._used]),
-            (*strides, *head_strides, batch, tokens, float(factor), float(epsilon)),
+            (*strides, *head_strides, batch, tokens, None if factor == 1 else float(factor), float(epsilon)),
             (
                 width,
                 heads,
@@ -150,6 +153,7 @@ class SiteResults:
                 *self._tiles,
             ),
             num_warps=_WARPS,
+            maxnreg=_REGISTERS,
         )
         self.measured += 1
         self._used += 1
@@ -186,11 +190,11 @@ class SiteResults:
         squares = table.new_empty(self._used * batch, parts)
         launch(
             _reduce_sites,
-            (self._used * batch, _ROWS.value + parts, 1),
+            (self._used * batch, _GROUPS.value + 1 + parts, 1),
             (self._waiting, *self._ends, table, squares),
             (self._size, batch, tokens),
             (width, _TOKENS, _MEAN_TOKENS, _VECTORS, _DIMENSIONS),
-            num_warps=_REDUCE_WARPS,
+            num_warps=_WARPS,
         )
         launch(
             _compare_tokens,
@@ -256,7 +260,9 @@ def _step(after, before, beside, update, gain, factor, rows, columns, WIDTH: tl.
         x = loaded
         if beside is not None:
             x += _tile(beside, rows, columns, WIDTH)
-        f = _tile(update, rows, columns, WIDTH) * factor
+        f = _tile(update, rows, columns, WIDTH)
+        if factor is not None:
+            f *= factor
         if gain is not None:
             f *= tl.load(gain + columns, mask=columns < WIDTH, other=0).to(tl.float32)[None, :]
         y = _tile(after, rows, columns, WIDTH) if after is not None else x + f
@@ -308,9 +314,10 @@ def _within_one(cosine):
 
 
 @triton.jit
-def _put(out, row, rows, held, values):
-    """Store one value of each token."""
-    tl.store(out + row * rows[0] + rows[1], values, mask=held)
+def _with_row(group, row, values):
+    """A group of rows [token, row] with one of them set."""
+    rows = tl.arange(0, _GROUP)
+    return tl.where((rows == row % _GROUP)[None, :], values[:, None], group)
 
 
 @triton.jit(do_not_specialize=["batch", "tokens"])
@@ -336,8 +343,6 @@ def _read_site(
     near = tl.minimum(tl.maximum(t, first), last - 1).to(tl.int64)
     rows = b.to(tl.int64) * batch_stride + near * token_stride
     number_of_vectors = batch.to(tl.int64) * blocks
-    values = out + number_of_vectors * (WIDTH + 2 + TOKENS)
-    put = (batch.to(tl.int64) * tokens, b.to(tl.int64) * tokens + t)
 
     # the first dimensions tell about where the norm's input lies, and how large x' is
     columns = tl.arange(0, CHUNK)
@@ -387,28 +392,23 @@ def _read_site(
 
     length_squared = tl.sum(squares, 1)
     norm = tl.sqrt(length_squared)
-    undefined = tl.full([TOKENS], float("nan"), tl.float32)
-    _put(values, _AFTER, put, real, length_squared)
+    # rows that stay NaN are undefined, or do not come from here; each must be in the group of its number
+    group_0 = tl.full([TOKENS, _GROUP], float("nan"), tl.float32)
+    group_1, group_2 = group_0, group_0
+    group_2 = _with_row(group_2, _AFTER, length_squared)
     if before is not None:
         stream_squared = tl.sum(xx, 1)
         stream, change = tl.sqrt(stream_squared), tl.sqrt(tl.sum(ff, 1))
-        _put(values, _STREAM_NORM, put, real, stream)
-        _put(values, _UPDATE_NORM, put, real, change)
-        _put(values, _UPDATE_RATIO, put, real, change / stream)
-        _put(values, _UPDATE_COSINE, put, real, _within_one(tl.sum(xf, 1) / (stream * change)))
-        _put(values, _STEP_COSINE, put, real, _within_one(tl.sum(xy, 1) / (stream * norm)))
-        _put(values, _STREAM_GAIN, put, real, norm / stream)
-        _put(values, _OFF, put, real, tl.sum(off, 1))
-        _put(values, _BEFORE, put, real, stream_squared)
+        group_1 = _with_row(group_1, _STREAM_NORM, stream)
+        group_1 = _with_row(group_1, _UPDATE_NORM, change)
+        group_2 = _with_row(group_2, _UPDATE_RATIO, change / stream)
+        group_1 = _with_row(group_1, _UPDATE_COSINE, _within_one(tl.sum(xf, 1) / (stream * change)))
+        group_1 = _with_row(group_1, _STEP_COSINE, _within_one(tl.sum(xy, 1) / (stream * norm)))
+        group_1 = _with_row(group_1, _STREAM_GAIN, norm / stream)
+        group_2 = _with_row(group_2, _OFF, tl.sum(off, 1))
+        group_2 = _with_row(group_2, _BEFORE, stream_squared)
     else:
-        _put(values, _STREAM_NORM, put, real, norm)
-        _put(values, _UPDATE_NORM, put, real, undefined)
-        _put(values, _UPDATE_RATIO, put, real, undefined)
-        _put(values, _UPDATE_COSINE, put, real, undefined)
-        _put(values, _STEP_COSINE, put, real, undefined)
-        _put(values, _STREAM_GAIN, put, real, undefined)
-        _put(values, _OFF, put, real, undefined)
-        _put(values, _BEFORE, put, real, undefined)
+        group_1 = _with_row(group_1, _STREAM_NORM, norm)
     if READS != _NO_NORM:
         centred = tl.sum(spread, 1)
         if CENTRED:
@@ -416,27 +416,28 @@ def _read_site(
             # no loss of digits: the first dimensions alone spread by their distance from the mean
             centred -= step * (step / WIDTH)
             centred = tl.where(centred < 0, 0.0, centred)
-            _put(values, _NORM_MEAN, put, real, near_mean + step / WIDTH)
-        else:
-            _put(values, _NORM_MEAN, put, real, undefined)
+            group_0 = _with_row(group_0, _NORM_MEAN, near_mean + step / WIDTH)
         divisor = tl.sqrt(centred / WIDTH + epsilon)
-        _put(values, _NORM_SCALE, put, real, divisor)
-        _put(values, _NORM_OUTPUT_GAIN, put, real, tl.sqrt(tl.sum(written, 1)) * divisor / tl.sqrt(centred))
-    else:
-        _put(values, _NORM_SCALE, put, real, undefined)
-        _put(values, _NORM_OUTPUT_GAIN, put, real, undefined)
-        _put(values, _NORM_MEAN, put, real, undefined)
+        group_1 = _with_row(group_1, _NORM_SCALE, divisor)
+        gained = tl.sqrt(tl.sum(written, 1)) * divisor / tl.sqrt(centred)
+        group_0 = _with_row(group_0, _NORM_OUTPUT_GAIN, gained)
     top = tl.max(_magnitude_bits(largest), 1).to(tl.float32, bitcast=True)
-    _put(values, _OUTLIER_RATIO, put, real, top * tl.sqrt(WIDTH * 1.0) / norm)
+    group_1 = _with_row(group_1, _OUTLIER_RATIO, top * tl.sqrt(WIDTH * 1.0) / norm)
     scaled_squared = length_squared * scale
-    _put(values, _KURTOSIS, put, real, tl.sum(fourths, 1) / scaled_squared / scaled_squared * WIDTH)
+    group_0 = _with_row(group_0, _KURTOSIS, tl.sum(fourths, 1) / scaled_squared / scaled_squared * WIDTH)
     if contexts is not None:
         of_token = b.to(tl.int64) * context_batch + near * context_token
-        _compare_heads(contexts, of_token, context_head, values, put, real, HEADS, HEAD_WIDTH, HEAD_COLUMNS)
-    else:
-        _put(values, _HEADS_CONCAT_NORM, put, real, undefined)
-        _put(values, _HEADS_MEAN_NORM, put, real, undefined)
-        _put(values, _HEADS_COSINE, put, real, undefined)
+        concat, average, alike = _compare_heads(contexts, of_token, context_head, HEADS, HEAD_WIDTH, HEAD_COLUMNS)
+        group_0 = _with_row(group_0, _HEADS_CONCAT_NORM, concat)
+        group_0 = _with_row(group_0, _HEADS_MEAN_NORM, average)
+        group_0 = _with_row(group_0, _HEADS_COSINE, alike)
+    group_size = batch.to(tl.int64) * tokens * _GROUP
+    of_tokens = b.to(tl.int64) * tokens + t
+    places = of_tokens[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    places += number_of_vectors * (WIDTH + 2 + TOKENS)
+    tl.store(out + places, group_0, mask=real[:, None])
+    tl.store(out + group_size + places, group_1, mask=real[:, None])
+    tl.store(out + 2 * group_size + places, group_2, mask=real[:, None])
 
     # what needs the norm of x', which is read again; by other threads than those that have the norms
     vector = b.to(tl.int64) * blocks + block
@@ -479,9 +480,8 @@ def _first_maximum(tops, dimensions):
 
 @triton.jit
 def _compare_heads(
-    contexts, of_token, head_stride, values, put, real,
-    HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    contexts, of_token, head_stride, HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+):
     """How large the heads' contexts are side by side and on average, and how alike."""
     columns = tl.arange(0, COLUMNS)
     concat = tl.zeros([of_token.shape[0]], tl.float32)
@@ -494,13 +494,12 @@ def _compare_heads(
         added += c
         units += _within(c * (1 / tl.sqrt(squares))[:, None], columns, HEAD_WIDTH)
     number = HEADS * 1.0
-    _put(values, _HEADS_CONCAT_NORM, put, real, tl.sqrt(concat))
-    _put(values, _HEADS_MEAN_NORM, put, real, tl.sqrt(tl.sum(added * added, 1)) / number)
+    average = tl.sqrt(tl.sum(added * added, 1)) / number
     if HEADS > 1:
         alike = (tl.sum(units * units, 1) - number) / (number * (number - 1))
     else:
         alike = tl.full([of_token.shape[0]], float("nan"), tl.float32)
-    _put(values, _HEADS_COSINE, put, real, alike)
+    return tl.sqrt(concat), average, alike
 
 
 @triton.jit(do_not_specialize=["batch", "tokens"])
@@ -509,43 +508,49 @@ def _reduce_sites(
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, MEAN_TOKENS: tl.constexpr, VECTORS: tl.constexpr,
     DIMENSIONS: tl.constexpr,
 ):  # fmt: skip
-    """One row of the columns of one sequence at one site, or beyond the rows ‖Σu‖² over some dimensions."""
-    item, row = tl.program_id(0), tl.program_id(1)
+    """Of one sequence at one site: a group of rows of the columns, or the largest |x'|, or ‖Σu‖² over some dimensions."""
+    item, task = tl.program_id(0), tl.program_id(1)
     site, b = item // batch, item % batch
     first = tl.load(start + b).to(tl.int32)
     last = first + tl.load(length + b).to(tl.int32)
+    begin, end = first // TOKENS, tl.cdiv(last, TOKENS)
     blocks = tl.cdiv(tokens, TOKENS)
     number_of_vectors = batch.to(tl.int64) * blocks
     vector = b.to(tl.int64) * blocks
     of_site = waiting + site.to(tl.int64) * size
     result = table + (site * _ROWS) * batch + b
-    if row >= _ROWS:
-        part = row - _ROWS
-        total = _reduce_vectors(
-            of_site + vector * WIDTH, first // TOKENS, tl.cdiv(last, TOKENS), part, WIDTH, VECTORS, DIMENSIONS
-        )
-        tl.store(squares + item * tl.cdiv(WIDTH, DIMENSIONS) + part, total)
-    elif row == _MAX_ABS:
+    if task < _GROUPS:
+        of_sequence = (task.to(tl.int64) * batch + b) * tokens * _GROUP
+        values = of_site + number_of_vectors * (WIDTH + 2 + TOKENS) + of_sequence
+        _reduce_tokens(values, first, last, task * _GROUP, result, batch, MEAN_TOKENS)
+    elif task == _GROUPS:
         tops = of_site + number_of_vectors * WIDTH + vector
-        _reduce_largest(tops, number_of_vectors, first // TOKENS, tl.cdiv(last, TOKENS), result, batch, MEAN_TOKENS)
-    elif (row != _ANISOTROPY) & (row != _OUTLIER_DIM):
-        values = of_site + number_of_vectors * (WIDTH + 2 + TOKENS) + (row.to(tl.int64) * batch + b) * tokens
-        _reduce_tokens(values, first, last, result + row * batch, row >= _OFF, MEAN_TOKENS)
+        _reduce_largest(tops, number_of_vectors, begin, end, result, batch, MEAN_TOKENS)
+    else:
+        part = task - _GROUPS - 1
+        total = _reduce_vectors(of_site + vector * WIDTH, begin, end, part, WIDTH, VECTORS, DIMENSIONS)
+        tl.store(squares + item * tl.cdiv(WIDTH, DIMENSIONS) + part, total)
 
 
 @triton.jit
-def _reduce_tokens(values, first, last, result, is_sum, TOKENS: tl.constexpr):
-    """Mean over the tokens where a value is defined, or the sum over all."""
-    total = tl.zeros([TOKENS], tl.float64)
-    count = tl.zeros([TOKENS], tl.int32)
+def _reduce_tokens(values, first, last, first_row, result, batch, TOKENS: tl.constexpr):
+    """Means over the tokens where a value is defined, or sums over all, of a group of rows."""
+    rows = tl.arange(0, _GROUP)
+    row = first_row + rows
+    is_sum = row >= _OFF
+    total = tl.zeros([TOKENS, _GROUP], tl.float64)
+    count = tl.zeros([TOKENS, _GROUP], tl.int32)
     for at in range(first, last, TOKENS):
         t = at + tl.arange(0, TOKENS)
-        value = tl.load(values + t, mask=t < last, other=float("nan"))
+        real = (t < last)[:, None]
+        value = tl.load(values + t[:, None] * _GROUP + rows[None, :], mask=real, other=float("nan"))
         defined = _magnitude_bits(value) < _INFINITY_BITS
-        total += tl.where((t < last) & (defined | is_sum), value, 0).to(tl.float64)
+        total += tl.where(real & (defined | is_sum[None, :]), value, 0).to(tl.float64)
         count += defined.to(tl.int32)
-    mean = tl.sum(total, 0) / tl.sum(count, 0).to(tl.float64)
-    tl.store(result, tl.where(is_sum, tl.sum(total, 0), mean))
+    sums = tl.sum(total, 0)
+    reduced = tl.where(is_sum, sums, sums / tl.sum(count, 0).to(tl.float64))
+    made_here = (row < _ROWS) & (row != _ANISOTROPY) & (row != _MAX_ABS) & (row != _OUTLIER_DIM)
+    tl.store(result + row * batch, reduced, mask=made_here)
 
 
 @triton.jit
