@@ -64,12 +64,12 @@ _LARGEST_SCALE = tl.constexpr(2.0**60)  # of squares, before they are squared
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_WIDTH = 256
 _TOKENS, _WARPS = 32, 8  # of a block
-_REGISTERS = 64  # of a thread: four blocks fit on a multiprocessor
 _ELEMENTS = tl.constexpr(8)  # of a tensor that a thread reads at a time: 16 bytes in half precision
 _CHUNK = 64  # dimensions of the block's tokens read at a time: as many elements as its threads read
 _UNIT_COLUMNS = 2048  # dimensions of unit vectors added up at a time, at most
-_MEAN_TOKENS, _VECTORS, _DIMENSIONS = 512, 32, 64  # read at a time at the end of a pass: tokens; vectors × dimensions
-MAX_BYTES = 64 << 20  # of results that wait for the end of the pass
+_MEAN_TOKENS, _VECTORS = 512, 32  # of a sequence read at a time at the end of a pass, at most
+_VECTOR_ELEMENTS = 2048
+MAX_BYTES = 72 << 20  # of results that wait for the end of the pass
 
 
 class SiteTensors(NamedTuple):
@@ -109,6 +109,7 @@ class SiteResults:
         values = _GROUPS.value * _GROUP.value * batch * tokens
         self._size = -(-(blocks * (width + 2 + _TOKENS) + values) // 32) * 32
         places = max(1, min(sites, MAX_BYTES // (4 * self._size)))
+        places = -(-sites // -(-sites // places))  # as few for the same number of reductions
         self._waiting = torch.empty(places, self._size, dtype=torch.float32, device=device)
         self._places = self._waiting.unbind()
         self._device = self._waiting.get_device()
@@ -132,6 +133,7 @@ class SiteResults:
         reads = _source_of_norm(read, after, before)
         if reads != _READS_OTHER.value:
             read = None
+        is_plain = after is not None and beside is None and gain is None and read is None
         heads, head_width, head_strides = 0, 1, (0, 0, 0)
         if contexts is not None:
             contexts = contexts if contexts.stride(3) == 1 else contexts.contiguous()
@@ -153,7 +155,7 @@ class SiteResults:
                 *self._tiles,
             ),
             num_warps=_WARPS,
-            maxnreg=_REGISTERS,
+            maxnreg=_registers((after, before, update, wrote, contexts), head_width, width, is_plain=is_plain),
         )
         self.measured += 1
         self._used += 1
@@ -186,15 +188,18 @@ class SiteResults:
         """Turn what waits into columns."""
         batch, tokens, width = self.shape
         table = self._waiting.new_empty(self._used, _ROWS.value, batch, dtype=torch.float64)
-        parts = -(-width // _DIMENSIONS)
+        mean_tokens = min(_MEAN_TOKENS, max(64, triton.next_power_of_2(tokens)))
+        vectors = min(_VECTORS, max(4, triton.next_power_of_2(-(-tokens // _TOKENS))))
+        dimensions = _VECTOR_ELEMENTS // vectors
+        parts = -(-width // dimensions)
         squares = table.new_empty(self._used * batch, parts)
         launch(
             _reduce_sites,
             (self._used * batch, _GROUPS.value + 1 + parts, 1),
             (self._waiting, *self._ends, table, squares),
             (self._size, batch, tokens),
-            (width, _TOKENS, _MEAN_TOKENS, _VECTORS, _DIMENSIONS),
-            num_warps=_WARPS,
+            (width, _TOKENS, mean_tokens, vectors, dimensions),
+            num_warps=_WARPS if mean_tokens == _MEAN_TOKENS else _WARPS // 2,
         )
         launch(
             _compare_tokens,
@@ -206,6 +211,14 @@ class SiteResults:
         )
         self._tables.append(table)
         self._used = 0
+
+
+def _registers(tensors: Sequence[Tensor | None], head_width: int, width: int, *, is_plain: bool) -> int:
+    """Registers of a thread, so that four blocks fit on a multiprocessor, two or one, and none keeps values in memory."""
+    if width % _ELEMENTS.value or head_width > 128:
+        return 255
+    is_half = all(tensor is None or tensor.element_size() == 2 for tensor in tensors)
+    return 64 if is_half and is_plain and width % _CHUNK == 0 and head_width <= 64 else 128
 
 
 def _tiles(width: int) -> tuple[int, int, int]:
@@ -487,7 +500,8 @@ def _compare_heads(
     concat = tl.zeros([of_token.shape[0]], tl.float32)
     added = tl.zeros([of_token.shape[0], COLUMNS], tl.float32)
     units = tl.zeros([of_token.shape[0], COLUMNS], tl.float32)
-    for h in tl.range(0, HEADS, loop_unroll_factor=4):
+    at_once: tl.constexpr = 4 if COLUMNS <= 64 else 1
+    for h in tl.range(0, HEADS, loop_unroll_factor=at_once):
         c = _tile(contexts, of_token + h * head_stride, columns, HEAD_WIDTH)
         squares = tl.sum(c * c, 1)
         concat += squares
