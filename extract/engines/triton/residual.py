@@ -67,8 +67,9 @@ _TOKENS, _WARPS = 32, 8  # of a block
 _ELEMENTS = tl.constexpr(8)  # of a tensor that a thread reads at a time: 16 bytes in half precision
 _CHUNK = 64  # dimensions of the block's tokens read at a time: as many elements as its threads read
 _UNIT_COLUMNS = 2048  # dimensions of unit vectors added up at a time, at most
-_MEAN_TOKENS, _VECTORS = 512, 32  # of a sequence read at a time at the end of a pass, at most
-_VECTOR_ELEMENTS = 2048
+# read at a time at the end of a pass, of short sequences and of long ones: tokens; vectors × dimensions; warps
+_SHORT, _LONG = (128, 8, 256, 4), (512, 32, 64, 8)
+_LONG_SEQUENCE = 1024  # tokens
 MAX_BYTES = 72 << 20  # of results that wait for the end of the pass
 
 
@@ -188,9 +189,7 @@ class SiteResults:
         """Turn what waits into columns."""
         batch, tokens, width = self.shape
         table = self._waiting.new_empty(self._used, _ROWS.value, batch, dtype=torch.float64)
-        mean_tokens = min(_MEAN_TOKENS, max(64, triton.next_power_of_2(tokens)))
-        vectors = min(_VECTORS, max(4, triton.next_power_of_2(-(-tokens // _TOKENS))))
-        dimensions = _VECTOR_ELEMENTS // vectors
+        mean_tokens, vectors, dimensions, warps = _LONG if tokens > _LONG_SEQUENCE else _SHORT
         parts = -(-width // dimensions)
         squares = table.new_empty(self._used * batch, parts)
         launch(
@@ -199,7 +198,7 @@ class SiteResults:
             (self._waiting, *self._ends, table, squares),
             (self._size, batch, tokens),
             (width, _TOKENS, mean_tokens, vectors, dimensions),
-            num_warps=_WARPS if mean_tokens == _MEAN_TOKENS else _WARPS // 2,
+            num_warps=warps,
         )
         launch(
             _compare_tokens,
@@ -527,7 +526,8 @@ def _reduce_sites(
     site, b = item // batch, item % batch
     first = tl.load(start + b).to(tl.int32)
     last = first + tl.load(length + b).to(tl.int32)
-    begin, end = first // TOKENS, tl.cdiv(last, TOKENS)
+    begin = first // TOKENS
+    end = tl.where(first < last, tl.cdiv(last, TOKENS), begin)
     blocks = tl.cdiv(tokens, TOKENS)
     number_of_vectors = batch.to(tl.int64) * blocks
     vector = b.to(tl.int64) * blocks
@@ -581,7 +581,8 @@ def _reduce_largest(tops, to_dimensions, begin, end, result, batch, BLOCKS: tl.c
         dimension = tl.where(is_first, dimensions, dimension)
         top = tl.maximum(top, tops_of_blocks)
     highest, lowest = _first_maximum(top, dimension)
-    lowest = tl.where(highest > _INFINITY_BITS, 0, lowest)  # NaN equals nothing, as in torch
+    # NaN equals nothing, as in torch
+    lowest = tl.where((highest > _INFINITY_BITS) | (begin == end), 0, lowest)
     tl.store(result + _MAX_ABS * batch, highest.to(tl.float32, bitcast=True).to(tl.float64))
     tl.store(result + _OUTLIER_DIM * batch, lowest.to(tl.float64))
 
