@@ -10,7 +10,7 @@ same input gives the same bytes.
 
 # kernels are Triton's language, which only looks like Python to a type checker
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-# pyright: reportOptionalOperand=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalOperand=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 
