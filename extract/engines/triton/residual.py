@@ -2,14 +2,15 @@
 
 Each site is one launch of `_read_site`, which reads the site's tensors in the model's own type, x' twice and the others once. A
 program takes a block of one sequence's tokens. Along the width it first adds up what each token needs (norms, products, moments
-of the norm's input), then what needs the norm of x' (fourth powers, and the block's sums over tokens for each dimension). It
-writes values of tokens, and two vectors for each block. At the end of a pass, `_reduce` turns them into columns for all sites
-at once, in float64. Every sum has one owner and one order: without atomics, the same input gives the same bytes.
+of the norm's input), then what needs the norm of x' (the block's sum of unit vectors). Threads add up their own elements; what
+crosses threads is reduced after a loop. It writes values of tokens, and one vector for each block. At the end of a pass,
+`_reduce` turns them into columns for all sites at once, in float64. Every sum has one owner and one order: without atomics, the
+same input gives the same bytes.
 """
 
 # kernels are Triton's language, which only looks like Python to a type checker
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-# pyright: reportOptionalOperand=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalOperand=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -52,17 +53,24 @@ IDENTITY = slice(len(COLUMNS), len(COLUMNS) + 3)
  _NORM_SCALE, _OUTLIER_DIM, _OUTLIER_RATIO, _STEP_COSINE, _STREAM_GAIN, _STREAM_NORM, _UPDATE_COSINE, _UPDATE_NORM,
  _UPDATE_RATIO, _OFF, _AFTER, _BEFORE) = (tl.constexpr(row) for row in range(IDENTITY.stop))  # fmt: skip
 _ROWS = tl.constexpr(IDENTITY.stop)
+_GROUP = tl.constexpr(8)  # rows that are stored side by side for each token, one by each of its threads
+_GROUPS = tl.constexpr(-(-IDENTITY.stop // 8))
 # which tensor a norm reads
 _NO_NORM, _READS_AFTER, _READS_BEFORE, _READS_OTHER = (tl.constexpr(source) for source in range(4))
 _INFINITY_BITS = tl.constexpr(0x7F800000)  # of float32; larger ones are NaN
 _NO_DIMENSION = tl.constexpr(2**31 - 1)
+_LARGEST_SCALE = tl.constexpr(2.0**60)  # of squares, before they are squared
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_WIDTH = 256
-_TOKENS, _CHUNK = 16, 128  # of a block: tokens, and dimensions read at a time; 64 registers a thread for four tensors
-_MEAN_TOKENS, _VECTORS, _DIMENSIONS = 256, 8, 256  # read at a time at the end of a pass: tokens; vectors × dimensions
-_WARPS = 4
-MAX_BYTES = 64 << 20  # of results that wait for the end of the pass
+_TOKENS, _WARPS = 32, 8  # of a block
+_ELEMENTS = tl.constexpr(8)  # of a tensor that a thread reads at a time: 16 bytes in half precision
+_CHUNK = 64  # dimensions of the block's tokens read at a time: as many elements as its threads read
+_UNIT_COLUMNS = 2048  # dimensions of unit vectors added up at a time, at most
+# read at a time at the end of a pass, of short sequences and of long ones: tokens; vectors × dimensions; warps
+_SHORT, _LONG = (128, 8, 256, 4), (512, 32, 64, 8)
+_LONG_SEQUENCE = 1024  # tokens
+MAX_BYTES = 72 << 20  # of results that wait for the end of the pass
 
 
 class SiteTensors(NamedTuple):
@@ -95,11 +103,14 @@ class SiteResults:
         self.measured = 0
         blocks = batch * -(-tokens // _TOKENS)
         self._grid = (blocks, 1, 1)
-        self._chunk = min(_CHUNK, max(16, triton.next_power_of_2(width)))
+        self._tiles = _tiles(width)
         self._ends = tuple(ends.to(device).contiguous() for ends in (axis.start, axis.length))
-        # of a site: values [row, batch, token], then the vectors Σu and max|x'| [2, batch, block, width]; aligned
-        self._size = -(-(_ROWS.value * batch * tokens + 2 * blocks * width) // 32) * 32
+        # of a site: Σu [batch, block, width]; max|x'| and its dimension [2, batch, block]; 1/‖x'‖ [batch, block, token],
+        # only used by `_read_site`; values [group, batch, token, row]. Aligned
+        values = _GROUPS.value * _GROUP.value * batch * tokens
+        self._size = -(-(blocks * (width + 2 + _TOKENS) + values) // 32) * 32
         places = max(1, min(sites, MAX_BYTES // (4 * self._size)))
+        places = -(-sites // -(-sites // places))  # as few for the same number of reductions
         self._waiting = torch.empty(places, self._size, dtype=torch.float32, device=device)
         self._places = self._waiting.unbind()
         self._device = self._waiting.get_device()
@@ -123,6 +134,7 @@ class SiteResults:
         reads = _source_of_norm(read, after, before)
         if reads != _READS_OTHER.value:
             read = None
+        is_plain = after is not None and beside is None and gain is None and read is None
         heads, head_width, head_strides = 0, 1, (0, 0, 0)
         if contexts is not None:
             contexts = contexts if contexts.stride(3) == 1 else contexts.contiguous()
@@ -132,9 +144,19 @@ class SiteResults:
             _read_site,
             self._grid,
             (after, before, beside, update, read, wrote, gain, contexts, *self._ends, self._places[self._used]),
-            (*strides, *head_strides, batch, tokens, heads, float(factor), float(epsilon)),
-            (width, head_width, 1 << (head_width - 1).bit_length(), reads, kind == "layer", _TOKENS, self._chunk),
+            (*strides, *head_strides, batch, tokens, None if factor == 1 else float(factor), float(epsilon)),
+            (
+                width,
+                heads,
+                head_width,
+                triton.next_power_of_2(head_width),
+                reads,
+                kind == "layer",
+                _TOKENS,
+                *self._tiles,
+            ),
             num_warps=_WARPS,
+            maxnreg=_registers((after, before, update, wrote, contexts), head_width, width, is_plain=is_plain),
         )
         self.measured += 1
         self._used += 1
@@ -167,16 +189,47 @@ class SiteResults:
         """Turn what waits into columns."""
         batch, tokens, width = self.shape
         table = self._waiting.new_empty(self._used, _ROWS.value, batch, dtype=torch.float64)
+        mean_tokens, vectors, dimensions, warps = _LONG if tokens > _LONG_SEQUENCE else _SHORT
+        parts = -(-width // dimensions)
+        squares = table.new_empty(self._used * batch, parts)
         launch(
             _reduce_sites,
-            (self._used * batch, _ROWS.value, 1),
-            (self._waiting, *self._ends, table),
+            (self._used * batch, _GROUPS.value + 1 + parts, 1),
+            (self._waiting, *self._ends, table, squares),
             (self._size, batch, tokens),
-            (width, _TOKENS, _MEAN_TOKENS, _VECTORS, _DIMENSIONS),
-            num_warps=_WARPS,
+            (width, _TOKENS, mean_tokens, vectors, dimensions),
+            num_warps=warps,
+        )
+        launch(
+            _compare_tokens,
+            (self._used * batch, 1, 1),
+            (squares, self._ends[1], table),
+            (batch,),
+            (parts, triton.next_power_of_2(parts)),
+            num_warps=1,
         )
         self._tables.append(table)
         self._used = 0
+
+
+def _registers(tensors: Sequence[Tensor | None], head_width: int, width: int, *, is_plain: bool) -> int:
+    """Registers of a thread, so that four blocks fit on a multiprocessor, two or one, and none keeps values in memory."""
+    if width % _ELEMENTS.value or head_width > 128:
+        return 255
+    is_half = all(tensor is None or tensor.element_size() == 2 for tensor in tensors)
+    return 64 if is_half and is_plain and width % _CHUNK == 0 and head_width <= 64 else 128
+
+
+def _tiles(width: int) -> tuple[int, int, int]:
+    """Dimensions that all tokens of a block are read in; tokens and dimensions in which unit vectors are added up.
+
+    Powers of two that divide the width, where one does, so that nothing is masked.
+    """
+    fits = max(16, triton.next_power_of_2(width))
+    divides = width & -width
+    columns = min(_UNIT_COLUMNS, divides if divides >= _CHUNK else fits)
+    elements = _ELEMENTS.value if columns >= 1024 else _ELEMENTS.value // 2  # wide loads, or fewer sums across threads
+    return min(_CHUNK, fits), min(_TOKENS, max(1, 32 * _WARPS * elements // columns)), columns
 
 
 def _are_supported(contexts: Tensor | None) -> bool:
@@ -200,27 +253,58 @@ def _is_same(a: Tensor, b: Tensor | None) -> bool:
 
 
 @triton.jit
-def _tile(tensor, rows, columns, held):
-    """Load rows of a state in float32; 0 where not held."""
-    return tl.load(tensor + rows[:, None] + columns[None, :], mask=held, other=0).to(tl.float32)
+def _tile(tensor, rows, columns, WIDTH: tl.constexpr):
+    """Load rows of a state in float32; 0 beyond the width, which no tile reaches that divides it."""
+    places = tensor + rows[:, None] + columns[None, :]
+    if ((columns.shape[0] - 1) & WIDTH) == 0:
+        return tl.load(places).to(tl.float32)
+    return tl.load(places, mask=(columns < WIDTH)[None, :], other=0).to(tl.float32)
 
 
 @triton.jit
-def _step(after, before, beside, update, gain, factor, rows, columns, held, WIDTH: tl.constexpr):
+def _step(after, before, beside, update, gain, factor, rows, columns, WIDTH: tl.constexpr):
     """x', x, F and what was loaded for x; all x' where a site adds nothing, because a kernel's function can't return None."""
     if before is None:
-        y = _tile(after, rows, columns, held)
+        y = _tile(after, rows, columns, WIDTH)
         x, f, loaded = y, y, y
     else:
-        loaded = _tile(before, rows, columns, held)
+        loaded = _tile(before, rows, columns, WIDTH)
         x = loaded
         if beside is not None:
-            x += _tile(beside, rows, columns, held)
-        f = _tile(update, rows, columns, held) * factor
+            x += _tile(beside, rows, columns, WIDTH)
+        f = _tile(update, rows, columns, WIDTH)
+        if factor is not None:
+            f *= factor
         if gain is not None:
             f *= tl.load(gain + columns, mask=columns < WIDTH, other=0).to(tl.float32)[None, :]
-        y = _tile(after, rows, columns, held) if after is not None else x + f
+        y = _tile(after, rows, columns, WIDTH) if after is not None else x + f
     return y, x, f, loaded
+
+
+@triton.jit
+def _norm_input(read, y, loaded, rows, columns, WIDTH: tl.constexpr, READS: tl.constexpr):
+    """What the norm reads."""
+    if READS == _READS_AFTER:
+        r = y
+    elif READS == _READS_BEFORE:
+        r = loaded
+    else:
+        r = _tile(read, rows, columns, WIDTH)
+    return r
+
+
+@triton.jit
+def _within(values, columns, WIDTH: tl.constexpr):
+    """Values where there are columns; 0 beyond the width."""
+    if ((columns.shape[0] - 1) & WIDTH) == 0:
+        return values
+    return tl.where((columns < WIDTH)[None, :], values, 0)
+
+
+@triton.jit
+def _grouped(values):
+    """Sums of neighbouring elements, which one thread holds."""
+    return tl.sum(tl.reshape(values, [values.shape[0], values.shape[1] // _ELEMENTS, _ELEMENTS]), 2)
 
 
 @triton.jit
@@ -230,231 +314,302 @@ def _magnitude_bits(x):
 
 
 @triton.jit
+def _larger(largest, x):
+    """The larger magnitude, or NaN."""
+    return tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _within_one(cosine):
     """Clip rounding errors beyond ±1; NaN is kept."""
     return tl.where(cosine > 1, 1.0, tl.where(cosine < -1, -1.0, cosine))
 
 
 @triton.jit
-def _put(out, row, rows, held, values):
-    """Store one value of each token."""
-    tl.store(out + row * rows[0] + rows[1], values, mask=held)
+def _with_row(group, row, values):
+    """A group of rows [token, row] with one of them set."""
+    rows = tl.arange(0, _GROUP)
+    return tl.where((rows == row % _GROUP)[None, :], values[:, None], group)
 
 
-@triton.jit(do_not_specialize=["batch", "tokens", "heads"])
+@triton.jit(do_not_specialize=["batch", "tokens"])
 def _read_site(
     after, before, beside, update, read, wrote, gain, contexts, start, length, out,
-    batch_stride, token_stride, context_batch, context_head, context_token, batch, tokens, heads, factor, epsilon,
-    WIDTH: tl.constexpr, HEAD_WIDTH: tl.constexpr, HEAD_COLUMNS: tl.constexpr, READS: tl.constexpr,
-    CENTRED: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    batch_stride, token_stride, context_batch, context_head, context_token, batch, tokens, factor, epsilon,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr, HEAD_COLUMNS: tl.constexpr,
+    READS: tl.constexpr, CENTRED: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    UNIT_TOKENS: tl.constexpr, UNIT_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Values of one block of tokens, and its sums over tokens for each dimension."""
     blocks = tl.cdiv(tokens, TOKENS)
     b, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     first = tl.load(start + b).to(tl.int32)
     last = first + tl.load(length + b).to(tl.int32)
-    if (last <= block * TOKENS) | (first >= (block + 1) * TOKENS):
+    first = tl.maximum(first, block * TOKENS)
+    last = tl.minimum(last, (block + 1) * TOKENS)
+    if first >= last:
         return
     t = block * TOKENS + tl.arange(0, TOKENS)
     real = (t >= first) & (t < last)
-    rows = b.to(tl.int64) * batch_stride + t.to(tl.int64) * token_stride
-    put = (batch.to(tl.int64) * tokens, b.to(tl.int64) * tokens + t)
+    # in place of padding, a real token of the block is read, and nothing of it is kept
+    near = tl.minimum(tl.maximum(t, first), last - 1).to(tl.int64)
+    rows = b.to(tl.int64) * batch_stride + near * token_stride
+    number_of_vectors = batch.to(tl.int64) * blocks
 
-    squares = tl.zeros([TOKENS], tl.float32)
-    top = tl.zeros([TOKENS], tl.int32)
-    xx = tl.zeros([TOKENS], tl.float32)
-    ff = tl.zeros([TOKENS], tl.float32)
-    xf = tl.zeros([TOKENS], tl.float32)
-    xy = tl.zeros([TOKENS], tl.float32)
-    off = tl.zeros([TOKENS], tl.float32)
-    mean = tl.zeros([TOKENS], tl.float32)
-    spread = tl.zeros([TOKENS], tl.float32)  # Σ (r − mean)², r what the norm reads
-    written = tl.zeros([TOKENS], tl.float32)
+    # the first dimensions tell about where the norm's input lies, and how large x' is
+    columns = tl.arange(0, CHUNK)
+    y, x, f, loaded = _step(after, before, beside, update, gain, factor, rows, columns, WIDTH)
+    inside: tl.constexpr = CHUNK if CHUNK < WIDTH else WIDTH
+    size = tl.sum(y * y, 1) / inside
+    scale = tl.where(size > 0, tl.minimum(1 / size, _LARGEST_SCALE), 1.0)
+    scale = tl.where(size == size, scale, size)
+    near_mean = tl.zeros([TOKENS], tl.float32)
+    if (READS != _NO_NORM) & CENTRED:
+        near_mean = tl.sum(_norm_input(read, y, loaded, rows, columns, WIDTH, READS), 1) / inside
+
+    squares = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
+    fourths = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
+    xx = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
+    ff = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
+    xf = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
+    xy = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
+    off = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
+    moved = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)  # Σ (r − near_mean), r what the norm reads
+    spread = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)  # Σ (r − near_mean)²
+    written = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
+    largest = tl.zeros([TOKENS, CHUNK], tl.float32)
     for at in range(0, WIDTH, CHUNK):
         columns = at + tl.arange(0, CHUNK)
-        held = real[:, None] & (columns < WIDTH)[None, :]
-        y, x, f, loaded = _step(after, before, beside, update, gain, factor, rows, columns, held, WIDTH)
-        squares += tl.sum(y * y, 1)
-        top = tl.maximum(top, tl.max(_magnitude_bits(y), 1))
+        y, x, f, loaded = _step(after, before, beside, update, gain, factor, rows, columns, WIDTH)
+        square = y * y
+        scaled = square * scale[:, None]
+        squares += _grouped(square)
+        fourths += _grouped(scaled * scaled)
+        largest = _larger(largest, y)
         if before is not None:
-            xx += tl.sum(x * x, 1)
-            ff += tl.sum(f * f, 1)
-            xf += tl.sum(x * f, 1)
-            xy += tl.sum(x * y, 1)
+            xx += _grouped(x * x)
+            ff += _grouped(f * f)
+            xf += _grouped(x * f)
+            xy += _grouped(x * y)
             wrong = y - x - f
-            off += tl.sum(wrong * wrong, 1)
+            off += _grouped(wrong * wrong)
         if READS != _NO_NORM:
-            if READS == _READS_AFTER:
-                r = y
-            elif READS == _READS_BEFORE:
-                r = loaded
-            else:
-                r = _tile(read, rows, columns, held)
-            w = _tile(wrote, rows, columns, held)
-            written += tl.sum(w * w, 1)
+            r = _norm_input(read, y, loaded, rows, columns, WIDTH, READS)
+            w = _tile(wrote, rows, columns, WIDTH)
+            written += _grouped(w * w)
             if CENTRED:
-                # the moments of two parts, merged without cancellation (Chan, Golub, LeVeque 1979)
-                inside = tl.minimum(WIDTH - at, CHUNK) * 1.0
-                new = tl.sum(r, 1) / inside
-                centred = tl.where(held, r - new[:, None], 0)
-                step = new - mean
-                mean += step * (inside / (at + inside))
-                spread += tl.sum(centred * centred, 1) + step * step * (at * (inside / (at + inside)))
-            else:
-                spread += tl.sum(r * r, 1)
+                r = _within(r - near_mean[:, None], columns, WIDTH)
+                moved += _grouped(r)
+            spread += _grouped(r * r)
 
-    norm = tl.sqrt(squares)
-    undefined = tl.full([TOKENS], float("nan"), tl.float32)
+    length_squared = tl.sum(squares, 1)
+    norm = tl.sqrt(length_squared)
+    # rows that stay NaN are undefined, or do not come from here; each must be in the group of its number
+    group_0 = tl.full([TOKENS, _GROUP], float("nan"), tl.float32)
+    group_1, group_2 = group_0, group_0
+    group_2 = _with_row(group_2, _AFTER, length_squared)
     if before is not None:
-        stream, size = tl.sqrt(xx), tl.sqrt(ff)
-        _put(out, _STREAM_NORM, put, real, stream)
-        _put(out, _UPDATE_NORM, put, real, size)
-        _put(out, _UPDATE_RATIO, put, real, size / stream)
-        _put(out, _UPDATE_COSINE, put, real, _within_one(xf / (stream * size)))
-        _put(out, _STEP_COSINE, put, real, _within_one(xy / (stream * norm)))
-        _put(out, _STREAM_GAIN, put, real, norm / stream)
-        _put(out, _OFF, put, real, off)
-        _put(out, _AFTER, put, real, squares)
-        _put(out, _BEFORE, put, real, xx)
+        stream_squared = tl.sum(xx, 1)
+        stream, change = tl.sqrt(stream_squared), tl.sqrt(tl.sum(ff, 1))
+        group_1 = _with_row(group_1, _STREAM_NORM, stream)
+        group_1 = _with_row(group_1, _UPDATE_NORM, change)
+        group_2 = _with_row(group_2, _UPDATE_RATIO, change / stream)
+        group_1 = _with_row(group_1, _UPDATE_COSINE, _within_one(tl.sum(xf, 1) / (stream * change)))
+        group_1 = _with_row(group_1, _STEP_COSINE, _within_one(tl.sum(xy, 1) / (stream * norm)))
+        group_1 = _with_row(group_1, _STREAM_GAIN, norm / stream)
+        group_2 = _with_row(group_2, _OFF, tl.sum(off, 1))
+        group_2 = _with_row(group_2, _BEFORE, stream_squared)
     else:
-        _put(out, _STREAM_NORM, put, real, norm)
-        _put(out, _UPDATE_NORM, put, real, undefined)
-        _put(out, _UPDATE_RATIO, put, real, undefined)
-        _put(out, _UPDATE_COSINE, put, real, undefined)
-        _put(out, _STEP_COSINE, put, real, undefined)
-        _put(out, _STREAM_GAIN, put, real, undefined)
-        _put(out, _OFF, put, real, undefined)
-        _put(out, _AFTER, put, real, undefined)
-        _put(out, _BEFORE, put, real, undefined)
+        group_1 = _with_row(group_1, _STREAM_NORM, norm)
     if READS != _NO_NORM:
-        scale = tl.sqrt(spread / WIDTH + epsilon)
-        _put(out, _NORM_SCALE, put, real, scale)
-        _put(out, _NORM_OUTPUT_GAIN, put, real, tl.sqrt(written) * scale / tl.sqrt(spread))
-        _put(out, _NORM_MEAN, put, real, mean if CENTRED else undefined)
-    else:
-        _put(out, _NORM_SCALE, put, real, undefined)
-        _put(out, _NORM_OUTPUT_GAIN, put, real, undefined)
-        _put(out, _NORM_MEAN, put, real, undefined)
-    largest = top.to(tl.float32, bitcast=True)
-    _put(out, _OUTLIER_RATIO, put, real, largest * tl.sqrt(WIDTH * 1.0) / norm)
+        centred = tl.sum(spread, 1)
+        if CENTRED:
+            step = tl.sum(moved, 1)
+            # no loss of digits: the first dimensions alone spread by their distance from the mean
+            centred -= step * (step / WIDTH)
+            centred = tl.where(centred < 0, 0.0, centred)
+            group_0 = _with_row(group_0, _NORM_MEAN, near_mean + step / WIDTH)
+        divisor = tl.sqrt(centred / WIDTH + epsilon)
+        group_1 = _with_row(group_1, _NORM_SCALE, divisor)
+        gained = tl.sqrt(tl.sum(written, 1)) * divisor / tl.sqrt(centred)
+        group_0 = _with_row(group_0, _NORM_OUTPUT_GAIN, gained)
+    top = tl.max(_magnitude_bits(largest), 1).to(tl.float32, bitcast=True)
+    group_1 = _with_row(group_1, _OUTLIER_RATIO, top * tl.sqrt(WIDTH * 1.0) / norm)
+    scaled_squared = length_squared * scale
+    group_0 = _with_row(group_0, _KURTOSIS, tl.sum(fourths, 1) / scaled_squared / scaled_squared * WIDTH)
     if contexts is not None:
-        of_token = b.to(tl.int64) * context_batch + t.to(tl.int64) * context_token
-        _compare_heads(contexts, of_token, context_head, heads, out, put, real, HEAD_WIDTH, HEAD_COLUMNS)
-    else:
-        _put(out, _HEADS_CONCAT_NORM, put, real, undefined)
-        _put(out, _HEADS_MEAN_NORM, put, real, undefined)
-        _put(out, _HEADS_COSINE, put, real, undefined)
+        of_token = b.to(tl.int64) * context_batch + near * context_token
+        concat, average, alike = _compare_heads(contexts, of_token, context_head, HEADS, HEAD_WIDTH, HEAD_COLUMNS)
+        group_0 = _with_row(group_0, _HEADS_CONCAT_NORM, concat)
+        group_0 = _with_row(group_0, _HEADS_MEAN_NORM, average)
+        group_0 = _with_row(group_0, _HEADS_COSINE, alike)
+    group_size = batch.to(tl.int64) * tokens * _GROUP
+    of_tokens = b.to(tl.int64) * tokens + t
+    places = of_tokens[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    places += number_of_vectors * (WIDTH + 2 + TOKENS)
+    tl.store(out + places, group_0, mask=real[:, None])
+    tl.store(out + group_size + places, group_1, mask=real[:, None])
+    tl.store(out + 2 * group_size + places, group_2, mask=real[:, None])
 
-    # what needs the norm of x', which is read again
-    per = 1 / norm
-    fourths = tl.zeros([TOKENS], tl.float32)
-    vectors = out + _ROWS * put[0] + (b.to(tl.int64) * blocks + block) * WIDTH
-    of_largest = batch.to(tl.int64) * blocks * WIDTH
-    for at in range(0, WIDTH, CHUNK):
-        columns = at + tl.arange(0, CHUNK)
-        inside = columns < WIDTH
-        held = real[:, None] & inside[None, :]
-        y, x, f, loaded = _step(after, before, beside, update, gain, factor, rows, columns, held, WIDTH)
-        u = tl.where(held, y * per[:, None], 0)
-        fourths += tl.sum(u * u * (u * u), 1)
-        tl.store(vectors + columns, tl.sum(u, 0), mask=inside)
-        tops = tl.max(_magnitude_bits(y), 0).to(tl.float32, bitcast=True)
-        tl.store(vectors + of_largest + columns, tops, mask=inside)
-    _put(out, _KURTOSIS, put, real, fourths * WIDTH)
+    # what needs the norm of x', which is read again; by other threads than those that have the norms
+    vector = b.to(tl.int64) * blocks + block
+    weights = out + number_of_vectors * (WIDTH + 2) + vector * TOKENS
+    tl.store(weights + tl.arange(0, TOKENS), tl.where(real, 1 / norm, 0))
+    tl.debug_barrier()
+    top_bits = tl.zeros([UNIT_TOKENS, UNIT_COLUMNS], tl.int32)
+    dimension = tl.zeros([UNIT_TOKENS, UNIT_COLUMNS], tl.int32)
+    for at in range(0, WIDTH, UNIT_COLUMNS):
+        unit_columns = at + tl.arange(0, UNIT_COLUMNS)
+        units = tl.zeros([UNIT_TOKENS, UNIT_COLUMNS], tl.float32)
+        tops = tl.zeros([UNIT_TOKENS, UNIT_COLUMNS], tl.float32)
+        for begin in tl.range(0, TOKENS, UNIT_TOKENS, loop_unroll_factor=4):
+            place = begin + tl.arange(0, UNIT_TOKENS)
+            unit_near = tl.minimum(tl.maximum(block * TOKENS + place, first), last - 1).to(tl.int64)
+            unit_rows = b.to(tl.int64) * batch_stride + unit_near * token_stride
+            z, _, _, _ = _step(after, before, beside, update, gain, factor, unit_rows, unit_columns, WIDTH)
+            units += z * tl.load(weights + place)[:, None]
+            tops = _larger(tops, z)
+        sums = out + vector * WIDTH + unit_columns
+        if ((UNIT_COLUMNS - 1) & WIDTH) == 0:
+            tl.store(sums, tl.sum(units, 0))
+        else:
+            tl.store(sums, tl.sum(units, 0), mask=unit_columns < WIDTH)
+        bits = _magnitude_bits(tops)
+        dimension = tl.where(bits > top_bits, unit_columns[None, :], dimension)
+        top_bits = tl.maximum(top_bits, bits)
+    # lanes hold the first dimension of their maximum, of which the lowest counts
+    highest, lowest = _first_maximum(tl.ravel(top_bits), tl.ravel(dimension))
+    tl.store(out + number_of_vectors * WIDTH + vector, highest.to(tl.float32, bitcast=True))
+    tl.store(out + number_of_vectors * (WIDTH + 1) + vector, lowest.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _first_maximum(tops, dimensions):
+    """The maximum of magnitudes as bits, and the lowest of the dimensions that have it."""
+    highest = tl.max(tops, 0)
+    return highest, tl.min(tl.where(tops == highest, dimensions, _NO_DIMENSION), 0)
 
 
 @triton.jit
 def _compare_heads(
-    contexts, of_token, head_stride, heads, out, put, real, HEAD_WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+    contexts, of_token, head_stride, HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """How large the heads' contexts are side by side and on average, and how alike."""
     columns = tl.arange(0, COLUMNS)
-    held = real[:, None] & (columns < HEAD_WIDTH)[None, :]
     concat = tl.zeros([of_token.shape[0]], tl.float32)
     added = tl.zeros([of_token.shape[0], COLUMNS], tl.float32)
     units = tl.zeros([of_token.shape[0], COLUMNS], tl.float32)
-    for h in range(heads):
-        c = _tile(contexts, of_token + h * head_stride, columns, held)
+    at_once: tl.constexpr = 4 if COLUMNS <= 64 else 1
+    for h in tl.range(0, HEADS, loop_unroll_factor=at_once):
+        c = _tile(contexts, of_token + h * head_stride, columns, HEAD_WIDTH)
         squares = tl.sum(c * c, 1)
         concat += squares
         added += c
-        units += tl.where(held, c * (1 / tl.sqrt(squares))[:, None], 0)
-    number = heads * 1.0
-    alike = (tl.sum(units * units, 1) - number) / (number * (number - 1))
-    _put(out, _HEADS_CONCAT_NORM, put, real, tl.sqrt(concat))
-    _put(out, _HEADS_MEAN_NORM, put, real, tl.sqrt(tl.sum(added * added, 1)) / number)
-    _put(out, _HEADS_COSINE, put, real, tl.where(number > 1, alike, float("nan")))
+        units += _within(c * (1 / tl.sqrt(squares))[:, None], columns, HEAD_WIDTH)
+    number = HEADS * 1.0
+    average = tl.sqrt(tl.sum(added * added, 1)) / number
+    if HEADS > 1:
+        alike = (tl.sum(units * units, 1) - number) / (number * (number - 1))
+    else:
+        alike = tl.full([of_token.shape[0]], float("nan"), tl.float32)
+    return tl.sqrt(concat), average, alike
 
 
 @triton.jit(do_not_specialize=["batch", "tokens"])
 def _reduce_sites(
-    waiting, start, length, table, size, batch, tokens,
+    waiting, start, length, table, squares, size, batch, tokens,
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, MEAN_TOKENS: tl.constexpr, VECTORS: tl.constexpr,
     DIMENSIONS: tl.constexpr,
 ):  # fmt: skip
-    """One row of the columns of one sequence at one site; the first row's program also gives the rows of single dimensions."""
-    item, row = tl.program_id(0), tl.program_id(1)
+    """Of one sequence at one site: a group of rows of the columns, or the largest |x'|, or ‖Σu‖² over some dimensions."""
+    item, task = tl.program_id(0), tl.program_id(1)
     site, b = item // batch, item % batch
     first = tl.load(start + b).to(tl.int32)
     last = first + tl.load(length + b).to(tl.int32)
+    begin = first // TOKENS
+    end = tl.where(first < last, tl.cdiv(last, TOKENS), begin)
+    blocks = tl.cdiv(tokens, TOKENS)
+    number_of_vectors = batch.to(tl.int64) * blocks
+    vector = b.to(tl.int64) * blocks
     of_site = waiting + site.to(tl.int64) * size
     result = table + (site * _ROWS) * batch + b
-    if row == _ANISOTROPY:
-        blocks = tl.cdiv(tokens, TOKENS)
-        vectors = of_site + (batch.to(tl.int64) * tokens) * _ROWS + b.to(tl.int64) * blocks * WIDTH
-        of_largest = batch.to(tl.int64) * blocks * WIDTH
-        _reduce_vectors(vectors, of_largest, first, last, result, batch, WIDTH, TOKENS, VECTORS, DIMENSIONS)
-    elif (row != _MAX_ABS) & (row != _OUTLIER_DIM):
-        values = of_site + (row.to(tl.int64) * batch + b) * tokens
-        _reduce_tokens(values, first, last, result + row * batch, row >= _OFF, MEAN_TOKENS)
+    if task < _GROUPS:
+        of_sequence = (task.to(tl.int64) * batch + b) * tokens * _GROUP
+        values = of_site + number_of_vectors * (WIDTH + 2 + TOKENS) + of_sequence
+        _reduce_tokens(values, first, last, task * _GROUP, result, batch, MEAN_TOKENS)
+    elif task == _GROUPS:
+        tops = of_site + number_of_vectors * WIDTH + vector
+        _reduce_largest(tops, number_of_vectors, begin, end, result, batch, MEAN_TOKENS)
+    else:
+        part = task - _GROUPS - 1
+        total = _reduce_vectors(of_site + vector * WIDTH, begin, end, part, WIDTH, VECTORS, DIMENSIONS)
+        tl.store(squares + item * tl.cdiv(WIDTH, DIMENSIONS) + part, total)
 
 
 @triton.jit
-def _reduce_tokens(values, first, last, result, is_sum, TOKENS: tl.constexpr):
-    """Mean over the tokens where a value is defined, or the sum over all."""
-    total = tl.zeros([TOKENS], tl.float64)
-    count = tl.zeros([TOKENS], tl.float64)
+def _reduce_tokens(values, first, last, first_row, result, batch, TOKENS: tl.constexpr):
+    """Means over the tokens where a value is defined, or sums over all, of a group of rows."""
+    rows = tl.arange(0, _GROUP)
+    row = first_row + rows
+    is_sum = row >= _OFF
+    total = tl.zeros([TOKENS, _GROUP], tl.float64)
+    count = tl.zeros([TOKENS, _GROUP], tl.int32)
     for at in range(first, last, TOKENS):
         t = at + tl.arange(0, TOKENS)
-        value = tl.load(values + t, mask=t < last, other=float("nan"))
+        real = (t < last)[:, None]
+        value = tl.load(values + t[:, None] * _GROUP + rows[None, :], mask=real, other=float("nan"))
         defined = _magnitude_bits(value) < _INFINITY_BITS
-        total += tl.where((t < last) & (defined | is_sum), value, 0).to(tl.float64)
-        count += defined.to(tl.float64)
-    mean = tl.sum(total, 0) / tl.sum(count, 0)
-    tl.store(result, tl.where(is_sum, tl.sum(total, 0), mean))
+        total += tl.where(real & (defined | is_sum[None, :]), value, 0).to(tl.float64)
+        count += defined.to(tl.int32)
+    sums = tl.sum(total, 0)
+    reduced = tl.where(is_sum, sums, sums / tl.sum(count, 0).to(tl.float64))
+    made_here = (row < _ROWS) & (row != _ANISOTROPY) & (row != _MAX_ABS) & (row != _OUTLIER_DIM)
+    tl.store(result + row * batch, reduced, mask=made_here)
 
 
 @triton.jit
-def _reduce_vectors(
-    vectors, of_largest, first, last, result, batch,
-    WIDTH: tl.constexpr, TOKENS: tl.constexpr, VECTORS: tl.constexpr, DIMENSIONS: tl.constexpr,
-):  # fmt: skip
-    """Anisotropy, and the largest |x'| with its dimension."""
-    squares = tl.zeros([DIMENSIONS], tl.float64)
-    top = tl.zeros([DIMENSIONS], tl.int32)
-    dimension = tl.zeros([DIMENSIONS], tl.int32)
-    end = tl.cdiv(last, TOKENS)
-    for at in range(0, WIDTH, DIMENSIONS):
-        columns = at + tl.arange(0, DIMENSIONS)
-        units = tl.zeros([VECTORS, DIMENSIONS], tl.float64)
-        largest = tl.zeros([VECTORS, DIMENSIONS], tl.int32)
-        for begin in range(first // TOKENS, end, VECTORS):
-            block = begin + tl.arange(0, VECTORS)
-            held = (block < end)[:, None] & (columns < WIDTH)[None, :]
-            places = vectors + block.to(tl.int64)[:, None] * WIDTH + columns[None, :]
-            units += tl.load(places, mask=held, other=0).to(tl.float64)
-            largest = tl.maximum(largest, _magnitude_bits(tl.load(places + of_largest, mask=held, other=0)))
-        total = tl.sum(units, 0)
-        squares += total * total
-        tops = tl.max(largest, 0)
-        dimension = tl.where(tops > top, columns, dimension)
-        top = tl.maximum(top, tops)
-    n = (last - first).to(tl.float64)
-    pairs = n * (n - 1)
-    tl.store(result + _ANISOTROPY * batch, (tl.sum(squares, 0) - n) / tl.where(pairs > 0, pairs, float("nan")))
-    # lanes hold the first dimension of their maximum, of which the lowest counts; NaN equals nothing, as in torch
-    highest = tl.max(top, 0)
-    lowest = tl.min(tl.where(top == highest, dimension, _NO_DIMENSION), 0)
-    lowest = tl.where(highest > _INFINITY_BITS, 0, lowest)
+def _reduce_largest(tops, to_dimensions, begin, end, result, batch, BLOCKS: tl.constexpr):
+    """The largest |x'| with its dimension, from those of the blocks."""
+    top = tl.zeros([BLOCKS], tl.int32)
+    dimension = tl.full([BLOCKS], _NO_DIMENSION, tl.int32)
+    for at in range(begin, end, BLOCKS):
+        block = at + tl.arange(0, BLOCKS)
+        tops_of_blocks = _magnitude_bits(tl.load(tops + block, mask=block < end, other=0))
+        dimensions = tl.load(tops + to_dimensions + block, mask=block < end, other=0).to(tl.int32, bitcast=True)
+        dimensions = tl.where(block < end, dimensions, _NO_DIMENSION)
+        is_first = (tops_of_blocks > top) | ((tops_of_blocks == top) & (dimensions < dimension))
+        dimension = tl.where(is_first, dimensions, dimension)
+        top = tl.maximum(top, tops_of_blocks)
+    highest, lowest = _first_maximum(top, dimension)
+    # NaN equals nothing, as in torch
+    lowest = tl.where((highest > _INFINITY_BITS) | (begin == end), 0, lowest)
     tl.store(result + _MAX_ABS * batch, highest.to(tl.float32, bitcast=True).to(tl.float64))
     tl.store(result + _OUTLIER_DIM * batch, lowest.to(tl.float64))
+
+
+@triton.jit
+def _reduce_vectors(vectors, begin, end, part, WIDTH: tl.constexpr, VECTORS: tl.constexpr, DIMENSIONS: tl.constexpr):
+    """‖Σu‖² over one part of the dimensions."""
+    columns = part * DIMENSIONS + tl.arange(0, DIMENSIONS)
+    units = tl.zeros([VECTORS, DIMENSIONS], tl.float64)
+    for at in range(begin, end, VECTORS):
+        block = at + tl.arange(0, VECTORS)
+        held = (block < end)[:, None] & (columns < WIDTH)[None, :]
+        units += tl.load(vectors + block.to(tl.int64)[:, None] * WIDTH + columns[None, :], mask=held, other=0).to(
+            tl.float64
+        )
+    total = tl.sum(units, 0)
+    return tl.sum(total * total, 0)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _compare_tokens(squares, length, table, batch, PARTS: tl.constexpr, PLACES: tl.constexpr):
+    """Anisotropy of one sequence at one site, from the parts of ‖Σu‖²."""
+    item = tl.program_id(0)
+    site, b = item // batch, item % batch
+    part = tl.arange(0, PLACES)
+    total = tl.sum(tl.load(squares + item * PARTS + part, mask=part < PARTS, other=0), 0)
+    n = tl.load(length + b).to(tl.float64)
+    pairs = n * (n - 1)
+    result = (total - n) / tl.where(pairs > 0, pairs, float("nan"))
+    tl.store(table + (site * _ROWS + _ANISOTROPY) * batch + b, result)
