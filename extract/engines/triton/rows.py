@@ -62,17 +62,16 @@ def _add_tile(sums, scores, seen, keys_seen, rows, at, unit, KEYS: tl.constexpr,
     the tile's first key, and the squared deviations from it.
     """
     largest, count, below, below_squares, total, surprise, squares, distance, mean, spread = sums
-    old_top = largest * unit
-    if WHOLE:
-        largest = tl.maximum(largest, tl.max(scores, 1))
-    else:
+    before = largest
+    if not WHOLE:
         scores = tl.where(seen, scores, -float("inf"))
-        largest = tl.maximum(largest, tl.max(scores, 1))
-    # before the first visible key there is nothing to rescale, and −∞ − (−∞) is undefined
+    largest = tl.maximum(largest, tl.max(scores, 1))
     top = largest * unit
     if not WHOLE:
         top = tl.where(largest == -float("inf"), 0, top)
-    fall = tl.where(count > 0, old_top - top, 0)
+    # exactly 0 unless the largest score is a new one: the compiler may fuse the difference with a product, whose rounding
+    # would then be in every tile; before the first visible key there is nothing to rescale, and −∞ − (−∞) is undefined
+    fall = tl.where((count > 0) & (largest > before), before * unit - top, 0)
     fade = tl.exp2(fall)
     b = tl.fma(scores, unit, -top[:, None])
     e = tl.exp2(b)
