@@ -116,8 +116,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory(error: BaseException, device: torch.device) -> None:
-    """Release the memory of failed work: the frames kept by its error, and the device's cache."""
-    traceback.clear_frames(error.__traceback__)
+    """Release the memory of failed work: what its error's tracebacks keep, and the device's cache."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        # a cleared frame still keeps its function, and in a closure of that the inputs of a module
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

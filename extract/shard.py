@@ -114,6 +114,7 @@ def _measure_batches(
                 raise
             if len(batch) == 1:
                 raise _too_long(sequences[batch[0]], instrument, error) from error
+            collector.drop()
             release_memory(error, instrument.encoder.device)
             middle = len(batch) // 2
             waiting.extendleft((batch[middle:], batch[:middle]))

@@ -1,5 +1,6 @@
 """Batches fit into memory; one that does not is repeated in halves, with the same numbers."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from attlas.extract.engines.sums import HeadSums
 from attlas.extract.errors import Refusal
 from attlas.extract.instrument import BATCH_TOKENS, Instrument
 from attlas.extract.measurement import layout_of
-from attlas.extract.memory import bytes_per_token, free_on_host, is_out_of_memory, tokens_that_fit
+from attlas.extract.memory import bytes_per_token, free_on_host, is_out_of_memory, release_memory, tokens_that_fit
 from attlas.extract.model.measured_model import TOKEN_INPUTS, MeasuredModel
 from attlas.extract.options import RunOptions
 from attlas.extract.run import finish, measure_shards, plan_run
@@ -308,3 +309,27 @@ def test_a_resumed_run_keeps_its_batch_size_whatever_memory_is_free(tmp_path, mo
     assert plan_run(options(tmp_path)).is_complete
     with pytest.raises(Refusal, match=r"batch_tokens: there 1024, asked 512"):
         plan_run(options(tmp_path, batch_tokens=512))
+
+
+def test_what_a_failed_pass_had_in_memory_is_released_while_its_error_is_still_there():
+    """A module with hooks keeps its inputs in a closure, which the error's traceback leads to."""
+
+    class Failing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("not enough memory, for the test")
+
+    def run() -> weakref.ref[torch.Tensor]:
+        x = torch.zeros(8)
+        try:
+            model(x)
+        except torch.OutOfMemoryError as error:
+            errors.append(error)
+        return weakref.ref(x)
+
+    model = torch.nn.Sequential(Failing())
+    model[0].register_forward_hook(lambda *_: None)
+    errors: list[BaseException] = []
+    left = run()
+    assert left() is not None
+    release_memory(errors[0], torch.device("cpu"))
+    assert left() is None
