@@ -118,14 +118,7 @@ class Visibility:
         return slice(min(low), max(high)) if min(low) < max(high) else slice(0, 1)
 
     @cached_property
-    def ends(
-        self,
-    ) -> Int[
-        Tensor,
-        (
-            end  # batch #group query
-        ),
-    ]:
+    def ends(self) -> Int[Tensor, "#ends #batch #group query"]:
         """`first` and `last` side by side, in 32 bits."""
         return torch.stack((self.first, self.last)).to(torch.int32)
 

@@ -213,7 +213,7 @@ def assert_sums_agree(rows: Rows, exact: Rows, call: AttentionCall, case: Case) 
     if got.profiles is not None and expected.profiles is not None:
         # a share on the edge of a bin may be counted on either side
         is_histogram = torch.tensor([name in ("entropy", "max_weight") for name, _ in PROFILE_COLUMNS], device=DEVICE)
-        profiles, others = (sums.profiles.double().sum(0) for sums in (got, expected))
+        profiles, others = (made.double().sum(0) for made in (got.profiles, expected.profiles))
         off = (profiles - others).abs()
         if off[..., ~is_histogram].max() > absolute + relative * others[..., ~is_histogram].max():
             wrong.append(f"profiles are off by {off[..., ~is_histogram].max().item():.3g}")

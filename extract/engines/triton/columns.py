@@ -11,6 +11,8 @@ give the bins of all such tiles at hardly any cost, and only the three nearest d
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -27,7 +29,7 @@ from attlas.extract.engines.triton.tiles import (
 
 MIDDLE = tl.constexpr(LARGEST_DOUBLING_BIN)  # the bin of distance 0
 BINS = tl.constexpr(64)  # a power of two that holds them all
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter knows no PTX
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter knows no PTX
 DIAGONALS = tl.constexpr(3)  # that are summed by distance
 _BLOCK = tl.constexpr(64)  # tiles whose spans are looked at together
 

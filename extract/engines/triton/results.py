@@ -86,7 +86,7 @@ class KernelRows(Rows):
         vars(self).update(results=results, names=names, quantities=_Quantities(results, names, others or {}))
 
     @cached_property
-    def measured(self) -> Bool[Tensor, "batch head query"]:
+    def measured(self) -> Bool[Tensor, "batch head query"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.results.of_row("part") > 0
 
     def lacks(self, names: frozenset[str]) -> frozenset[str]:
