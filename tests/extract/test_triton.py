@@ -330,6 +330,17 @@ def test_head_sums_of_padded_sequences_agree(rows_of_part, monkeypatch):
         assert_sums_agree(call_of(seed, **facts))
 
 
+@pytest.mark.parametrize("blocks", [SMALL, WHOLE])
+def test_what_is_not_contiguous_is_read_as_it_is(blocks):
+    ids, sinks = torch.arange(40)[None] % 7, torch.tensor([0.5, 1.0])
+    call = whole_call(tokens=40, causal=True, token_ids=ids, sinks=sinks)
+    wide_ids, wide_sinks = ids.repeat_interleave(2, 1), sinks.repeat_interleave(2)
+    spread = dataclasses.replace(call, token_ids=wide_ids[:, ::2], sinks=wide_sinks[::2])
+    (output, rows), (other, others) = (attend_in_blocks(c, _not_called, blocks) for c in (call, spread))
+    assert torch.equal(output, other)
+    assert_same(rows, others)
+
+
 def test_head_sums_with_a_learned_sink_agree():
     assert_sums_agree(whole_call(tokens=24, causal=True, sinks=torch.tensor([0.5, 1.0])))
 

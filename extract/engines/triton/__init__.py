@@ -29,7 +29,15 @@ from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 from attlas.extract.engines.triton import rows as of_rows
 from attlas.extract.engines.triton.columns import DIAGONALS, along_columns
 from attlas.extract.engines.triton.launch import launch
-from attlas.extract.engines.triton.results import KEY_QUANTITIES, LOOKED_UP, KernelRows, Results, places_of, steps_of
+from attlas.extract.engines.triton.results import (
+    KEY_QUANTITIES,
+    LOOKED_UP,
+    KernelRows,
+    Results,
+    contiguous,
+    places_of,
+    steps_of,
+)
 from attlas.extract.engines.triton.rows import along_rows
 from attlas.extract.engines.triton.short import whole_patterns
 from attlas.extract.engines.triton.summing import head_sums as head_sums
@@ -116,6 +124,7 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
     unmeasured = query.new_zeros(1, dtype=torch.int32) if call.unmeasured is None else call.unmeasured
     natural = call.softcap is not None or seen.bias is not None
     allowed = None if seen.allowed is None else seen.allowed.view(torch.int8)
+    sinks, ids, start, length = map(contiguous, (call.sinks, call.token_ids, seen.keys.start, seen.keys.length))
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *steps_of(seen.ends))
     pairs = (*_strides_of(allowed), *_strides_of(seen.bias))
     scoring = (_LOG2_E if natural else call.scale * _LOG2_E, call.scale, call.softcap)
@@ -125,8 +134,8 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
             whole_patterns,
             (batch * heads, 1, 1),
             (
-                *(query, key, value, output, seen.ends, seen.keys.start, seen.keys.length, results.slab, unmeasured),
-                *(call.sinks, write, write_rest, call.token_ids, allowed, seen.bias),
+                *(query, key, value, output, seen.ends, start, length, results.slab, unmeasured),
+                *(sinks, write, write_rest, ids, allowed, seen.bias),
             ),
             (*strides, *pairs, *places[:3], batch, heads, tokens, *scoring),
             constants,
@@ -137,8 +146,8 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
         along_rows,
         (batch * heads * -(-tokens // blocks.rows), 1, 1),
         (
-            *(query, key, value, output, seen.ends, seen.keys.start, seen.keys.length, results.slab, unmeasured),
-            *(call.sinks, write, write_rest, allowed, seen.bias),
+            *(query, key, value, output, seen.ends, start, length, results.slab, unmeasured),
+            *(sinks, write, write_rest, allowed, seen.bias),
         ),
         (*strides, *pairs, places.spans, batch, heads, tokens, *scoring),
         (*constants, blocks.rows, blocks.keys),
@@ -150,8 +159,8 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
         along_columns,
         (batch * heads * places.lines, 1, 1),
         (
-            *(query, key, value, seen.ends, seen.keys.start, seen.keys.length, results.slab),
-            *(write, write_rest, call.token_ids, allowed, seen.bias),
+            *(query, key, value, seen.ends, start, length, results.slab),
+            *(write, write_rest, ids, allowed, seen.bias),
         ),
         (
             *(*strides, *pairs, places.of_keys, places.bins, places.looked_up, places.spans),

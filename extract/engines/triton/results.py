@@ -130,6 +130,11 @@ class _Quantities(Mapping[str, Tensor]):
         return name in self._names or name in self.others
 
 
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """As kernels read tensors that are given without strides."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def steps_of(ends: Tensor) -> tuple[int, int, int]:
     """Strides of the ends of visible keys over sequences and heads, 0 where all share them; and from first to last."""
     _, batch, heads, _ = ends.shape

@@ -16,7 +16,7 @@ from attlas.extract.engines.quantities import TOKEN_CLASSES
 from attlas.extract.engines.sums import HeadSums, head_quantity
 from attlas.extract.engines.triton.heads import MADE, VALUES, finish_head, sum_rows_and_keys
 from attlas.extract.engines.triton.launch import launch
-from attlas.extract.engines.triton.results import LOOKED_UP, KernelRows, steps_of
+from attlas.extract.engines.triton.results import LOOKED_UP, KernelRows, contiguous, steps_of
 
 _OF_WRITES = ("output_norm", "written", "written_first")
 _ROWS_AT_ONCE = 32  # that a program, which is one warp, takes together
@@ -35,13 +35,14 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
     parts, part_rows = _parts(batch * heads, tokens)
     of_parts = made.slab.new_empty(batch, heads, parts, VALUES, dtype=torch.float64) if parts > 1 else None
     in_bins = made.slab.new_empty(batch * parts, 2, heads, len(PROFILE_COLUMNS)) if profiles else None
-    places, ends, axis = _sum_places(of, values.device), seen.ends, seen.keys
+    places, ends = _sum_places(of, values.device), seen.ends
+    start, length, classes = map(contiguous, (seen.keys.start, seen.keys.length, o.classes))
     sizes = (*made.places[:3], batch, heads, tokens, made.places.lines, made.places.tiles, parts)
     has = (made.has_sink, made.has_write, made.has_ids)
     launch(
         sum_rows_and_keys,
         (batch * heads, parts, 1),
-        (made.slab, ends, axis.start, axis.length, o.classes, places, of_parts, values, in_bins),
+        (made.slab, ends, start, length, classes, places, of_parts, values, in_bins),
         (*steps_of(ends), *sizes, part_rows),
         (*has, _ROWS_AT_ONCE),
         num_warps=1,
@@ -50,7 +51,7 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
         launch(
             finish_head,
             (batch * heads, 1, 1),
-            (made.slab, axis.start, axis.length, places, of_parts, values),
+            (made.slab, start, length, places, of_parts, values),
             sizes,
             has,
             num_warps=1,
