@@ -58,7 +58,8 @@ def run_tests(*, seconds: float) -> dict[str, Any]:
         file, log = Path(folder) / "outcomes.jsonl", Path(folder) / "log"
         began = time.perf_counter()
         with log.open("w") as written:
-            environment = {"ATTLAS_GPU_OUTCOMES": str(file)}
+            # as many workers as cores, each computing on one
+            environment = {"ATTLAS_GPU_OUTCOMES": str(file), "OMP_NUM_THREADS": "1"}
             note = _run_within(
                 seconds,
                 _pytest(),

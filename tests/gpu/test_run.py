@@ -19,7 +19,7 @@ from tests.gpu.tables import assert_tables_agree, read_tables
 
 pytestmark = pytest.mark.gpu
 
-DOCUMENTS = 3 if IS_REHEARSAL else 24
+DOCUMENTS = 3 if IS_REHEARSAL else 12
 ENGINE = "reference" if IS_REHEARSAL else "auto"  # in a rehearsal the fastest engine would be compiled first
 # kill this process in the midst of the third shard
 KILLED_RUN = """
