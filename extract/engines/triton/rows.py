@@ -36,6 +36,7 @@ QUANTITIES = (
 TOP = tl.constexpr(QUANTITIES.index("top"))
 PART = tl.constexpr(QUANTITIES.index("part"))
 _OF_SUMS = tl.constexpr(QUANTITIES.index("context_norm"))
+_LEAST = tl.constexpr(2.0**-126)  # the smallest normal number
 # of a block of rows: the keys that any of its rows sees, and those that all of them see, each from the first to the end
 SPAN = tl.constexpr(4)
 
@@ -189,7 +190,8 @@ def store_rows(at, plane, row, top, part, ok, held):
     for n in tl.static_range(_OF_SUMS):
         tl.store(at + n * plane, tl.where(ok, row[n], 0), mask=held)
     tl.store(at + TOP * plane, top, mask=held)
-    tl.store(at + PART * plane, tl.where(ok, part, 0), mask=held)
+    # 0 only where a row is not measured: next to a learned sink that takes all of it, a row's share may be too small for a float
+    tl.store(at + PART * plane, tl.where(ok, tl.maximum(part, _LEAST), 0), mask=held)
 
 
 @triton.jit
