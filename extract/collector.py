@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attlas.extract.capture.layout import Attention, Layout, Site
 from attlas.extract.engines import Engine
 from attlas.extract.engines.needs import Needs
-from attlas.extract.engines.observations import HeadObservation
+from attlas.extract.engines.observations import HeadObservation, ResidualObservation
 from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact
 from attlas.extract.engines.sums import HeadSums
 from attlas.extract.tables import TABLES, Column, Columns, Recorder, Scope, Table, needs_of
@@ -49,6 +49,10 @@ class Collector:
     def residual(self, site: Site, columns: Float[Tensor, "column batch"]) -> None:
         for recorder in self._recorders:
             self._take(recorder, site, recorder.keep_site(site, columns))
+
+    def state(self, site: Site, o: ResidualObservation) -> None:
+        for recorder in self._recorders:
+            self._take(recorder, site, recorder.keep_state(site, o))
 
     def settle(self) -> None:
         """Count the batch: its forward pass went through."""
@@ -120,7 +124,7 @@ def is_recorded(table: Table, columns: Sequence[Column], layout: Layout, *, shar
     """Whether the table has rows of a shard: one of the residual stream needs a model whose stream can be read."""
     if table.kind == "static" and shard > 0:
         return False
-    return layout.residual_refusal is None or not table.needs(columns).residual
+    return layout.residual_refusal is None or not table.needs(columns).reads_stream
 
 
 def left_to_reference(

@@ -81,7 +81,7 @@ def measure(
                 raise
             # the model may have changed in a way that its fingerprint does not show: examine it again
             collector, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
-    if needs_of(wanted).residual:
+    if needs_of(wanted).reads_stream:
         _warn_of_absent_residual(layout)
     return {
         name: table.drop_columns(["document_id"] if "document_id" in table.column_names else [])

@@ -20,22 +20,32 @@ if TYPE_CHECKING:
 class Needs:
     """What a table, or all tables together, need of a pass: nothing else is computed.
 
-    `rows` are the row quantities that are needed for themselves, not as parts of head quantities. `residual` are the
-    columns of residual sites, each with the function that gives it.
+    `rows` are the row quantities that are needed for themselves, not as parts of head quantities; with `patterns`, the
+    blocks of attention patterns are there too. `residual` are the columns of residual sites, each with the function that
+    gives it; with `states`, recorders are shown the states of the stream themselves.
     """
 
     head_quantities: frozenset[str] = frozenset()
     rows: frozenset[str] = frozenset()
+    patterns: bool = False
     profiles: bool = False
     residual: Mapping[str, ResidualColumn] = field(default_factory=dict)
+    states: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
             head_quantities=self.head_quantities | other.head_quantities,
             rows=self.rows | other.rows,
+            patterns=self.patterns or other.patterns,
             profiles=self.profiles or other.profiles,
             residual={**self.residual, **other.residual},
+            states=self.states or other.states,
         )
+
+    @property
+    def reads_stream(self) -> bool:
+        """Whether the residual stream is needed."""
+        return bool(self.residual) or self.states
 
     @cached_property
     def head_names(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -10,17 +11,55 @@ if TYPE_CHECKING:  # commands that only read the catalogue do not load torch
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from attlas.extract.engines.rows import Rows
+    from attlas.extract.engines.block import Block
+    from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
     from attlas.extract.engines.visibility import Visibility
+
+
+# blocks of a pattern are kept for all tables that read them if it has no more weights than this
+_KEPT_WEIGHTS = 1 << 25
 
 
 @dataclass(frozen=True)
 class HeadObservation:
-    """One attention call: its row quantities, its visibility, and the token classes of the keys."""
+    """One attention call: its row quantities, its visibility, and the token classes of the keys.
+
+    `call` are its arguments, from which its pattern is computed; None unless patterns are needed.
+    """
 
     rows: Rows
     visibility: Visibility
     classes: Int[Tensor, "batch key"] | None = None  # index into TOKEN_CLASSES; arbitrary at padding
+    call: AttentionCall | ScoredCall | None = None
+
+    @cached_property
+    def sampled(self) -> tuple[Int[Tensor, " sequence"], HeadObservation]:
+        """The places in the batch of the sample's sequences, and the observation of these alone."""
+        import torch
+
+        assert self.call is not None, "patterns are needed"
+        if self.call.sample is None or bool(self.call.sample.all()):
+            return torch.arange(len(self.rows.measured), device=self.rows.measured.device), self
+        chosen = self.call.sample.nonzero().flatten()
+        call = self.call.of_sequences(chosen)
+        classes = None if self.classes is None else self.classes[chosen]
+        return chosen, HeadObservation(self.rows.of_sequences(chosen), call.visibility, classes, call)
+
+    def blocks(self) -> Iterator[Block]:
+        """The pattern, a block of rows at a time. What several tables read is computed once, if it is not too large."""
+        from attlas.extract.engines import reference
+
+        assert self.call is not None, "patterns are needed"
+        if len(self.rows.measured) == 0:
+            return
+        if "_blocks" in vars(self):
+            yield from vars(self)["_blocks"]
+            return
+        heads = self.rows.measured.shape[1]
+        blocks = reference.blocks_of(self.call, heads, self.rows.measured)
+        if self.rows.measured.numel() * self.visibility.keys.tokens <= _KEPT_WEIGHTS:
+            blocks = vars(self)["_blocks"] = tuple(blocks)
+        yield from blocks
 
     @cached_property
     def count(self) -> Float[Tensor, "batch head"]:
@@ -64,7 +103,7 @@ class NormObservation:
 
 @dataclass(frozen=True)
 class ResidualObservation:
-    """The stream around one sublayer, in float32 or better."""
+    """The stream around one sublayer, in float32 or better. `sample` marks the sequences of the sample; None: all of them."""
 
     real: Bool[Tensor, "batch token"]
     after: Float[Tensor, "batch token width"]
@@ -72,6 +111,7 @@ class ResidualObservation:
     update: Float[Tensor, "batch token width"] | None = None
     norm: NormObservation | None = None
     contexts: Float[Tensor, "batch head token head_width"] | None = None
+    sample: Bool[Tensor, " batch"] | None = None
 
     def mean(self, values: Float[Tensor, "batch token"]) -> Float[Tensor, " batch"]:
         """Mean over the real tokens where the value is defined; NaN if there are none."""

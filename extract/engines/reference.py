@@ -6,7 +6,7 @@ output (`OF_CALLS`). Only the requested ones are computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from jaxtyping import Bool, Float
@@ -49,19 +49,24 @@ def rows_of(
     return Rows(measured, quantities)
 
 
+def blocks_of(call: Call, heads: int, measured: Bool[Tensor, "batch head query"] | None = None) -> Iterator[Block]:
+    """The pattern of a call with so many heads, in blocks of rows. `measured` marks the measured rows, if they are known."""
+    queries, keys = call.visibility.queries.tokens, call.visibility.keys.tokens
+    size = rows_per_block(len(call.visibility.keys.start) * heads * keys)
+    scores_of = _scores_of(call)
+    for first in range(0, queries, size):
+        last = min(first + size, queries)
+        yield Block(call, scores_of, first, last, None if measured is None else measured[..., first:last])
+
+
 def _sum_blocks(
     call: Call, output: Tensor, names: Collection[str], known_measured: Bool[Tensor, "batch head query"] | None
 ) -> tuple[Bool[Tensor, "batch head query"], dict[str, Tensor]]:
     """Which rows are measured, and quantities accumulated over blocks of the pattern."""
-    queries, keys = call.visibility.queries.tokens, call.visibility.keys.tokens
-    size = rows_per_block(output.shape[0] * output.shape[1] * keys)
-    scores_of = _scores_of(call)
     measured: list[Tensor] = []
     quantities: dict[str, Tensor] = {}
     of_queries: dict[str, list[Tensor]] = {name: [] for name in names if ROW_QUANTITIES[name].axis == "query"}
-    for first in range(0, queries, size):
-        last = min(first + size, queries)
-        block = Block(call, scores_of, first, last, None if known_measured is None else known_measured[..., first:last])
+    for block in blocks_of(call, output.shape[1], known_measured):
         measured.append(block.measured)
         for name in names:
             value = OF_BLOCKS[name](block)

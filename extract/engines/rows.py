@@ -130,6 +130,10 @@ class Rows:
         """These rows with no other quantities than those named."""
         return replace(self, quantities={name: self.quantities[name] for name in self.quantities if name in names})
 
+    def of_sequences(self, chosen: Int[Tensor, " sequence"]) -> Rows:
+        """The rows of some sequences."""
+        return Rows(self.measured[chosen], {name: values[chosen] for name, values in self.quantities.items()})
+
     def with_quantities(self, others: Mapping[str, Tensor]) -> Rows:
         """These rows with other quantities beside, or instead of, their own."""
         return replace(self, quantities={**self.quantities, **others})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-    from attlas.extract.engines.observations import HeadObservation
+    from attlas.extract.engines.observations import HeadObservation, ResidualObservation
     from attlas.extract.engines.sums import HeadSums
 
 # plan: what the pass over the corpus found; dense: a row for each sequence and place (a head, or a site); ragged: any
@@ -113,7 +113,7 @@ class Table:
     @property
     def is_always_written(self) -> bool:
         """Whether every dataset has it; the residual stream of some models can't be read."""
-        return not self.on_request and not self.needs(self.facts).residual
+        return not self.on_request and not self.needs(self.facts).reads_stream
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -168,6 +168,10 @@ class Recorder:
 
     def keep_site(self, site: Any, columns: Float[Tensor, "column batch"]) -> Mapping[str, Tensor] | None:
         """What is kept of a residual site on a batch; columns in the order of the scope's `needs.residual_names`."""
+        return None
+
+    def keep_state(self, site: Any, o: ResidualObservation) -> Mapping[str, Tensor] | None:
+        """What is kept of the states around a residual site on a batch; asked where `states` are needed."""
         return None
 
     def add(self, place: Any, sequences: np.ndarray, kept: Mapping[str, np.ndarray]) -> None:

@@ -261,6 +261,8 @@ class Kept:
     def residual(self, site: Site, columns: torch.Tensor) -> None:
         self.sites[site] = columns
 
+    def state(self, *_: Any) -> None: ...
+
     def settle(self) -> None: ...
 
 

@@ -37,6 +37,7 @@ class CompiledStream(Stream):
         self._torch_columns = {
             name: compute for name, compute in self.columns.items() if name not in residual_cpu.MAKES
         }
+        self._reads_states = bool(self._torch_columns) or self._observer.needs.states
         self._site_after = {site.after: site for site in self.sites if site.after is not None}
         self._site_of_norm_input = {site.norm.input: site for site in self.sites if site.norm is not None}
         # passes over states that a norm read: by the norm's input, and by the site whose x' it is
@@ -60,7 +61,7 @@ class CompiledStream(Stream):
             return super()._prepare_contexts(site, contexts)
         axis = self._axes.axis(site.stack, contexts.shape[0] * contexts.shape[2], contexts.device)
         head_columns = self._cpu.compare_heads(axis, contexts.float()) if self._compares_heads else {}
-        return head_columns, to_float(contexts) if self._torch_columns else None
+        return head_columns, to_float(contexts) if self._reads_states else None
 
     def _norm_forward(self, name: str, module: Any) -> Callable[[Tensor], Tensor]:
         """A forward function of a norm that also measures its input."""
@@ -126,10 +127,9 @@ class CompiledStream(Stream):
 
     def _columns_in_torch(self, site: Site, axis: Axis, contexts: Tensor | None) -> dict[str, Tensor | None]:
         """The columns that compiled code does not compute."""
-        if not self._torch_columns:
+        if not self._reads_states:
             return {}
-        observation = self._observation(site, axis, contexts)
-        return {name: compute(observation) for name, compute in self._torch_columns.items()}
+        return self._observe_states(site, self._observation(site, axis, contexts), self._torch_columns)
 
     def _norm_columns(self, site: Site, axis: Axis) -> Mapping[str, Any]:
         if site.norm is None:

@@ -41,7 +41,7 @@ class FusedStream(Stream):
         made = {results: results.columns() for results in self._results.values() if results.measured}
         columns = {results: rows.unbind() for results, rows in made.items()}
         for site, results, number, _, in_torch in self._measured:
-            self._observe(site, self._chosen(columns[results][number], in_torch))
+            self._observer.residual(site, self._chosen(columns[results][number], in_torch))
         identities = {results: _identities(rows) for results, rows in made.items()}
         for site, results, number, roundoff, _ in self._measured:
             if site.update is not None:
@@ -55,9 +55,9 @@ class FusedStream(Stream):
             super()._observe_site(site)
             return
         in_torch: dict[str, Tensor | None] = {}
-        if self._torch_columns:
+        if self._torch_columns or self._observer.needs.states:
             observation = self._observation(site, results.axis, tensors.contexts)
-            in_torch = {name: compute(observation) for name, compute in self._torch_columns.items()}
+            in_torch = self._observe_states(site, observation, self._torch_columns)
         if site.attention is not None:
             self._contexts.pop(site.attention, None)
         self._measured.append(_MeasuredSite(site, results, results.measured - 1, self._roundoff(site), in_torch))

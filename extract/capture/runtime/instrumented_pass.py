@@ -48,8 +48,8 @@ def instrumented_pass(
     if factors is None:
         factors = factors_for(model, layout, needs)
     stream = None
-    if needs.residual and layout.residual_refusal is None:
-        stream = _stream_class(engine)(layout, batch, needs.residual, observer.residual)
+    if needs.reads_stream and layout.residual_refusal is None:
+        stream = _stream_class(engine)(layout, batch, observer)
     receiver = CallReceiver(layout, batch, engine, observer, factors, stream, waits=waits)
     replayed = dict.fromkeys(a.module for a in layout.attentions if a.replay is not None)
     in_pieces = dict.fromkeys(a.module for a in layout.attentions if a.in_pieces)

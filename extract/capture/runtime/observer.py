@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attlas.extract.capture.layout import Attention, Site
 from attlas.extract.engines.needs import Needs
-from attlas.extract.engines.observations import HeadObservation
+from attlas.extract.engines.observations import HeadObservation, ResidualObservation
 from attlas.extract.engines.sums import HeadSums
 
 
@@ -23,3 +23,5 @@ class Observer(Protocol):
     def heads(self, attention: Attention, sums: HeadSums, calls: Sequence[HeadObservation]) -> None: ...
 
     def residual(self, site: Site, columns: Float[Tensor, "column batch"]) -> None: ...
+
+    def state(self, site: Site, o: ResidualObservation) -> None: ...

@@ -25,7 +25,6 @@ from attlas.extract.engines import Engine
 from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.patches import Grid
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
-from attlas.extract.engines.visibility import Visibility
 
 
 class UnmeasuredRows(Exception):
@@ -94,7 +93,7 @@ class CallReceiver:
         )
         original = OriginalOutput(request, query)
         output, rows = self._engine.attend(call, original.whole, self._observer.needs.row_quantities)
-        self._measure(attention, call.visibility, rows, output)
+        self._measure(attention, call, rows, output)
         if not original.is_computed:
             output = original.fill_padding(output, call.visibility.queries)
         return output.reshape(*request.query.shape[:-1], output.shape[-1])
@@ -121,7 +120,7 @@ class CallReceiver:
             sample=self._sample(attention, len(manual.scores)),
         )
         rows = self._engine.rows_of_scores(call, manual.contexts, self._observer.needs.row_quantities)
-        self._measure(attention, call.visibility, rows, manual.contexts)
+        self._measure(attention, call, rows, manual.contexts)
 
     def receive_recorded_call(self, call: RecordedCall) -> None:
         attention = self._next_layer("replay")
@@ -143,7 +142,7 @@ class CallReceiver:
         )
         of_tokens = contexts[:, :, : pattern.shape[-2]]
         rows = self._engine.rows_of_scores(scored, of_tokens, self._observer.needs.row_quantities)
-        self._measure(attention, scored.visibility, rows, contexts)
+        self._measure(attention, scored, rows, contexts)
 
     def _mark_of_unmeasured(self, device: torch.device) -> Tensor | None:
         if self._waits or device.type == "cpu":
@@ -178,18 +177,19 @@ class CallReceiver:
             return sample
         return sample.repeat(windows) if attention.batch_last else sample.repeat_interleave(windows)
 
-    def _measure(self, attention: Attention, visibility: Visibility, rows: Rows, contexts: Tensor) -> None:
-        """Sum the rows of each head. Nothing of the size of a pattern is kept."""
-        needs = self._observer.needs
-        observation = HeadObservation(rows, visibility, self.layers.tokens(attention.keys).classes)
+    def _measure(self, attention: Attention, call: AttentionCall | ScoredCall, rows: Rows, contexts: Tensor) -> None:
+        """Sum the rows of each head. Nothing of the size of a pattern is kept, unless patterns are needed."""
+        needs, visibility = self._observer.needs, call.visibility
+        classes = self.layers.tokens(attention.keys).classes
+        observation = HeadObservation(rows, visibility, classes, call if needs.patterns else None)
         sums = self._engine.head_sums(observation, needs.head_names, profiles=needs.profiles)
         axis = visibility.queries
-        call = MeasuredCall(attention, sums, [observation], axis, contexts)
+        measured = MeasuredCall(attention, sums, [observation], axis, contexts)
         if self.pieces.is_open:
-            self.pieces.add(call)
+            self.pieces.add(measured)
             return
         states = contexts.shape[-2]
-        self.deliver(call if states == axis.tokens else replace(call, axis=replace(axis, tokens=states)))
+        self.deliver(measured if states == axis.tokens else replace(measured, axis=replace(axis, tokens=states)))
 
     def deliver(self, call: MeasuredCall) -> None:
         """Hand a measured call to the observer and the stream."""

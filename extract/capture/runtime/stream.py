@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from attlas.extract.capture.layout import Attention, HookPoint, Layout, Site, Update
 from attlas.extract.capture.runtime.batch import Batch
+from attlas.extract.capture.runtime.observer import Observer
 from attlas.extract.capture.runtime.stream_axes import StreamAxes
 from attlas.extract.capture.tensors import first_tensor, input_tensor
 from attlas.extract.engines.observations import NormObservation, ResidualObservation
@@ -27,24 +28,22 @@ from attlas.extract.errors import CaptureError
 if TYPE_CHECKING:
     from attlas.extract.engines.needs import ResidualColumn
 
-ObserveSite = Callable[[Site, Float[Tensor, "column batch"]], None]
-
 
 class Stream:
     """The residual sites of one forward pass, in plain torch on any device.
 
-    `columns` are those that are asked for. They are observed in the order of their names. `finish` ends a pass that succeeded.
+    The observer is given the columns that it needs in the order of their names. `finish` ends a pass that succeeded.
     """
 
-    def __init__(
-        self, layout: Layout, batch: Batch, columns: Mapping[str, ResidualColumn], observe: ObserveSite
-    ) -> None:
+    def __init__(self, layout: Layout, batch: Batch, observer: Observer) -> None:
+        needs = observer.needs
         self.sites = layout.sites
-        self.columns = {name: columns[name] for name in sorted(columns)}
+        self.columns: dict[str, ResidualColumn] = {name: needs.residual[name] for name in needs.residual_names}
         self.observed = 0
         self._points = layout.points
         self._axes = StreamAxes(layout, batch)
-        self._observe = observe
+        self._observer = observer
+        self._sample = batch.sample
         self._call_counts: Counter[str] = Counter()
         self._tensors: dict[HookPoint, Tensor] = {}
         self._gains: dict[str, Tensor] = {}
@@ -139,7 +138,7 @@ class Stream:
                 del self._tensors[point]
 
     def _observe_site(self, site: Site) -> None:
-        self._observe(site, self._values(site))
+        self._observer.residual(site, self._values(site))
 
     def _prepare_contexts(self, site: Site, contexts: Tensor) -> Any:  # noqa: ARG002 - a subclass uses it
         """What to keep of the contexts of a site's attention call."""
@@ -208,7 +207,7 @@ class Stream:
         before, update = self._before_and_update(site)
         after = self._after(site, before, update)
         contexts = None if contexts is None else to_float(contexts)
-        return ResidualObservation(axis.real, after, before, update, self._norm(site), contexts)
+        return ResidualObservation(axis.real, after, before, update, self._norm(site), contexts, self._sample)
 
     def _values(self, site: Site) -> Float[Tensor, "column batch"]:
         axis = self._axis(site)
@@ -218,7 +217,15 @@ class Stream:
             parts = (o.after - o.stream - o.update, o.after, o.stream)
             error, x_after, x = (t.norm(dim=-1).where(axis.real, 0).norm() for t in parts)
             self._identities.append((site, self._roundoff(site), torch.stack([error, x_after + x])))
-        return self._stack({name: compute(o) for name, compute in self.columns.items()}, o.after)
+        return self._stack(self._observe_states(site, o, self.columns), o.after)
+
+    def _observe_states(
+        self, site: Site, o: ResidualObservation, columns: Mapping[str, ResidualColumn]
+    ) -> dict[str, Tensor | None]:
+        """Show the observer the states around a site, if it needs them, and compute columns from them."""
+        if self._observer.needs.states:
+            self._observer.state(site, o)
+        return {name: compute(o) for name, compute in columns.items()}
 
     def _stack(self, values: Mapping[str, Any], like: Tensor) -> Float[Tensor, "column batch"]:
         """The columns in their order, in float64; NaN where undefined."""
