@@ -375,8 +375,13 @@ def residual_columns(
     norm_kind: str = "layer",
     eps: float = 0.0,
     contexts: Floats | None = None,
+    patterns: Floats | None = None,
+    v: Floats | None = None,
+    w_o: Floats | None = None,
 ) -> Columns:
     """The columns of `residual` for one site on one sequence: x, update, after [n, d]; contexts [heads, n, d_head].
+
+    Of an attention sublayer also the heads' patterns [heads, n, n], values [heads, n, d_head] and w_o [heads, d_head, d].
 
     Each is a mean of per-token values; a token for which one is undefined (nothing to divide by) is left out of it.
     """
@@ -386,7 +391,58 @@ def residual_columns(
         **outlier_columns(after),
         **norm_reading_columns(norm_input, norm_output, kind=norm_kind, eps=eps),
         **heads_columns(contexts),
+        **token_columns(x, update, after),
+        **mixing_columns(x, patterns, v, w_o),
+        "head_diversity_nats": None if patterns is None else head_diversity(patterns),
     }
+
+
+def token_columns(x: Floats | None, update: Floats | None, after: Floats) -> Columns:
+    """What a mean over tokens does not say: medians, where the largest entry is, how the states lie to each other."""
+    after = np.asarray(after, dtype=np.float64)
+    stream = after if x is None else np.asarray(x, dtype=np.float64)
+    ratios = None
+    if x is not None and update is not None:
+        ratios = [a / b for a, b in zip(norms(update), norms(x), strict=True) if b != 0]
+    squares = np.linalg.svd(after, compute_uv=False) ** 2
+    return {
+        "stream_norm_median": float(np.median(norms(stream))),
+        "update_ratio_median": float(np.median(ratios)) if ratios else None,
+        "max_abs_token": int(np.abs(after).max(axis=1).argmax()),
+        "rank_collapse": float(np.linalg.norm(after - after.mean(axis=0)) / np.linalg.norm(after)),
+        "curvature": mean(angle(b - a, c - b) for a, b, c in zip(after, after[1:], after[2:], strict=False)),
+        "effective_rank": math.exp(entropy(squares / squares.sum())),
+    }
+
+
+def angle(a: Floats, b: Floats) -> float:
+    """The angle between two vectors in a plane that they span: atan2 of what is across and along."""
+    along = float(a @ b) / float(np.linalg.norm(a))
+    across = float(np.linalg.norm(b - along * a / np.linalg.norm(a)))
+    return math.atan2(across, along)
+
+
+def mixing_columns(x: Floats | None, patterns: Floats | None, v: Floats | None, w_o: Floats | None) -> Columns:
+    """Kobayashi 2021: what other tokens write against the token's own value, and against that and its state."""
+    columns: Columns = {"mixing_ratio_attention": None, "mixing_ratio": None}
+    if x is None or patterns is None or v is None or w_o is None:
+        return columns
+    heads, n, _ = np.asarray(patterns).shape
+    of_attention, with_state = [], []
+    for i in range(n):
+        writes = [[float(patterns[h][i, j]) * (v[h][j] @ w_o[h]) for j in range(n)] for h in range(heads)]
+        own = np.sum([writes[h][i] for h in range(heads)], axis=0)
+        others = np.sum([writes[h][j] for h in range(heads) for j in range(n) if j != i] + [0 * own], axis=0)
+        size = float(np.linalg.norm(others))
+        of_attention.append(size / (size + float(np.linalg.norm(own))))
+        with_state.append(size / (size + float(np.linalg.norm(np.asarray(x[i], dtype=np.float64) + own))))
+    return {"mixing_ratio_attention": mean(of_attention), "mixing_ratio": mean(with_state)}
+
+
+def head_diversity(patterns: Floats) -> float | None:
+    """Generalised Jensen–Shannon divergence of the heads' rows, averaged over rows; patterns [heads, n, n]."""
+    rows = np.asarray(patterns, dtype=np.float64).transpose(1, 0, 2)
+    return mean(entropy(heads.mean(axis=0)) - math.fsum(map(entropy, heads)) / len(heads) for heads in rows)
 
 
 def mean_ratio(numerators: Iterable[float], denominators: Iterable[float]) -> float | None:

@@ -22,7 +22,8 @@ class Needs:
 
     `rows` are the row quantities that are needed for themselves, not as parts of head quantities; with `patterns`, the
     blocks of attention patterns are there too. `residual` are the columns of residual sites, each with the function that
-    gives it; with `states`, recorders are shown the states of the stream themselves.
+    gives it; with `states`, recorders are shown the states of the stream themselves. With `calls`, what is observed of an
+    attention sublayer includes its attention call (which needs `patterns`), and with `outputs` what contexts write.
     """
 
     head_quantities: frozenset[str] = frozenset()
@@ -31,6 +32,8 @@ class Needs:
     profiles: bool = False
     residual: Mapping[str, ResidualColumn] = field(default_factory=dict)
     states: bool = False
+    calls: bool = False
+    outputs: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -40,6 +43,8 @@ class Needs:
             profiles=self.profiles or other.profiles,
             residual={**self.residual, **other.residual},
             states=self.states or other.states,
+            calls=self.calls or other.calls,
+            outputs=self.outputs or other.outputs,
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # commands that only read the catalogue do not load torch
     from attlas.extract.engines.visibility import Visibility
 
 
+# an update that differs by more than this share from a linear map of its contexts is not one, even in half precision
+_NOT_LINEAR = 0.02
 # blocks of a pattern are kept for all tables that read them if it has no more weights than this
 _KEPT_WEIGHTS = 1 << 25
 
@@ -82,6 +84,13 @@ class HeadObservation:
         return (self.entropy * (self.visible_keys >= 2) / outcomes.clamp_min(2).log()).clamp_max(1)
 
     @cached_property
+    def self_weights(self) -> Float[Tensor, "batch head query"]:
+        """p[i,i], from the row's largest score and weight; 0 of rows that are not measured."""
+        largest = self.rows["max_weight"].double()
+        log_ratio = self.rows["self_score"].double() - self.rows["score_max"].double()
+        return (log_ratio.exp() * largest).where(self.rows.measured, 0)
+
+    @cached_property
     def received(self) -> Float[Tensor, "batch head key"]:
         return self.rows["received"].double()
 
@@ -103,7 +112,12 @@ class NormObservation:
 
 @dataclass(frozen=True)
 class ResidualObservation:
-    """The stream around one sublayer, in float32 or better. `sample` marks the sequences of the sample; None: all of them."""
+    """The stream around one sublayer, in float32 or better.
+
+    `sample` marks the sequences of the sample; None: all of them. Of an attention sublayer, `heads` is its call, where patterns
+    are needed and its rows are the sequences, and `write` gives what contexts [batch, head, token, head_width] add to the stream
+    [batch, token, width], without a bias; None if that is not linear.
+    """
 
     real: Bool[Tensor, "batch token"]
     after: Float[Tensor, "batch token width"]
@@ -112,11 +126,54 @@ class ResidualObservation:
     norm: NormObservation | None = None
     contexts: Float[Tensor, "batch head token head_width"] | None = None
     sample: Bool[Tensor, " batch"] | None = None
+    heads: HeadObservation | None = None
+    write: Callable[[Tensor], Tensor] | None = None
+
+    @cached_property
+    def written(self) -> tuple[Float[Tensor, "batch token width"], Float[Tensor, "batch token width"]] | None:
+        """What attention adds to each token's state of the token's own value, and of the others'; NaN where a row is not measured.
+
+        None where the parts are not known, or where they and a bias are not the update: it was normalised, for instance.
+        """
+        heads, contexts = self.heads, self.contexts
+        if heads is None or heads.call is None or self.write is None or contexts is None or self.update is None:
+            return None
+        value = heads.call.value
+        if value is None or heads.visibility.is_cross_attention or heads.rows.get("self_score") is None:
+            return None
+        values = value.double().repeat_interleave(contexts.shape[1] // value.shape[1], dim=1)
+        of_own = heads.self_weights[..., None] * values
+        own, others = self.write(of_own), self.write(contexts.double() - of_own)
+        bias = (self.update - own - others).where(self.real[..., None], 0)
+        spread = bias - (bias.sum((0, 1)) / self.real.sum())
+        if not bool(self._size(spread) <= _NOT_LINEAR * self._size(self.update)):
+            return None
+        measured = heads.rows.measured.all(1)[..., None]
+        return own.where(measured, float("nan")), others.where(measured, float("nan"))
+
+    def _size(self, states: Float[Tensor, "batch token width"]) -> Float[Tensor, ""]:
+        return states.double().where(self.real[..., None], 0).norm()
 
     def mean(self, values: Float[Tensor, "batch token"]) -> Float[Tensor, " batch"]:
         """Mean over the real tokens where the value is defined; NaN if there are none."""
         defined = self.real & values.isfinite()
         return values.where(defined, 0).sum(-1) / defined.sum(-1)
+
+    def median(self, values: Float[Tensor, "batch token"]) -> Float[Tensor, " batch"]:
+        """Median over the real tokens where the value is defined, between two middle ones their mean; NaN if there are none."""
+        defined = self.real & values.isfinite()
+        return values.double().where(defined, float("nan")).nanquantile(0.5, dim=-1)
+
+    def of_sample(
+        self, compute: Callable[[Float[Tensor, "token width"]], Float[Tensor, ""]]
+    ) -> Float[Tensor, " batch"]:
+        """A number of x' over the real tokens of each sequence of the sample; NaN for the others."""
+        values = self.after.new_full((len(self.after),), float("nan"), dtype=self.after.double().dtype)
+        chosen = range(len(self.after)) if self.sample is None else self.sample.nonzero().flatten().tolist()
+        for sequence in chosen:
+            if bool(self.real[sequence].any()):
+                values[sequence] = compute(self.after[sequence, self.real[sequence]])
+        return values
 
     @cached_property
     def stream_norms(self) -> Float[Tensor, "batch token"] | None:
@@ -129,6 +186,11 @@ class ResidualObservation:
     @cached_property
     def after_norms(self) -> Float[Tensor, "batch token"]:
         return self.after.norm(dim=-1)
+
+    @cached_property
+    def start(self) -> Int[Tensor, " batch"]:
+        """The place of each sequence's first token; real tokens stand together."""
+        return self.real.int().argmax(-1)
 
     @cached_property
     def largest(self) -> Float[Tensor, "batch width"]:

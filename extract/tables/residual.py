@@ -9,7 +9,8 @@ undefined, or None.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,16 @@ def stream_norm(o: ResidualObservation) -> PerSequence:
     return o.mean(o.after_norms if o.stream_norms is None else o.stream_norms)
 
 
+_on_request = partial(column, nullable=True, core=False)
+_OF_SAMPLE = "; null outside the sample"
+
+
+@_on_request(formula="median of ‖x‖", bounds=(0, None))
+def stream_norm_median(o: ResidualObservation) -> PerSequence:
+    """Size of the stream at a usual token: one massive token makes a mean of norms say nothing about the others."""
+    return o.median(o.after_norms if o.stream_norms is None else o.stream_norms)
+
+
 @column(formula="mean of ‖F(x)‖", bounds=(0, None), nullable=True)
 def update_norm(o: ResidualObservation) -> PerSequence | None:
     """Size of the sublayer's update."""
@@ -45,6 +56,14 @@ def update_ratio(o: ResidualObservation) -> PerSequence | None:
     if o.update_norms is None or o.stream_norms is None:
         return None
     return o.mean(o.update_norms / o.stream_norms)
+
+
+@_on_request(formula="median of ‖F‖ / ‖x‖", bounds=(0, None))
+def update_ratio_median(o: ResidualObservation) -> PerSequence | None:
+    """Size of the update against the stream at a usual token."""
+    if o.update_norms is None or o.stream_norms is None:
+        return None
+    return o.median(o.update_norms / o.stream_norms)
 
 
 @column(formula="mean of cos(x, F)", bounds=(-1, 1), nullable=True)
@@ -104,6 +123,20 @@ def outlier_dim(o: ResidualObservation) -> PerSequence:
     return (is_max * is_max.new_tensor(range(width, 0, -1))).argmax(-1).to(o.after.dtype)
 
 
+@_on_request(
+    formula="the position of max_abs (lowest on ties)",
+    unit="position",
+    dtype="int32",
+    bounds=(0, "n−1"),
+    reference="Sun 2024",
+)
+def max_abs_token(o: ResidualObservation) -> PerSequence:
+    """The token that has the largest activation: massive activations sit on few tokens."""
+    largest = o.after.abs().amax(-1).where(o.real, -1)
+    first = (largest == largest.amax(-1, keepdim=True)).int().argmax(-1)
+    return (first - o.start).double().where(largest.amax(-1).isfinite() & o.real.any(-1), math.nan)
+
+
 @column(formula="mean of max|x'| / (‖x'‖/√d)", bounds=(1, "√d"), nullable=True)
 def outlier_ratio(o: ResidualObservation) -> PerSequence:
     """How far one dimension stands out of a token's state."""
@@ -115,6 +148,56 @@ def kurtosis(o: ResidualObservation) -> PerSequence:
     """Outlier features of a token's state, no centring."""
     units = o.after / o.after_norms[..., None]  # normalised first: fourth powers overflow float32 early
     return o.mean(units.square().square().sum(-1) * o.after.shape[-1])
+
+
+@_on_request(formula="‖X' − 1 x̄'ᵀ‖_F / ‖X'‖_F over the tokens", bounds=(0, 1), reference="Dong 2021")
+def rank_collapse(o: ResidualObservation) -> PerSequence:
+    """How much of the states is not shared by all tokens: 0 if they are equal."""
+    states, real = o.after.double(), o.real[..., None]
+    mean = states.where(real, 0).sum(1, keepdim=True) / o.real.sum(-1)[:, None, None]
+    centred, whole = ((states - mean).where(real, 0), states.where(real, 0))
+    return centred.flatten(1).norm(dim=-1) / whole.flatten(1).norm(dim=-1)
+
+
+@_on_request(
+    formula="mean angle between x'_{t+1} − x'_t and x'_{t+2} − x'_{t+1}; null if n < 3",
+    unit="radians",
+    bounds=(0, "π"),
+    reference="Hosseini 2023",
+)
+def curvature(o: ResidualObservation) -> PerSequence:
+    """How sharply the states turn from token to token: 0 on a straight line, π back and forth."""
+    steps = o.after.double().diff(dim=1)
+    units = steps / steps.norm(dim=-1, keepdim=True)
+    first, second = units[:, :-1], units[:, 1:]
+    # from chords: the arc cosine loses half of the digits of small angles
+    angles = 2 * (first - second).norm(dim=-1).atan2((first + second).norm(dim=-1))
+    defined = o.real[:, :-2] & o.real[:, 2:] & angles.isfinite()
+    return angles.where(defined, 0).sum(-1) / defined.sum(-1)
+
+
+@_on_request(
+    formula=f"exp of the entropy of σ²/Σσ², σ the singular values of X' (tokens × dimensions){_OF_SAMPLE}",
+    unit="dimensions",
+    bounds=(1, "min(n, d)"),
+    reference="Roy 2007",
+)
+def effective_rank(o: ResidualObservation) -> PerSequence:
+    """How many dimensions the states of a sequence take up."""
+    return o.of_sample(_effective_rank)
+
+
+def _effective_rank(states: Float[Tensor, "token width"]) -> Float[Tensor, ""]:
+    """From the eigenvalues of the smaller Gram matrix, which are the squares of the singular values."""
+    from torch import linalg
+
+    states = states.double()
+    gram = states @ states.T if len(states) < states.shape[1] else states.T @ states
+    if not bool(gram.isfinite().all()):
+        return gram.new_tensor(math.nan)
+    squares = linalg.eigvalsh(gram).clamp_min(0)
+    shares = squares / squares.sum()
+    return (-shares.xlogy(shares).sum()).exp()
 
 
 @column(formula="mean of μ of the site's norm; null for RMSNorm", nullable=True)
@@ -165,12 +248,86 @@ def heads_cosine(o: ResidualObservation) -> PerSequence | None:
     return o.mean((units.sum(1).square().sum(-1) - h) / (h * (h - 1)))
 
 
+@_on_request(
+    formula="mean of ‖Σ_h Σ_{j≠i} p v_j W_O^h‖ / (itself + ‖Σ_h p[i,i] v_i W_O^h‖) (attention only); null where the update is "
+    "not linear in the contexts",
+    bounds=(0, 1),
+    reference="Kobayashi 2021",
+)
+def mixing_ratio_attention(o: ResidualObservation) -> PerSequence | None:
+    """How much of what attention adds to a token comes from others."""
+    return None if o.written is None else _mixing(o, *o.written)
+
+
+@_on_request(
+    formula="mean of ‖Σ_h Σ_{j≠i} p v_j W_O^h‖ / (itself + ‖x_i + Σ_h p[i,i] v_i W_O^h‖) (attention only); null where "
+    "mixing_ratio_attention is",
+    bounds=(0, 1),
+    reference="Kobayashi 2021",
+)
+def mixing_ratio(o: ResidualObservation) -> PerSequence | None:
+    """How much of a token's state comes from others: context against the token itself, which the residual connection keeps."""
+    if o.written is None or o.stream is None:
+        return None
+    own, others = o.written
+    return _mixing(o, o.stream + own, others)
+
+
+def _mixing(o: ResidualObservation, own: Tensor, others: Tensor) -> PerSequence:
+    size = others.norm(dim=-1)
+    return o.mean(size / (size + own.norm(dim=-1)))
+
+
+@_on_request(
+    formula=f"mean of H(mean over heads of p) − mean over heads of H(p) (attention only){_OF_SAMPLE}",
+    unit="nats",
+    bounds=(0, "ln h"),
+)
+def head_diversity_nats(o: ResidualObservation) -> PerSequence | None:
+    """How differently the heads of a layer look (generalised Jensen–Shannon divergence): 0 if all look alike."""
+    if o.heads is None:
+        return None
+    from torch import cat
+
+    places, heads = o.heads.sampled
+    total, rows = (places.new_zeros(len(places)).double() for _ in range(2))
+    for block in heads.blocks():
+        outcomes = block.pattern if block.sinks is None else cat((block.pattern, block.sink[..., None]), -1)
+        measured = block.measured.all(1)
+        of_mean, of_heads = _entropy(outcomes.mean(1)), _entropy(outcomes).mean(1)
+        total += ((of_mean - of_heads).clamp_min(0) * measured).sum(-1)
+        rows += measured.sum(-1)
+    values = total.new_full((len(o.real),), math.nan)
+    values[places] = total / rows
+    return values
+
+
+def _entropy(outcomes: Float[Tensor, "*row outcome"]) -> Float[Tensor, "*row"]:
+    return -outcomes.double().xlogy(outcomes.double()).sum(-1)
+
+
 def _centred(norm: NormObservation) -> Float[Tensor, "*batch token width"]:
     return norm.read if norm.kind == "rms" else norm.read - norm.read.mean(-1, keepdim=True)
 
 
 def _divisor(norm: NormObservation) -> Float[Tensor, "*batch token"]:
     return (_centred(norm).square().mean(-1) + norm.epsilon).sqrt()
+
+
+_MIXING = frozenset({"mixing_ratio_attention", "mixing_ratio"})
+
+
+def _needs(columns: Sequence[Column]) -> Needs:
+    names = {c.name for c in columns}
+    mixes = bool(names & _MIXING)
+    reads_calls = mixes or "head_diversity_nats" in names
+    return Needs(
+        residual={c.name: c.compute for c in columns if c.compute is not None},
+        rows=frozenset({"self_score", "score_max", "max_weight"} if mixes else ()),
+        patterns=reads_calls,
+        calls=reads_calls,
+        outputs=mixes,
+    )
 
 
 class SiteRecorder(DenseRecorder):
@@ -197,6 +354,6 @@ TABLE = Table(
     ),
     facts=columns_of(dict(globals())),
     order=("stack", "layer", "site", "sequence_id"),
-    needs=lambda columns: Needs(residual={c.name: c.compute for c in columns if c.compute is not None}),
+    needs=_needs,
     recorder=SiteRecorder,
 )

@@ -20,10 +20,12 @@ from attlas.extract.errors import CaptureError
 from attlas.extract.measurement import layout_of, observe
 from attlas.extract.tables import TABLES
 from tests import oracles
-from tests.extract.models import tiny
+from tests.extract.models import eager_patterns, tiny
 from tests.extract.test_heads import assert_columns, real_batch
 
 RESIDUAL = TABLES["residual"]
+# those that follow from the states of the stream and the heads' contexts alone
+OF_STATES = [c for c in RESIDUAL.facts if not c.name.startswith(("mixing_ratio", "head_diversity"))]
 FAMILIES = ["bert", "roberta", "distilbert", "albert", "electra", "gpt2", "llama", "mistral", "qwen2"]
 
 
@@ -52,7 +54,8 @@ def rows_of(tables, sequence: int) -> dict[tuple[int, str], dict]:
 
 def test_every_column_of_a_post_norm_model_equals_the_oracle_on_real_sequences(demo, demo_texts):
     inputs = real_batch(demo, [demo_texts[2][:400], demo_texts[40][:150]])
-    tables = measure(demo.model, tokenizer=demo.tokenizer, **inputs)
+    tables = measure(demo.model, tokenizer=demo.tokenizer, statistics="all", **inputs)
+    patterns = eager_patterns(demo.model, **inputs)
     compared = 0
     for layer in range(6):
         base = f"encoder.layer.{layer}"
@@ -68,6 +71,7 @@ def test_every_column_of_a_post_norm_model_equals_the_oracle_on_real_sequences(d
                 "z": f"{base}.output.LayerNorm<",
                 "o": f"{base}.output.LayerNorm>",
                 "c": f"{base}.attention.output.dense<",
+                "v": f"{base}.attention.self.value>",
             },
             **inputs,
         )
@@ -75,10 +79,17 @@ def test_every_column_of_a_post_norm_model_equals_the_oracle_on_real_sequences(d
             n = int(inputs["attention_mask"][sequence].sum())
             one = {name: value[sequence, :n] for name, value in s.items()}
             contexts = one["c"].reshape(n, 12, 32).transpose(1, 0, 2)
+            w_o = demo.model.get_submodule(f"{base}.attention.output.dense").weight.detach().double().T.numpy()
+            of_heads = {
+                "contexts": contexts,
+                "patterns": patterns[layer][sequence, :, :n, :n].numpy(),
+                "v": one["v"].reshape(n, 12, 32).transpose(1, 0, 2),
+                "w_o": w_o.reshape(12, 32, -1),
+            }
             common = {"norm_kind": "layer", "eps": demo.model.config.layer_norm_eps}
             expected = {
                 "attention": oracles.residual_columns(
-                    one["x"], one["f"], one["y"], norm_input=one["y"], norm_output=one["n"], contexts=contexts, **common
+                    one["x"], one["f"], one["y"], norm_input=one["y"], norm_output=one["n"], **of_heads, **common
                 ),
                 "mlp": oracles.residual_columns(
                     one["n"], one["g"], one["z"], norm_input=one["z"], norm_output=one["o"], **common
@@ -96,7 +107,8 @@ def test_every_column_of_a_post_norm_model_equals_the_oracle_on_real_sequences(d
 def test_every_column_of_a_pre_norm_model_equals_the_oracle():
     model = tiny("llama")
     ids = torch.randint(2, 60, (2, 11), generator=torch.Generator().manual_seed(3))
-    tables = measure(model, input_ids=ids)
+    tables = measure(model, input_ids=ids, statistics="all")
+    patterns = eager_patterns(model, input_ids=ids)
     for layer in range(3):
         base = f"layers.{layer}"
         after = "norm" if layer == 2 else f"layers.{layer + 1}.input_layernorm"
@@ -111,16 +123,27 @@ def test_every_column_of_a_pre_norm_model_equals_the_oracle():
                 "g": f"{base}.mlp.down_proj>",
                 "z": f"{after}<",
                 "c": f"{base}.self_attn.o_proj<",
+                "v": f"{base}.self_attn.v_proj>",
             },
             input_ids=ids,
         )
         for sequence in range(2):
             one = {name: value[sequence] for name, value in s.items()}
             contexts = one["c"].reshape(11, 4, 8).transpose(1, 0, 2)
+            of_heads = {
+                "contexts": contexts,
+                "patterns": patterns[layer][sequence].numpy(),
+                "v": one["v"].reshape(11, -1, 8).transpose(1, 0, 2).repeat(2, axis=0),
+                "w_o": model.get_submodule(f"{base}.self_attn.o_proj")
+                .weight.detach()
+                .double()
+                .T.numpy()
+                .reshape(4, 8, -1),
+            }
             common = {"norm_kind": "rms", "eps": model.config.rms_norm_eps}
             got = rows_of(tables, sequence)
             attention = oracles.residual_columns(
-                one["x"], one["f"], one["y"], norm_input=one["x"], norm_output=one["xn"], contexts=contexts, **common
+                one["x"], one["f"], one["y"], norm_input=one["x"], norm_output=one["xn"], **of_heads, **common
             )
             mlp = oracles.residual_columns(
                 one["y"], one["g"], one["z"], norm_input=one["y"], norm_output=one["yn"], **common

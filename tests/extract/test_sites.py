@@ -18,7 +18,7 @@ from attlas.extract.measurement import layout_of
 from tests import oracles
 from tests.census.tiny import TinyModel, build
 from tests.extract.test_heads import assert_columns
-from tests.extract.test_residual import RESIDUAL, states
+from tests.extract.test_residual import OF_STATES, states
 
 
 class Place(NamedTuple):
@@ -275,7 +275,7 @@ def model_of(family: str) -> TinyModel:
 
 def measured(built: TinyModel, engine: str = "auto") -> dict[str, pa.Table]:
     inputs: dict[str, Any] = dict(built.inputs)
-    return measure(built.model, engine=engine, **inputs)
+    return measure(built.model, engine=engine, statistics="all", **inputs)
 
 
 def layout(family: str) -> Layout:
@@ -353,7 +353,7 @@ def test_every_column_of_every_site_equals_the_oracle(family, engine):
                 after = one[place[0]]
                 columns = oracles.residual_columns(None, None, after, **norm_of(built.model, place[1], one))
                 columns["stream_norm"] = oracles.mean(oracles.norms(after))
-            assert_columns(got, {c.name: columns[c.name] for c in RESIDUAL.facts}, f"{family} {stack} {layer} {site}")
+            assert_columns(got, {c.name: columns[c.name] for c in OF_STATES}, f"{family} {stack} {layer} {site}")
 
 
 def _reaches(spec: str, place: Place | tuple) -> bool:
@@ -387,7 +387,7 @@ def test_torch_encoders_are_measured_in_every_order_of_dimensions(norm_first, ba
     layer = nn.TransformerEncoderLayer(16, 4, 24, norm_first=norm_first, batch_first=batch_first)
     model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16), enable_nested_tensor=False).eval()
     src = torch.randn(3, 7, 16) if batch_first else torch.randn(7, 3, 16)
-    table = measure(model, engine=engine, src=src)["residual"].to_pylist()
+    table = measure(model, engine=engine, statistics="all", src=src)["residual"].to_pylist()
     rows = {(r["layer"], r["site"], r["sequence_id"]): r for r in table}
     assert {(n, site) for n, site, _ in rows} == {
         *((0, "embedding"), (1, "final_norm")),
@@ -409,7 +409,7 @@ def test_torch_encoders_are_measured_in_every_order_of_dimensions(norm_first, ba
             for sequence in range(3):
                 one = {name: value[sequence] for name, value in held.items()}
                 columns = oracles.residual_columns(one[x], one[f], one[end], **norm_of(model, norm, one))
-                facts = {c.name: columns[c.name] for c in RESIDUAL.facts if not c.name.startswith("heads")}
+                facts = {c.name: columns[c.name] for c in OF_STATES if not c.name.startswith("heads")}
                 assert_columns(rows[n, site, sequence], facts, f"L{n} {site}")
                 assert (rows[n, site, sequence]["heads_concat_norm"] is not None) == (site == "attention")
 
@@ -538,10 +538,12 @@ def test_padding_that_only_a_mask_shows_never_counts(norm_first, engine):
     model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16), enable_nested_tensor=False).eval()
     src = torch.randn(2, 7, 16)
     padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
-    padded = measure(model, engine=engine, src=src, src_key_padding_mask=padding)["residual"].to_pylist()
-    alone = measure(model, engine=engine, src=src[1:, :4])["residual"].to_pylist()
+    padded = measure(model, engine=engine, statistics="all", src=src, src_key_padding_mask=padding)[
+        "residual"
+    ].to_pylist()
+    alone = measure(model, engine=engine, statistics="all", src=src[1:, :4])["residual"].to_pylist()
     rows = [r for r in padded if r["sequence_id"] == 1]
     assert len(rows) == len(alone) == 6
     for got, expected in zip(rows, alone, strict=True):
-        facts = {c.name: expected[c.name] for c in RESIDUAL.facts}
+        facts = {c.name: expected[c.name] for c in OF_STATES}
         assert_columns(got, facts, f"L{got['layer']} {got['site']}")

@@ -16,7 +16,7 @@ from attlas.extract.capture.runtime.compiled_stream import CompiledStream
 from attlas.extract.capture.runtime.observer import Observer
 from attlas.extract.capture.runtime.receiver import CallReceiver
 from attlas.extract.capture.runtime.stream import Stream
-from attlas.extract.capture.runtime.write_factors import write_factors
+from attlas.extract.capture.runtime.write_factors import output_matrices, write_factors
 from attlas.extract.engines import Engine
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.quantities import needs_of
@@ -49,7 +49,9 @@ def instrumented_pass(
         factors = factors_for(model, layout, needs)
     stream = None
     if needs.reads_stream and layout.residual_refusal is None:
-        stream = _stream_class(engine)(layout, batch, observer)
+        with compilation_disabled():
+            outputs = output_matrices(model, layout) if needs.outputs else None
+        stream = _stream_class(engine)(layout, batch, observer, outputs)
     receiver = CallReceiver(layout, batch, engine, observer, factors, stream, waits=waits)
     replayed = dict.fromkeys(a.module for a in layout.attentions if a.replay is not None)
     in_pieces = dict.fromkeys(a.module for a in layout.attentions if a.in_pieces)

@@ -196,7 +196,7 @@ class CallReceiver:
         sums = merge_windows(call.sums, self._observer.needs.head_names, self._batch.sequences, call.attention)
         self._observer.heads(call.attention, sums, call.observations)
         if self._stream is not None:
-            self._stream.add_contexts(call.attention, call.axis, call.contexts)
+            self._stream.add_contexts(call.attention, call.axis, call.contexts, call.observations)
 
 
 def _unpack_heads(query: Tensor, attention: Attention) -> Tensor:

@@ -7,7 +7,7 @@ three where sublayers are parallel. That x' = x + F holds is checked when the pa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +21,7 @@ from attlas.extract.capture.runtime.batch import Batch
 from attlas.extract.capture.runtime.observer import Observer
 from attlas.extract.capture.runtime.stream_axes import StreamAxes
 from attlas.extract.capture.tensors import first_tensor, input_tensor
-from attlas.extract.engines.observations import NormObservation, ResidualObservation
+from attlas.extract.engines.observations import HeadObservation, NormObservation, ResidualObservation
 from attlas.extract.engines.visibility import Axis
 from attlas.extract.errors import CaptureError
 
@@ -32,10 +32,13 @@ if TYPE_CHECKING:
 class Stream:
     """The residual sites of one forward pass, in plain torch on any device.
 
-    The observer is given the columns that it needs in the order of their names. `finish` ends a pass that succeeded.
+    The observer is given the columns that it needs in the order of their names. `outputs` are the matrices of output
+    projections, by the number of the layer, if they are needed. `finish` ends a pass that succeeded.
     """
 
-    def __init__(self, layout: Layout, batch: Batch, observer: Observer) -> None:
+    def __init__(
+        self, layout: Layout, batch: Batch, observer: Observer, outputs: Mapping[int, Tensor] | None = None
+    ) -> None:
         needs = observer.needs
         self.sites = layout.sites
         self.columns: dict[str, ResidualColumn] = {name: needs.residual[name] for name in needs.residual_names}
@@ -48,6 +51,12 @@ class Stream:
         self._tensors: dict[HookPoint, Tensor] = {}
         self._gains: dict[str, Tensor] = {}
         self._contexts: dict[tuple[str, int], Any] = {}
+        self._heads: dict[tuple[str, int], HeadObservation] = {}  # attention calls, where patterns are needed
+        self._keeps_heads = needs.calls
+        self._outputs = {
+            (layout.attentions[number].stack, layout.attentions[number].layer): matrix
+            for number, matrix in (outputs or {}).items()
+        }
         self._site_of_attention = {site.attention: site for site in self.sites if site.attention is not None}
         self._without_axis: dict[str, list[int]] = {}  # by stack: complete sites whose axis is not known yet
         # points that a site still waits for, and sites that still need a point
@@ -71,9 +80,13 @@ class Stream:
                 handle.remove()
 
     def add_contexts(
-        self, attention: Attention, axis: Axis, contexts: Float[Tensor, "batch head token head_width"]
+        self,
+        attention: Attention,
+        axis: Axis,
+        contexts: Float[Tensor, "batch head token head_width"],
+        calls: Sequence[HeadObservation] = (),
     ) -> None:
-        """Take the output of an attention call, before its projection, and the axis of its queries."""
+        """Take the output of an attention layer, before its projection, the axis of its queries, and its calls."""
         key = (attention.stack, attention.layer)
         site = self._site_of_attention.get(key)
         if site is None:
@@ -85,6 +98,8 @@ class Stream:
                 self._complete(index)
         if batch == self._axes.sequences:  # windows are not rows of the stream
             self._contexts[key] = (tokens, self._prepare_contexts(site, contexts))
+            if self._keeps_heads and len(calls) == 1 and calls[0].call is not None:
+                self._heads[key] = calls[0]
 
     def finish(self) -> None:
         """End a pass: check that x' = x + F(x) held at every site."""
@@ -177,7 +192,10 @@ class Stream:
         return tensor.reshape(batch, tokens, width)
 
     def _update_tensor(self, site: Site, update: Update) -> Float[Tensor, "batch token width"]:
-        tensor = self._tensor(site, update.point)
+        return self._scale(self._tensor(site, update.point), update)
+
+    def _scale(self, tensor: Tensor, update: Update) -> Tensor:
+        """A module's output by what the model multiplies it before it adds it to the stream."""
         if update.factor != 1:
             tensor = tensor * update.factor
         return tensor if update.gain is None else tensor * self._gains[update.gain].to(tensor)
@@ -207,7 +225,25 @@ class Stream:
         before, update = self._before_and_update(site)
         after = self._after(site, before, update)
         contexts = None if contexts is None else to_float(contexts)
-        return ResidualObservation(axis.real, after, before, update, self._norm(site), contexts, self._sample)
+        heads = None if site.attention is None else self._heads.pop(site.attention, None)
+        if contexts is None:  # not over the tokens of the stream
+            heads = None
+        return ResidualObservation(
+            axis.real, after, before, update, self._norm(site), contexts, self._sample, heads, self._write(site)
+        )
+
+    def _write(self, site: Site) -> Callable[[Tensor], Tensor] | None:
+        """A function that gives what contexts add to the stream, without a bias, if the projection's matrix is known."""
+        matrix = None if site.attention is None else self._outputs.get(site.attention)
+        update = site.update
+        if matrix is None or update is None:
+            return None
+
+        def write(contexts: Float[Tensor, "batch head token head_width"]) -> Float[Tensor, "batch token width"]:
+            written = contexts.transpose(1, 2).flatten(2).double() @ matrix.double()
+            return self._scale(written, update)
+
+        return write
 
     def _values(self, site: Site) -> Float[Tensor, "column batch"]:
         axis = self._axis(site)

@@ -1,9 +1,9 @@
-"""A small matrix per head that gives the norm of what the head writes into the stream, made from the output projection."""
+"""The output projections as matrices, and a small matrix per head that gives the norm of what the head writes into the stream."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,39 +16,50 @@ from attlas.extract.capture.linear_map import linear_map, signature
 
 
 @dataclass(frozen=True)
-class _CachedFactors:
-    """The factors of a model's attention layers, and the signatures of their projections when they were made."""
+class _Cached:
+    """Matrices of a model's attention layers, and the signatures of their projections when they were made."""
 
     attentions: tuple[Attention, ...]
     signatures: list[Tensor | None]
-    factors: dict[int, Tensor]
+    matrices: dict[int, Tensor]
 
 
-_CACHE: weakref.WeakKeyDictionary[nn.Module, _CachedFactors] = weakref.WeakKeyDictionary()
+_Make = Callable[[Tensor, int], Tensor]  # from a projection's matrix and the number of heads
+_CACHE: weakref.WeakKeyDictionary[nn.Module, dict[_Make, _Cached]] = weakref.WeakKeyDictionary()
 
 
 def write_factors(model: nn.Module, layout: Layout) -> dict[int, Float[Tensor, "head head_width head_width"]]:
-    """Return for each attention layer the matrix R of each head with ‖c R‖ = ‖c W_O^h‖.
+    """Return for each attention layer the matrix R of each head with ‖c R‖ = ‖c W_O^h‖. See `output_matrices`."""
+    return _matrices(model, layout, _factors)
 
-    A layer without a linear projection has none. Factors are made again when the signature of a projection has changed: its
+
+def output_matrices(model: nn.Module, layout: Layout) -> dict[int, Float[Tensor, "context width"]]:
+    """Return for each attention layer the matrix by which its output projection multiplies the heads' contexts, side by side.
+
+    A layer without a linear projection has none. Matrices are made again when the signature of a projection has changed: its
     weights were modified in some way, or an adapter was switched or merged.
     """
+    return _matrices(model, layout, _whole)
+
+
+def _matrices(model: nn.Module, layout: Layout, make: _Make) -> dict[int, Tensor]:
     projections = {
         number: (model.get_submodule(attention.projection), attention.shape)
         for number, attention in enumerate(layout.attentions)
         if attention.projection is not None and attention.shape is not None
     }
     signatures = [signature(module, shape[0], within=model) for module, shape in projections.values()]
-    cached = _CACHE.get(model)
+    by_kind = _CACHE.setdefault(model, {})
+    cached = by_kind.get(make)
     if cached is None or cached.attentions != layout.attentions or not _are_same(cached.signatures, signatures):
         maps = {number: linear_map(module, shape, within=model) for number, (module, shape) in projections.items()}
-        factors = {
-            number: _factor(weight.unflatten(0, (layout.attentions[number].heads, -1)))
-            for number, weight in maps.items()
-            if weight is not None
+        matrices = {
+            number: make(matrix, layout.attentions[number].heads)
+            for number, matrix in maps.items()
+            if matrix is not None
         }
-        cached = _CACHE[model] = _CachedFactors(layout.attentions, signatures, factors)
-    return cached.factors
+        cached = by_kind[make] = _Cached(layout.attentions, signatures, matrices)
+    return cached.matrices
 
 
 def _are_same(before: Sequence[Tensor | None], now: Sequence[Tensor | None]) -> bool:
@@ -66,8 +77,13 @@ def _are_same(before: Sequence[Tensor | None], now: Sequence[Tensor | None]) -> 
     return all(torch.equal(torch.cat(a), torch.cat(b)) for a, b in groups.values())
 
 
-def _factor(weight: Float[Tensor, "head head_width model_width"]) -> Float[Tensor, "head head_width head_width"]:
-    """Lower triangular R with R Rᵀ = W Wᵀ, from W itself in float64: its Gram matrix would lose half the digits."""
+def _whole(matrix: Float[Tensor, "context width"], _heads: int) -> Float[Tensor, "context width"]:
+    return matrix
+
+
+def _factors(matrix: Float[Tensor, "context width"], heads: int) -> Float[Tensor, "head head_width head_width"]:
+    """Lower triangular R of each head with R Rᵀ = W Wᵀ, from W in float64: its Gram matrix would lose half the digits."""
+    weight = matrix.unflatten(0, (heads, -1))
     factor = torch.linalg.qr(weight.double().transpose(-1, -2), mode="r").R.transpose(-1, -2)
     if factor.shape[-1] < factor.shape[-2]:  # heads wider than the stream
         factor = torch.nn.functional.pad(factor, (0, factor.shape[-2] - factor.shape[-1]))
