@@ -74,7 +74,10 @@ def _compare(
 ) -> Iterator[Finding]:
     by = list(agreement.by)
     this, that = (scan_rows(dataset, parts).filter(pl.sql_expr(agreement.only)) for parts in (these, those))
-    this = this.filter(pl.sql_expr(agreement.where)).group_by(by).agg(this=pl.sql_expr(agreement.this))
+    this = this.filter(pl.sql_expr(agreement.where))
+    if agreement.optional and this.select(pl.len() == 0).collect().item():
+        return
+    this = this.group_by(by).agg(this=pl.sql_expr(agreement.this))
     that = that.group_by(by).agg(that=pl.sql_expr(agreement.that))
     both = that.join(this, on=by, how="full", coalesce=True).select(
         this=pl.col("this").cast(pl.Float64).fill_null(0), that=pl.col("that").cast(pl.Float64)

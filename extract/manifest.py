@@ -70,7 +70,7 @@ def _columns(recipe: Mapping[str, Any], instrument: Instrument) -> dict[str, lis
         if table.kind == "plan":
             names[table.name] = planned_schema(table, tokens=recipe["tokens"]).names
         elif table.name in instrument.columns:
-            names[table.name] = [c.name for c in (*table.keys, *instrument.columns[table.name])]
+            names[table.name] = [c.name for c in (*table.keys, *table.of_facts(instrument.columns[table.name]))]
     return names
 
 

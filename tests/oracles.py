@@ -362,6 +362,17 @@ def gini(weights: Floats) -> float:
     return differences / (2 * len(weights) * total) if total > 0 else 0.0
 
 
+def class_flow(p: Floats, classes: Sequence[str]) -> dict[tuple[str, str], tuple[float, int]]:
+    """Σ p by the classes of query and key, and the rows of the query's class."""
+    flow: dict[tuple[str, str], tuple[float, int]] = {}
+    for i, of_query in enumerate(classes):
+        for of_key in TOKEN_CLASSES:
+            total, count = flow.get((of_query, of_key), (0.0, 0))
+            mass = math.fsum(float(p[i, j]) for j, other in enumerate(classes) if other == of_key)
+            flow[of_query, of_key] = (total + mass, count + 1)
+    return flow
+
+
 # --- residual ------------------------------------------------------------------------------------------------------
 
 

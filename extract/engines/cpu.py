@@ -17,7 +17,7 @@ from torch import Tensor
 from attlas.extract.engines import buffers, cpu_kernel
 from attlas.extract.engines.cpu_kernel import QUANTITIES
 from attlas.extract.engines.profiles import LARGEST_DOUBLING_BIN, OFFSET_BINS, doubling_bins
-from attlas.extract.engines.quantities import known_quantities
+from attlas.extract.engines.quantities import TOKEN_CLASSES, known_quantities
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 
 # maximum number of pieces of a sequence, and their minimum number of rows; they depend on the shape alone, so that sums
@@ -25,7 +25,9 @@ from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 _PIECES, _PIECE_ROWS = 8, 1024
 
 
-MAKES = frozenset({*QUANTITIES, "received", "value_norm", "offset_bins", "same_token", "induction"})
+MAKES = frozenset(
+    {*QUANTITIES, "received", "value_norm", "offset_bins", "same_token", "induction", "class_flow", "class_rows"}
+)
 
 
 def takes(call: AttentionCall | ScoredCall) -> bool:
@@ -76,6 +78,7 @@ def _run_kernel(
     offsets = buffers.empty((pieces, batch, heads, 2 * tokens - 1), np.float32)
     value_norms = np.empty((batch, heads, tokens), np.float32)
     looked_up = np.empty((pieces, 2, batch, heads), np.float64)
+    flow = np.zeros((pieces, batch, heads, len(TOKEN_CLASSES) ** 2), np.float64)
     start, length = seen.keys.start.numpy(), seen.keys.length.numpy()
     scale, softcap = (call.scale, call.softcap or 0) if isinstance(call, AttentionCall) else (1, 0)
     cpu_kernel.attend(
@@ -96,6 +99,7 @@ def _run_kernel(
         _NO_WRITE if call.write is None else call.write.numpy(),
         _NO_GROUPS if call.token_ids is None else _groups(call.token_ids.numpy(), start, length),
         call.token_ids is not None,
+        _NO_CLASSES if call.classes is None else call.classes.keys.numpy(),
         output.numpy(),
         quantities,
         measured,
@@ -103,8 +107,9 @@ def _run_kernel(
         offsets,
         value_norms,
         looked_up,
+        flow,
     )
-    return output, _rows(call, quantities, measured, received, offsets, value_norms, looked_up)
+    return output, _rows(call, quantities, measured, received, offsets, value_norms, looked_up, flow)
 
 
 def _rows(
@@ -115,18 +120,23 @@ def _rows(
     offsets: np.ndarray,
     value_norms: np.ndarray,
     looked_up: np.ndarray,
+    flow: np.ndarray,
 ) -> Rows:
     """The kernel's results with the pieces of a head added up, without quantities that are unknown for the call."""
     made = dict(zip(QUANTITIES, torch.from_numpy(quantities).unbind(), strict=True))
     made |= {"received": torch.from_numpy(_sum_pieces(received)), "offset_bins": torch.from_numpy(_in_bins(offsets))}
     made["value_norm"] = torch.from_numpy(value_norms)
     made |= zip(("same_token", "induction"), torch.from_numpy(looked_up.sum(0)).unbind(), strict=True)
+    made["class_flow"] = torch.from_numpy(flow.sum(0))
+    if call.classes is not None:
+        made["class_rows"] = call.classes.rows(torch.from_numpy(measured))
     return Rows(torch.from_numpy(measured), {name: made[name] for name in known_quantities(made, call.facts)})
 
 
 _NO_PAIRS = np.zeros((0, 0, 0, 0), np.bool_)
 _NO_BIAS = np.zeros((0, 0, 0, 0), np.float32)
 _NO_HEADS = np.zeros(0, np.float32)
+_NO_CLASSES = np.zeros((0, 0), np.int64)
 _NO_WRITE = np.zeros((0, 0, 0), np.float32)
 
 

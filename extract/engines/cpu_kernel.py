@@ -13,6 +13,7 @@ from numba import boolean, float64, int32, int64, njit, prange, types
 from numba import float32 as f32
 
 from attlas.extract.engines.compiled import FAST, array, kernel, ln, places
+from attlas.extract.engines.quantities import TOKEN_CLASSES
 from attlas.extract.engines.simd import (
     AHEAD,
     AHEAD_SQUARED,
@@ -55,6 +56,7 @@ QUANTITIES = (
     "sink",
 )
 _AT = places(QUANTITIES)
+CLASSES = len(TOKEN_CLASSES)
 # if a row's offset exceeds its spread by this factor, the spread is summed again about the offset, because the sum about
 # the query loses digits
 _NARROW = 4
@@ -517,6 +519,39 @@ def _look_up_rows(room: _Room, i: int, rows: int, groups: Int32[np.ndarray, "3 t
     return same, induction
 
 
+@njit(error_model="numpy", fastmath=FAST)
+def _add_to_classes(
+    room: _Room,
+    i: int,
+    rows: int,
+    low: int,
+    high: int,
+    classes: Int64[np.ndarray, " token"],
+    by_class: Float32[np.ndarray, "class key"],
+) -> None:
+    """Add the pattern of each row to the sums by key of the query's class."""
+    for r in range(rows):
+        weight = room.weights[r]
+        if weight > 0:
+            row, sums = room.rows[r, ROWS + low : ROWS + high], by_class[classes[i + r], low:high]
+            for j in range(row.shape[0]):
+                sums[j] += row[j] * weight
+
+
+@njit(error_model="numpy")
+def _sum_classes(
+    by_class: Float32[np.ndarray, "class key"],
+    classes: Int64[np.ndarray, " token"],
+    flow: Float64[np.ndarray, " bin"],
+) -> None:
+    """Sums by class of the query and class of the key."""
+    number: int  # see `_look_up`
+    for query_class in range(by_class.shape[0]):
+        for j in range(classes.shape[0]):
+            number = query_class * CLASSES + classes[j]
+            flow[number] += by_class[query_class, j]
+
+
 @njit(error_model="numpy", forceinline=True)
 def _gather(room: _Room, values: Float32[np.ndarray, "tile key TILE"], low: int, high: int) -> None:
     """Contexts of the rows."""
@@ -625,12 +660,14 @@ def _own(kind: types.Type, dimensions: int) -> types.Array:
     _own(f32, 3),
     _own(int32, 3),
     boolean,
+    array(int64, 2),
     array(f32, 4),
     _own(f32, 4),
     _own(boolean, 3),
     _own(f32, 4),
     _own(f32, 4),
     _own(f32, 3),
+    _own(float64, 4),
     _own(float64, 4),
 )
 def attend(
@@ -651,6 +688,7 @@ def attend(
     write: Float32[np.ndarray, "head value_width value_width"],
     groups: Int32[np.ndarray, "3 batch token"],
     has_ids: bool,
+    classes: Int64[np.ndarray, "batch token"],
     output: Float32[np.ndarray, "batch head query value_width"],
     quantities: Float32[np.ndarray, "quantity batch head query"],
     measured: Bool[np.ndarray, "batch head query"],
@@ -658,6 +696,7 @@ def attend(
     offsets: Float32[np.ndarray, "piece batch head distance"],
     value_norms: Float32[np.ndarray, "batch head key"],
     looked_up: Float64[np.ndarray, "piece 2 batch head"],
+    flow: Float64[np.ndarray, "piece batch head bin"],
 ) -> None:
     """Compute all calls of a batch: one (sequence, head, piece of rows) after another, on all threads.
 
@@ -684,6 +723,7 @@ def attend(
         by_key = np.zeros(n + LANES, np.float32)
         by_distance = np.zeros(2 * n + 2 * ROWS + LANES, np.float32)
         sink = sinks[h] * f32(LOG2_E) if sinks.shape[0] > 0 else f32(-np.inf)
+        by_class = np.zeros((CLASSES if classes.shape[0] > 0 else 0, n), np.float32)
         same, induction = 0.0, 0.0
         if piece == 0:
             _clear_padding(first, n, measured[b, h], quantities[:, b, h], output[b, h], value_norms[b, h])
@@ -712,6 +752,8 @@ def attend(
                 found = _look_up_rows(room, i, rows, groups[:, b])
                 same += found[0]
                 induction += found[1]
+            if by_class.shape[0] > 0:
+                _add_to_classes(room, i, rows, low, high, classes[b, real], by_class)
             spread(
                 room.rows.ctypes.data + 4 * ROWS,
                 room.rows.strides[0] // 4,
@@ -729,5 +771,7 @@ def attend(
             _hand_over(room, rows, output[b, h, those], quantities[:, b, h, those])
         _put_between_zeros(by_key[:n], first, received[piece, b, h])
         _put_between_zeros(by_distance[ROWS : ROWS + 2 * n - 1], tokens - n, offsets[piece, b, h])
+        if by_class.shape[0] > 0:
+            _sum_classes(by_class, classes[b, real], flow[piece, b, h])
         looked_up[piece, 0, b, h] = same
         looked_up[piece, 1, b, h] = induction

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from attlas.extract.engines.quantities import TOKEN_CLASSES
+
 if TYPE_CHECKING:  # commands that only read the catalogue do not load torch
     from jaxtyping import Int
     from torch import Tensor
@@ -56,6 +58,15 @@ PROFILES = (
     Profile("entropy_by_position", _POSITIONS, _POSITION_BINS, "Σ H_i, nats", _ROWS),
     Profile("distance_by_position", _POSITIONS, _POSITION_BINS, "Σ_i Σ_j p·|d|, tokens", _ROWS),
     Profile("received_by_position", _POSITIONS, _POSITION_BINS, "Σ_i p[i,j] of keys j", "keys at those positions"),
+)
+
+# measured if it is asked for: its sums are a row quantity of its own
+CLASS_FLOW = Profile(
+    "class_flow",
+    range(len(TOKEN_CLASSES) ** 2),
+    f"8·(class of the query) + class of the key; classes in the order {', '.join(TOKEN_CLASSES)}, from 0",
+    "Σ_i Σ_j p of queries of the one class and keys of the other",
+    "rows of the query's class",
 )
 
 # columns of all bins of all profiles

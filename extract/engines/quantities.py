@@ -94,6 +94,16 @@ ROW_QUANTITIES: dict[str, RowQuantity] = {
             needs=("positions", "token_ids"),
         ),
         RowQuantity(
+            name="class_flow",
+            formula="Σ_i Σ_j p over queries of a class and keys of a class, at index 8·(class of the query) + class of the key",
+            axis="bin",
+            merge=None,
+            needs=("classes",),
+        ),
+        RowQuantity(
+            name="class_rows", formula="measured rows of each class", axis="bin", merge=None, needs=("classes",)
+        ),
+        RowQuantity(
             name="patch_distance",
             formula="Σ_i of Σ_j p·√(Δrow² + Δcolumn²) / Σ_j p over patches i and j",
             axis="head",

@@ -113,6 +113,16 @@ def _offset_bins(block: Block) -> Float[Tensor, "batch head bin"]:
     return sums @ torch.nn.functional.one_hot(bins, OFFSET_BINS).to(sums.dtype)
 
 
+def _class_flow(block: Block) -> Float[Tensor, "batch head bin"]:
+    classes = block.call.classes
+    assert classes is not None, "asked for where classes are known"
+    of_queries, of_keys = (
+        classes.of_each(numbers).to(block.pattern.dtype)
+        for numbers in (classes.queries[:, block.rows], classes.keys[:, block.keys])
+    )
+    return (of_queries.transpose(-1, -2)[:, None] @ (block.pattern @ of_keys[:, None])).flatten(-2)
+
+
 def _mass_where(block: Block, chosen: Bool[Tensor, "batch row key"]) -> Float[Tensor, "batch head"]:
     return (block.pattern * chosen[:, None, :, block.keys]).sum((-1, -2))
 
@@ -139,6 +149,7 @@ OF_BLOCKS: dict[str, Callable[[Block], Tensor]] = {
     "sink": lambda block: block.sink,
     "received": lambda block: block.pattern.sum(-2),
     "offset_bins": _offset_bins,
+    "class_flow": _class_flow,
     "same_token": lambda block: _mass_where(block, block.equal_tokens[0]),
     "induction": lambda block: _mass_where(block, block.equal_tokens[1]),
     "patch_distance": lambda block: block.patch_sums.distance,
@@ -192,7 +203,13 @@ def _self_score(call: Call, _output: Tensor, measured: Tensor) -> Tensor:
     return scores.masked_fill(~sees_itself, _UNSEEN).where(measured, 0)
 
 
+def _class_rows(call: Call, _output: Tensor, measured: Tensor) -> Tensor:
+    assert call.classes is not None, "asked for where classes are known"
+    return call.classes.rows(measured)
+
+
 OF_CALLS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
+    "class_rows": _class_rows,
     "context_norm": _context_norm,
     "output_norm": _output_norm,
     "value_norm": lambda call, output, _measured: value_norms(call, output.shape[1]),

@@ -5,13 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attlas.extract.engines.patches import Grid
-from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact
+from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, Fact
 from attlas.extract.engines.visibility import Visibility
+
+
+class Classes(NamedTuple):
+    """Token classes of queries and keys, as indices into TOKEN_CLASSES; arbitrary at padding."""
+
+    queries: Int[Tensor, "batch query"]
+    keys: Int[Tensor, "batch key"]
+
+    def of_sequences(self, chosen: Int[Tensor, " sequence"]) -> Classes:
+        return Classes(self.queries[chosen], self.keys[chosen])
+
+    def rows(self, measured: Bool[Tensor, "batch head query"]) -> Float[Tensor, "batch head class"]:
+        """The number of measured rows of each class."""
+        return measured.double() @ self.of_each(self.queries).double()
+
+    @staticmethod
+    def of_each(numbers: Int[Tensor, "batch token"]) -> Bool[Tensor, "batch token class"]:
+        """Whether each token is of each class."""
+        return numbers[..., None] == torch.arange(len(TOKEN_CLASSES), device=numbers.device)
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,7 @@ class AttentionCall:
     sinks: Float[Tensor, " head"] | None = None
     write: Float[Tensor, "head value_width value_width"] | None = None
     token_ids: Int[Tensor, "batch token"] | None = None
+    classes: Classes | None = None
     grid: Grid | None = None
     sample: Bool[Tensor, " batch"] | None = None
     unmeasured: Int[Tensor, " 1"] | None = None
@@ -48,6 +70,7 @@ class AttentionCall:
             value=self.value[chosen],
             visibility=self.visibility.of_sequences(chosen),
             token_ids=None if self.token_ids is None else self.token_ids[chosen],
+            classes=None if self.classes is None else self.classes.of_sequences(chosen),
             sample=None,
         )
 
@@ -70,6 +93,7 @@ class ScoredCall:
     sinks: Float[Tensor, "batch head query"] | None = None
     write: Float[Tensor, "head value_width value_width"] | None = None
     token_ids: Int[Tensor, "batch token"] | None = None
+    classes: Classes | None = None
     grid: Grid | None = None
     weights_only: bool = False
     sample: Bool[Tensor, " batch"] | None = None
@@ -83,6 +107,7 @@ class ScoredCall:
             visibility=self.visibility.of_sequences(chosen),
             sinks=None if self.sinks is None else self.sinks[chosen],
             token_ids=None if self.token_ids is None else self.token_ids[chosen],
+            classes=None if self.classes is None else self.classes.of_sequences(chosen),
             sample=None,
         )
 
@@ -99,6 +124,7 @@ def _facts(call: AttentionCall | ScoredCall, *, queries: bool, scores: bool, val
         "values": values,
         "positions": not call.visibility.is_cross_attention,
         "token_ids": call.token_ids is not None,
+        "classes": call.classes is not None,
         "projection": call.write is not None,
         "sink": call.sinks is not None,
         "grid": call.grid is not None,

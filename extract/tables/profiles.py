@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attlas.extract.engines.needs import Needs
-from attlas.extract.engines.profiles import PROFILE_COLUMNS, PROFILES
+from attlas.extract.engines.profiles import CLASS_FLOW, PROFILE_COLUMNS, PROFILES
 from attlas.extract.tables.column import Column
 from attlas.extract.tables.recording import AdditiveRecorder
 from attlas.extract.tables.table import HEAD, LAYER, SHARD, STACK, Agreement, Table
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
+
+    from attlas.extract.engines.observations import HeadObservation
 
 _HEAD_KEYS = ("stack", "layer", "head")
 _ROWS = "SUM(CAST(query_rows AS DOUBLE))"
@@ -25,12 +28,18 @@ class ProfileRecorder(AdditiveRecorder):
     """Adds up the profiles of every layer; empty bins give no row."""
 
     def keep_heads(self, layer: Any, sums: Any, calls: Any) -> Mapping[str, Tensor]:
-        return {"totals": sums.profiles}
+        from torch import cat
+
+        asked = _has_flow(self.scope.columns)
+        flows = [_class_flow(o) for o in calls if asked and "class_flow" in o.rows]
+        return {"totals": sums.profiles} | ({"class_flow": cat(flows)} if flows else {})
 
     def rows(self) -> dict[str, Any]:
+        bins = {"totals": PROFILE_COLUMNS, "class_flow": tuple((CLASS_FLOW.name, n) for n in CLASS_FLOW.numbers)}
         rows = sorted(
-            (layer.stack, layer.layer, head, *PROFILE_COLUMNS[column], *totals[:, head, column])
-            for layer, totals in self.totals.items()
+            (layer.stack, layer.layer, head, *bins[name][column], *totals[:, head, column])
+            for name, of_layers in self.sums.items()
+            for layer, totals in of_layers.items()
             for head, column in np.argwhere(totals.any(0)).tolist()
         )
         names = ("stack", "layer", "head", "profile", "bin", "sum", "count")
@@ -38,7 +47,22 @@ class ProfileRecorder(AdditiveRecorder):
         return {"shard": np.full(len(rows), self.scope.shard)} | dict(zip(names, columns, strict=True))
 
 
-def _adds_up(profile: str, column: str, target: str, aggregate: str, *, self_attention: bool = False) -> Agreement:
+def _has_flow(columns: Sequence[Column]) -> bool:
+    return any(column.name == CLASS_FLOW.name for column in columns)
+
+
+def _class_flow(o: HeadObservation) -> Float[Tensor, "batch 2 head bin"]:
+    """Sums by the classes of query and key, and the rows of the query's class."""
+    from torch import stack
+
+    sums, rows = o.rows["class_flow"].double(), o.rows["class_rows"].double()
+    counts = rows.repeat_interleave(sums.shape[-1] // rows.shape[-1], dim=-1)
+    return stack((sums, counts), 1)
+
+
+def _adds_up(
+    profile: str, column: str, target: str, aggregate: str, *, self_attention: bool = False, optional: bool = False
+) -> Agreement:
     """The sums or counts of a profile are what the rows of a head come to."""
     return Agreement(
         "profile sums",
@@ -50,6 +74,7 @@ def _adds_up(profile: str, column: str, target: str, aggregate: str, *, self_att
         that=aggregate,
         message=f"the {column}s of {profile} do not add up to the {target}",
         tolerance=1e-4,
+        optional=optional,
     )
 
 
@@ -62,7 +87,7 @@ TABLE = Table(
         STACK,
         LAYER,
         HEAD,
-        Column(name="profile", dtype="stack", formula=" | ".join(p.name for p in PROFILES)),
+        Column(name="profile", dtype="stack", formula=" | ".join(p.name for p in (*PROFILES, CLASS_FLOW))),
         Column(name="bin", dtype="int16", formula="number of the bin; see the bins of each profile", signed=True),
     ),
     facts=(
@@ -72,11 +97,24 @@ TABLE = Table(
         Column(name="count", dtype="float64", formula="how many entered the bin; see each profile"),
     ),
     order=("stack", "layer", "head", "profile", "bin"),
-    needs=lambda columns: Needs(profiles=True),
+    profiles=(
+        Column(
+            name=CLASS_FLOW.name,
+            dtype="float64",
+            formula=f"{CLASS_FLOW.sum}, by both classes",
+            meaning="Which kind of token looks at which.",
+            reference="Clark 2019",
+            core=False,
+        ),
+    ),
+    needs=lambda columns: Needs(
+        profiles=True, rows=frozenset({"class_flow", "class_rows"}) if _has_flow(columns) else frozenset()
+    ),
     recorder=ProfileRecorder,
     agreements=(
         _adds_up("offset", "sum", "mass", _MASS, self_attention=True),
         _adds_up("received_by_position", "sum", "mass", _MASS),
+        _adds_up(CLASS_FLOW.name, "sum", "mass", _MASS, optional=True),
         _adds_up("max_weight", "count", "rows", _ROWS),
         _adds_up("entropy_by_position", "count", "rows", _ROWS),
         _adds_up("entropy_by_position", "sum", "entropy", "SUM(CAST(query_rows AS DOUBLE) * entropy_nats)"),
@@ -94,7 +132,7 @@ TABLE = Table(
         for line in (
             ("profile", "bins", "sum", "count"),
             ("---",) * 4,
-            *((f"`{p.name}`", p.bins, p.sum, p.count) for p in PROFILES),
+            *((f"`{p.name}`", p.bins, p.sum, p.count) for p in (*PROFILES, CLASS_FLOW)),
         )
     ),
 )

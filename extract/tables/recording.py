@@ -76,17 +76,18 @@ class RaggedRecorder(Recorder):
 
 
 class AdditiveRecorder(Recorder):
-    """Sums over all sequences of a shard. Keeps `totals`, in parts of any shape, one place at a time; float64."""
+    """Sums over all sequences of a shard, in float64. Keeps arrays by name, in parts of any shape, one place at a time."""
 
     in_parts = True
 
     def __init__(self, table: Table, scope: Scope) -> None:
         super().__init__(table, scope)
-        self.totals: dict[Any, np.ndarray] = {}
+        self.sums: dict[str, dict[Any, np.ndarray]] = {}
 
     def add(self, place: Any, sequences: np.ndarray, kept: Mapping[str, np.ndarray]) -> None:
-        total = self.totals.setdefault(place, np.zeros(kept["totals"].shape))
-        total += kept["totals"]
+        for name, values in kept.items():
+            total = self.sums.setdefault(name, {}).setdefault(place, np.zeros(values.shape))
+            total += values
 
 
 class StaticRecorder(Recorder):
@@ -105,5 +106,5 @@ def _keys_of(place: Any, table: Table) -> dict[str, Any]:
 def _concatenate(parts: Sequence[Arrays], recorder: Recorder) -> Arrays:
     """Columns concatenated over parts; empty ones if there are no parts."""
     if not parts:
-        return {c.name: np.empty(0) for c in (*recorder.table.keys, *recorder.scope.columns)}
+        return {c.name: np.empty(0) for c in (*recorder.table.keys, *recorder.table.of_facts(recorder.scope.columns))}
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -30,7 +30,7 @@ def select_columns(tables: Iterable[Table], statistics: str | Collection[str] = 
     for name in statistics_named(statistics):
         for table, columns in _find(recorded, name).items():
             chosen.setdefault(table, set()).update(columns)
-    return {t.name: tuple(c for c in t.facts if c.name in chosen[t.name]) for t in recorded if t.name in chosen}
+    return {t.name: tuple(c for c in t.statistics if c.name in chosen[t.name]) for t in recorded if t.name in chosen}
 
 
 def columns_beyond_core(tables: Iterable[Table], columns: Columns) -> list[str]:
@@ -45,7 +45,7 @@ def columns_beyond_core(tables: Iterable[Table], columns: Columns) -> list[str]:
 
 
 def _core(table: Table) -> list[str]:
-    return [column.name for column in table.facts if column.core]
+    return [column.name for column in table.statistics if column.core]
 
 
 def _find(recorded: list[Table], name: str) -> dict[str, list[str]]:
@@ -53,10 +53,10 @@ def _find(recorded: list[Table], name: str) -> dict[str, list[str]]:
     if name == CORE:
         return {}
     if name == ALL:
-        return {table.name: [c.name for c in table.facts] for table in recorded if not table.on_request}
+        return {table.name: [c.name for c in table.statistics] for table in recorded if not table.on_request}
     of_table, _, column = name.rpartition(".")
     found = {
-        table.name: [c.name for c in table.facts if table.name == name or c.name == column]
+        table.name: [c.name for c in table.statistics if table.name == name or c.name == column]
         for table in recorded
         if not of_table or table.name == of_table
     }
@@ -69,6 +69,6 @@ def _find(recorded: list[Table], name: str) -> dict[str, list[str]]:
 
 
 def _nearest(recorded: list[Table], name: str) -> str:
-    names = [*(t.name for t in recorded), *sorted({c.name for t in recorded for c in t.facts})]
+    names = [*(t.name for t in recorded), *sorted({c.name for t in recorded for c in t.statistics})]
     nearest = difflib.get_close_matches(name.rpartition(".")[2], names, n=3, cutoff=0.5)
     return f"did you mean {', '.join(nearest)}?" if nearest else "attlas stats lists them"

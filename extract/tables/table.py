@@ -62,7 +62,8 @@ class Agreement:
 
     `this` and `that` are SQL aggregates over the rows of this table (those that `where` is true of) and of the other, in
     both of the rows that `only` is true of. A combination that this table lacks counts as 0; one that the other lacks is
-    wrong. A sum may be off by `tolerance`, relative where it is larger than 1.
+    wrong. A sum may be off by `tolerance`, relative where it is larger than 1. Rows that are only there if asked for are
+    `optional`: a part without any agrees.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Agreement:
     where: str = "TRUE"
     only: str = "TRUE"
     tolerance: float = 0.0
+    optional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ class Table:
     keys: tuple[Column[Any, Any], ...]
     facts: tuple[Column[Any, Any], ...]
     order: tuple[str, ...]
+    profiles: tuple[Column[Any, Any], ...] = ()  # what its rows may be of besides the usual, asked for like columns
     on_request: bool = False
     needs: Callable[[Sequence[Column]], Needs] = lambda columns: Needs()  # of these columns
     recorder: Callable[[Table, Scope], Recorder] | None = None
@@ -104,6 +107,16 @@ class Table:
     @property
     def columns(self) -> tuple[Column[Any, Any], ...]:
         return self.keys + self.facts
+
+    @property
+    def statistics(self) -> tuple[Column[Any, Any], ...]:
+        """All that can be asked for by name: the computed columns, and profiles."""
+        return self.facts + self.profiles
+
+    def of_facts(self, chosen: Sequence[Column[Any, Any]]) -> tuple[Column[Any, Any], ...]:
+        """Those of the chosen statistics that are columns."""
+        names = {column.name for column in chosen}
+        return tuple(column for column in self.facts if column.name in names)
 
     @property
     def optional(self) -> frozenset[str]:

@@ -110,7 +110,7 @@ def test_every_profile_equals_the_oracle(observed):
         "distance_by_position": oracles.distance_by_position,
         "received_by_position": oracles.received_by_position,
     }
-    assert set(of) == set(got["profile"].cast(pl.String).unique())
+    assert {*of, "class_flow"} == set(got["profile"].cast(pl.String).unique())
     for layer in (0, 5):
         for head in (0, 7):
             for name, profile in of.items():
@@ -130,6 +130,31 @@ def test_every_profile_equals_the_oracle(observed):
                     )  # a row on an edge may fall either side
                     assert total == pytest.approx(expected[b][0], abs=tolerance, rel=1e-4), (name, b)
                     assert count == pytest.approx(expected[b][1], abs=tolerance if tolerance == 1.0 else 0), (name, b)
+
+
+def test_class_flow_equals_the_oracle_and_comes_to_the_masses_of_its_classes(demo, observed):
+    inputs, patterns, _, tables = observed
+    of_ids = token_classes(demo.tokenizer)
+    flow = pl.DataFrame(tables["profiles"]).filter(pl.col("profile").cast(pl.String) == "class_flow")
+    expected: dict[tuple[str, str], list[float]] = {}
+    for sequence, n in enumerate(inputs["attention_mask"].sum(-1).tolist()):
+        classes = [TOKEN_CLASSES[c] for c in of_ids[inputs["input_ids"][sequence, :n].numpy()]]
+        for pair, (total, count) in oracles.class_flow(patterns[3][sequence, 5, :n, :n].numpy(), classes).items():
+            held = expected.setdefault(pair, [0.0, 0])
+            held[0], held[1] = held[0] + total, held[1] + count
+    found = {
+        (TOKEN_CLASSES[r["bin"] // 8], TOKEN_CLASSES[r["bin"] % 8]): (r["sum"], r["count"])
+        for r in flow.filter(layer=3, head=5).to_dicts()
+    }
+    assert found.keys() == expected.keys()
+    for pair, (total, count) in expected.items():
+        assert found[pair] == (pytest.approx(total, rel=1e-4, abs=1e-4), count), pair
+    heads = pl.DataFrame(tables["heads"])
+    by_key = flow.group_by("layer", "head", number=pl.col("bin") % 8).agg(pl.col("sum").sum())
+    for number, name in enumerate(TOKEN_CLASSES):
+        masses = heads.group_by("layer", "head").agg(mass=(pl.col(f"mass_{name}") * pl.col("query_rows")).sum())
+        joined = by_key.filter(number=number).join(masses, on=("layer", "head"))
+        np.testing.assert_allclose(joined["sum"], joined["mass"], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

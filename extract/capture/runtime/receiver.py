@@ -24,7 +24,7 @@ from attlas.extract.capture.runtime.visibilities import Visibilities, visible_sc
 from attlas.extract.engines import Engine
 from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.patches import Grid
-from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
+from attlas.extract.engines.rows import AttentionCall, Classes, Rows, ScoredCall
 
 
 class UnmeasuredRows(Exception):
@@ -87,6 +87,7 @@ class CallReceiver:
             sinks=request.sinks,
             write=self._write_factor(),
             token_ids=self.layers.tokens(attention.queries).ids,
+            classes=self._classes(attention),
             grid=self._grid(attention, *query.shape[::2]),
             sample=self._sample(attention, len(query)),
             unmeasured=self._mark_of_unmeasured(query.device),
@@ -116,6 +117,7 @@ class CallReceiver:
             sinks=manual.sinks,
             write=self._write_factor(),
             token_ids=self.layers.tokens(attention.queries).ids,
+            classes=self._classes(attention),
             grid=self._grid(attention, *manual.scores.shape[::2]),
             sample=self._sample(attention, len(manual.scores)),
         )
@@ -136,6 +138,7 @@ class CallReceiver:
             visibility=self._visibilities.of_mask(attention, pattern > 0),
             write=self._write_factor(),
             token_ids=self.layers.tokens(attention.queries).ids,
+            classes=self._classes(attention),
             grid=self._grid(attention, *pattern.shape[::2]),
             sample=self._sample(attention, len(pattern)),
             weights_only=True,
@@ -166,6 +169,10 @@ class CallReceiver:
         grid = self._batch.grids.get(attention.stack)
         is_whole = grid is not None and batch == self._batch.sequences and queries == grid.tokens
         return grid if is_whole and not attention.is_cross_attention else None
+
+    def _classes(self, attention: Attention) -> Classes | None:
+        queries, keys = (self.layers.tokens(name).classes for name in (attention.queries, attention.keys))
+        return None if queries is None or keys is None else Classes(queries, keys)
 
     def _sample(self, attention: Attention, batch: int) -> Tensor | None:
         """Which rows of a call's batch are of sequences of the sample: a sequence may have several windows."""

@@ -12,12 +12,12 @@ class CountRecorder(AdditiveRecorder):
         return {"totals": sums.values[self.scope.needs.head_names.index("rows")].sum()}
 
     def rows(self):
-        places = sorted(self.totals, key=lambda layer: (layer.stack, layer.layer))
+        places = sorted(self.sums["totals"], key=lambda layer: (layer.stack, layer.layer))
         return {
             "shard": [self.scope.shard] * len(places),
             "stack": [place.stack for place in places],
             "layer": [place.layer for place in places],
-            "rows_of_heads": [float(self.totals[place]) for place in places],
+            "rows_of_heads": [float(self.sums["totals"][place]) for place in places],
         }
 
 
