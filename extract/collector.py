@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.extract.capture.layout import Attention, Layout, Site
@@ -16,8 +15,9 @@ from attlas.extract.engines import Engine
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.observations import HeadObservation, ResidualObservation
 from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact
+from attlas.extract.engines.stream_profiles import SiteSums
 from attlas.extract.engines.sums import HeadSums
-from attlas.extract.tables import TABLES, Column, Columns, Recorder, Scope, Table, needs_of
+from attlas.extract.tables import TABLES, Columns, Recorder, Scope, Table, needs_of
 
 _Kept = tuple[Recorder, Any, dict[str, Tensor]]
 
@@ -46,9 +46,13 @@ class Collector:
         for recorder in self._recorders:
             self._take(recorder, attention, recorder.keep_heads(attention, sums, calls))
 
-    def residual(self, site: Site, columns: Float[Tensor, "column batch"]) -> None:
+    def residual(self, site: Site, sums: SiteSums) -> None:
         for recorder in self._recorders:
-            self._take(recorder, site, recorder.keep_site(site, columns))
+            self._take(recorder, site, recorder.keep_site(site, sums))
+
+    def layer(self, site: Site, sums: SiteSums) -> None:
+        for recorder in self._recorders:
+            self._take(recorder, site, recorder.keep_layer(site, sums))
 
     def state(self, site: Site, o: ResidualObservation) -> None:
         for recorder in self._recorders:
@@ -108,7 +112,7 @@ def open_collector(
     chosen = {
         name: tuple(c for c in chosen if c.name not in without)
         for name, chosen in columns.items()
-        if is_recorded(TABLES[name], chosen, layout, shard=shard)
+        if is_recorded(TABLES[name], layout, shard=shard)
     }
     needs = needs_of(chosen)
     recorders = []
@@ -120,11 +124,11 @@ def open_collector(
     return Collector(recorders, needs, sequences=len(sequence_ids))
 
 
-def is_recorded(table: Table, columns: Sequence[Column], layout: Layout, *, shard: int) -> bool:
+def is_recorded(table: Table, layout: Layout, *, shard: int) -> bool:
     """Whether the table has rows of a shard: one of the residual stream needs a model whose stream can be read."""
     if table.kind == "static" and shard > 0:
         return False
-    return layout.residual_refusal is None or not table.needs(columns).reads_stream
+    return layout.residual_refusal is None or not table.of_stream
 
 
 def left_to_reference(
@@ -134,7 +138,7 @@ def left_to_reference(
 
     `absent` are facts that no attention call of the model has: what needs them is never made.
     """
-    chosen = {name: c for name, c in columns.items() if is_recorded(TABLES[name], c, layout, shard=0)}
+    chosen = {name: c for name, c in columns.items() if is_recorded(TABLES[name], layout, shard=0)}
     needs = needs_of(chosen)
     rows = [name for name in needs.row_quantities if not set(ROW_QUANTITIES[name].needs) & set(absent)]
     left = {

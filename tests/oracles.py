@@ -6,6 +6,7 @@ of one head on one sequence, rows are queries and columns keys, real tokens only
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -406,6 +407,39 @@ def residual_columns(
         **mixing_columns(x, patterns, v, w_o),
         "head_diversity_nats": None if patterns is None else head_diversity(patterns),
     }
+
+
+def layer_columns(x: Floats, after: Floats) -> Columns:
+    """The columns of `layers`: the stream before and after a layer, [n, d]."""
+    x, after = np.asarray(x, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    return {
+        "block_influence": 1
+        - mean(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(x, after, strict=True)),
+        "block_angle": mean(angle(a, b) / math.pi for a, b in zip(x, after, strict=True)),
+        "block_gain": mean_ratio(norms(after), norms(x)),
+    }
+
+
+def norm_histogram(states: Iterable[Floats]) -> dict[int, int]:
+    """Tokens by ⌊4·log₂ ‖x'‖⌋, over sequences of states [n, d]."""
+    return dict(Counter(math.floor(4 * math.log2(norm)) for of_sequence in states for norm in norms(of_sequence)))
+
+
+def massive_histogram(states: Iterable[Floats]) -> dict[int, int]:
+    """Tokens by ⌊log₁₀ (max|x'| ÷ median|x'|)⌋; of an even number of entries the lower middle one."""
+    decades: Counter[int] = Counter()
+    for of_sequence in states:
+        for token in np.sort(np.abs(np.asarray(of_sequence, dtype=np.float64)), axis=1):
+            decades[math.floor(math.log10(token[-1] / token[(len(token) - 1) // 2]))] += 1
+    return dict(decades)
+
+
+def massive_mass(p: Floats, stream: Floats) -> float | None:
+    """Mean mass of a head's rows on massive keys, from the stream that its layer reads (Sun 2024)."""
+    sizes = np.abs(np.asarray(stream, dtype=np.float64))
+    middle = float(np.sort(sizes, axis=None)[(sizes.size - 1) // 2])
+    massive = [j for j, size in enumerate(sizes.max(axis=1)) if size >= 100 and size >= 1000 * middle]
+    return mean(math.fsum(float(row[j]) for j in massive) for row in p)
 
 
 def token_columns(x: Floats | None, update: Floats | None, after: Floats) -> Columns:

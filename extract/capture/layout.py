@@ -83,6 +83,9 @@ class Site:
         return self.sum_points if self.norm is None else (*self.sum_points, self.norm.input, self.norm.output)
 
 
+WHOLE_LAYER = "layer"  # the name of a site that stands for all sublayers of a layer
+
+
 @dataclass(frozen=True)
 class SitePoints:
     """Which sites need which hook points, worked out once for all passes.
@@ -185,6 +188,33 @@ class Layout:
     def points(self) -> SitePoints:
         """The hook points of the sites."""
         return SitePoints.of(self.sites)
+
+    @cached_property
+    def layer_sites(self) -> tuple[Site, ...]:
+        """A site for each layer: x before its first update, x' after its last, nothing between."""
+        updates: dict[tuple[str, int], list[Site]] = {}
+        for site in self.sites:
+            if site.update is not None:
+                updates.setdefault((site.stack, site.layer), []).append(site)
+        ends = ((of_layer[0], of_layer[-1]) for of_layer in updates.values())
+        return tuple(
+            Site(
+                WHOLE_LAYER,
+                first.layer,
+                last.after,
+                first.stack,
+                first.before,
+                token_first=first.token_first,
+                overwritten=first.overwritten | last.overwritten,
+            )
+            for first, last in ends
+            if first.before is not None and last.after is not None
+        )
+
+    @cached_property
+    def points_with_layers(self) -> SitePoints:
+        """The hook points of the sites, then of the layers."""
+        return SitePoints.of(self.sites + self.layer_sites)
 
     @property
     def methods(self) -> frozenset[CaptureMethod]:

@@ -22,7 +22,7 @@ class Needs:
 
     `rows` are the row quantities that are needed for themselves, not as parts of head quantities; with `patterns`, the
     blocks of attention patterns are there too. `residual` are the columns of residual sites, each with the function that
-    gives it; with `states`, recorders are shown the states of the stream themselves. With `calls`, what is observed of an
+    gives it, `layers` those of whole layers; with `states`, recorders are shown the states of the stream themselves. With `calls`, what is observed of an
     attention sublayer includes its attention call (which needs `patterns`), and with `outputs` what contexts write.
     """
 
@@ -31,6 +31,8 @@ class Needs:
     patterns: bool = False
     profiles: bool = False
     residual: Mapping[str, ResidualColumn] = field(default_factory=dict)
+    layers: Mapping[str, ResidualColumn] = field(default_factory=dict)
+    stream_profiles: bool = False
     states: bool = False
     calls: bool = False
     outputs: bool = False
@@ -42,6 +44,8 @@ class Needs:
             patterns=self.patterns or other.patterns,
             profiles=self.profiles or other.profiles,
             residual={**self.residual, **other.residual},
+            layers={**self.layers, **other.layers},
+            stream_profiles=self.stream_profiles or other.stream_profiles,
             states=self.states or other.states,
             calls=self.calls or other.calls,
             outputs=self.outputs or other.outputs,
@@ -50,7 +54,7 @@ class Needs:
     @property
     def reads_stream(self) -> bool:
         """Whether the residual stream is needed."""
-        return bool(self.residual) or self.states
+        return bool(self.residual or self.layers) or self.stream_profiles or self.states
 
     @cached_property
     def head_names(self) -> tuple[str, ...]:
@@ -61,6 +65,11 @@ class Needs:
     def residual_names(self) -> tuple[str, ...]:
         """The columns of sites in the order in which a pass gives them."""
         return tuple(sorted(self.residual))
+
+    @cached_property
+    def layer_names(self) -> tuple[str, ...]:
+        """The columns of layers in the order in which a pass gives them."""
+        return tuple(sorted(self.layers))
 
     @cached_property
     def row_quantities(self) -> frozenset[str]:

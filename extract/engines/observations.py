@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # commands that only read the catalogue do not load torch
     from attlas.extract.engines.visibility import Visibility
 
 
+# what makes an activation massive: its size, and its size against the median of all (Sun 2024)
+_MASSIVE, _MASSIVE_RATIO = 100, 1000
 # an update that differs by more than this share from a linear map of its contexts is not one, even in half precision
 _NOT_LINEAR = 0.02
 # blocks of a pattern are kept for all tables that read them if it has no more weights than this
@@ -151,6 +153,19 @@ class ResidualObservation:
         measured = heads.rows.measured.all(1)[..., None]
         return own.where(measured, float("nan")), others.where(measured, float("nan"))
 
+    @cached_property
+    def massive_mass(self) -> Float[Tensor, "batch head"] | None:
+        """Σ p of an attention call on the keys whose state in the stream that it reads is massive; None if that is not known."""
+        heads, x = self.heads, self.stream
+        if heads is None or x is None or heads.visibility.is_cross_attention or heads.received.shape[-1] != x.shape[1]:
+            return None
+        sizes = x.abs().where(self.real[..., None], float("nan"))
+        largest = sizes.amax(-1)
+        massive = largest >= _MASSIVE
+        if x.device.type != "cpu" or bool(massive.any()):  # a median of all states is costly
+            massive &= largest >= _MASSIVE_RATIO * sizes.flatten(1).nanmedian(-1, keepdim=True).values
+        return (heads.received * massive[:, None]).sum(-1)
+
     def _size(self, states: Float[Tensor, "batch token width"]) -> Float[Tensor, ""]:
         return states.double().where(self.real[..., None], 0).norm()
 
@@ -186,6 +201,14 @@ class ResidualObservation:
     @cached_property
     def after_norms(self) -> Float[Tensor, "batch token"]:
         return self.after.norm(dim=-1)
+
+    @cached_property
+    def chords(self) -> tuple[Float[Tensor, "batch token"], Float[Tensor, "batch token"]] | None:
+        """‖u − v‖ and ‖u + v‖ of the directions of x and x', which keep their digits where a cosine near 1 loses them."""
+        if self.stream is None or self.stream_norms is None:
+            return None
+        u, v = self.stream / self.stream_norms[..., None], self.after / self.after_norms[..., None]
+        return (u - v).norm(dim=-1), (u + v).norm(dim=-1)
 
     @cached_property
     def start(self) -> Int[Tensor, " batch"]:

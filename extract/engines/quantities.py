@@ -14,8 +14,10 @@ from typing import Literal
 
 # what an attention call may have: queries and keys as vectors; scores rather than only the pattern; common positions of
 # queries and keys; token ids; token classes of the keys; values; the output projection; a learned sink; the grid of an
-# image's patches
-Fact = Literal["queries", "scores", "positions", "token_ids", "classes", "values", "projection", "sink", "grid"]
+# image's patches; the residual stream that the layer reads
+Fact = Literal[
+    "queries", "scores", "positions", "token_ids", "classes", "values", "projection", "sink", "grid", "stream"
+]
 # how numbers of windows are combined into that of the sequence; None if they cannot be
 Merge = Literal["sum", "max"]
 

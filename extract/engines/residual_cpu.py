@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attlas.extract.engines.compiled import FAST, kernel, places
 from attlas.extract.engines.observations import NormObservation
+from attlas.extract.engines.stream_profiles import TOKEN_NORM
 from attlas.extract.engines.visibility import Axis
 
 # tokens per piece of a sequence; sums are added up by pieces, so that they do not depend on the number of threads
@@ -24,9 +25,12 @@ _PIECE = 64
 _OF_TOKENS = ("stream_norm", "update_norm", "update_ratio", "update_cosine", "step_cosine", "stream_gain", "outlier_ratio", "kurtosis")  # fmt: skip
 _OF_STREAM = (*_OF_TOKENS, "anisotropy", "max_abs", "outlier_dim")
 _OF_NORM = ("norm_mean", "norm_scale", "norm_output_gain")
+_OF_LAYERS = ("block_influence", "block_angle", "block_gain")
 OF_HEADS = ("heads_concat_norm", "heads_mean_norm", "heads_cosine")
+MAKES_OF_LAYERS = frozenset(_OF_LAYERS)
 MAKES = frozenset({*_OF_STREAM, *_OF_NORM, *OF_HEADS})
-_STREAM, _HEADS = places(_OF_STREAM), places(OF_HEADS)
+_STREAM, _HEADS, _LAYERS = places(_OF_STREAM), places(OF_HEADS), places(_OF_LAYERS)
+_NORM_BINS, _LEAST_NORM_BIN = len(TOKEN_NORM.numbers), TOKEN_NORM.numbers[0]
 _TOKEN = places((*_OF_TOKENS, *_OF_NORM))  # quantities that are averaged over tokens
 # sums over the entries of one token, from which its quantities are computed
 _SUMS = ("mean", "squares", "largest", "fourths", "stream_squares", "update_squares", "stream_update", "stream_after", "centred", "written")  # fmt: skip
@@ -42,10 +46,14 @@ Columns = Mapping[str, Float64[np.ndarray, " batch"]]
 
 @dataclass(frozen=True)
 class StatePass:
-    """Results of one pass over a state of the stream: columns of the state, and of the norm that reads it."""
+    """Results of one pass over a state of the stream: columns of the state, and of the norm that reads it.
+
+    `norm_counts` are the tokens in each bin of `TOKEN_NORM`.
+    """
 
     stream: Columns
     norm: Columns
+    norm_counts: Float64[np.ndarray, " bin"]
     off: float  # ‖x' − x − F‖ over all real tokens, 0 without x and F
     size: float  # ‖x'‖ + ‖x‖
 
@@ -69,6 +77,7 @@ def read_state(
     pieces = -(-tokens // _PIECE)
     of_stream, of_norm = np.empty((len(_OF_STREAM), batch)), np.empty((_NORMS, batch))
     identity = np.empty((3, batch))
+    norm_counts = np.zeros((batch, pieces, _NORM_BINS))
     wrote = output if output is not None else None if norm is None else norm.wrote
     _pass(
         _flat(after),
@@ -86,6 +95,7 @@ def read_state(
         np.empty((batch, pieces, _TOKENS + _NORMS, 2)),
         np.empty((batch, pieces, 2, width), np.float32),
         np.empty((batch, pieces, 3)),
+        norm_counts,
         of_stream,
         of_norm,
         identity,
@@ -94,7 +104,8 @@ def read_state(
     norm_columns: dict[str, np.ndarray] = dict(zip(_OF_NORM, of_norm, strict=True))
     if norm is not None and norm.kind == "rms":
         norm_columns["norm_mean"] = np.full(batch, math.nan)
-    return StatePass(dict(zip(_OF_STREAM, of_stream, strict=True)), norm_columns, off, total + x)
+    of_state = dict(zip(_OF_STREAM, of_stream, strict=True))
+    return StatePass(of_state, norm_columns, norm_counts.sum((0, 1)), off, total + x)
 
 
 def compare_heads(axis: Axis, contexts: Float[Tensor, "batch head token head_width"]) -> Columns:
@@ -110,6 +121,16 @@ def compare_heads(axis: Axis, contexts: Float[Tensor, "batch head token head_wid
         values,
     )
     return dict(zip(OF_HEADS, values, strict=True))
+
+
+def compare_states(
+    axis: Axis, before: Float[Tensor, "batch token width"], after: Float[Tensor, "batch token width"]
+) -> Columns:
+    """The columns of `layers`, of the stream before and after a layer, in float32."""
+    values, pieces = np.empty((len(_OF_LAYERS), len(before))), -(-axis.tokens // _PIECE)
+    sums = np.empty((len(before), pieces, len(_OF_LAYERS), 2))
+    _compare_states(_flat(before), _flat(after), axis.start.numpy(), axis.length.numpy(), axis.tokens, sums, values)
+    return dict(zip(_OF_LAYERS, values, strict=True))
 
 
 def _flat(x: Float[Tensor, "*batch width"] | None) -> Float32[np.ndarray, "row width"]:
@@ -272,6 +293,14 @@ def _within_one(cosine: np.float32) -> np.float32:
     return float32(1) if cosine > float32(1) else float32(-1) if cosine < float32(-1) else cosine
 
 
+@njit(error_model="numpy")
+def _count_norm(squares: np.float32, counts: Float64[np.ndarray, " bin"]) -> None:
+    """Count a token in the bin of its norm."""
+    if math.isfinite(squares) and squares > 0:
+        number = math.floor(2 * math.log2(float64(squares)))
+        counts[min(max(number - _LEAST_NORM_BIN, 0), _NORM_BINS - 1)] += 1
+
+
 _states = types.Array(float32, 2, "C")
 _vector = types.Array(float32, 1, "C")
 
@@ -291,6 +320,7 @@ _vector = types.Array(float32, 1, "C")
     int64,
     types.Array(float64, 4, "C"),
     types.Array(float32, 4, "C"),
+    types.Array(float64, 3, "C"),
     types.Array(float64, 3, "C"),
     types.Array(float64, 2, "C"),
     types.Array(float64, 2, "C"),
@@ -312,6 +342,7 @@ def _pass(
     sums: Float64[np.ndarray, "batch piece quantity 2"],
     vectors: Float32[np.ndarray, "batch piece 2 width"],
     identities: Float64[np.ndarray, "batch piece 3"],
+    norm_counts: Float64[np.ndarray, "batch piece bin"],
     of_stream: Float64[np.ndarray, "stream_column batch"],
     of_norm: Float64[np.ndarray, "norm_column batch"],
     identity: Float64[np.ndarray, "3 batch"],
@@ -335,6 +366,7 @@ def _pass(
             if real:
                 _sum_state(after[row], raw, t - begin, units, largest)
                 off[1] += raw[_RAW.squares, t - begin]
+                _count_norm(raw[_RAW.squares, t - begin], norm_counts[b, piece])
                 if has_stream:
                     off[0] += _sum_update(after[row], stream[row], update[row], raw, t - begin)
                     off[2] += raw[_RAW.stream_squares, t - begin]
@@ -413,6 +445,62 @@ def _compare_heads(
                 (similarity - heads) / (heads * (heads - 1)) if heads > 1 else np.nan
             )
         for quantity in range(_COMPARED):
+            _add(of_token[quantity], low - begin, high - begin, of_piece, quantity)
+    for b in range(batch):
+        for quantity in range(values.shape[0]):
+            total, count = 0.0, 0.0
+            for piece in range(pieces):
+                total += sums[b, piece, quantity, 0]
+                count += sums[b, piece, quantity, 1]
+            values[quantity, b] = total / count if count > 0 else np.nan
+
+
+@kernel(
+    _states,
+    _states,
+    types.Array(int64, 1, "A"),
+    types.Array(int64, 1, "A"),
+    int64,
+    types.Array(float64, 4, "C"),
+    types.Array(float64, 2, "C"),
+    fast=True,
+)
+def _compare_states(
+    before: Float32[np.ndarray, "row width"],
+    after: Float32[np.ndarray, "row width"],
+    start: Int64[np.ndarray, " batch"],
+    length: Int64[np.ndarray, " batch"],
+    tokens: int,
+    sums: Float64[np.ndarray, "batch piece quantity 2"],
+    values: Float64[np.ndarray, "column batch"],
+) -> None:
+    batch, pieces = sums.shape[0], sums.shape[1]
+    for item in prange(batch * pieces):
+        b, piece = item // pieces, item % pieces
+        of_piece = sums[b, piece]
+        of_piece[:] = 0.0
+        of_token = np.empty((values.shape[0], _PIECE), np.float32)
+        begin = piece * _PIECE
+        low, high = max(begin, start[b]), max(begin, min(begin + _PIECE, start[b] + length[b]))
+        for t in range(low, high):
+            x, y = before[b * tokens + t], after[b * tokens + t]
+            xx, yy = float32(0), float32(0)
+            for k in range(x.shape[0]):
+                xx += x[k] * x[k]
+                yy += y[k] * y[k]
+            per_x, per_y = float32(1) / np.sqrt(xx), float32(1) / np.sqrt(yy)
+            # chords of the directions: a cosine near 1 would have lost its digits
+            apart, together = float32(0), float32(0)
+            for k in range(x.shape[0]):
+                u, v = x[k] * per_x, y[k] * per_y
+                apart += (u - v) * (u - v)
+                together += (u + v) * (u + v)
+            of_token[_LAYERS.block_influence, t - begin] = apart / float32(2)
+            of_token[_LAYERS.block_angle, t - begin] = float32(2 / math.pi) * math.atan2(
+                np.sqrt(apart), np.sqrt(together)
+            )
+            of_token[_LAYERS.block_gain, t - begin] = np.sqrt(yy / xx)
+        for quantity in range(values.shape[0]):
             _add(of_token[quantity], low - begin, high - begin, of_piece, quantity)
     for b in range(batch):
         for quantity in range(values.shape[0]):

@@ -56,7 +56,7 @@ class HeadQuantity:
 
     def is_known(self, o: HeadObservation) -> bool:
         """Whether the observation has everything that it needs."""
-        has = {"positions": not o.visibility.is_cross_attention, "classes": o.classes is not None}
+        has = {"positions": not o.visibility.is_cross_attention, "classes": o.classes is not None, "stream": False}
         return all(name in o.rows for name in self.rows) and all(has[fact] for fact in self.facts)
 
 
@@ -292,6 +292,12 @@ def written_first(o: HeadObservation) -> Tensor:
 def written(o: HeadObservation) -> Tensor:
     """Σ p ‖v W_O^h‖ on all keys."""
     return (o.received * o.rows["value_norm"]).sum(-1)
+
+
+@_quantity("received", facts=("stream",), merge=None)
+def massive(o: HeadObservation) -> Tensor:
+    """Σ p on massive keys. The stream may be seen after its attention call: recorders add it, with `massive_mass`."""
+    raise NotImplementedError
 
 
 # --- profiles ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from attlas.extract.tables.table import DOCUMENT_ID, HEAD, LAYER, SEQUENCE_ID, S
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from attlas.extract.engines.observations import ResidualObservation
+
 Values = Float[np.ndarray, "sequence head"]
 
 CLASS_MASSES = tuple(f"mass_{name}" for name in TOKEN_CLASSES)  # the columns of the token classes
@@ -328,6 +330,19 @@ def value_weighted_first(o: HeadQuantities) -> Values:
 
 
 @column(
+    formula="mean of Σ p over massive keys: max|x| ≥ 100, and ≥ 1,000 times the median |x| of the sequence, x the stream that the "
+    "layer's attention reads; null where no stream is known",
+    bounds=(0, 1),
+    reference="Sun 2024",
+    nullable=True,
+    core=False,
+)
+def mass_massive(o: HeadQuantities) -> Values:
+    """Weight on tokens with massive activations."""
+    return o.ratio(o["massive"], o["rows"])
+
+
+@column(
     formula="mean of ‖q_i‖, as the attention call receives it, after rotation and normalisation; "
     "null where the call has no queries and keys",
     bounds=(0, None),
@@ -497,9 +512,27 @@ class HeadRecorder(DenseRecorder):
     def keep_heads(self, layer: Any, sums: Any, calls: Any) -> Mapping[str, Tensor]:
         return {"values": sums.values}
 
+    def keep_state(self, site: Any, o: ResidualObservation) -> Mapping[str, Tensor] | None:
+        asked = "massive" in self.scope.needs.head_quantities
+        return {"massive": o.massive_mass} if asked and o.massive_mass is not None else None
+
+    def add(self, place: Any, sequences: np.ndarray, kept: Mapping[str, np.ndarray]) -> None:
+        """Of a residual site only the mass on massive keys is kept, a head quantity of its attention layer."""
+        if "massive" in kept:
+            place = next(layer for layer in self._values if (layer.stack, layer.layer) == place.attention)
+            self._values[place][self.scope.needs.head_names.index("massive"), sequences] = kept["massive"]
+        else:
+            super().add(place, sequences, kept)
+
     def facts(self, values: np.ndarray) -> dict[str, Values]:
         quantities = HeadQuantities(self.scope.needs.head_names, values)
         return {c.name: c.compute(quantities) for c in self.scope.columns if c.compute is not None}
+
+
+def _needs(columns: Sequence[Column]) -> Needs:
+    quantities = quantities_of(columns)
+    reads_stream = "massive" in quantities
+    return Needs(head_quantities=quantities, patterns=reads_stream, calls=reads_stream, states=reads_stream)
 
 
 def _sum_is_not_one(*names: str) -> str:
@@ -514,7 +547,7 @@ TABLE = Table(
     keys=(SEQUENCE_ID, DOCUMENT_ID, STACK, LAYER, HEAD),
     facts=columns_of(dict(globals())),
     order=("stack", "layer", "head", "sequence_id"),
-    needs=lambda columns: Needs(head_quantities=quantities_of(columns)),
+    needs=_needs,
     recorder=HeadRecorder,
     outcome="mass_sink",
     rules=(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attlas.extract.engines.needs import Needs
-from attlas.extract.engines.profiles import CLASS_FLOW, PROFILE_COLUMNS, PROFILES
+from attlas.extract.engines.profiles import CLASS_FLOW, PROFILE_COLUMNS, PROFILES, Profile
 from attlas.extract.tables.column import Column
 from attlas.extract.tables.recording import AdditiveRecorder
 from attlas.extract.tables.table import HEAD, LAYER, SHARD, STACK, Agreement, Table
@@ -45,6 +45,14 @@ class ProfileRecorder(AdditiveRecorder):
         names = ("stack", "layer", "head", "profile", "bin", "sum", "count")
         columns = list(zip(*rows, strict=True)) or [() for _ in names]
         return {"shard": np.full(len(rows), self.scope.shard)} | dict(zip(names, columns, strict=True))
+
+
+def profile_notes(profiles: Iterable[Profile]) -> str:
+    """The bins of profiles as a Markdown table."""
+    lines = [("profile", "bins", "sum", "count"), ("---",) * 4]
+    lines += [(f"`{p.name}`", p.bins, p.sum, p.count) for p in profiles]
+    escaped = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "### Profiles and their bins\n\n" + "\n".join(escaped)
 
 
 def _has_flow(columns: Sequence[Column]) -> bool:
@@ -126,13 +134,5 @@ TABLE = Table(
             self_attention=True,
         ),
     ),
-    notes="### Profiles and their bins\n\n"
-    + "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
-        for line in (
-            ("profile", "bins", "sum", "count"),
-            ("---",) * 4,
-            *((f"`{p.name}`", p.bins, p.sum, p.count) for p in (*PROFILES, CLASS_FLOW)),
-        )
-    ),
+    notes=profile_notes((*PROFILES, CLASS_FLOW)),
 )

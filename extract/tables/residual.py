@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
     from jaxtyping import Float
     from torch import Tensor
 
+    from attlas.extract.engines.stream_profiles import SiteSums
+
     PerSequence = Float[Tensor, " batch"]
 
 
@@ -34,6 +36,7 @@ def stream_norm(o: ResidualObservation) -> PerSequence:
     return o.mean(o.after_norms if o.stream_norms is None else o.stream_norms)
 
 
+SITE = Column(name="site", dtype="stack", formula="embedding | attention | cross_attention | mlp | final_norm")
 _on_request = partial(column, nullable=True, core=False)
 _OF_SAMPLE = "; null outside the sample"
 
@@ -333,8 +336,8 @@ def _needs(columns: Sequence[Column]) -> Needs:
 class SiteRecorder(DenseRecorder):
     """Keeps the columns of every site, which capture works out as each site is complete."""
 
-    def keep_site(self, site: Any, columns: Float[Tensor, "column batch"]) -> Mapping[str, Tensor]:
-        return {"values": columns}
+    def keep_site(self, site: Any, sums: SiteSums) -> Mapping[str, Tensor]:
+        return {"values": sums.values}
 
     def facts(self, values: np.ndarray) -> dict[str, np.ndarray]:
         places = {name: place for place, name in enumerate(self.scope.needs.residual_names)}
@@ -345,12 +348,13 @@ TABLE = Table(
     name="residual",
     row="sequence × stack × layer × site",
     kind="dense",
+    of_stream=True,
     keys=(
         SEQUENCE_ID,
         DOCUMENT_ID,
         STACK,
         LAYER,
-        Column(name="site", dtype="stack", formula="embedding | attention | cross_attention | mlp | final_norm"),
+        SITE,
     ),
     facts=columns_of(dict(globals())),
     order=("stack", "layer", "site", "sequence_id"),

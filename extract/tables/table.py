@@ -13,10 +13,10 @@ from attlas.extract.engines.needs import Needs
 from attlas.extract.tables.column import Column
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
     from torch import Tensor, nn
 
     from attlas.extract.engines.observations import HeadObservation, ResidualObservation
+    from attlas.extract.engines.stream_profiles import SiteSums
     from attlas.extract.engines.sums import HeadSums
 
 # plan: what the pass over the corpus found; dense: a row for each sequence and place (a head, or a site); ragged: any
@@ -95,6 +95,7 @@ class Table:
     order: tuple[str, ...]
     profiles: tuple[Column[Any, Any], ...] = ()  # what its rows may be of besides the usual, asked for like columns
     on_request: bool = False
+    of_stream: bool = False  # of the residual stream: absent where that can't be read
     needs: Callable[[Sequence[Column]], Needs] = lambda columns: Needs()  # of these columns
     recorder: Callable[[Table, Scope], Recorder] | None = None
     rules: tuple[Rule, ...] = ()
@@ -126,7 +127,7 @@ class Table:
     @property
     def is_always_written(self) -> bool:
         """Whether every dataset has it; the residual stream of some models can't be read."""
-        return not self.on_request and not self.needs(self.facts).reads_stream
+        return not self.on_request and not self.of_stream
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -179,8 +180,12 @@ class Recorder:
         """
         return None
 
-    def keep_site(self, site: Any, columns: Float[Tensor, "column batch"]) -> Mapping[str, Tensor] | None:
-        """What is kept of a residual site on a batch; columns in the order of the scope's `needs.residual_names`."""
+    def keep_site(self, site: Any, sums: SiteSums) -> Mapping[str, Tensor] | None:
+        """What is kept of a residual site on a batch; values in the order of the scope's `needs.residual_names`."""
+        return None
+
+    def keep_layer(self, layer: Any, sums: SiteSums) -> Mapping[str, Tensor] | None:
+        """What is kept of a whole layer on a batch; values in the order of the scope's `needs.layer_names`."""
         return None
 
     def keep_state(self, site: Any, o: ResidualObservation) -> Mapping[str, Tensor] | None:

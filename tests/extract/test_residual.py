@@ -16,7 +16,7 @@ from attlas.extract.collector import Collector
 from attlas.extract.engines import choose
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.visibility import Axis
-from attlas.extract.errors import CaptureError
+from attlas.extract.errors import CaptureError, ResidualWarning
 from attlas.extract.measurement import layout_of, observe
 from attlas.extract.tables import TABLES
 from tests import oracles
@@ -102,6 +102,37 @@ def test_every_column_of_a_post_norm_model_equals_the_oracle_on_real_sequences(d
                 np.testing.assert_allclose(one["x"] + one["f"], one["y"], atol=1e-4)
                 compared += 1
     assert compared == 24
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_layers_and_profiles_of_sites_equal_the_oracle(family, engine):
+    """Post-norm and pre-norm, with padding."""
+    model = tiny(family)
+    ids = torch.randint(2, 60, (2, 11), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    tables = measure(model, engine=engine, statistics="all", **inputs)
+    for layer in range(3):
+        if family == "bert":
+            before = "embeddings.LayerNorm" if layer == 0 else f"encoder.layer.{layer - 1}.output.LayerNorm"
+            names = {"x": f"{before}>", "z": f"encoder.layer.{layer}.output.LayerNorm<"}
+        else:
+            after = "norm" if layer == 2 else f"layers.{layer + 1}.input_layernorm"
+            names = {"x": f"layers.{layer}.input_layernorm<", "z": f"{after}<"}
+        held = states(model, names, **inputs)
+        lengths = mask.sum(-1).tolist()
+        rows = {(r["layer"], r["sequence_id"]): r for r in tables["layers"].to_pylist()}
+        for sequence, n in enumerate(lengths):
+            x, z = (held[name][sequence, :n] for name in ("x", "z"))
+            assert_columns(rows[layer, sequence], oracles.layer_columns(x, z), f"L{layer}")
+        after = [held["z"][sequence, :n] for sequence, n in enumerate(lengths)]
+        of_site = pl.DataFrame(tables["residual_profiles"]).filter(layer=layer, site="mlp")
+        for profile, histogram in (("token_norm", oracles.norm_histogram), ("massive", oracles.massive_histogram)):
+            found = of_site.filter(pl.col("profile").cast(pl.String) == profile)
+            assert dict(found.select("bin", "count").rows()) == histogram(after), profile
+            assert (found["sum"] == found["count"]).all()
 
 
 def test_every_column_of_a_pre_norm_model_equals_the_oracle():
@@ -273,3 +304,43 @@ def test_weights_that_change_between_two_measurements_are_the_ones_that_count():
     after = pl.DataFrame(measure(model, input_ids=ids)["heads"]).filter(pl.col("layer") == 2)
     np.testing.assert_allclose(after["output_norm"].to_numpy(), 3 * before["output_norm"].to_numpy(), rtol=1e-5)
     np.testing.assert_array_equal(after["entropy_nats"].to_numpy(), before["entropy_nats"].to_numpy())
+
+
+def massive_llama():
+    """A Llama in which two token ids have a massive activation, which its norms keep."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.embed_tokens.weight[7, 3], model.embed_tokens.weight[9, 20] = 900, -400
+        model.embed_tokens.weight[11, 5] = 90  # large, but not massive
+    return model
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_mass_on_massive_keys_equals_the_oracle_on_the_stream_that_each_layer_reads(engine):
+    model = massive_llama()
+    ids = torch.randint(20, 60, (2, 12), generator=torch.Generator().manual_seed(3))
+    ids[0, 4], ids[0, 8], ids[1, 0], ids[1, 2] = 7, 11, 9, 7
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    rows = {
+        (r["layer"], r["head"], r["sequence_id"]): r["mass_massive"]
+        for r in measure(model, engine=engine, statistics="mass_massive", **inputs)["heads"].to_pylist()
+    }
+    patterns = eager_patterns(model, **inputs)
+    for layer in range(3):
+        x = states(model, {"x": f"layers.{layer}.input_layernorm<"}, **inputs)["x"]
+        for sequence, n in enumerate((12, 7)):
+            for head in range(4):
+                expected = oracles.massive_mass(patterns[layer][sequence, head, :n, :n].numpy(), x[sequence, :n])
+                assert expected > 0
+                assert rows[layer, head, sequence] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_mass_on_massive_keys_is_null_where_the_stream_is_not_known():
+    layer = torch.nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    with pytest.warns(ResidualWarning):
+        tables = measure(layer, query=x, key=x, value=x, need_weights=False, statistics="all")
+    assert "residual" not in tables and tables["heads"].num_rows == 8
+    assert tables["heads"]["mass_massive"].null_count == 8

@@ -24,6 +24,7 @@ from attlas.extract.capture.runtime.stream import Stream
 from attlas.extract.engines import choose
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.observations import NormObservation, ResidualObservation
+from attlas.extract.engines.stream_profiles import SiteSums
 from attlas.extract.engines.visibility import Axis, whole_axis
 from attlas.extract.errors import CaptureError
 from attlas.extract.measurement import layout_of, observe
@@ -258,8 +259,10 @@ class Kept:
 
     def heads(self, *_: Any) -> None: ...
 
-    def residual(self, site: Site, columns: torch.Tensor) -> None:
-        self.sites[site] = columns
+    def residual(self, site: Site, sums: SiteSums) -> None:
+        self.sites[site] = sums.values
+
+    def layer(self, *_: Any) -> None: ...
 
     def state(self, *_: Any) -> None: ...
 
@@ -305,7 +308,7 @@ def test_every_site_of_a_model_is_measured_by_the_kernels(family, dtype, monkeyp
     model = (parallel_model() if family == "gpt_neox" else tiny(family)).to(dtype)
     layout = layout_of(model)
     expected = observed(model, layout, "torch")
-    monkeypatch.setattr(Stream, "_values", lambda *_: pytest.fail("a site was measured in torch"))
+    monkeypatch.setattr(Stream, "_sums", lambda *_: pytest.fail("a site was measured in torch"))
     made = observed(model, layout, "triton")
     assert len(made) == len(layout.sites)
     assert_same_sites(made, expected)

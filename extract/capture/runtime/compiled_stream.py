@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.extract.capture.layout import HookPoint, Site
-from attlas.extract.capture.runtime.stream import Stream, assert_identity, to_float
+from attlas.extract.capture.runtime.stream import Stream, assert_identity, stack_columns, to_float
 from attlas.extract.engines import buffers
 from attlas.extract.engines.observations import NormObservation
+from attlas.extract.engines.stream_profiles import SiteSums
 from attlas.extract.engines.visibility import Axis
 
 if TYPE_CHECKING:
@@ -110,20 +111,29 @@ class CompiledStream(Stream):
             and self._axes.is_known(site.stack, state.numel() // state.shape[-1])
         )
 
-    def _values(self, site: Site) -> Float[Tensor, "column batch"]:
+    def _sums(self, site: Site) -> SiteSums:
         state_pass = self._site_passes.pop(site, None)
         axis = self._axis(site)
         if state_pass is None:
             before, update = self._before_and_update(site)
             after = self._after(site, before, update)
             if after.dtype == torch.float64:
-                return super()._values(site)
+                return super()._sums(site)
             state_pass = self._cpu.read_state(axis, after, before, update)
         if site.before is not None:
             assert_identity(site, state_pass.off, state_pass.size, self._roundoff(site))
         head_columns, contexts = self._pop_contexts(site, axis) or ({}, None)
         columns = {**state_pass.stream, **self._norm_columns(site, axis), **head_columns}
-        return self._stack(columns | self._columns_in_torch(site, axis, contexts), axis.start)
+        columns |= self._columns_in_torch(site, axis, contexts)
+        counts = torch.from_numpy(state_pass.norm_counts)[None] if self._observer.needs.stream_profiles else None
+        return SiteSums(stack_columns(columns, tuple(self.columns), axis.start), counts)
+
+    def _layer_values(self, site: Site) -> Float[Tensor, "column batch"]:
+        names = self._observer.needs.layer_names
+        before, after = (self._tensor(site, point) for point in (site.before, site.after) if point is not None)
+        if after.dtype == torch.float64 or not self._cpu.MAKES_OF_LAYERS.issuperset(names):
+            return super()._layer_values(site)
+        return stack_columns(self._cpu.compare_states(self._axis(site), before, after), names, after)
 
     def _columns_in_torch(self, site: Site, axis: Axis, contexts: Tensor | None) -> dict[str, Tensor | None]:
         """The columns that compiled code does not compute."""

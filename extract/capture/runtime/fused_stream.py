@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attlas.extract.capture.layout import Site, Update
-from attlas.extract.capture.runtime.stream import Stream
+from attlas.extract.capture.runtime.stream import Stream, stack_columns
+from attlas.extract.engines.stream_profiles import SiteSums
 from attlas.extract.engines.triton.residual import COLUMNS, IDENTITY, MAKES, SiteResults, SiteTensors
 
 
@@ -40,13 +41,21 @@ class FusedStream(Stream):
     def finish(self) -> None:
         made = {results: results.columns() for results in self._results.values() if results.measured}
         columns = {results: rows.unbind() for results, rows in made.items()}
+        counts = self._norm_counts()
         for site, results, number, _, in_torch in self._measured:
-            self._observer.residual(site, self._chosen(columns[results][number], in_torch))
+            values = self._chosen(columns[results][number], in_torch)
+            self._observer.residual(site, SiteSums(values, counts[results][number] if counts else None))
         identities = {results: _identities(rows) for results, rows in made.items()}
         for site, results, number, roundoff, _ in self._measured:
             if site.update is not None:
                 self._identities.append((site, roundoff, identities[results][number]))
         super().finish()
+
+    def _norm_counts(self) -> dict[SiteResults, Float[Tensor, "site 1 bin"]]:
+        """Counts of tokens by the norms of their states, of all sites, if they are asked for."""
+        if not self._observer.needs.stream_profiles:
+            return {}
+        return {results: results.norm_counts()[:, None] for results in self._results.values() if results.measured}
 
     def _observe_site(self, site: Site) -> None:
         results = self._results_of(site)
@@ -112,7 +121,8 @@ class FusedStream(Stream):
         made = made[: IDENTITY.start]
         if self._makes_all:
             return made
-        return self._stack({**dict(zip(COLUMNS, made.unbind(), strict=True)), **in_torch}, made[0])
+        values = {**dict(zip(COLUMNS, made.unbind(), strict=True)), **in_torch}
+        return stack_columns(values, tuple(self.columns), made[0])
 
 
 def _measure(site: Site, tensors: SiteTensors, results: SiteResults) -> bool:

@@ -73,9 +73,9 @@ def instrumented_pass(
         if stream is None:
             return
         stream.finish()
-        if stream.observed != len(layout.sites):
+        if stream.missing:
             raise CaptureError(
-                f"every forward pass must show each residual site once; expected {len(layout.sites)}, got {stream.observed}"
+                f"every forward pass must show each residual site once; {stream.missing} of {len(layout.sites)} are missing"
             )
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float
-from torch import Tensor
-
 from attlas.extract.capture.layout import Attention, Site
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.observations import HeadObservation, ResidualObservation
+from attlas.extract.engines.stream_profiles import SiteSums
 from attlas.extract.engines.sums import HeadSums
 
 
@@ -22,6 +20,8 @@ class Observer(Protocol):
 
     def heads(self, attention: Attention, sums: HeadSums, calls: Sequence[HeadObservation]) -> None: ...
 
-    def residual(self, site: Site, columns: Float[Tensor, "column batch"]) -> None: ...
+    def residual(self, site: Site, sums: SiteSums) -> None: ...
+
+    def layer(self, site: Site, sums: SiteSums) -> None: ...
 
     def state(self, site: Site, o: ResidualObservation) -> None: ...

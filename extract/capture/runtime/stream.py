@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attlas.extract.capture.layout import Attention, HookPoint, Layout, Site, Update
+from attlas.extract.capture.layout import WHOLE_LAYER, Attention, HookPoint, Layout, Site, Update
 from attlas.extract.capture.runtime.batch import Batch
 from attlas.extract.capture.runtime.observer import Observer
 from attlas.extract.capture.runtime.stream_axes import StreamAxes
 from attlas.extract.capture.tensors import first_tensor, input_tensor
 from attlas.extract.engines.observations import HeadObservation, NormObservation, ResidualObservation
+from attlas.extract.engines.stream_profiles import SiteSums, count_norms
 from attlas.extract.engines.visibility import Axis
 from attlas.extract.errors import CaptureError
 
@@ -43,7 +44,8 @@ class Stream:
         self.sites = layout.sites
         self.columns: dict[str, ResidualColumn] = {name: needs.residual[name] for name in needs.residual_names}
         self.observed = 0
-        self._points = layout.points
+        self._watched = layout.sites + (layout.layer_sites if needs.layers else ())
+        self._points = layout.points_with_layers if needs.layers else layout.points
         self._axes = StreamAxes(layout, batch)
         self._observer = observer
         self._sample = batch.sample
@@ -64,6 +66,11 @@ class Stream:
         self._uses = {point: len(sites) for point, sites in self._points.sites_at.items()}
         # sites that are checked in the end: the roundoff of their type, and the pair ‖x' − x − F‖, ‖x'‖ + ‖x‖
         self._identities: list[tuple[Site, float, Tensor]] = []
+
+    @property
+    def missing(self) -> int:
+        """How many sites and layers have not been observed."""
+        return len(self._watched) - self.observed
 
     @contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
@@ -137,7 +144,7 @@ class Stream:
 
     def _complete(self, index: int) -> None:
         """Observe a site whose points have all been read, as soon as its axis is known."""
-        site = self.sites[index]
+        site = self._watched[index]
         if self._axes.is_known(site.stack, self._state_count(site)):
             self._observe_and_release(index)
         else:
@@ -145,7 +152,11 @@ class Stream:
 
     def _observe_and_release(self, index: int) -> None:
         """Observe a site and release the tensors that no other site needs."""
-        self._observe_site(self.sites[index])
+        site = self._watched[index]
+        if site.name == WHOLE_LAYER:
+            self._observer.layer(site, SiteSums(self._layer_values(site)))
+        else:
+            self._observe_site(site)
         self.observed += 1
         for point in self._points.of_site[index]:
             self._uses[point] -= 1
@@ -153,7 +164,7 @@ class Stream:
                 del self._tensors[point]
 
     def _observe_site(self, site: Site) -> None:
-        self._observer.residual(site, self._values(site))
+        self._observer.residual(site, self._sums(site))
 
     def _prepare_contexts(self, site: Site, contexts: Tensor) -> Any:  # noqa: ARG002 - a subclass uses it
         """What to keep of the contexts of a site's attention call."""
@@ -245,7 +256,13 @@ class Stream:
 
         return write
 
-    def _values(self, site: Site) -> Float[Tensor, "column batch"]:
+    def _layer_values(self, site: Site) -> Float[Tensor, "column batch"]:
+        axis, needs = self._axis(site), self._observer.needs
+        before, after = (self._tensor(site, point) for point in (site.before, site.after) if point is not None)
+        o = ResidualObservation(axis.real, after, before)
+        return stack_columns({name: needs.layers[name](o) for name in needs.layer_names}, needs.layer_names, after)
+
+    def _sums(self, site: Site) -> SiteSums:
         axis = self._axis(site)
         o = self._observation(site, axis, self._pop_contexts(site, axis))
         if o.stream is not None and o.update is not None:
@@ -253,7 +270,10 @@ class Stream:
             parts = (o.after - o.stream - o.update, o.after, o.stream)
             error, x_after, x = (t.norm(dim=-1).where(axis.real, 0).norm() for t in parts)
             self._identities.append((site, self._roundoff(site), torch.stack([error, x_after + x])))
-        return self._stack(self._observe_states(site, o, self.columns), o.after)
+        counts = count_norms(o) if self._observer.needs.stream_profiles else None
+        return SiteSums(
+            stack_columns(self._observe_states(site, o, self.columns), tuple(self.columns), o.after), counts
+        )
 
     def _observe_states(
         self, site: Site, o: ResidualObservation, columns: Mapping[str, ResidualColumn]
@@ -263,17 +283,18 @@ class Stream:
             self._observer.state(site, o)
         return {name: compute(o) for name, compute in columns.items()}
 
-    def _stack(self, values: Mapping[str, Any], like: Tensor) -> Float[Tensor, "column batch"]:
-        """The columns in their order, in float64; NaN where undefined."""
-        stacked = like.new_full((len(self.columns), like.shape[0]), torch.nan, dtype=torch.float64)
-        for row, name in enumerate(self.columns):
-            if values.get(name) is not None:
-                stacked[row] = torch.as_tensor(values[name])
-        return stacked
-
     def _roundoff(self, site: Site) -> float:
         """The roundoff of the type in which the site's sum is made."""
         return roundoff_of({self._tensors[point].dtype for point in site.sum_points})
+
+
+def stack_columns(values: Mapping[str, Any], names: Sequence[str], like: Tensor) -> Float[Tensor, "column batch"]:
+    """The named columns in float64; NaN where undefined."""
+    stacked = like.new_full((len(names), like.shape[0]), torch.nan, dtype=torch.float64)
+    for row, name in enumerate(names):
+        if values.get(name) is not None:
+            stacked[row] = torch.as_tensor(values[name])
+    return stacked
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

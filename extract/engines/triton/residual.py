@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attlas.extract.engines.stream_profiles import TOKEN_NORM, norm_bins
 from attlas.extract.engines.triton.launch import launch
 from attlas.extract.engines.visibility import Axis
 
@@ -116,6 +117,7 @@ class SiteResults:
         self._device = self._waiting.get_device()
         self._used = 0
         self._tables: list[Tensor] = []
+        self._counts: list[Tensor] = []
 
     def measure(self, tensors: SiteTensors, *, factor: float = 1.0, kind: str = "", epsilon: float = 0.0) -> bool:
         """Measure a site whose update is F × factor × gain, and whose norm, if it has one, is of this kind.
@@ -170,6 +172,22 @@ class SiteResults:
             self._reduce()
         return self._tables[0] if len(self._tables) == 1 else torch.cat(self._tables)
 
+    def norm_counts(self) -> Tensor:
+        """How many tokens are in each bin of `TOKEN_NORM` [site, bin], once `columns` was called."""
+        return self._counts[0] if len(self._counts) == 1 else torch.cat(self._counts)
+
+    def _count_norms(self) -> Tensor:
+        """The same of the sites that wait; without waiting for the device."""
+        batch, tokens, width = self.shape
+        begin = self._grid[0] * (width + 2 + _TOKENS)
+        values = self._waiting[: self._used, begin : begin + _GROUPS.value * batch * tokens * _GROUP.value]
+        of_groups = values.view(self._used, _GROUPS.value, batch * tokens, _GROUP.value)
+        group, row = divmod(_AFTER.value, _GROUP.value)
+        places, bins = norm_bins(of_groups[:, group, :, row].double()), len(TOKEN_NORM.numbers)
+        places = places.where(self.axis.real.flatten().to(places.device), bins)
+        counts = places.new_zeros(self._used, bins + 1)
+        return counts.scatter_add_(1, places, counts.new_ones(()).expand_as(places))[:, :bins].double()
+
     def _common_strides(self, states: Sequence[Tensor | None]) -> tuple[int, ...] | None:
         """Strides of batch and token, empty if the states differ in them; None if the kernels do not support the states."""
         common: tuple[int, ...] | None = None
@@ -209,6 +227,7 @@ class SiteResults:
             num_warps=1,
         )
         self._tables.append(table)
+        self._counts.append(self._count_norms())
         self._used = 0
 
 
