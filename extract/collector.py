@@ -41,6 +41,8 @@ class Collector:
     def drop(self) -> None:
         """Drop what a pass over the batch has shown so far."""
         self._kept: list[_Kept] = []
+        for recorder in self._recorders:
+            recorder.begin_batch()
 
     def heads(self, attention: Attention, sums: HeadSums, calls: Sequence[HeadObservation]) -> None:
         for recorder in self._recorders:
@@ -60,6 +62,9 @@ class Collector:
 
     def settle(self) -> None:
         """Count the batch: its forward pass went through."""
+        for recorder in self._recorders:
+            for place, tensors in recorder.end_batch():
+                self._take(recorder, place, tensors)
         kept = _on_the_host([(tensor, of.in_parts) for of, _, kept in self._kept for tensor in kept.values()])
         for recorder, place, tensors in self._kept:
             recorder.add(place, self._sequences, {name: next(kept).numpy() for name in tensors})
@@ -106,6 +111,7 @@ def open_collector(
     sequence_ids: np.ndarray,
     document_ids: np.ndarray,
     shard: int = 0,
+    edges: int = 8,
     without: frozenset[str] = frozenset(),
 ) -> Collector:
     """A collector for these columns of tables, as far as the model and the shard have the tables; `without` names others."""
@@ -117,7 +123,7 @@ def open_collector(
     needs = needs_of(chosen)
     recorders = []
     for name, of_table in chosen.items():
-        scope = Scope(sequence_ids, document_ids, of_table, needs, model, layout, shard)
+        scope = Scope(sequence_ids, document_ids, of_table, needs, model, layout, shard, edges)
         recorder = TABLES[name].recorder
         assert recorder is not None, f"{name} is recorded"
         recorders.append(recorder(TABLES[name], scope))

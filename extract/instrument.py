@@ -28,7 +28,7 @@ class Instrument:
     """A loaded model, the part of it that is measured, the engine, and the columns to record of each table.
 
     `max_length`: the length of the longest sequence in tokens, special ones included. `classes`: the class of every token id;
-    None if the tables learn neither ids nor classes.
+    None if the tables learn neither ids nor classes. `edges`: the strongest keys of a query that the table of them has.
     """
 
     encoder: Encoder
@@ -37,6 +37,7 @@ class Instrument:
     max_length: int
     classes: np.ndarray | None = None
     columns: Columns = field(default_factory=measured_columns)
+    edges: int = 8
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -81,7 +82,8 @@ def open_instrument(options: RunOptions, *, images: Path | None, progress: Progr
     has_classes = options.tokens != "none" and encoder.tokenizer is not None
     classes = token_classes(encoder.tokenizer) if has_classes else None
     progress("model", 1, 1)
-    return Instrument(encoder, measured_model, engine, max_length, classes, measured_columns(options.statistics))
+    columns = measured_columns(options.statistics)
+    return Instrument(encoder, measured_model, engine, max_length, classes, columns, options.edges)
 
 
 def _measured_model(options: RunOptions, encoder: Encoder, images: Path | None) -> MeasuredModel:

@@ -31,6 +31,7 @@ class RunOptions:
     tokens: TokenMode = "classes"
     statistics: str | Collection[str] = "core"  # core, all, or names of tables and columns to measure as well
     sample: int = 8  # sequences of each shard for which sampled columns are measured
+    edges: int = 8  # strongest keys of each query, if the table edges is asked for
     stacks: Stacks = "encoder"  # of an encoder–decoder model
     text_column: str = "text"
     unit: Literal["document", "paragraph", "line"] = "document"
@@ -56,6 +57,7 @@ def check_options(options: RunOptions) -> Corpus:
         ("shard_sequences", 1),
         ("batch_tokens", 1),
         ("sample", 1),
+        ("edges", 1),
     ):
         value = getattr(options, name)
         if value is not None and value < lowest:

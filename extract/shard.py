@@ -55,6 +55,7 @@ def measure_sequences(
         sequence_ids=sequence_ids,
         document_ids=document_ids,
         shard=shard,
+        edges=instrument.edges,
     )
     report = _batch_progress(progress, lengths, document_ids.tolist()) if progress else (lambda batch: None)
     with _one_batch_at_a_time:

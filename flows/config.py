@@ -77,6 +77,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     sample: Annotated[
         Count, Field(description="sequences of each shard for which statistics that need whole rows are measured")
     ] = 8
+    edges: Annotated[Count, Field(description="strongest keys of each query that the table edges has")] = 8
     stacks: Annotated[
         Literal["encoder", "all"],
         Field(

@@ -104,7 +104,7 @@ def read_state(
     norm_columns: dict[str, np.ndarray] = dict(zip(_OF_NORM, of_norm, strict=True))
     if norm is not None and norm.kind == "rms":
         norm_columns["norm_mean"] = np.full(batch, math.nan)
-    of_state = dict(zip(_OF_STREAM, of_stream, strict=True))
+    of_state: dict[str, np.ndarray] = dict(zip(_OF_STREAM, of_stream, strict=True))
     return StatePass(of_state, norm_columns, norm_counts.sum((0, 1)), off, total + x)
 
 
@@ -366,7 +366,7 @@ def _pass(
             if real:
                 _sum_state(after[row], raw, t - begin, units, largest)
                 off[1] += raw[_RAW.squares, t - begin]
-                _count_norm(raw[_RAW.squares, t - begin], norm_counts[b, piece])
+                _count_norm(np.float32(raw[_RAW.squares, t - begin]), norm_counts[b, piece])
                 if has_stream:
                     off[0] += _sum_update(after[row], stream[row], update[row], raw, t - begin)
                     off[2] += raw[_RAW.stream_squares, t - begin]

@@ -9,7 +9,20 @@ from functools import reduce
 
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.profiles import doubling_bin_edges as doubling_bin_edges
-from attlas.extract.tables import documents, heads, layers, profiles, residual, residual_profiles, sequences
+from attlas.extract.tables import (
+    documents,
+    edges,
+    heads,
+    layers,
+    pairs,
+    profiles,
+    queries,
+    residual,
+    residual_profiles,
+    rollout,
+    sequences,
+    tokens,
+)
 from attlas.extract.tables.column import Column as Column
 from attlas.extract.tables.heads import CLASS_MASSES as CLASS_MASSES
 from attlas.extract.tables.selection import ALL as ALL
@@ -28,7 +41,20 @@ SCHEMA_VERSION = 2
 
 TABLES: dict[str, Table] = {
     module.TABLE.name: module.TABLE
-    for module in (documents, sequences, heads, residual, layers, profiles, residual_profiles)
+    for module in (
+        documents,
+        sequences,
+        heads,
+        residual,
+        layers,
+        profiles,
+        residual_profiles,
+        pairs,
+        queries,
+        edges,
+        tokens,
+        rollout,
+    )
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -157,6 +157,7 @@ class Scope:
     model: nn.Module
     layout: Any  # capture's Layout: the attention layers and residual sites that are measured
     shard: int = 0
+    edges: int = 8  # strongest keys of a query
 
 
 class Recorder:
@@ -191,6 +192,13 @@ class Recorder:
     def keep_state(self, site: Any, o: ResidualObservation) -> Mapping[str, Tensor] | None:
         """What is kept of the states around a residual site on a batch; asked where `states` are needed."""
         return None
+
+    def begin_batch(self) -> None:
+        """Forget what is left of the batch before; also if that one failed."""
+
+    def end_batch(self) -> Iterable[tuple[Any, Mapping[str, Tensor]]]:
+        """What is kept of a batch as a whole, once it has gone through: places, and tensors of each."""
+        return ()
 
     def add(self, place: Any, sequences: np.ndarray, kept: Mapping[str, np.ndarray]) -> None:
         """Add what was kept of a layer or site; `sequences` are the places in the shard of the batch's sequences."""
