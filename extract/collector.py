@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas.extract.capture.layout import Attention, Layout, Site
+from attlas.extract.capture.runtime.ablation import SequenceAblations
 from attlas.extract.engines import Engine
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.observations import HeadObservation, ResidualObservation
@@ -59,6 +60,10 @@ class Collector:
     def state(self, site: Site, o: ResidualObservation) -> None:
         for recorder in self._recorders:
             self._take(recorder, site, recorder.keep_state(site, o))
+
+    def ablations(self, place: int, sequence: SequenceAblations) -> None:
+        for recorder in self._recorders:
+            self._take(recorder, None, recorder.keep_ablations(place, sequence))
 
     def settle(self) -> None:
         """Count the batch: its forward pass went through."""

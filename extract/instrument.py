@@ -16,7 +16,7 @@ from attlas.extract.model.images import processor_digest
 from attlas.extract.model.measured_model import MeasuredModel, examine_image_model, examine_text_model
 from attlas.extract.model.token_classes import token_classes
 from attlas.extract.options import Progress, RunOptions
-from attlas.extract.tables import Columns, measured_columns
+from attlas.extract.tables import Columns, measured_columns, needs_of
 
 # the largest batches by default, in tokens: larger ones are no faster, and need more padding
 BATCH_TOKENS = 4096
@@ -64,6 +64,7 @@ def open_instrument(options: RunOptions, *, images: Path | None, progress: Progr
     images: the folder of an image corpus; None for texts.
     """
     progress("model", 0, None)
+    columns = measured_columns(options.statistics)
     encoder = load_encoder(
         options.model,
         device=options.device,
@@ -71,6 +72,7 @@ def open_instrument(options: RunOptions, *, images: Path | None, progress: Progr
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         modality="texts" if images is None else "images",
+        with_head=needs_of(columns).ablations,
     )
     engine = choose(options.engine, device=encoder.device.type)
     if not engine.is_ready():
@@ -82,7 +84,6 @@ def open_instrument(options: RunOptions, *, images: Path | None, progress: Progr
     has_classes = options.tokens != "none" and encoder.tokenizer is not None
     classes = token_classes(encoder.tokenizer) if has_classes else None
     progress("model", 1, 1)
-    columns = measured_columns(options.statistics)
     return Instrument(encoder, measured_model, engine, max_length, classes, columns, options.edges)
 
 

@@ -20,6 +20,7 @@ from attlas.extract.capture.discovery.patch_layout import grids_of
 from attlas.extract.capture.discovery.stacks import OF_TEXT
 from attlas.extract.capture.layout import Layout
 from attlas.extract.capture.modes import eval_mode, refuse_training
+from attlas.extract.capture.runtime.ablation import SequenceAblations
 from attlas.extract.capture.runtime.batch import Batch
 from attlas.extract.capture.runtime.instrumented_pass import instrumented_pass
 from attlas.extract.capture.runtime.receiver import UnmeasuredRows
@@ -209,7 +210,17 @@ def observe(
         collector.drop()
         with torch.inference_mode(), measure_pass(waits=True):
             model(**inputs)
+    if collector.needs.ablations:
+        _ablate(model, layout, inputs, batch, collector)
     collector.settle()
+
+
+def _ablate(model: nn.Module, layout: Layout, inputs: Mapping[str, Any], batch: Batch, collector: Collector) -> None:
+    """Give the sequences of the sample to the model again, without its heads and sublayers."""
+    places = range(batch.sequences) if batch.sample is None else batch.sample.nonzero().flatten().tolist()
+    parts = split_by_sequence(model, inputs) if batch.sequences > 1 or is_padded(inputs) else [dict(inputs)]
+    for place in places:
+        collector.ablations(place, SequenceAblations(model, layout, parts[place]))
 
 
 # models of which a pass had to be made again: the next ones most likely would, too

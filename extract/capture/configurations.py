@@ -33,3 +33,8 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+
+
+def is_language_model(model_class: type) -> bool:
+    """Whether models of a class of transformers are causal language models with their head."""
+    return model_class.__name__.endswith(("ForCausalLM", "LMHeadModel"))

@@ -117,11 +117,12 @@ def load_encoder(
     revision: str | None = None,
     trust_remote_code: bool = False,
     modality: Modality = "texts",
+    with_head: bool = False,
 ) -> Encoder:
     """Load `demo`, a folder, a hub name or a user's own `file.py:function`.
 
     Folders and hub models load from safetensors only, with every weight present, and run no code of their own unless
-    `trust_remote_code` is set. Raises Refusal for an incomplete model, a tokenizer that does not fit the model, an
+    `trust_remote_code` is set. `with_head`: see `load_model`. Raises Refusal for an incomplete model, a tokenizer that does not fit the model, an
     unreachable hub, and a model that cannot read this kind of corpus.
     """
     torch_device = _device(device)
@@ -131,7 +132,7 @@ def load_encoder(
         return _user_encoder(name, torch_device, _DTYPES.get(dtype), modality)
     checkpoint = _checkpoint(name, revision, trust_remote_code=trust_remote_code)
     default_dtype = "auto" if torch_device.type == "cuda" else torch.float32
-    model = load_model(checkpoint.source, dtype=_DTYPES.get(dtype, default_dtype))
+    model = load_model(checkpoint.source, dtype=_DTYPES.get(dtype, default_dtype), with_head=with_head)
     refuse_wrong_modality(model, modality)
     if modality == "images":
         reader = load_image_processor(name, checkpoint.source.path, **checkpoint.options)

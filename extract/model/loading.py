@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attlas.extract.capture.configurations import is_language_model
 from attlas.extract.errors import Refusal, shortlist
 
 if TYPE_CHECKING:
@@ -33,14 +34,19 @@ class ModelSource:
     options: Mapping[str, Any]
 
 
-def load_model(source: ModelSource, *, dtype: Any) -> nn.Module:
+def load_model(source: ModelSource, *, dtype: Any, with_head: bool = False) -> nn.Module:
     """Load the class AutoModel chooses, or the one config.json names if only that fits the weights (T5's encoder).
 
+    `with_head`: a causal language model that was saved with its head is loaded with it.
     Missing weights that no measurement depends on, such as a pooler's, become zero: random ones would give a different
     model each time. Raises Refusal if any other weight is missing or has another shape.
     """
     from transformers import AutoModel
 
+    if with_head and (language_model := _language_model(source)) is not None:
+        model, report = _from_pretrained(language_model, source, dtype)
+        if not _mismatch(model, report):
+            return model
     model, report = _from_pretrained(AutoModel, source, dtype)
     mismatch = _mismatch(model, report)
     saved_class = _saved_class(model) if mismatch else None
@@ -100,13 +106,25 @@ def _config_without_attentions(source: ModelSource) -> Any:
 
 def _saved_class(model: Any) -> Any:
     """The class that config.json says was saved, if AutoModel chose another one."""
+    return next((saved for saved in _saved_classes(model.config) if saved is not type(model)), None)
+
+
+def _language_model(source: ModelSource) -> Any:
+    """The class of the causal language model that config.json says was saved; None if it is no such model."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.path, **source.options)
+    except Exception:  # loading the model itself says what is wrong
+        return None
+    return next((saved for saved in _saved_classes(config) if is_language_model(saved)), None)
+
+
+def _saved_classes(config: Any) -> list[Any]:
     import transformers
 
-    for name in getattr(model.config, "architectures", None) or []:
-        saved = getattr(transformers, name, None)
-        if isinstance(saved, type) and issubclass(saved, transformers.PreTrainedModel) and saved is not type(model):
-            return saved
-    return None
+    named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
+    return [saved for saved in named if isinstance(saved, type) and issubclass(saved, transformers.PreTrainedModel)]
 
 
 def _loading_refusal(source: ModelSource, error: Exception, messages: list[str]) -> Refusal:

@@ -10,6 +10,7 @@ from functools import reduce
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.profiles import doubling_bin_edges as doubling_bin_edges
 from attlas.extract.tables import (
+    ablations,
     documents,
     edges,
     heads,
@@ -54,6 +55,7 @@ TABLES: dict[str, Table] = {
         edges,
         tokens,
         rollout,
+        ablations,
     )
 }
 

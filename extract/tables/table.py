@@ -193,6 +193,10 @@ class Recorder:
         """What is kept of the states around a residual site on a batch; asked where `states` are needed."""
         return None
 
+    def keep_ablations(self, place: int, sequence: Any) -> Mapping[str, Tensor] | None:
+        """What is kept of a sequence of the sample, at this place in the batch, whose passes can leave parts of the model out."""
+        return None
+
     def begin_batch(self) -> None:
         """Forget what is left of the batch before; also if that one failed."""
 

@@ -1,0 +1,118 @@
+"""`ablations`, on request: what changes in a model's result when a head or a sublayer is left out, of the sequences of the sample.
+
+A head is left out by clearing its contexts, a sublayer by clearing what it adds to the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attlas.extract.engines.needs import Needs
+from attlas.extract.tables.column import Column
+from attlas.extract.tables.patterns import OF_SAMPLE
+from attlas.extract.tables.recording import Arrays, RaggedRecorder
+from attlas.extract.tables.table import DOCUMENT_ID, LAYER, SEQUENCE_ID, STACK, Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PARTS = ("head", "attention", "mlp")
+
+
+class AblationRecorder(RaggedRecorder):
+    """Keeps a row for each part that is left out."""
+
+    def keep_ablations(self, place: int, sequence: Any) -> Mapping[str, Tensor]:
+        import torch
+
+        rows: list[Tensor] = []
+        for ablations, outcome in sequence.outcomes():
+            changes = _changes(sequence.plain, outcome)
+            for number, ablation in enumerate(ablations):
+                keys = (place, ablation.attention, _PARTS.index(ablation.part), ablation.head)
+                rows.append(torch.cat((changes.new_tensor(keys), changes[number])))
+        return {"rows": torch.stack(rows)} if rows else {"rows": sequence.plain.states.new_zeros(0, 7).double()}
+
+    def add(self, place: Any, sequences: np.ndarray, kept: Mapping[str, np.ndarray]) -> None:
+        number, attention, part, head, *changes = kept["rows"].T
+        layers = [self.scope.layout.attentions[n] for n in attention.astype(int)]
+        chosen = sequences[number.astype(int)]
+        columns: Arrays = {
+            "sequence_id": self.scope.sequence_ids[chosen],
+            "document_id": self.scope.document_ids[chosen],
+            "stack": np.array([layer.stack for layer in layers], dtype=object),
+            "layer": np.array([layer.layer for layer in layers], dtype=np.int64),
+            "part": np.array([_PARTS[n] for n in part.astype(int)], dtype=object),
+            "head": head,
+        }
+        names = ("final_change", "final_norm_change", "loss_change_nats")
+        wanted = {c.name for c in self.scope.columns}
+        columns |= {name: values for name, values in zip(names, changes, strict=True) if name in wanted}
+        self._parts.append(columns)
+
+
+def _changes(plain: Any, outcome: Any) -> Tensor:
+    """The three columns [copy, 3]; NaN where there is no loss."""
+    import torch
+
+    y, z = plain.states.double(), outcome.states.double()
+    u, v = y / y.norm(dim=-1, keepdim=True), z / z.norm(dim=-1, keepdim=True)
+    change = ((u - v).square().sum(-1) / 2).flatten(1).mean(1)
+    growth = (z.norm(dim=-1) / y.norm(dim=-1) - 1).flatten(1).mean(1)
+    loss = change * torch.nan
+    if plain.losses is not None and plain.losses.shape[1]:
+        loss = (outcome.losses.double() - plain.losses.double()).mean(1)
+    return torch.stack((change, growth, loss), 1)
+
+
+TABLE = Table(
+    name="ablations",
+    row="sequence × stack × layer × part × head",
+    kind="ragged",
+    keys=(
+        SEQUENCE_ID,
+        DOCUMENT_ID,
+        STACK,
+        LAYER,
+        Column(name="part", dtype="stack", formula=" | ".join(_PARTS), meaning="What is left out."),
+        Column(
+            name="head",
+            dtype="int16",
+            formula="number of the head within its layer, from 0; −1 for a whole sublayer",
+            signed=True,
+        ),
+    ),
+    facts=(
+        Column(
+            name="final_change",
+            formula="mean over tokens of 1 − cos(y, y'), y and y' the model's last hidden states with and without the part",
+            meaning="How much of the result hangs on the part: what pruning candidates are checked against.",
+            bounds=(0, 2),
+            reference="Michel 2019",
+            nullable=True,
+        ),
+        Column(
+            name="final_norm_change",
+            formula="mean over tokens of ‖y'‖ / ‖y‖ − 1",
+            meaning="How much larger or smaller the result is without the part.",
+            bounds=(-1, None),
+            nullable=True,
+        ),
+        Column(
+            name="loss_change_nats",
+            unit="nats",
+            formula="mean loss of the next token without the part less that with it; null unless the model is a causal "
+            "language model with its head",
+            meaning="How much worse the model predicts without the part.",
+            nullable=True,
+        ),
+    ),
+    order=("stack", "layer", "part", "head", "sequence_id"),
+    on_request=True,
+    needs=lambda columns: Needs(ablations=True),
+    recorder=AblationRecorder,
+    notes=f"{OF_SAMPLE} Heads whose contexts can't be reached have no rows.",
+)
