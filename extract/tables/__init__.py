@@ -9,7 +9,7 @@ from functools import reduce
 
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.profiles import doubling_bin_edges as doubling_bin_edges
-from attlas.extract.tables import documents, heads, profiles, residual, sequences
+from attlas.extract.tables import compositions, documents, heads, norms, profiles, residual, sequences, weights
 from attlas.extract.tables.column import Column as Column
 from attlas.extract.tables.heads import CLASS_MASSES as CLASS_MASSES
 from attlas.extract.tables.selection import ALL as ALL
@@ -27,7 +27,8 @@ from attlas.extract.tables.table import Table as Table
 SCHEMA_VERSION = 2
 
 TABLES: dict[str, Table] = {
-    module.TABLE.name: module.TABLE for module in (documents, sequences, heads, residual, profiles)
+    module.TABLE.name: module.TABLE
+    for module in (documents, sequences, heads, residual, profiles, weights, norms, compositions)
 }
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
 
     PerSequence = Float[Tensor, " batch"]
 
+SITE = Column(name="site", dtype="stack", formula="embedding | attention | cross_attention | mlp | final_norm")
+
 
 @column(formula="mean of ‖x‖", bounds=(0, None), nullable=True)
 def stream_norm(o: ResidualObservation) -> PerSequence:
@@ -193,7 +195,7 @@ TABLE = Table(
         DOCUMENT_ID,
         STACK,
         LAYER,
-        Column(name="site", dtype="stack", formula="embedding | attention | cross_attention | mlp | final_norm"),
+        SITE,
     ),
     facts=columns_of(dict(globals())),
     order=("stack", "layer", "site", "sequence_id"),

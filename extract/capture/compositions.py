@@ -1,0 +1,106 @@
+"""How much of what earlier heads write is read by later heads, for all pairs of heads of a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attlas.extract.capture.head_maps import Factor, HeadMaps, head_maps
+from attlas.extract.capture.layout import Attention
+
+READS = ("query", "key", "value")
+
+
+class LayerPair(NamedTuple):
+    """‖W_A W_B‖ / (‖W_A‖ ‖W_B‖) for every head A of a layer and every head B of a later one, and the mean for random ones.
+
+    `scores` are those of reading by queries, keys and values; NaN where there is no map.
+    """
+
+    layer: int
+    later_layer: int
+    scores: Float[np.ndarray, "read head later_head"]
+    random: float
+
+
+class _Write(NamedTuple):
+    """A layer's heads as writers: a factor with the same ‖W_OV Z‖ for every Z, over ‖W_OV‖."""
+
+    layer: int
+    factor: Float[Tensor, "head head_width stream"]
+
+
+def layer_pairs(model: nn.Module, attentions: Sequence[Attention]) -> Iterator[LayerPair]:
+    """Yield all pairs of layers of one stack for which a score is defined, in order of the later layer."""
+    writes: list[_Write] = []
+    for attention in attentions:
+        maps = head_maps(model, attention)
+        if not maps.is_self:
+            continue
+        reads = _reads(maps)
+        for write in writes:
+            pair = _pair(write, attention.layer, reads)
+            if pair is not None:
+                yield pair
+        writes += _write(attention.layer, maps)
+
+
+def random_composition(width: int, ranks: tuple[int, int]) -> float:
+    """The mean of ‖W_A W_B‖ / (‖W_A‖ ‖W_B‖) over products W of two Gaussian factors of these ranks, in this dimension.
+
+    Its square has the mean 1/d exactly, whatever the ranks: W_A is as likely as W_A U for every rotation U. The mean is lower
+    by an eighth of the relative variance of the square, which follows from E tr(P²) of P = WᵀW / ‖W‖².
+    """
+    d = width
+    excess = [(1 + 1 / d) * (d + r + 1) / (r * d) + (1 + 2 / (r * d)) / d - 1 / d for r in ranks]
+    variance = 2 * d**2 / ((d - 1) * (d + 2)) * excess[0] * excess[1] if d > 1 else 0.0
+    return (1 - variance / 8) / d**0.5
+
+
+def _pair(write: _Write, later_layer: int, reads: Sequence[Factor | None]) -> LayerPair | None:
+    heads, rank, width = write.factor.shape
+    scores = [None if read is None or read.shape[1] != width else _scores(write.factor, read) for read in reads]
+    defined = next((s for s in scores if s is not None), None)
+    if defined is None:
+        return None
+    later_rank = next(read.shape[2] for read, s in zip(reads, scores, strict=True) if read is not None and s is not None)
+    filled = [np.full((heads, defined.shape[1]), np.nan) if s is None else s for s in scores]
+    return LayerPair(write.layer, later_layer, np.stack(filled), random_composition(width, (rank, later_rank)))
+
+
+def _scores(write: Float[Tensor, "head head_width stream"], read: Factor) -> Float[np.ndarray, "head later_head"]:
+    heads, later_heads = len(write), len(read)
+    product = write.flatten(0, 1) @ read.transpose(0, 1).flatten(1)
+    squares = product.square_().view(heads, write.shape[1], later_heads, -1).sum((1, 3))
+    return squares.sqrt().double().cpu().numpy()
+
+
+def _reads(maps: HeadMaps) -> tuple[Factor | None, ...]:
+    """Factors with the same ‖Z W‖ for every Z as W_QKᵀ, W_QK and W_OV, over their norms: what queries, keys, values read."""
+    return (
+        _shortened(maps.query, maps.key),
+        _shortened(maps.key, maps.query),
+        _shortened(maps.value, maps.output),
+    )
+
+
+def _write(layer: int, maps: HeadMaps) -> Iterable[_Write]:
+    factor = _shortened(maps.output, maps.value)
+    return () if factor is None else (_Write(layer, factor.mT.contiguous()),)
+
+
+def _shortened(factor: Factor | None, other: Factor | None) -> Factor | None:
+    """A (BᵀB)^½ / ‖A Bᵀ‖, which has as many columns as A and the products with its transpose of A Bᵀ; NaN if that is zero.
+
+    In float32: scores are sums of squares, so their errors are those of the roundings of a few large terms.
+    """
+    if factor is None or other is None:
+        return None
+    values, vectors = torch.linalg.eigh(other.mT @ other)
+    shortened = factor @ (vectors * values.clamp_min(0).sqrt()[:, None])
+    return (shortened / shortened.flatten(1).norm(dim=1)[:, None, None]).float()
