@@ -75,17 +75,17 @@ def measure(
     refuse_training(model, given)
     with eval_mode(model):
         try:
-            collector, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
+            measured, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
         except CaptureError:
             if not forget_layouts(model):
                 raise
             # the model may have changed in a way that its fingerprint does not show: examine it again
-            collector, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
+            measured, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
     if needs_of(wanted).residual:
         _warn_of_absent_residual(layout)
     return {
         name: table.drop_columns(["document_id"] if "document_id" in table.column_names else [])
-        for name, table in collector.tables().items()
+        for name, table in measured.items()
     }
 
 
@@ -110,8 +110,8 @@ def _columns_of(tables: Collection[str] | None, statistics: str | Collection[str
 
 def _measure_batch(
     model: nn.Module, inputs: Mapping[str, Any], classes: Tensor | None, *, engine: Engine, columns: Columns
-) -> tuple[Collector, Layout]:
-    """Run the model on the inputs, in as many parts as it needs."""
+) -> tuple[dict[str, pa.Table], Layout]:
+    """Run the model on the inputs, in as many parts as it needs, and return the tables."""
     parts = split_batch(model, inputs)
     batches = [batch_of(model, part.inputs, classes) for part in parts]
     layout = layout_of(model, parts[0].inputs)
@@ -125,13 +125,12 @@ def _measure_batch(
         document_ids=numbers,
         without=frozenset(() if classes is not None else CLASS_MASSES),
     )
-    if all(TABLES[name].kind == "static" for name in columns):
-        return collector, layout  # follows from the parameters: no pass is needed
-    for part, batch in zip(parts, batches, strict=True):
+    is_static = all(TABLES[name].kind == "static" for name in columns)  # then no pass is needed
+    for part, batch in () if is_static else zip(parts, batches, strict=True):
         collector.begin(part.places)
         with_grids = replace(batch, grids=grids_of(model, layout, part.inputs))
         observe(model, layout, part.inputs, batch=with_grids, engine=engine, collector=collector)
-    return collector, layout
+    return collector.tables(), layout
 
 
 def _warn_of_absent_residual(layout: Layout) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attlas.extract.capture.head_maps import Factor, HeadMaps, head_maps
+from attlas.extract.capture.compiled import compilation_disabled
+from attlas.extract.capture.head_maps import Factor, HeadMaps, head_maps, signatures
 from attlas.extract.capture.layout import Attention
+from attlas.extract.capture.linear_map import same_signatures
 
 READS = ("query", "key", "value")
 
@@ -35,8 +39,33 @@ class _Write(NamedTuple):
     factor: Float[Tensor, "head head_width stream"]
 
 
-def layer_pairs(model: nn.Module, attentions: Sequence[Attention]) -> Iterator[LayerPair]:
-    """Yield all pairs of layers of one stack for which a score is defined, in order of the later layer."""
+@dataclass(frozen=True)
+class _CachedPairs:
+    """The pairs of a stack, and the signatures of its maps when they were made."""
+
+    attentions: tuple[Attention, ...]
+    signatures: list[Tensor | None]
+    pairs: list[LayerPair]
+
+
+_CACHE: weakref.WeakKeyDictionary[nn.Module, dict[str, _CachedPairs]] = weakref.WeakKeyDictionary()
+
+
+def layer_pairs(model: nn.Module, stack: str, attentions: tuple[Attention, ...]) -> list[LayerPair]:
+    """Return all pairs of layers of a stack for which a score is defined, in order of the later layer.
+
+    They take as long as a forward pass over some thousand tokens, and are kept until a signature of the maps has changed.
+    """
+    with compilation_disabled():
+        now = signatures(model, attentions)
+    of_model = _CACHE.setdefault(model, {})
+    cached = of_model.get(stack)
+    if cached is None or cached.attentions != attentions or not same_signatures(cached.signatures, now):
+        cached = of_model[stack] = _CachedPairs(attentions, now, list(_pairs(model, attentions)))
+    return cached.pairs
+
+
+def _pairs(model: nn.Module, attentions: Sequence[Attention]) -> Iterator[LayerPair]:
     writes: list[_Write] = []
     for attention in attentions:
         maps = head_maps(model, attention)
@@ -68,7 +97,9 @@ def _pair(write: _Write, later_layer: int, reads: Sequence[Factor | None]) -> La
     defined = next((s for s in scores if s is not None), None)
     if defined is None:
         return None
-    later_rank = next(read.shape[2] for read, s in zip(reads, scores, strict=True) if read is not None and s is not None)
+    later_rank = next(
+        read.shape[2] for read, s in zip(reads, scores, strict=True) if read is not None and s is not None
+    )
     filled = [np.full((heads, defined.shape[1]), np.nan) if s is None else s for s in scores]
     return LayerPair(write.layer, later_layer, np.stack(filled), random_composition(width, (rank, later_rank)))
 
@@ -95,12 +126,20 @@ def _write(layer: int, maps: HeadMaps) -> Iterable[_Write]:
 
 
 def _shortened(factor: Factor | None, other: Factor | None) -> Factor | None:
-    """A (BᵀB)^½ / ‖A Bᵀ‖, which has as many columns as A and the products with its transpose of A Bᵀ; NaN if that is zero.
+    """A R / ‖A Bᵀ‖ with R Rᵀ = BᵀB: as many columns as A, and ‖Z A R‖ = ‖Z A Bᵀ‖ for every Z; NaN if A Bᵀ is zero.
 
     In float32: scores are sums of squares, so their errors are those of the roundings of a few large terms.
     """
     if factor is None or other is None:
         return None
-    values, vectors = torch.linalg.eigh(other.mT @ other)
-    shortened = factor @ (vectors * values.clamp_min(0).sqrt()[:, None])
+    shortened = factor @ _square_root(other.mT @ other)
     return (shortened / shortened.flatten(1).norm(dim=1)[:, None, None]).float()
+
+
+def _square_root(grams: Float[Tensor, "head n n"]) -> Float[Tensor, "head n n"]:
+    """R with R Rᵀ = G for every G; by eigenvectors, which take much longer, if one is singular."""
+    root, failed = torch.linalg.cholesky_ex(grams)
+    if not bool(failed.any()):
+        return root
+    values, vectors = torch.linalg.eigh(grams)
+    return vectors * values.clamp_min(0).sqrt()[:, None]

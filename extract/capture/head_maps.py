@@ -5,6 +5,7 @@ Never a matrix of the stream's width twice: what is asked of W_Q W_Kᵀ and W_V 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attlas.extract.capture.compiled import compilation_disabled
 from attlas.extract.capture.layout import Attention, InputMap
-from attlas.extract.capture.linear_map import linear_map
+from attlas.extract.capture.linear_map import linear_map, signature
 
 Factor = Float[Tensor, "head stream head_width"]
 
@@ -64,12 +66,37 @@ class LowRank:
 def head_maps(model: nn.Module, attention: Attention) -> HeadMaps:
     """The factors of a layer's heads as the model's weights are now."""
     inputs = attention.inputs
-    query, key, value = (_input_factor(model, found) for found in (inputs.query, inputs.key, inputs.value))
+    with compilation_disabled():
+        query, key, value = (_input_factor(model, found) for found in (inputs.query, inputs.key, inputs.value))
+        output = _output_factor(model, attention)
     if query is not None and inputs.scale is not None:
         query = query * inputs.scale
     if inputs.scale is None:
         query = key = None
-    return HeadMaps(query, key, value, _output_factor(model, attention), inputs.is_self)
+    return HeadMaps(query, key, value, output, inputs.is_self)
+
+
+def signatures(model: nn.Module, attentions: Sequence[Attention]) -> list[Tensor | None]:
+    """Vectors that change whenever one of these maps does."""
+    found = []
+    for attention in attentions:
+        maps = (attention.inputs.query, attention.inputs.key, attention.inputs.value)
+        found += [
+            _signature(model, each) for each in dict.fromkeys(each and each._replace(columns=()) for each in maps)
+        ]
+        if attention.projection is not None and attention.shape is not None:
+            found.append(signature(model.get_submodule(attention.projection), attention.shape[0], within=model))
+    return found
+
+
+def _signature(model: nn.Module, found: InputMap | None) -> Tensor | None:
+    if found is None:
+        return None
+    module = model.get_submodule(found.module)
+    if found.weight is None:
+        return signature(module, found.shape[0], within=model)
+    weight = getattr(module, found.weight).detach()
+    return weight @ torch.linspace(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
 
 
 def _input_factor(model: nn.Module, found: InputMap | None) -> Factor | None:

@@ -169,6 +169,9 @@ class InputMaps(NamedTuple):
     no_value: str | None = None
 
 
+_NO_MAPS = InputMaps()
+
+
 @dataclass(frozen=True)
 class Attention:
     """An attention layer: one attention call of a forward pass.
@@ -196,7 +199,7 @@ class Attention:
     in_pieces: bool = False  # its module may make one call for every window or image of a sequence
     shape: tuple[int, int] | None = None
     no_projection: str | None = None
-    inputs: InputMaps = InputMaps()
+    inputs: InputMaps = _NO_MAPS
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attlas.extract.capture.compiled import compilation_disabled
 from attlas.extract.capture.layout import Norm
 from attlas.extract.capture.linear_map import is_near, output_of
 from attlas.extract.capture.precision import cast_weights
@@ -37,7 +38,7 @@ def norm_gain(model: nn.Module, norm: Norm, width: int | None) -> NormGain | Non
     alternating = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(width // 2 + 1)[:width]
     inputs = torch.stack((alternating, -alternating, test))
     try:
-        with cast_weights(module, torch.float32):
+        with compilation_disabled(), cast_weights(module, torch.float32):
             outputs = output_of(module, inputs.to(like.device, dtype)[None]).double().cpu()
     except Exception:  # the model's own code, called by itself
         return None

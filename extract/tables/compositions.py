@@ -28,7 +28,7 @@ class CompositionRecorder(StaticRecorder):
         from attlas.extract.capture.compositions import layer_pairs
 
         by_layer: dict[int, list[LayerPair]] = {}
-        for pair in layer_pairs(self.scope.model, self.scope.layout.of(stack)):
+        for pair in layer_pairs(self.scope.model, stack, self.scope.layout.of(stack)):
             by_layer.setdefault(pair.layer, []).append(pair)
         return [
             _rows(stack, pairs, head)

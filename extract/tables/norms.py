@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from attlas.extract.tables.residual import SITE
 from attlas.extract.tables.table import LAYER, STACK, Rule, Table
 
 if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
+    from attlas.extract.capture.layout import Site
     from attlas.extract.capture.norm_gain import NormGain
 
 
@@ -54,14 +56,14 @@ class NormRecorder(StaticRecorder):
             **{name: np.array(values, dtype=np.float64) for name, values in columns.items()},
         }
 
-    def _gain(self, site) -> NormGain | None:  # noqa: ANN001 - of capture, which needs torch
+    def _gain(self, site: Site) -> NormGain | None:
         from attlas.extract.capture.norm_gain import norm_gain
 
         return norm_gain(self.scope.model, site.norm, self.scope.layout.width)
 
 
-def _value(compute, found: NormGain | None) -> float:  # noqa: ANN001
-    value = None if found is None else compute(found)
+def _value(compute: Callable[[NormGain], float | None] | None, found: NormGain | None) -> float:
+    value = None if found is None or compute is None else compute(found)
     return np.nan if value is None else value
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
     from jaxtyping import Float
 
     from attlas.extract.capture.head_maps import LowRank
+    from attlas.extract.capture.layout import Attention
 
     PerHead = Float[np.ndarray, " head"]
 
@@ -38,9 +39,8 @@ class HeadProducts:
 
     @cached_property
     def squared_singular_values(self) -> Float[np.ndarray, "head head_width"]:
-        """The eigenvalues of R AᵀA R with R = (BᵀB)^½: those of A Bᵀ times its transpose that are not zero."""
-        values, vectors = np.linalg.eigh(self.right)
-        root = vectors * np.sqrt(np.maximum(values, 0))[:, None]
+        """The eigenvalues of Rᵀ AᵀA R with R Rᵀ = BᵀB: those of A Bᵀ times its transpose that are not zero."""
+        root = _square_root(self.right)
         return np.maximum(np.linalg.eigvalsh(root.swapaxes(1, 2) @ self.left @ root), 0)
 
     @property
@@ -52,6 +52,15 @@ class HeadProducts:
         shares = _ratio(self.squared_singular_values, self.squared_singular_values.sum(1)[:, None])
         logarithms = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
         return np.exp(-(shares * logarithms).sum(1))
+
+
+def _square_root(grams: Float[np.ndarray, "head n n"]) -> Float[np.ndarray, "head n n"]:
+    """R with R Rᵀ = G for every G; by eigenvectors, which take much longer, if one is singular."""
+    try:
+        return np.linalg.cholesky(grams)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(grams)
+        return vectors * np.sqrt(np.maximum(values, 0))[:, None]
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ class WeightRecorder(StaticRecorder):
         attentions = sorted(self.scope.layout.attentions, key=lambda a: (a.stack, a.layer))
         return concatenate([self._rows_of(attention) for attention in attentions], self)
 
-    def _rows_of(self, attention) -> Arrays:  # noqa: ANN001 - of capture, which needs torch
+    def _rows_of(self, attention: Attention) -> Arrays:
         from attlas.extract.capture.head_maps import head_maps
 
         maps = head_maps(self.scope.model, attention)

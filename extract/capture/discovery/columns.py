@@ -36,10 +36,11 @@ def match_columns(target: Float[Tensor, "row head width"], output: Float[Tensor,
     if len(target) < _FEWEST_ROWS:
         return None
     flat = target.flatten(1)
-    if flat.shape == output.shape and torch.equal(flat, output):
-        return Match(in_order(heads, width), 1.0)
     varying, of_output = _centred(flat), _centred(output)
-    chosen = _most_alike(varying, of_output).unflatten(0, (heads, width))
+    places, likeness = _most_alike(varying, of_output)
+    if bool(((likeness < 1 - _TOLERANCE) & (varying.norm(dim=0) > _rounding(flat, flat))).any()):
+        return None
+    chosen = places.unflatten(0, (heads, width))
     columns = tuple(_as_run(of_head, target[:, head], output) for head, of_head in enumerate(chosen))
     index = torch.tensor([place for of_head in columns for place in of_head], device=output.device)
     factor = _factor(varying, of_output[:, index])
@@ -50,16 +51,24 @@ def match_columns(target: Float[Tensor, "row head width"], output: Float[Tensor,
     return Match(columns, factor) if factor and bool((is_near & is_known).all()) else None
 
 
+def match_in_order(target: Float[Tensor, "row head width"], output: Float[Tensor, "row output"]) -> Match | None:
+    """Whether a target is all outputs of a module, in their order."""
+    heads, width = target.shape[1:]
+    if len(target) < _FEWEST_ROWS or target.shape[1:].numel() != output.shape[1]:
+        return None
+    return Match(in_order(heads, width), 1.0) if torch.equal(target.flatten(1), output) else None
+
+
 def match_rotated(target: Float[Tensor, "row head width"], output: Float[Tensor, "row output"]) -> Match | None:
     """Find the block of outputs that has the norms of each head on all tokens, times one factor; None if there is none.
 
     This says nothing about the order of outputs within a head: see `is_same_product`.
     """
-    heads, width = target.shape[1:]
+    width = target.shape[2]
     if len(target) < _FEWEST_ROWS or output.shape[1] % width:
         return None
     norms, of_blocks = target.norm(dim=-1), output.unflatten(1, (-1, width)).norm(dim=-1)
-    blocks = _most_alike(norms, of_blocks)
+    blocks, _ = _most_alike(norms, of_blocks)
     factor = _factor(norms, of_blocks[:, blocks])
     # norms that do not vary are those of normalised vectors, and say nothing of where they come from
     varies = _centred(norms).norm(dim=0) > _TOLERANCE * norms.norm(dim=0)
@@ -97,10 +106,11 @@ def _centred(x: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
     return x - x.mean(0)
 
 
-def _most_alike(x: Float[Tensor, "row column"], other: Float[Tensor, "row other"]) -> Float[Tensor, " column"]:
-    """For each column the number of the other column with the most similar direction over rows."""
+def _most_alike(x: Float[Tensor, "row column"], other: Float[Tensor, "row other"]) -> tuple[Tensor, Tensor]:
+    """For each column the number of the other column with the most similar direction over rows, and |cos| of the two."""
     units, of_other = (torch.nn.functional.normalize(t[:_MOST_ROWS], dim=0) for t in (x, other))
-    return torch.cat([(part.T @ of_other).abs().argmax(1) for part in units.split(1024, dim=1)])
+    nearest = [(part.T @ of_other).abs().max(1) for part in units.split(1024, dim=1)]
+    return torch.cat([found.indices for found in nearest]), torch.cat([found.values for found in nearest])
 
 
 def _as_run(columns: Tensor, target: Float[Tensor, "row width"], output: Tensor) -> range | tuple[int, ...]:

@@ -19,6 +19,7 @@ from attlas.extract.capture.discovery.columns import (
     in_order,
     is_same_product,
     match_columns,
+    match_in_order,
     match_rotated,
     take,
 )
@@ -87,9 +88,7 @@ def _or_reason(find: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, str(reason)
 
 
-def _value_of_replayed(
-    trace: Trace, call: Call, spec: ReplaySpec | None, modules: Mapping[str, nn.Module]
-) -> InputMap:
+def _value_of_replayed(trace: Trace, call: Call, spec: ReplaySpec | None, modules: Mapping[str, nn.Module]) -> InputMap:
     """The map of the one submodule that computes the values of a replayed module, heads side by side. Raises _NoMap."""
     assert spec is not None, "it was replayed"
     if len(spec.values) != 1:
@@ -129,17 +128,19 @@ class _Search:
     def _find(self, target: Tensor, name: str, number: int, *, may_be_rotated: bool) -> _Found:
         """The outermost linear module whose outputs are the target. Raises _NoMap."""
         rows, reason = _rows_of(target), None
+        # the quickest first
+        ways = (match_in_order, *((match_rotated,) if may_be_rotated else ()), match_columns)
         for began in self._began:
-            for source in self._sources(rows, number, began):
-                match, is_rotated = match_columns(rows, source.output), False
-                if match is None and may_be_rotated:
-                    match, is_rotated = match_rotated(rows, source.output), True
-                if match is None:
-                    continue
-                try:
-                    return self._found(source, match, is_rotated, began)
-                except _NoMap as refusal:
-                    reason = reason or str(refusal)
+            sources = list(self._sources(rows, number, began))
+            for way in ways:
+                for source in sources:
+                    match = way(rows, source.output)
+                    if match is None:
+                        continue
+                    try:
+                        return self._found(source, match, way is match_rotated, began)
+                    except _NoMap as refusal:
+                        reason = reason or str(refusal)
             if reason is not None:
                 raise _NoMap(reason)
         raise _NoMap(f"{name} are not outputs of one linear module{' or their rotations' if may_be_rotated else ''}")
@@ -162,10 +163,8 @@ class _Search:
         """The map of a module that made the target. Raises _NoMap if it is no linear map of the stream."""
         module, x = self._modules[source.module], source.input
         shape = (x.shape[-1], source.output.shape[-1])
-        if source.weight is None:
-            if linear_map(module, shape, within=self._modules[""]) is None:
-                kind = "normalises or changes" if is_leaf(module) and not has_matrix(module) else "is not linear in"
-                raise _NoMap(f"{source.module} {kind} what it reads")
+        if source.weight is None and linear_map(module, shape, within=self._modules[""]) is None:
+            raise _NoMap(f"{source.module} is not linear in what it reads")
         before = self._matrix_before(x, began, source)
         if before is not None:
             raise _NoMap(f"{source.module} reads what {before} writes: two matrices in a row")
@@ -214,7 +213,9 @@ def _rows_of(target: Float[Tensor, "batch head token width"]) -> Float[Tensor, "
 
 
 def _as_rows(output: Tensor, rows: int, batch: int) -> Iterator[Float[Tensor, "row output"]]:
-    """What a module wrote as rows in the order of the call's, if it may be that: batch first, or tokens first."""
+    """What a module wrote as rows in the order of the call's, if it may be that: batch first, tokens first, or heads first."""
+    if output.dim() == 4 and output.shape[0] == batch and batch * output.shape[2] == rows:
+        yield output.transpose(1, 2).flatten(0, 1).flatten(1)
     leading, count = 0, 1
     while count != rows or leading == 0:
         if leading == output.dim() - 1:
@@ -240,7 +241,7 @@ def _sources_with_weight(
         if isinstance(own := getattr(module, attribute, None), Tensor) and same_values(own, weight)
     ]
     for name, attribute in owners[:1]:
-        for output in _as_rows(x @ weight.to(x).T, rows, batch):
+        for output in _as_rows(x @ weight.detach().to(x).T, rows, batch):
             yield _Source(name, x, output, weight=attribute)
 
 
