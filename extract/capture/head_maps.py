@@ -17,7 +17,7 @@ from attlas.extract.capture.compiled import compilation_disabled
 from attlas.extract.capture.layout import Attention, InputMap
 from attlas.extract.capture.linear_map import linear_map, signature
 
-Factor = Float[Tensor, "head stream head_width"]
+Factor = Float[Tensor, "head _stream _head_width"]  # those of one layer may differ
 
 
 @dataclass(frozen=True)

@@ -115,12 +115,13 @@ def _most_alike(x: Float[Tensor, "row column"], other: Float[Tensor, "row other"
 
 def _as_run(columns: Tensor, target: Float[Tensor, "row width"], output: Tensor) -> range | tuple[int, ...]:
     """Columns that follow each other, if these equal the target too, as where some columns are equal or zero."""
-    width = len(columns)
-    starts = (columns - torch.arange(width, device=columns.device)).mode().values
-    run = range(int(starts), int(starts) + width)
+    width, varying = len(columns), _centred(target)
+    surest = int(varying.norm(dim=0).argmax())
+    first = int(columns[surest]) - surest
+    run = range(first, first + width)
     if run.start < 0 or run.stop > output.shape[1]:
         return tuple(columns.tolist())
-    varying, of_run = _centred(target), _centred(output[:, run.start : run.stop])
+    of_run = _centred(output[:, run.start : run.stop])
     size = torch.maximum(varying.norm(dim=0), _rounding(target, output[:, run.start : run.stop]))
     factor = _factor(varying, of_run)
     is_near = bool(((varying - factor * of_run).norm(dim=0) <= _TOLERANCE * size).all())
