@@ -13,7 +13,7 @@ from attlas.extract.tables.residual import SITE
 from attlas.extract.tables.table import LAYER, STACK, Rule, Table
 
 if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
-    from attlas.extract.capture.layout import Site
+    from attlas.extract.capture.layout import Norm
     from attlas.extract.capture.norm_gain import NormGain
 
 
@@ -45,9 +45,9 @@ class NormRecorder(StaticRecorder):
     """A row for every site with a norm."""
 
     def rows(self) -> Arrays:
-        sites = [site for site in self.scope.layout.sites if site.norm is not None]
-        sites.sort(key=lambda site: (site.stack, site.layer, site.name))
-        gains = [self._gain(site) for site in sites]
+        sites = sorted(self.scope.layout.sites, key=lambda site: (site.stack, site.layer, site.name))
+        sites = [site for site in sites if site.norm is not None]
+        gains = [self._gain(site.norm) for site in sites]
         columns = {c.name: [_value(c.compute, found) for found in gains] for c in self.scope.columns}
         return {
             "stack": np.array([site.stack for site in sites]),
@@ -56,10 +56,10 @@ class NormRecorder(StaticRecorder):
             **{name: np.array(values, dtype=np.float64) for name, values in columns.items()},
         }
 
-    def _gain(self, site: Site) -> NormGain | None:
+    def _gain(self, norm: Norm) -> NormGain | None:
         from attlas.extract.capture.norm_gain import norm_gain
 
-        return norm_gain(self.scope.model, site.norm, self.scope.layout.width)
+        return norm_gain(self.scope.model, norm, self.scope.layout.width)
 
 
 def _value(compute: Callable[[NormGain], float | None] | None, found: NormGain | None) -> float:

@@ -163,8 +163,12 @@ class WeightRecorder(StaticRecorder):
         from attlas.extract.capture.head_maps import head_maps
 
         maps = head_maps(self.scope.model, attention)
-        products = [None if p is None else HeadProducts(p) for p in (maps.query_key, maps.output_value)]
-        layer = LayerMaps(*products, maps.is_self)
+        query_key, output_value = maps.query_key, maps.output_value
+        layer = LayerMaps(
+            None if query_key is None else HeadProducts(query_key),
+            None if output_value is None else HeadProducts(output_value),
+            maps.is_self,
+        )
         heads = attention.heads
         keys = {"stack": [attention.stack] * heads, "layer": [attention.layer] * heads, "head": range(heads)}
         return {name: np.asarray(values) for name, values in keys.items()} | {

@@ -70,7 +70,7 @@ class TwoLayers(nn.Module):
     def forward(self, input_ids, attention_mask):
         x = self.embedding(input_ids)
         for inputs, output in zip(self.inputs, self.outputs, strict=True):
-            q, k, v = (module(x)[:, None] for module in inputs)
+            q, k, v = (module(x)[:, None] for module in inputs.children())
             x = x + output(functional.scaled_dot_product_attention(q, k, v)[:, 0])
         return x
 

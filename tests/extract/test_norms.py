@@ -1,5 +1,7 @@
 """`norms`: γ and β as the norm applies them, whatever its module stores."""
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 import pytest
@@ -75,7 +77,7 @@ def test_rows_are_the_sites_that_have_a_norm():
     assert sorted(norms.select("stack", "layer", "site").rows()) == sorted(with_norm.rows())
 
 
-def found_for(module: nn.Module, kind: str, epsilon: float = 1e-5, width: int = 33):
+def found_for(module: nn.Module, kind: str, epsilon: float = 1e-5, width: int = 33) -> Any:
     model = nn.ModuleDict({"norm": module}).eval()
     return norm_gain(model, Norm("norm", 0, kind, epsilon), width)  # pyright: ignore
 

@@ -52,7 +52,7 @@ def names(columns) -> set[str]:
 
 def test_the_core_is_always_measured_and_names_add_to_it() -> None:
     core = measured_columns()
-    assert set(core) == {"heads", "residual", "profiles"}
+    assert set(core) == {"heads", "residual", "profiles", "weights", "norms", "compositions"}
     assert not names(core["heads"]) & set(EXTRA)
     assert len(EXTRA) >= 6
     assert measured_columns("core") == core == measured_columns(())

@@ -508,7 +508,7 @@ def test_columns_keep_their_bounds(seed: int, size: float, rank: int):
     factors[0][..., rank:] = 0
     maps = HeadMaps(*factors, is_self=True)
     layer = LayerMaps(HeadProducts(maps.query_key), HeadProducts(maps.output_value), True)
-    values = {c.name: c.compute(layer) for c in TABLES["weights"].facts}
+    values = {c.name: c.compute(layer) for c in TABLES["weights"].facts if c.compute is not None}
     for c in TABLES["weights"].facts:
         low, high = c.bounds
         assert (values[c.name] >= (low - 1e-9)).all()
