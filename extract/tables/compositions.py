@@ -68,6 +68,7 @@ TABLE = Table(
     name="compositions",
     row="stack × layer × head × later layer × later head",
     kind="static",
+    is_newer=True,
     keys=(
         STACK,
         LAYER,

@@ -71,6 +71,7 @@ TABLE = Table(
     name="norms",
     row="stack × layer × site",
     kind="static",
+    is_newer=True,
     keys=(STACK, LAYER, SITE),
     facts=columns_of(dict(globals())),
     order=("stack", "layer", "site"),

@@ -92,6 +92,7 @@ class Table:
     facts: tuple[Column[Any, Any], ...]
     order: tuple[str, ...]
     on_request: bool = False
+    is_newer: bool = False  # than the schema: datasets that earlier versions wrote lack it
     needs: Callable[[Sequence[Column]], Needs] = lambda columns: Needs()  # of these columns
     recorder: Callable[[Table, Scope], Recorder] | None = None
     rules: tuple[Rule, ...] = ()
@@ -112,8 +113,8 @@ class Table:
 
     @property
     def is_always_written(self) -> bool:
-        """Whether every dataset has it; the residual stream of some models can't be read."""
-        return not self.on_request and not self.needs(self.facts).residual
+        """Whether every dataset of this schema has it; the residual stream of some models can't be read."""
+        return not self.on_request and not self.is_newer and not self.needs(self.facts).residual
 
     @property
     def places(self) -> tuple[str, ...]:

@@ -194,6 +194,7 @@ TABLE = Table(
     name="weights",
     row="stack × layer × head",
     kind="static",
+    is_newer=True,
     keys=(STACK, LAYER, HEAD),
     facts=columns_of(dict(globals())),
     order=("stack", "layer", "head"),

@@ -24,7 +24,10 @@ def test_dictionary_columns_arrive_as_strings(folder: Path) -> None:
 
 
 def test_unknown_table_is_refused_with_those_that_exist(folder: Path) -> None:
-    with pytest.raises(Refusal, match="documents, heads, profiles, residual, sequences; 'pairs' is not one"):
+    with pytest.raises(
+        Refusal,
+        match="compositions, documents, heads, norms, profiles, residual, sequences, weights; 'pairs' is not one",
+    ):
         Dataset.open(folder).scan("pairs")
 
 

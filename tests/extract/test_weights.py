@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -16,6 +17,7 @@ from torch.nn import functional
 from attlas.extract import measure
 from attlas.extract.measurement import layout_of
 from attlas.extract.tables import TABLES
+from tests import oracles
 from tests.extract.models import tiny
 
 COLUMNS = [c.name for c in TABLES["weights"].facts]
@@ -52,29 +54,15 @@ LLAMA = dict(
 # --- the oracle
 
 
-def oracle(W_Q, W_K, W_V, W_O, scale: float) -> dict[str, float]:
-    """Every column from its formula, with matrices of the stream's width."""
-    qk, ov = scale * W_Q @ W_K.T, W_V @ W_O
-    found = {}
-    for name, W in (("qk", qk), ("ov", ov)):
-        singular = np.linalg.svd(W, compute_uv=False)
-        shares = singular[singular > 0] ** 2 / (singular**2).sum()
-        found |= {
-            f"{name}_norm": np.linalg.norm(W),
-            f"{name}_spectral": singular[0],
-            f"{name}_effective_rank": np.exp(-(shares * np.log(shares)).sum()),
-        }
-    values = np.linalg.eigvals(ov)
-    return found | {
-        "qk_symmetry": np.linalg.norm((qk + qk.T) / 2) ** 2 / np.linalg.norm(qk) ** 2,
-        "ov_copying": values.real.sum() / np.abs(values).sum(),
-    }
+def expected_of(W_Q, W_K, W_V, W_O, scale: float) -> dict[str, Any]:
+    """Every column from its formula, with matrices of the stream's width; the oracle scales by 1/√d_h."""
+    return oracles.weights_columns(scale * W_Q.shape[1] ** 0.5 * W_Q, W_K, W_V, W_O)
 
 
 def check(found: pl.DataFrame, heads: Heads, scale: float) -> None:
     assert found.height == len(heads)
     for row, matrices in zip(found.to_dicts(), heads, strict=True):
-        for name, value in oracle(*matrices, scale).items():
+        for name, value in expected_of(*matrices, scale).items():
             assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, row)
 
 
@@ -186,7 +174,7 @@ def test_t5_scales_no_scores_and_its_decoder_and_cross_attention_are_stacks():
         for row, matrices in zip(
             rows.to_dicts(), split(attention.q, attention.k, attention.v, attention.o, heads=4), strict=True
         ):
-            expected = oracle(*matrices, 1.0)
+            expected = expected_of(*matrices, 1.0)
             if stack == "cross":
                 assert row["qk_symmetry"] is None and row["ov_copying"] is None
                 expected = {n: v for n, v in expected.items() if n not in ("qk_symmetry", "ov_copying")}
