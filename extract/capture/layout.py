@@ -22,12 +22,13 @@ class HookPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation layer of the residual stream, at one call."""
+    """A normalisation layer of the residual stream, at one call. `width` is that of the states that it normalises."""
 
     module: str
     call: int
     kind: Literal["layer", "rms"]
     epsilon: float
+    width: int
 
     @property
     def input(self) -> HookPoint:

@@ -21,21 +21,18 @@ class NormGain(NamedTuple):
     bias: Float[Tensor, " stream"] | None
 
 
-def norm_gain(model: nn.Module, norm: Norm, width: int | None) -> NormGain | None:
+def norm_gain(model: nn.Module, norm: Norm) -> NormGain | None:
     """Return γ and β with which a norm's output is γ · normalised input + β; None if its output is something else.
 
     The norm is called by itself on a vector and its opposite: half the difference of its outputs is γ times the normalised
-    vector, half the sum is β. Another vector must confirm them. `width` is that of the stream, for a norm without parameters.
+    vector, half the sum is β. Another vector must confirm them.
     """
     module = model.get_submodule(norm.module)
-    width = next((p.numel() for p in module.parameters()), width)
-    if width is None:
-        return None
     like = next((t for t in (*module.parameters(), *model.parameters()) if t.is_floating_point()), torch.zeros(()))
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(0)
-    test = torch.randn(width, generator=generator, dtype=torch.float64)
-    alternating = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(width // 2 + 1)[:width]
+    test = torch.randn(norm.width, generator=generator, dtype=torch.float64)
+    alternating = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(norm.width // 2 + 1)[: norm.width]
     inputs = torch.stack((alternating, -alternating, test))
     try:
         with compilation_disabled(), cast_weights(module, torch.float32):
@@ -48,7 +45,7 @@ def norm_gain(model: nn.Module, norm: Norm, width: int | None) -> NormGain | Non
     bias = (outputs[0] + outputs[1]) / 2
     if not is_near(gain * _normalised(test, norm) + bias, outputs[2], dtype):
         return None
-    return NormGain(gain, bias if bool(bias.any()) or _has_bias(module, width) else None)
+    return NormGain(gain, bias if bool(bias.any()) or _has_bias(module, norm.width) else None)
 
 
 def _normalised(x: Float[Tensor, " stream"], norm: Norm) -> Float[Tensor, " stream"]:

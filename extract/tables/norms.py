@@ -59,7 +59,7 @@ class NormRecorder(StaticRecorder):
     def _gain(self, norm: Norm) -> NormGain | None:
         from attlas.extract.capture.norm_gain import norm_gain
 
-        return norm_gain(self.scope.model, norm, self.scope.layout.width)
+        return norm_gain(self.scope.model, norm)
 
 
 def _value(compute: Callable[[NormGain], float | None] | None, found: NormGain | None) -> float:

@@ -79,7 +79,7 @@ def test_rows_are_the_sites_that_have_a_norm():
 
 def found_for(module: nn.Module, kind: str, epsilon: float = 1e-5, width: int = 33) -> Any:
     model = nn.ModuleDict({"norm": module}).eval()
-    return norm_gain(model, Norm("norm", 0, kind, epsilon), width)  # pyright: ignore
+    return norm_gain(model, Norm("norm", 0, kind, epsilon, width))  # pyright: ignore
 
 
 def test_a_norm_without_parameters_has_the_gain_one():

@@ -1,7 +1,9 @@
 """`weights`: what each head's matrices do, against full matrices in float64, and against closed forms."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from attlas.analysis.verify import verify
 from attlas.extract import measure
 from attlas.extract.measurement import layout_of
+from attlas.extract.options import RunOptions
 from attlas.extract.tables import TABLES
 from tests import oracles
+from tests.analysis.synthetic import rewrite, write_dataset
+from tests.analysis.test_verify import change_column
 from tests.extract.models import tiny
+from tests.extract.runs import complete_run
 
 COLUMNS = [c.name for c in TABLES["weights"].facts]
 QK, OV = ([name for name in COLUMNS if name.startswith(prefix)] for prefix in ("qk_", "ov_"))
@@ -410,6 +417,54 @@ def test_what_is_merged_changed_or_trained_since_is_read_again():
     after = weights_of(model, **ids())
     np.testing.assert_allclose(after["qk_norm"], 2 * before["qk_norm"], rtol=1e-6)
     assert after["ov_norm"].to_list() == before["ov_norm"].to_list()
+
+
+# --- runs and passes
+
+
+def test_weights_alone_need_no_pass(monkeypatch: pytest.MonkeyPatch):
+    model = tiny("bert")
+    layout_of(model, ids())
+    monkeypatch.setattr("attlas.extract.measurement.observe", lambda *_, **__: pytest.fail("no pass is needed"))
+    tables = measure(model, tables=("weights", "norms", "compositions"), **ids())
+    assert [tables[name].num_rows for name in ("weights", "norms", "compositions")] == [12, 7, 48]
+
+
+def test_every_table_of_a_batch_is_there_by_default():
+    assert {"weights", "norms", "compositions"} < set(measure(tiny("bert"), **ids()))
+
+
+def test_a_run_writes_them_once_and_is_verified(demo, tmp_path: Path):
+    text = tmp_path / "text.txt"
+    text.write_text("The parameters are the same in every shard. " * 30)
+    options = {"model": "demo", "corpus": str(text), "max_length": 24, "shard_sequences": 3, "device": "cpu"}
+    complete_run(RunOptions(out=tmp_path / "out", **options))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["shards"] > 1
+    rows = {name: manifest["tables"][name]["rows"] for name in ("weights", "norms", "compositions")}
+    assert rows == {"weights": 72, "norms": 13, "compositions": 15 * 144}
+    parts = {len(manifest["tables"][name]["parts"]) for name in rows}
+    assert parts == {1}
+    assert verify(tmp_path / "out") == []
+    attention = demo.model.encoder.layer[3].attention
+    heads = split(attention.self.query, attention.self.key, attention.self.value, attention.output.dense, heads=12)
+    check(pl.read_parquet(tmp_path / "out" / "weights").filter(layer=3), heads, 32**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "rule"),
+    [
+        ("qk_symmetry", 1.1, "bounds"),
+        ("ov_copying", -1.1, "bounds"),
+        ("ov_effective_rank", 0.5, "bounds"),
+        ("qk_spectral", 1e6, "norms"),
+    ],
+)
+def test_what_cannot_be_is_found_by_verify(tmp_path: Path, column: str, value: float, rule: str):
+    root = write_dataset(tmp_path / "d")
+    assert verify(root) == []
+    rewrite(root, "weights/shard-00000.parquet", change_column(column, lambda values: np.full(len(values), value)))
+    assert {finding.check for finding in verify(root)} == {rule}
 
 
 # --- closed forms
