@@ -104,7 +104,9 @@ def _pair(write: _Write, later_layer: int, reads: Sequence[Factor | None]) -> La
     return LayerPair(write.layer, later_layer, np.stack(filled), random_composition(width, (rank, later_rank)))
 
 
-def _scores(write: Float[Tensor, "head head_width stream"], read: Factor) -> Float[np.ndarray, "head later_head"]:
+def _scores(
+    write: Float[Tensor, "head head_width stream"], read: Float[Tensor, "later_head stream later_width"]
+) -> Float[np.ndarray, "head later_head"]:
     heads, later_heads = len(write), len(read)
     product = write.flatten(0, 1) @ read.transpose(0, 1).flatten(1)
     squares = product.square_().view(heads, write.shape[1], later_heads, -1).sum((1, 3))

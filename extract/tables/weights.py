@@ -204,12 +204,13 @@ TABLE = Table(
 From the parameters alone, in the first shard's part. Matrices act on row vectors: x W_Q, x W_K and x W_V are a head's query,
 key and value of the state x that the layer reads, and c W_O is what it writes of its context c. They are what the modules
 do, not what they store: adapters, quantisation and hooks count. Biases do not, nor do the gains and the centring of the norms
-before and after. Heads that share keys and values are each counted with their group's. Where queries and keys are rotated by
+before and after, nor a cap of the scores. Heads that share keys and values are each counted with their group's. Where queries and keys are rotated by
 their positions, W_QK is that of a query and a key at the same position. The scale is that of the model's own call.
 
 All four `qk_` columns are null where scores are not bilinear in the states (queries and keys that are normalised or otherwise
-changed after their projection, as with QK-norm), where keys are made by two matrices in a row (latent attention), and where
-the model computes scores itself, so that queries and keys are not seen. All four `ov_` columns are null where values or what
+changed after their projection, as with QK-norm), where they are made by two matrices in a row (latent attention), and where
+the model computes scores itself, unless these are products of what two modules write, apart from terms of the positions alone
+(which needs two sequences to be seen). All four `ov_` columns are null where values or what
 reads the contexts are not one linear map each. The manifest's `layout` names the modules (`query`, `key`, `value`,
 `projection`), or the reasons (`no_query_key`, `no_value`, `no_projection`).""",
 )

@@ -41,11 +41,11 @@ def weights_of(model: nn.Module, **inputs) -> pl.DataFrame:
     return pl.DataFrame(measure(model, tables=("weights",), **inputs)["weights"])
 
 
-def random(family: str, **sizes) -> nn.Module:
+def random(family: str, attention: str = "sdpa", **sizes) -> nn.Module:
     """A tiny model whose every parameter is random, gains and biases too."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, vocab_size=60, **sizes)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention
     model = transformers.AutoModel.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -300,19 +300,36 @@ def test_latent_attention_is_two_matrices_in_a_row():
     assert "two matrices in a row" in layer["no_value"]
 
 
-def test_where_a_model_computes_scores_itself_values_are_still_seen():
-    torch.manual_seed(0)
-    config = transformers.MPNetConfig(
-        vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+def test_where_a_model_computes_scores_itself_their_modules_are_found_by_the_products():
+    """MPNet adds a bias of the positions; so does BLOOM, which hides later keys, with query, key and value fused."""
+    model = random("mpnet", "eager", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    of_layers = [layer.attention.attn for layer in model.encoder.layer]
+    check(weights_of(model, **ids()), [h for a in of_layers for h in split(a.q, a.k, a.v, a.o, heads=4)], 8**-0.5)
+    model = random("bloom", "eager", hidden_size=32, n_layer=2, n_head=4)
+    heads = []
+    for block in model.h:
+        fused = block.self_attention.query_key_value.weight.detach().double().numpy().T.reshape(32, 4, 3, 8)
+        output = block.self_attention.dense.weight.detach().double().numpy().T
+        heads += [[*(fused[:, h, n] for n in range(3)), output[8 * h : 8 * h + 8]] for h in range(4)]
+    check(weights_of(model, **ids()), heads, 8**-0.5)
+
+
+def test_where_a_models_own_scores_are_no_products_values_are_still_seen():
+    """RoFormer rotates queries and keys, and computes the softmax itself."""
+    model = random(
+        "roformer",
+        "eager",
+        hidden_size=32,
+        embedding_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
     )
-    model = transformers.MPNetModel(config).eval()
     found = weights_of(model, **ids())
     assert found.select(QK).null_count().row(0) == (4,) * len(QK)
-    attention = model.encoder.layer[0].attention.attn
-    expected = [
-        np.linalg.norm(v @ o) for _, _, v, o in split(attention.q, attention.k, attention.v, attention.o, heads=4)
-    ]
-    np.testing.assert_allclose(found["ov_norm"], expected, rtol=1e-5)
+    attention = model.encoder.layer[0].attention
+    heads = split(attention.self.query, attention.self.key, attention.self.value, attention.output.dense, heads=4)
+    np.testing.assert_allclose(found["ov_norm"], [np.linalg.norm(v @ o) for _, _, v, o in heads], rtol=1e-5)
     assert "computes scores itself" in described(model, **ids())[0]["no_query_key"]
 
 

@@ -7,6 +7,7 @@ of a head's vector, so a head's block of outputs is then found by its norms.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ Columns = tuple[range | tuple[int, ...], ...]
 
 # relative to the part of a column that varies between tokens; another column is off by its whole size
 _TOLERANCE = 1e-3
+# masks are larger than any score: this many times the products of queries and keys
+_LARGEST_SCALE = 32
 # fewer tokens than this can't tell columns apart
 _FEWEST_ROWS = 4
 # tokens that candidates are chosen by; they are then compared on all
@@ -76,6 +79,43 @@ def match_rotated(target: Float[Tensor, "row head width"], output: Float[Tensor,
     if not factor or not bool((varies & is_near).all()):
         return None
     return Match(tuple(range(b * width, (b + 1) * width) for b in blocks.tolist()), factor)
+
+
+def block_layouts(outputs: int, heads: int) -> Iterator[Match]:
+    """Which outputs the heads of queries, keys or values may have: all in order, or a third of them, together or by head."""
+    if outputs % heads == 0:
+        yield Match(in_order(heads, outputs // heads), 1.0)
+    if outputs % (3 * heads) == 0:
+        width = outputs // (3 * heads)
+        for third in range(3):
+            for starts in (
+                [(third * heads + h) * width for h in range(heads)],
+                [(3 * h + third) * width for h in range(heads)],
+            ):
+                yield Match(tuple(range(start, start + width) for start in starts), 1.0)
+
+
+def product_scale(
+    scores: Float[Tensor, "batch head query key"],
+    queries: Float[Tensor, "batch head query width"],
+    keys: Float[Tensor, "batch head key width"],
+) -> float | None:
+    """The constant c with which scores are c · q·k and what is the same in all sequences, such as masks and biases of positions.
+
+    None if there is none, or if there is one sequence only. What sequences have in common is removed by differences.
+    """
+    if len(scores) < 2 or queries.shape[3] != keys.shape[3]:
+        return None
+    products = queries @ keys.mT
+    differences, of_products = scores - scores.roll(1, 0), products - products.roll(1, 0)
+    largest = products.abs().amax() * _LARGEST_SCALE
+    is_visible = (scores.abs() < largest) & (scores.roll(1, 0).abs() < largest)
+    differences, of_products = differences[is_visible], of_products[is_visible]
+    if differences.numel() < _FEWEST_ROWS:
+        return None
+    scale = _factor(differences, of_products)
+    is_near = (differences - scale * of_products).norm() <= _TOLERANCE * differences.norm()
+    return scale if scale and bool(is_near) else None
 
 
 def take(output: Float[Tensor, "row output"], match: Match) -> Float[Tensor, "row head width"]:

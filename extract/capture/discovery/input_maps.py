@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 
 from attlas.extract.capture.discovery.columns import (
     Match,
+    block_layouts,
     in_order,
     is_same_product,
     match_columns,
     match_in_order,
     match_rotated,
+    product_scale,
     take,
 )
 from attlas.extract.capture.discovery.module_tree import owner_of
@@ -32,7 +35,7 @@ from attlas.extract.capture.tensors import has_matrix, same_values
 
 T = TypeVar("T")
 
-_OWN_SCORES = "the model computes scores itself: its queries and keys are not seen"
+_OWN_SCORES = "the model computes scores itself, so that its queries and keys are not seen"
 _NOT_SEEN = "the module is run again: its queries, keys and values are not seen in a call"
 
 
@@ -73,7 +76,7 @@ def find_input_maps(model: nn.Module, trace: Trace, call: Call, modules: Mapping
         query=query.map if query else None,
         key=key.map if key else None,
         value=value.map if value else None,
-        scale=call.inputs.scale,
+        scale=search.scale,
         is_self=not call.is_cross_attention,
         no_query_key=no_query_key,
         no_value=no_value,
@@ -111,6 +114,7 @@ class _Search:
     ) -> None:
         self._trace, self._call, self._inputs, self._modules = trace, call, inputs, modules
         self._began = _times_of_modules_around(model, call)
+        self.scale = inputs.scale
 
     def value(self) -> _Found:
         return self._find(self._inputs.value, "values", 2, may_be_rotated=False)
@@ -118,12 +122,37 @@ class _Search:
     def query_and_key(self) -> tuple[_Found, _Found]:
         queries, keys = self._inputs.query, self._inputs.key
         if queries is None or keys is None:
-            raise _NoMap(_OWN_SCORES)
+            return self._of_own_scores()
         query = self._find(queries, "queries", 0, may_be_rotated=True)
         key = self._find(keys, "keys", 1, may_be_rotated=True)
         if (query.is_rotated or key.is_rotated) and not self._keeps_products(query, key, queries, keys):
             raise _NoMap("queries and keys have other products at one position than what their modules write")
         return query, key
+
+    def _of_own_scores(self) -> tuple[_Found, _Found]:
+        """The two modules whose outputs have the model's own scores as products, apart from what depends on positions."""
+        scores = self._inputs.scores
+        if scores is None or self._inputs.value.shape[1] != self._call.heads:
+            raise _NoMap(_OWN_SCORES)
+        batch, tokens = self._call.batch, (self._call.queries, self._call.keys)
+        for began in self._began:
+            of_queries, of_keys = (list(self._candidates(n, began)) for n in tokens)
+            for (source, match, queries), (other, of_other, keys) in product(of_queries, of_keys):
+                q, k = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (queries, keys))
+                scale = product_scale(scores, q, k)
+                if scale is not None:
+                    self.scale = scale
+                    return self._found(source, match, False, began), self._found(other, of_other, False, began)
+        raise _NoMap(f"{_OWN_SCORES}, and they are not products of what two linear modules write")
+
+    def _candidates(self, tokens: int, began: int) -> Iterator[tuple[_Source, Match, Float[Tensor, "row head width"]]]:
+        """What may be queries or keys of so many tokens: outputs of modules with a matrix, head by head."""
+        heads, batch = self._call.heads, self._call.batch
+        rows = self._inputs.value.new_zeros(batch * tokens, heads, 1)
+        for source in self._sources(rows, 0, began):
+            if has_matrix(self._modules[source.module]):
+                for match in block_layouts(source.output.shape[1], heads):
+                    yield source, match, take(source.output, match)
 
     def _find(self, target: Tensor, name: str, number: int, *, may_be_rotated: bool) -> _Found:
         """The outermost linear module whose outputs are the target. Raises _NoMap."""

@@ -43,7 +43,7 @@ class Event:
 
 @dataclass(frozen=True)
 class CallInputs:
-    """Copies of what an attention call was given. Queries, keys and their scale are None where a model makes its own scores.
+    """Copies of what an attention call was given. Where a model makes its own scores they stand for queries, keys and scale.
 
     `in_projections` are as in a `Request`.
     """
@@ -53,6 +53,7 @@ class CallInputs:
     key: Float[Tensor, "batch key_head key width"] | None = None
     scale: float | None = None
     in_projections: tuple[tuple[Tensor, Tensor], ...] = ()
+    scores: Float[Tensor, "batch head query key"] | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,10 @@ class _Tracer:
         pattern = attention.pattern.detach().double() if attention.pattern.numel() <= LARGEST_PATTERN else None
         causal = is_causal_mask(attention.pattern > 0)
         shape = attention.pattern.shape
-        inputs = CallInputs(_float_copy(attention.value)) if self._keep_events else None
+        inputs = None
+        if self._keep_events:
+            scores = _float_copy(attention.scores) if attention.scores.numel() <= LARGEST_PATTERN else None
+            inputs = CallInputs(_float_copy(attention.value), scores=scores)
         self._add("softmax", shape, attention.contexts, pattern, causal, None, None, attention.dim_order, inputs)
 
     def receive_recorded_call(self, call: RecordedCall) -> None:
