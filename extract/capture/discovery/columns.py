@@ -104,7 +104,7 @@ def product_scale(
 
     None if there is none, or if there is one sequence only. What sequences have in common is removed by differences.
     """
-    if len(scores) < 2 or queries.shape[3] != keys.shape[3]:
+    if len(scores) < 2:
         return None
     products = queries @ keys.mT
     differences, of_products = scores - scores.roll(1, 0), products - products.roll(1, 0)

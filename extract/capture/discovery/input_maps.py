@@ -139,7 +139,7 @@ class _Search:
             of_queries, of_keys = (list(self._candidates(n, began)) for n in tokens)
             for (source, match, queries), (other, of_other, keys) in product(of_queries, of_keys):
                 q, k = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (queries, keys))
-                scale = product_scale(scores, q, k)
+                scale = product_scale(scores, q, k) if q.shape[3] == k.shape[3] else None
                 if scale is not None:
                     self.scale = scale
                     return self._found(source, match, False, began), self._found(other, of_other, False, began)
