@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,18 @@ class Collector:
 
     def tables(self) -> dict[str, pa.Table]:
         """The rows of every table."""
-        return {recorder.table.name: recorder.to_arrow() for recorder in self._recorders}
+        return self.tables_of_passes() | self.tables_of_parameters()
+
+    def tables_of_passes(self) -> dict[str, pa.Table]:
+        """The rows of the tables that are recorded while the model runs."""
+        return self._tables_of(lambda table: table.kind != "static")
+
+    def tables_of_parameters(self) -> dict[str, pa.Table]:
+        """The rows of the static tables. To make them the model's modules are called, so no pass may be under way."""
+        return self._tables_of(lambda table: table.kind == "static")
+
+    def _tables_of(self, is_wanted: Callable[[Table], bool]) -> dict[str, pa.Table]:
+        return {r.table.name: r.to_arrow() for r in self._recorders if is_wanted(r.table)}
 
     def _take(self, recorder: Recorder, place: Any, kept: Mapping[str, Tensor] | None) -> None:
         if kept is not None:

@@ -54,12 +54,13 @@ def measure(
     statistics: str | Collection[str] = CORE,
     **inputs: Any,
 ) -> dict[str, pa.Table]:
-    """Measure one batch through any attention model: {"heads": …, "residual": …, "profiles": …} as Arrow tables.
+    """Measure one batch through any attention model: {"heads": …, "residual": …, "weights": …, …} as Arrow tables.
 
     arguments, inputs: what the model's forward takes: `input_ids` Int[batch, token] with `attention_mask` Int[batch,
     token] where there is padding (left or right), `pixel_values`, the `src` of an nn.TransformerEncoder. An
     encoder–decoder model without `decoder_input_ids` is measured by its encoder alone.
-    tables: the names of those to measure; by default all that are not on request. Nothing else is computed.
+    tables: the names of those to measure; by default all that are not on request and not static, which take seconds and do not
+    depend on the batch (`weights`, `norms`, `compositions`). Nothing else is computed.
     statistics: `core`, `all`, or the names of columns to measure besides the core, such as `query_norm`.
 
     `sequence_id` is the row of the batch. Columns that need the tokenizer (the token classes) are absent without one.
@@ -76,17 +77,17 @@ def measure(
     refuse_training(model, given)
     with eval_mode(model):
         try:
-            collector, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
+            measured, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
         except CaptureError:
             if not forget_layouts(model):
                 raise
             # the model may have changed in a way that its fingerprint does not show: examine it again
-            collector, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
+            measured, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
     if needs_of(wanted).reads_stream:
         _warn_of_absent_residual(layout)
     return {
         name: table.drop_columns(["document_id"] if "document_id" in table.column_names else [])
-        for name, table in collector.tables().items()
+        for name, table in measured.items()
     }
 
 
@@ -97,7 +98,9 @@ _OPTIONS = tuple(n for n, p in inspect.signature(measure).parameters.items() if 
 def _columns_of(tables: Collection[str] | None, statistics: str | Collection[str]) -> Columns:
     """The columns to measure of the named tables, or of those of every run. Raises Refusal for an unknown name."""
     if tables is None:
-        return measured_columns(statistics)
+        asked = statistics_named(statistics)
+        columns = measured_columns(statistics)
+        return {name: c for name, c in columns.items() if TABLES[name].kind != "static" or name in asked}
     recorded = [table.name for table in TABLES.values() if table.recorder is not None]
     for name in tables:
         if name not in recorded:
@@ -111,8 +114,8 @@ def _columns_of(tables: Collection[str] | None, statistics: str | Collection[str
 
 def _measure_batch(
     model: nn.Module, inputs: Mapping[str, Any], classes: Tensor | None, *, engine: Engine, columns: Columns
-) -> tuple[Collector, Layout]:
-    """Run the model on the inputs, in as many parts as it needs."""
+) -> tuple[dict[str, pa.Table], Layout]:
+    """Run the model on the inputs, in as many parts as it needs, and return the tables."""
     parts = split_batch(model, inputs)
     batches = [batch_of(model, part.inputs, classes) for part in parts]
     layout = layout_of(model, parts[0].inputs)
@@ -126,11 +129,12 @@ def _measure_batch(
         document_ids=numbers,
         without=frozenset(() if classes is not None else CLASS_MASSES),
     )
-    for part, batch in zip(parts, batches, strict=True):
+    is_static = all(TABLES[name].kind == "static" for name in columns)  # then no pass is needed
+    for part, batch in () if is_static else zip(parts, batches, strict=True):
         collector.begin(part.places)
         with_grids = replace(batch, grids=grids_of(model, layout, part.inputs))
         observe(model, layout, part.inputs, batch=with_grids, engine=engine, collector=collector)
-    return collector, layout
+    return collector.tables(), layout
 
 
 def _warn_of_absent_residual(layout: Layout) -> None:

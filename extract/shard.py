@@ -60,9 +60,11 @@ def measure_sequences(
     report = _batch_progress(progress, lengths, document_ids.tolist()) if progress else (lambda batch: None)
     with _one_batch_at_a_time:
         _measure_batches(instrument, inputs, planned, collector, report)
+        of_parameters = collector.tables_of_parameters()
     # of the planned batches, so that a batch split for lack of memory does not change the manifest
     positions = padded_positions(lengths, planned)
-    return collector.tables(), {"positions": positions, "padded": positions - sum(lengths)}
+    tables = collector.tables_of_passes() | of_parameters
+    return tables, {"positions": positions, "padded": positions - sum(lengths)}
 
 
 def plan_batches(measured_model: MeasuredModel, lengths: Sequence[int], *, batch_tokens: int) -> list[list[int]]:

@@ -22,12 +22,13 @@ class HookPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation layer of the residual stream, at one call."""
+    """A normalisation layer of the residual stream, at one call. `width` is that of the states that it normalises."""
 
     module: str
     call: int
     kind: Literal["layer", "rms"]
     epsilon: float
+    width: int
 
     @property
     def input(self) -> HookPoint:
@@ -142,13 +143,47 @@ class ReplaySpec(NamedTuple):
         return () if self.reader is None else (self.reader,)
 
 
+class InputMap(NamedTuple):
+    """Where queries, keys or values come from: a linear module, and which of its outputs each head gets, in order.
+
+    They are these outputs times `factor`, apart from a bias, and rotated if the model rotates queries and keys. Heads that
+    share keys and values name the same outputs. `weight` is the parameter, [output, input], of a module that multiplies by it
+    in a function of torch; otherwise the map is what the module returns, see `linear_map`.
+    """
+
+    module: str
+    shape: tuple[int, int]  # input × output
+    columns: tuple[range | tuple[int, ...], ...]  # of each head
+    factor: float = 1.0
+    weight: str | None = None
+
+
+class InputMaps(NamedTuple):
+    """The maps of an attention layer's queries, keys and values, or why there are none.
+
+    `scale` is what the call multiplies scores by. `is_self`: queries and keys are of the same tokens.
+    """
+
+    query: InputMap | None = None
+    key: InputMap | None = None
+    value: InputMap | None = None
+    scale: float | None = None
+    is_self: bool = True
+    no_query_key: str | None = None
+    no_value: str | None = None
+
+
+_NO_MAPS = InputMaps()
+
+
 @dataclass(frozen=True)
 class Attention:
     """An attention layer: one attention call of a forward pass.
 
     `queries` and `keys` name the model input whose tokens they are, None if they are something else, such as patches, frames
     or latents. `projection` is the output projection, `shape` its shape as contexts × stream, and `no_projection` the reason
-    if there is none. `module` is the innermost module with weights around the call.
+    if there is none. `inputs` says the same of queries, keys and values. `module` is the innermost module with weights around
+    the call.
     """
 
     stack: str
@@ -168,6 +203,7 @@ class Attention:
     in_pieces: bool = False  # its module may make one call for every window or image of a sequence
     shape: tuple[int, int] | None = None
     no_projection: str | None = None
+    inputs: InputMaps = _NO_MAPS
 
 
 @dataclass(frozen=True)
@@ -248,7 +284,21 @@ def _describe_attention(attention: Attention) -> dict[str, Any]:
         "module": attention.module,
         "projection": attention.projection,
         **({} if attention.no_projection is None else {"no_projection": attention.no_projection}),
+        **_describe_inputs(attention.inputs),
     }
+
+
+def _describe_inputs(inputs: InputMaps) -> dict[str, Any]:
+    """The modules that make queries, keys and values, and why there are none."""
+    maps = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
+    reasons = {"no_query_key": inputs.no_query_key, "no_value": inputs.no_value}
+    return {name: _describe_map(found) for name, found in maps.items()} | {
+        name: reason for name, reason in reasons.items() if reason is not None
+    }
+
+
+def _describe_map(found: InputMap | None) -> str | None:
+    return None if found is None else ".".join(part for part in (found.module, found.weight) if part)
 
 
 def _describe_site(site: Site) -> dict[str, Any]:

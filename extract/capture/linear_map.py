@@ -8,6 +8,7 @@ returns, and a stored weight is used only if the module returns what that weight
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -59,6 +60,21 @@ def signature(module: nn.Module, width: int, *, within: nn.Module) -> Float[Tens
         return output_of(module, x)[0] if weight is None else (x[0, 0] @ weight)
     except Exception:  # it returns nothing when called by itself
         return None
+
+
+def same_signatures(before: Sequence[Tensor | None], now: Sequence[Tensor | None]) -> bool:
+    """Whether signatures are equal bit for bit. NaN is never the same."""
+    if [None if x is None else (x.shape, x.dtype, x.device) for x in before] != [
+        None if x is None else (x.shape, x.dtype, x.device) for x in now
+    ]:
+        return False
+    pairs = [(a.flatten(), b.flatten()) for a, b in zip(before, now, strict=True) if a is not None and b is not None]
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for a, b in pairs:  # all on a device at once, because it is waited for
+        of_device = groups.setdefault((a.dtype, a.device), ([], []))
+        of_device[0].append(a)
+        of_device[1].append(b)
+    return all(torch.equal(torch.cat(a), torch.cat(b)) for a, b in groups.values())
 
 
 def takes_contexts_alone(module: nn.Module, width: int, *, within: nn.Module) -> bool:

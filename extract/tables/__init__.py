@@ -11,10 +11,12 @@ from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.profiles import doubling_bin_edges as doubling_bin_edges
 from attlas.extract.tables import (
     ablations,
+    compositions,
     documents,
     edges,
     heads,
     layers,
+    norms,
     pairs,
     profiles,
     queries,
@@ -23,6 +25,7 @@ from attlas.extract.tables import (
     rollout,
     sequences,
     tokens,
+    weights,
 )
 from attlas.extract.tables.column import Column as Column
 from attlas.extract.tables.heads import CLASS_MASSES as CLASS_MASSES
@@ -51,6 +54,9 @@ TABLES: dict[str, Table] = {
         profiles,
         residual_profiles,
         pairs,
+        weights,
+        norms,
+        compositions,
         queries,
         edges,
         tokens,

@@ -180,6 +180,7 @@ TABLE = Table(
         _sum("rows", "rows measured in both heads", "What to divide the sums by.", bounds=(0, None)),
     ),
     order=("stack", "layer", "head", "other_layer", "other_head"),
+    is_newer=True,
     needs=lambda columns: Needs(patterns=True),
     recorder=PairRecorder,
     rules=(

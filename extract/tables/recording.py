@@ -39,7 +39,7 @@ class DenseRecorder(Recorder):
     def rows(self) -> Arrays:
         named = [(_keys_of(place, self.table), values) for place, values in self._values.items()]
         blocks = sorted(named, key=lambda block: tuple(block[0].values()))
-        return _concatenate([self._block(keys, values) for keys, values in blocks], self)
+        return concatenate([self._block(keys, values) for keys, values in blocks], self)
 
     def _block(self, keys: Mapping[str, Any], values: np.ndarray) -> Arrays:
         sequences, heads = values.shape[1], values.shape[2] if values.ndim > 2 else 1
@@ -70,7 +70,7 @@ class RaggedRecorder(Recorder):
         self._parts.append(ids | keys | columns)
 
     def rows(self) -> Arrays:
-        columns = _concatenate(self._parts, self)
+        columns = concatenate(self._parts, self)
         order = np.lexsort([columns[name] for name in reversed(self.table.order)])
         return {name: values[order] for name, values in columns.items()}
 
@@ -103,7 +103,7 @@ def _keys_of(place: Any, table: Table) -> dict[str, Any]:
     return {name: getattr(place, _ATTRIBUTES[name]) for name in table.places if name in _ATTRIBUTES}
 
 
-def _concatenate(parts: Sequence[Arrays], recorder: Recorder) -> Arrays:
+def concatenate(parts: Sequence[Arrays], recorder: Recorder) -> Arrays:
     """Columns concatenated over parts; empty ones if there are no parts."""
     if not parts:
         return {c.name: np.empty(0) for c in (*recorder.table.keys, *recorder.table.of_facts(recorder.scope.columns))}

@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
 
     PerSequence = Float[Tensor, " batch"]
 
+SITE = Column(name="site", dtype="stack", formula="embedding | attention | cross_attention | mlp | final_norm")
+
 
 @column(formula="mean of ‖x‖", bounds=(0, None), nullable=True)
 def stream_norm(o: ResidualObservation) -> PerSequence:
@@ -36,7 +38,6 @@ def stream_norm(o: ResidualObservation) -> PerSequence:
     return o.mean(o.after_norms if o.stream_norms is None else o.stream_norms)
 
 
-SITE = Column(name="site", dtype="stack", formula="embedding | attention | cross_attention | mlp | final_norm")
 _on_request = partial(column, nullable=True, core=False)
 _OF_SAMPLE = "; null outside the sample"
 

@@ -96,6 +96,7 @@ class Table:
     profiles: tuple[Column[Any, Any], ...] = ()  # what its rows may be of besides the usual, asked for like columns
     on_request: bool = False
     of_stream: bool = False  # of the residual stream: absent where that can't be read
+    is_newer: bool = False  # than the schema: datasets that earlier versions wrote lack it
     needs: Callable[[Sequence[Column]], Needs] = lambda columns: Needs()  # of these columns
     recorder: Callable[[Table, Scope], Recorder] | None = None
     rules: tuple[Rule, ...] = ()
@@ -126,8 +127,8 @@ class Table:
 
     @property
     def is_always_written(self) -> bool:
-        """Whether every dataset has it; the residual stream of some models can't be read."""
-        return not self.on_request and not self.of_stream
+        """Whether every dataset of this schema has it; the residual stream of some models can't be read."""
+        return not self.on_request and not self.is_newer and not self.of_stream
 
     @property
     def places(self) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ from tests.files import file_sha256, read_json, write_json
 
 Floats = NDArray[np.float64]
 WIDTH = 16
+# the tables that the synthetic datasets have
+WRITTEN = ("compositions", "documents", "heads", "norms", "profiles", "residual", "sequences", "weights")
 PROFILES = ("offset", "entropy", "max_weight", "entropy_by_position", "distance_by_position", "received_by_position")
 
 
@@ -88,6 +90,8 @@ def write_dataset(
         tables = _measure(random, shard_rows, layers=layers, heads=heads)
         tables["documents"] = [row for row in document_rows if row["shard"] == shard]
         tables["sequences"] = shard_rows
+        if shard == 0:
+            tables |= _of_parameters(np.random.default_rng(seed), layers=layers, heads=heads)
         for name, rows in tables.items():
             parts[name].append(store.write_part(name, shard, _table(name, rows)))
     store.finish(
@@ -196,6 +200,27 @@ def _measure(
         for (layer, head, name, number), (total, count) in profiles.items()
     ]
     return {"heads": head_rows, "residual": residual_rows, "profiles": profile_rows}
+
+
+def _of_parameters(random: np.random.Generator, *, layers: int, heads: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the static tables, of random matrices."""
+    stack, places = {"stack": "encoder"}, [(layer, head) for layer in range(layers) for head in range(heads)]
+    matrices = [random.normal(size=(WIDTH, 4)) for _ in range(3)]
+    columns = oracles.weights_columns(*matrices, random.normal(size=(4, WIDTH)))
+    scores = dict.fromkeys(("q_composition", "k_composition", "v_composition", "random_composition"), WIDTH**-0.5)
+    gain = {"gain_mean": 1.0, "gain_std": 0.5, "gain_max_abs": 2.0, "bias_norm": 0.0}
+    return {
+        "weights": [{**stack, "layer": layer, "head": head, **columns} for layer, head in places],
+        "norms": [
+            {**stack, "layer": layer, "site": site, **gain} for layer in range(layers) for site in ("attention", "mlp")
+        ],
+        "compositions": [
+            {**stack, "layer": a, "head": h, "later_layer": b, "later_head": g, **scores}
+            for a, h in places
+            for b, g in places
+            if b > a
+        ],
+    }
 
 
 def _add_profiles(profiles: dict[tuple[int, int, str, int], list[float]], layer: int, head: int, p: Floats) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from attlas.analysis.dataset import Dataset
 from attlas.extract.store import Refusal
-from tests.analysis.synthetic import write_dataset
+from tests.analysis.synthetic import WRITTEN, write_dataset
 from tests.files import read_json, write_json
 
 
@@ -24,7 +24,10 @@ def test_dictionary_columns_arrive_as_strings(folder: Path) -> None:
 
 
 def test_unknown_table_is_refused_with_those_that_exist(folder: Path) -> None:
-    with pytest.raises(Refusal, match="documents, heads, profiles, residual, sequences; 'pairs' is not one"):
+    with pytest.raises(
+        Refusal,
+        match=f"{', '.join(WRITTEN)}; 'pairs' is not one",
+    ):
         Dataset.open(folder).scan("pairs")
 
 

@@ -170,7 +170,7 @@ def test_a_row_twice(dataset: Path) -> None:
     assert {(HEADS, "keys"), (HEADS, "row count")} <= checks(verify(dataset))
 
 
-@pytest.mark.parametrize("table", ["heads", "residual", "profiles", "sequences"])
+@pytest.mark.parametrize("table", ["heads", "residual", "profiles", "sequences", "weights"])
 def test_rows_out_of_order(dataset: Path, table: str) -> None:
     part = f"{table}/shard-00000.parquet"
     rewrite(dataset, part, lambda rows: rows.take(list(reversed(range(rows.num_rows)))))

@@ -18,6 +18,7 @@ from torch import nn
 from attlas.extract.capture.configurations import configurations
 from attlas.extract.capture.discovery.call_filters import split_ignored_calls, split_partial_calls
 from attlas.extract.capture.discovery.completeness import complete_trace
+from attlas.extract.capture.discovery.input_maps import find_input_maps
 from attlas.extract.capture.discovery.module_tree import owner_of
 from attlas.extract.capture.discovery.projection import NoProjection, Projection, find_projection
 from attlas.extract.capture.discovery.sites import find_sites, joint_refusal
@@ -110,6 +111,7 @@ def _attentions(
             in_pieces=position.queries is None and may_be_in_pieces(model, trace, call),
             shape=projection.shape if projection else None,
             no_projection=reason,
+            inputs=find_input_maps(model, trace, call, modules),
         )
         for number, (call, position, (projection, reason)) in enumerate(
             zip(trace.calls, positions, projections, strict=True)

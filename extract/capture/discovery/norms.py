@@ -25,7 +25,7 @@ def norms_in(events: Iterable[Event], modules: Mapping[str, nn.Module], width: i
             epsilon = _epsilon(module)
             kind = _norm_kind(module, event.input, event.output, epsilon)
             if kind is not None:
-                yield Norm(event.module, event.call, kind, epsilon)
+                yield Norm(event.module, event.call, kind, epsilon, width)
 
 
 def is_leaf(module: nn.Module) -> bool:

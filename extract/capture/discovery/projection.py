@@ -43,7 +43,13 @@ def find_projection(trace: Trace, call: Call, modules: Mapping[str, nn.Module]) 
         shape = (call.contexts.shape[-1], event.output.shape[-1])
         if reader is None:
             reader, refusal = _first_reader(event, modules, shape, call.heads) or (None, refusal)
-        elif not _has_same_output(event, reader):
+        elif _has_same_output(event, reader):
+            if (
+                has_matrix(modules[event.module])
+                and linear_map(modules[event.module], shape, within=modules[""]) is not None
+            ):
+                reader = event  # an adapter that does nothing yet
+        else:
             reader, refusal = _choose_wrapper(trace, event, reader, modules, shape)
     if reader is None or reader.output is None:
         raise NoProjection(refusal or "no linear module reads the contexts as attention gives them")

@@ -42,6 +42,21 @@ class Event:
 
 
 @dataclass(frozen=True)
+class CallInputs:
+    """Copies of what an attention call was given. Where a model makes its own scores they stand for queries, keys and scale.
+
+    `in_projections` are as in a `Request`.
+    """
+
+    value: Float[Tensor, "batch key_head key value_width"]
+    query: Float[Tensor, "batch head query width"] | None = None
+    key: Float[Tensor, "batch key_head key width"] | None = None
+    scale: float | None = None
+    in_projections: tuple[tuple[Tensor, Tensor], ...] = ()
+    scores: Float[Tensor, "batch head query key"] | None = None
+
+
+@dataclass(frozen=True)
 class Call:
     """One attention call. `modules` are those that were running, outermost first.
 
@@ -64,6 +79,7 @@ class Call:
     replay: ReplaySpec | None = None
     started: tuple[int, ...] = ()
     rows_read: tuple[int, ...] = ()
+    inputs: CallInputs | None = None
 
 
 @dataclass
@@ -176,7 +192,17 @@ class _Tracer:
                 pattern = _pattern(request)
         shape = (*output.shape[:3], request.key.shape[-2])
         causal = request.causal or is_causal_mask(request.mask)
-        self._add(request.method, shape, output, pattern, causal, request.is_cross_attention, request.projection)
+        inputs = _inputs_of(request) if self._keep_events else None
+        self._add(
+            request.method,
+            shape,
+            output,
+            pattern,
+            causal,
+            request.is_cross_attention,
+            request.projection,
+            inputs=inputs,
+        )
         return output
 
     def receive_product(self, product: Product) -> None:
@@ -190,7 +216,11 @@ class _Tracer:
         pattern = attention.pattern.detach().double() if attention.pattern.numel() <= LARGEST_PATTERN else None
         causal = is_causal_mask(attention.pattern > 0)
         shape = attention.pattern.shape
-        self._add("softmax", shape, attention.contexts, pattern, causal, None, None, attention.dim_order)
+        inputs = None
+        if self._keep_events:
+            scores = _float_copy(attention.scores) if attention.scores.numel() <= LARGEST_PATTERN else None
+            inputs = CallInputs(_float_copy(attention.value), scores=scores)
+        self._add("softmax", shape, attention.contexts, pattern, causal, None, None, attention.dim_order, inputs)
 
     def receive_recorded_call(self, call: RecordedCall) -> None:
         raise AssertionError(f"a recorded pass replays no module; got {type(call.module).__name__}")
@@ -205,6 +235,7 @@ class _Tracer:
         is_cross_attention: bool | None,
         projection: Tensor | None,
         dim_order: str = "",
+        inputs: CallInputs | None = None,
     ) -> None:
         batch, heads, queries, keys = shape
         if is_cross_attention is None:
@@ -226,6 +257,7 @@ class _Tracer:
             dim_order=dim_order,
             started=started,
             rows_read=rows_read,
+            inputs=inputs,
         )
         self._trace.calls.append(call)
 
@@ -269,4 +301,18 @@ def _copy(tensor: Tensor | None) -> Float[Tensor, "*rows width"] | None:
     """A copy, since later modules may modify the tensor; in float32 or better, for sums that half precision would round."""
     if tensor is None or not tensor.is_floating_point() or tensor.dim() < 2:
         return None
+    return _float_copy(tensor)
+
+
+def _float_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
+
+
+def _inputs_of(request: Request) -> CallInputs:
+    return CallInputs(
+        _float_copy(request.value),
+        _float_copy(request.query),
+        _float_copy(request.key),
+        request.scale,
+        tuple((_float_copy(x), weight) for x, weight in request.in_projections),
+    )

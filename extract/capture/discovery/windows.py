@@ -12,7 +12,7 @@ from torch import nn
 
 from attlas.extract.capture.discovery.call_filters import split_ignored_calls
 from attlas.extract.capture.discovery.module_tree import owner_of
-from attlas.extract.capture.discovery.trace import LARGEST_PATTERN, Call, Trace, approx_equal, trace_of
+from attlas.extract.capture.discovery.trace import LARGEST_PATTERN, Call, CallInputs, Trace, approx_equal, trace_of
 from attlas.extract.errors import CaptureError
 
 
@@ -27,7 +27,16 @@ def join_windows(model: nn.Module, trace: Trace) -> Trace:
             calls += windows
             continue
         contexts = torch.cat([call.contexts for call in windows], 1)
-        calls.append(replace(first, queries=total, keys=total, contexts=contexts, pattern=_block_diagonal(windows)))
+        calls.append(
+            replace(
+                first,
+                queries=total,
+                keys=total,
+                contexts=contexts,
+                pattern=_block_diagonal(windows),
+                inputs=_join_inputs([call.inputs for call in windows]),
+            )
+        )
     return replace(trace, calls=calls)
 
 
@@ -100,6 +109,18 @@ def _block_diagonal(windows: Sequence[Call]) -> torch.Tensor | None:
         return None
     by_head = zip(*(pattern[0] for pattern in patterns), strict=True)
     return torch.stack([torch.block_diag(*of_head) for of_head in by_head])[None]
+
+
+def _join_inputs(windows: Sequence[CallInputs | None]) -> CallInputs | None:
+    """Queries, keys and values of windows as those of one call."""
+    if None in windows:
+        return None
+
+    def join(name: str) -> Any:
+        tensors = [getattr(inputs, name) for inputs in windows]
+        return None if any(tensor is None for tensor in tensors) else torch.cat(tensors, 2)
+
+    return CallInputs(join("value"), join("query"), join("key"), windows[0].scale)  # pyright: ignore
 
 
 def _invocation(model: nn.Module, call: Call) -> tuple[str, int]:

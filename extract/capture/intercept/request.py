@@ -23,7 +23,8 @@ class Request:
     `mask` is as for scaled_dot_product_attention. `call_original` makes the call as the model would. `call_rows` makes it for
     some of the queries, given these and their rows of the mask; it is None if visibility depends on a query's position.
     `projection` is the weight that reads the contexts. Like `is_cross_attention`, it is None if the call does not tell.
-    `is_imported`: the caller had imported torch's function under a name of its own.
+    `is_imported`: the caller had imported torch's function under a name of its own. `in_projections` are what torch's
+    multi-head attention makes queries, keys and values of, and the weights [out, in] that it multiplies them by.
     """
 
     method: CaptureMethod
@@ -40,6 +41,7 @@ class Request:
     projection: Tensor | None = None
     is_cross_attention: bool | None = None
     is_imported: bool = False
+    in_projections: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 Attend = Callable[[Request], "Tensor"]

@@ -105,6 +105,7 @@ def _replacement(
                 None if is_causal else call_rows,
                 projection=multi_head.projection,
                 is_cross_attention=multi_head.is_cross_attention,
+                in_projections=multi_head.in_projections,
             )
         )
 
@@ -115,7 +116,7 @@ class _MultiHeadForward:
     """Replaces torch's multi_head_attention_forward so that it always calls scaled_dot_product_attention.
 
     If the caller wants weights, torch computes the softmax itself. The function is then run a second time without them. While
-    it runs, `projection` and `is_cross_attention` are those of the call.
+    it runs, `projection`, `in_projections` and `is_cross_attention` are those of the call.
     """
 
     def __init__(self, original: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
@@ -123,6 +124,7 @@ class _MultiHeadForward:
         self._signature = _signature(original)
         self.projection: Tensor | None = None
         self.is_cross_attention: bool | None = None
+        self.in_projections: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if self.is_cross_attention is not None:  # torch calls the function from itself where a function mode is active
@@ -132,18 +134,28 @@ class _MultiHeadForward:
         _refuse_added_keys(bound.arguments)
         self.projection = bound.arguments["out_proj_weight"]
         self.is_cross_attention = not same_values(bound.arguments["query"], bound.arguments["key"])
+        self.in_projections = _in_projections(bound.arguments)
         try:
             with_weights = self._original(*bound.args, **bound.kwargs) if bound.arguments["need_weights"] else None
             bound.arguments["need_weights"] = False
             intercepted = self._original(*bound.args, **bound.kwargs)
         finally:
             self.projection = self.is_cross_attention = None
+            self.in_projections = ()
         return intercepted if with_weights is None else with_weights
 
 
 @lru_cache
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
+
+
+def _in_projections(arguments: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """What queries, keys and values are made of, and by which weights: one for all three, or one for each."""
+    separate = [arguments[f"{letter}_proj_weight"] for letter in "qkv"]
+    weights = separate if arguments["use_separate_proj_weight"] else [arguments["in_proj_weight"]] * 3
+    inputs = [arguments[name] for name in ("query", "key", "value")]
+    return tuple(zip(inputs, weights, strict=True))
 
 
 def _refuse_added_keys(arguments: Mapping[str, Any]) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.extract.capture.layout import Attention, Layout
-from attlas.extract.capture.linear_map import linear_map, signature
+from attlas.extract.capture.linear_map import linear_map, same_signatures, signature
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def _matrices(model: nn.Module, layout: Layout, make: _Make) -> dict[int, Tensor
     signatures = [signature(module, shape[0], within=model) for module, shape in projections.values()]
     by_kind = _CACHE.setdefault(model, {})
     cached = by_kind.get(make)
-    if cached is None or cached.attentions != layout.attentions or not _are_same(cached.signatures, signatures):
+    if cached is None or cached.attentions != layout.attentions or not same_signatures(cached.signatures, signatures):
         maps = {number: linear_map(module, shape, within=model) for number, (module, shape) in projections.items()}
         matrices = {
             number: make(matrix, layout.attentions[number].heads)
@@ -60,21 +59,6 @@ def _matrices(model: nn.Module, layout: Layout, make: _Make) -> dict[int, Tensor
         }
         cached = by_kind[make] = _Cached(layout.attentions, signatures, matrices)
     return cached.matrices
-
-
-def _are_same(before: Sequence[Tensor | None], now: Sequence[Tensor | None]) -> bool:
-    """Whether signatures are equal bit for bit. NaN is never the same."""
-    if [None if x is None else (x.shape, x.dtype, x.device) for x in before] != [
-        None if x is None else (x.shape, x.dtype, x.device) for x in now
-    ]:
-        return False
-    pairs = [(a.flatten(), b.flatten()) for a, b in zip(before, now, strict=True) if a is not None and b is not None]
-    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for a, b in pairs:  # all on a device at once, because it is waited for
-        of_device = groups.setdefault((a.dtype, a.device), ([], []))
-        of_device[0].append(a)
-        of_device[1].append(b)
-    return all(torch.equal(torch.cat(a), torch.cat(b)) for a, b in groups.values())
 
 
 def _whole(matrix: Float[Tensor, "context width"], _heads: int) -> Float[Tensor, "context width"]:
