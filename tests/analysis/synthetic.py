@@ -84,7 +84,7 @@ def write_dataset(
     document_rows, sequence_rows = _corpus(random, documents, lengths, shard_sequences)
     shards = max(row["shard"] for row in sequence_rows) + 1
     store = Store.at(root)
-    parts: dict[str, list[Part]] = {name: [] for name in TABLES}
+    parts: dict[str, list[Part]] = {name: [] for name in WRITTEN}
     for shard in range(shards):
         shard_rows = [row for row in sequence_rows if row["shard"] == shard]
         tables = _measure(random, shard_rows, layers=layers, heads=heads)

@@ -16,7 +16,7 @@ COUNTS = {
     "sequences": ("tokens", "special_tokens"),
     "heads": ("query_rows", "masked_rows", "nonfinite_rows"),
 }
-INDICES = ("window", "first_token", "received_max_key", "outlier_dim", "max_abs_token", "shard")
+INDICES = ("window", "first_token", "received_max_key", "outlier_dim", "max_abs_token", "max_key", "key", "shard")
 MANY = 1_500_000_000  # two of them are beyond 2³¹
 
 

@@ -58,7 +58,7 @@ def test_the_core_is_always_measured_and_names_add_to_it() -> None:
     assert len(EXTRA) >= 6
     assert measured_columns("core") == core == measured_columns(())
     everything = measured_columns("all")
-    assert all(everything[name] == table.facts for name, table in TABLES.items() if name in everything)
+    assert all(everything[name] == table.statistics for name, table in TABLES.items() if name in everything)
     one = measured_columns("query_norm")
     assert names(one["heads"]) - names(core["heads"]) == {"query_norm"}
     assert one == measured_columns("core, heads.query_norm") == measured_columns(["query_norm"])

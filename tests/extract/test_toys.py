@@ -96,7 +96,9 @@ def test_toys_can_be_queried_measured_and_looked_up(dataset: Path, demo):
     )
     inputs = demo.tokenizer(["one two three", "four"], padding=True, return_tensors="pt")
     measured = measure(demo.model, **inputs)
-    assert {"toy_layers", "toy_counts", "toy_weights"} <= set(measured) and "toy_queries" not in measured
+    assert {"toy_layers", "toy_counts"} <= set(measured) and not {"toy_queries", "toy_weights"} & set(measured)
+    (of_parameters,) = measure(demo.model, tables=("toy_weights",), **inputs).values()
+    assert of_parameters.num_rows == 6 * 12
     (alone,) = measure(demo.model, tables=("toy_queries",), **inputs).values()
     assert alone.num_rows == 6 * 12 * int(inputs["attention_mask"].sum())
     assert all(f"## `{name}`" in data_dictionary() for name in TOYS)
