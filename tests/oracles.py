@@ -390,10 +390,12 @@ def residual_columns(
     patterns: Floats | None = None,
     v: Floats | None = None,
     w_o: Floats | None = None,
+    gain: Floats | None = None,
 ) -> Columns:
     """The columns of `residual` for one site on one sequence: x, update, after [n, d]; contexts [heads, n, d_head].
 
-    Of an attention sublayer also the heads' patterns [heads, n, n], values [heads, n, d_head] and w_o [heads, d_head, d].
+    Of an attention sublayer also the heads' patterns [heads, n, n], values [heads, n, d_head] and w_o [heads, d_head, d],
+    and γ of a LayerNorm that reads `after`.
 
     Each is a mean of per-token values; a token for which one is undefined (nothing to divide by) is left out of it.
     """
@@ -404,7 +406,7 @@ def residual_columns(
         **norm_reading_columns(norm_input, norm_output, kind=norm_kind, eps=eps),
         **heads_columns(contexts),
         **token_columns(x, update, after),
-        **mixing_columns(x, patterns, v, w_o),
+        **mixing_columns(x, patterns, v, w_o, gain),
         "head_diversity_nats": None if patterns is None else head_diversity(patterns),
     }
 
@@ -467,21 +469,31 @@ def angle(a: Floats, b: Floats) -> float:
     return math.atan2(across, along)
 
 
-def mixing_columns(x: Floats | None, patterns: Floats | None, v: Floats | None, w_o: Floats | None) -> Columns:
-    """Kobayashi 2021: what other tokens write against the token's own value, and against that and its state."""
-    columns: Columns = {"mixing_ratio_attention": None, "mixing_ratio": None}
+def mixing_columns(
+    x: Floats | None, patterns: Floats | None, v: Floats | None, w_o: Floats | None, gain: Floats | None
+) -> Columns:
+    """Kobayashi 2021: what other tokens write against the token's own value, that and its state, and both after the norm."""
+    columns: Columns = {"mixing_ratio_attention": None, "mixing_ratio": None, "mixing_ratio_norm": None}
     if x is None or patterns is None or v is None or w_o is None:
         return columns
     heads, n, _ = np.asarray(patterns).shape
-    of_attention, with_state = [], []
+    of_attention, with_state, after_norm = [], [], []
     for i in range(n):
         writes = [[float(patterns[h][i, j]) * (v[h][j] @ w_o[h]) for j in range(n)] for h in range(heads)]
         own = np.sum([writes[h][i] for h in range(heads)], axis=0)
         others = np.sum([writes[h][j] for h in range(heads) for j in range(n) if j != i] + [0 * own], axis=0)
         size = float(np.linalg.norm(others))
         of_attention.append(size / (size + float(np.linalg.norm(own))))
-        with_state.append(size / (size + float(np.linalg.norm(np.asarray(x[i], dtype=np.float64) + own))))
-    return {"mixing_ratio_attention": mean(of_attention), "mixing_ratio": mean(with_state)}
+        kept = np.asarray(x[i], dtype=np.float64) + own
+        with_state.append(size / (size + float(np.linalg.norm(kept))))
+        if gain is not None:
+            sizes = [float(np.linalg.norm(gain * (part - part.mean()))) for part in (others, kept)]
+            after_norm.append(sizes[0] / sum(sizes))
+    return {
+        "mixing_ratio_attention": mean(of_attention),
+        "mixing_ratio": mean(with_state),
+        "mixing_ratio_norm": mean(after_norm),
+    }
 
 
 def head_diversity(patterns: Floats) -> float | None:

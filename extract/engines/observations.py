@@ -104,12 +104,13 @@ class HeadObservation:
 
 @dataclass(frozen=True)
 class NormObservation:
-    """Input and output of a normalisation layer."""
+    """Input and output of a normalisation layer; and γ, if it reads x' and that is asked for."""
 
     read: Float[Tensor, "*batch token width"]
     wrote: Float[Tensor, "*batch token width"]
     kind: Literal["layer", "rms"]
     epsilon: float
+    gain: Float[Tensor, " width"] | None = None
 
 
 @dataclass(frozen=True)

@@ -277,6 +277,20 @@ def mixing_ratio(o: ResidualObservation) -> PerSequence | None:
     return _mixing(o, o.stream + own, others)
 
 
+@_on_request(
+    formula="mixing_ratio of both parts after the norm: each centred (LayerNorm) and times γ (attention of post-norm models only)",
+    bounds=(0, 1),
+    reference="Kobayashi 2021",
+)
+def mixing_ratio_norm(o: ResidualObservation) -> PerSequence | None:
+    """How much of what the norm gives to the next layer comes from others."""
+    if o.written is None or o.stream is None or o.norm is None or o.norm.gain is None:
+        return None
+    kind, gain = o.norm.kind, o.norm.gain.to(o.stream.device)
+    own, others = o.stream + o.written[0], o.written[1]
+    return _mixing(o, *(gain * (x if kind == "rms" else x - x.mean(-1, keepdim=True)) for x in (own, others)))
+
+
 def _mixing(o: ResidualObservation, own: Tensor, others: Tensor) -> PerSequence:
     size = others.norm(dim=-1)
     return o.mean(size / (size + own.norm(dim=-1)))
@@ -318,7 +332,7 @@ def _divisor(norm: NormObservation) -> Float[Tensor, "*batch token"]:
     return (_centred(norm).square().mean(-1) + norm.epsilon).sqrt()
 
 
-_MIXING = frozenset({"mixing_ratio_attention", "mixing_ratio"})
+_MIXING = frozenset({"mixing_ratio_attention", "mixing_ratio", "mixing_ratio_norm"})
 
 
 def _needs(columns: Sequence[Column]) -> Needs:

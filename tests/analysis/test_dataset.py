@@ -26,9 +26,9 @@ def test_dictionary_columns_arrive_as_strings(folder: Path) -> None:
 def test_unknown_table_is_refused_with_those_that_exist(folder: Path) -> None:
     with pytest.raises(
         Refusal,
-        match=f"{', '.join(WRITTEN)}; 'pairs' is not one",
+        match=f"{', '.join(WRITTEN)}; 'maps' is not one",
     ):
-        Dataset.open(folder).scan("pairs")
+        Dataset.open(folder).scan("maps")
 
 
 def test_missing_part_is_refused_by_name(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_every_column_of_a_post_norm_model_equals_the_oracle_on_real_sequences(d
                 "patterns": patterns[layer][sequence, :, :n, :n].numpy(),
                 "v": one["v"].reshape(n, 12, 32).transpose(1, 0, 2),
                 "w_o": w_o.reshape(12, 32, -1),
+                "gain": demo.model.get_submodule(f"{base}.attention.output.LayerNorm").weight.detach().double().numpy(),
             }
             common = {"norm_kind": "layer", "eps": demo.model.config.layer_norm_eps}
             expected = {

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from attlas.extract.capture.compiled import compilation_disabled
 from attlas.extract.capture.intercept.assemble import intercept_attention
-from attlas.extract.capture.layout import Layout
+from attlas.extract.capture.layout import Layout, Norm
+from attlas.extract.capture.norm_gain import norm_gain
 from attlas.extract.capture.runtime.batch import Batch
 from attlas.extract.capture.runtime.compiled_stream import CompiledStream
 from attlas.extract.capture.runtime.observer import Observer
@@ -51,7 +52,8 @@ def instrumented_pass(
     if needs.reads_stream and layout.residual_refusal is None:
         with compilation_disabled():
             outputs = output_matrices(model, layout) if needs.outputs else None
-        stream = _stream_class(engine)(layout, batch, observer, outputs)
+            gains = _gains_after_attention(model, layout) if needs.outputs else None
+        stream = _stream_class(engine)(layout, batch, observer, outputs, gains)
     receiver = CallReceiver(layout, batch, engine, observer, factors, stream, waits=waits)
     replayed = dict.fromkeys(a.module for a in layout.attentions if a.replay is not None)
     in_pieces = dict.fromkeys(a.module for a in layout.attentions if a.in_pieces)
@@ -85,6 +87,13 @@ def factors_for(model: nn.Module, layout: Layout, needs: Needs) -> Mapping[int, 
         return {}
     with compilation_disabled():
         return write_factors(model, layout)
+
+
+def _gains_after_attention(model: nn.Module, layout: Layout) -> dict[Norm, Tensor]:
+    """γ of the norms that read what attention has added to the stream."""
+    norms = {site.norm for site in layout.sites if site.attention is not None and site.norm is not None}
+    found = ((norm, norm_gain(model, norm)) for norm in norms)
+    return {norm: gain.gain for norm, gain in found if gain is not None}
 
 
 def _stream_class(engine: Engine) -> type[Stream]:

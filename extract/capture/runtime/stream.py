@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attlas.extract.capture.layout import WHOLE_LAYER, Attention, HookPoint, Layout, Site, Update
+from attlas.extract.capture.layout import WHOLE_LAYER, Attention, HookPoint, Layout, Norm, Site, Update
 from attlas.extract.capture.runtime.batch import Batch
 from attlas.extract.capture.runtime.observer import Observer
 from attlas.extract.capture.runtime.stream_axes import StreamAxes
@@ -34,11 +34,16 @@ class Stream:
     """The residual sites of one forward pass, in plain torch on any device.
 
     The observer is given the columns that it needs in the order of their names. `outputs` are the matrices of output
-    projections, by the number of the layer, if they are needed. `finish` ends a pass that succeeded.
+    projections, by the number of the layer, and `gains` γ of norms that read x', if they are needed. `finish` ends a pass that succeeded.
     """
 
     def __init__(
-        self, layout: Layout, batch: Batch, observer: Observer, outputs: Mapping[int, Tensor] | None = None
+        self,
+        layout: Layout,
+        batch: Batch,
+        observer: Observer,
+        outputs: Mapping[int, Tensor] | None = None,
+        gains: Mapping[Norm, Tensor] | None = None,
     ) -> None:
         needs = observer.needs
         self.sites = layout.sites
@@ -55,6 +60,7 @@ class Stream:
         self._contexts: dict[tuple[str, int], Any] = {}
         self._heads: dict[tuple[str, int], HeadObservation] = {}  # attention calls, where patterns are needed
         self._keeps_heads = needs.calls
+        self._norm_gains = gains or {}
         self._outputs = {
             (layout.attentions[number].stack, layout.attentions[number].layer): matrix
             for number, matrix in (outputs or {}).items()
@@ -230,7 +236,8 @@ class Stream:
         if site.norm is None:
             return None
         norm_input, norm_output = self._tensor(site, site.norm.input), self._tensor(site, site.norm.output)
-        return NormObservation(norm_input, norm_output, site.norm.kind, site.norm.epsilon)
+        gain = self._norm_gains.get(site.norm) if site.norm.input == site.after else None
+        return NormObservation(norm_input, norm_output, site.norm.kind, site.norm.epsilon, gain)
 
     def _observation(self, site: Site, axis: Axis, contexts: Tensor | None) -> ResidualObservation:
         before, update = self._before_and_update(site)
