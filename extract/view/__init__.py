@@ -40,7 +40,7 @@ def view(model: nn.Module | str, *arguments: Any, tokenizer: Any = None, **input
         inputs = {**_tokenized(model, text, tokenizer), **inputs}
         arguments = arguments[1:]
     observed = observe_tensors(model, arguments, inputs, tokenizer)
-    return View(observed.content, model=observed.model, text=text)
+    return View(observed.content, model=observed.model, given=observed.given)
 
 
 def view_named(
@@ -87,7 +87,7 @@ def view_named(
             observed = observe_text(text, options)
     except CaptureError as error:
         raise Refusal(f"{model} can't be shown: {error}") from error
-    return View(observed.content, model=observed.model, text=text, image=None if image is None else Path(image).name)
+    return View(observed.content, model=observed.model, given=observed.given)
 
 
 def _tokenized(model: nn.Module, text: str, tokenizer: Any) -> dict[str, Any]:

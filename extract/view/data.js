@@ -71,7 +71,10 @@ function labelOf(axis, token) {
 /** A token with its position, as it is written where there is room. */
 function nameOf(axis, token) {
   if (axis.kind === "positions") return axis.labels[token];
-  return `${axis.kind === "patches" ? axis.labels[token] : `“${axis.labels[token]}”`} (${token})`;
+  const patch = axis.grid ? token - axis.grid.prefix : -1;
+  if (patch >= 0 && !axis.special.has(token))
+    return `row ${Math.floor(patch / axis.grid.columns)}, column ${patch % axis.grid.columns} (${token})`;
+  return axis.kind === "patches" ? `${axis.labels[token]} (${token})` : `“${axis.labels[token]}” (${token})`;
 }
 
 const stacks = [...new Set(meta.layers.map((layer) => layer.stack))];

@@ -47,7 +47,7 @@ function headAt(grid, event) {
 function drawGrids() {
   const room = $("grids").clientWidth - GRID_LEFT;
   for (const grid of grids) {
-    const step = Math.max(9, Math.min(58, Math.floor(room / grid.most)));
+    const step = Math.max(8, Math.min(58, Math.floor(room / grid.most)));
     const gap = step > 24 ? 3 : step > 13 ? 2 : 1;
     Object.assign(grid, { step, gap });
     const context = sized(grid.canvas, GRID_LEFT + grid.most * step, GRID_TOP + grid.layers.length * step);

@@ -59,7 +59,7 @@ def _continuations(entries: Sequence[VocabularyEntry], special: Sequence[bool]) 
 def grid_axis(grid: Grid) -> Axis:
     """The axis of an image's tokens: patches by row and column, and those before and after them."""
     before = ["class"] if grid.prefix == 1 else [f"extra {n}" for n in range(grid.prefix)]
-    patches = [f"row {n // grid.columns}, column {n % grid.columns}" for n in range(grid.patches)]
+    patches = [f"r{n // grid.columns} c{n % grid.columns}" for n in range(grid.patches)]
     after = [f"extra {grid.prefix + n}" for n in range(grid.tokens - grid.end)]
     special = [True] * len(before) + [False] * len(patches) + [True] * len(after)
     return Axis("patches", (*before, *patches, *after), (False,) * grid.tokens, tuple(special), grid)

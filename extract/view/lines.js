@@ -1,13 +1,13 @@
 // Lines from queries, on the left, to keys, on the right. Only those in view are drawn.
 const lines = {};
-const LEVELS = 24, FAINTEST = 0.03, MOST_LINES = 4000, BAR = 34;
+const LEVELS = 24, FAINTEST = 0.03, LINES_PER_TOKEN = 10, BAR = 34;
 
 function layOutLines() {
   const { queries, keys } = state.head.layer;
   const panel = $("lines");
   const size = Math.max(queries.size, keys.size);
   const height = Math.max(260, Math.min(matrix.height || 420, 640));
-  const row = Math.min(26, Math.max(16, Math.floor((height - 4) / size)));
+  const row = Math.min(40, Math.max(16, Math.floor((height - 4) / size)));
   const width = $("side-figure").clientWidth - 2;
   const needed = size * row + 8;
   panel.style.height = `${Math.min(height, needed + 2)}px`;
@@ -47,7 +47,7 @@ function drawLines() {
   drawLineLabels(context, { from, to, middle, query, key });
 }
 
-/** The lines to draw, as [query, key, opacity]: of the query or key in focus, or of all that are in view. */
+/** The lines to draw, as [query, key, opacity]: of the query or key in focus, or the strongest that are in view. */
 function edgesInView(from, to, query, key) {
   const { queries, keys } = lines, codes = windowCodes(), edges = [];
   const add = (i, j) => {
@@ -66,7 +66,7 @@ function edgesInView(from, to, query, key) {
       for (let j = from; j < lastKey; j++) add(i, j);
     }
   }
-  return strongest(edges, MOST_LINES);
+  return query !== null || key !== null ? edges : strongest(edges, LINES_PER_TOKEN * (to - from));
 }
 
 /** The edges of greatest opacity, about so many, without sorting them. */

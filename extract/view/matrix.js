@@ -7,14 +7,14 @@ function layOutMatrix() {
   const context = canvas.getContext("2d");
   context.font = theme.font;
   const width = $("matrix-figure").clientWidth, height = Math.max(300, Math.min(600, window.innerHeight - 220));
-  const labelled = Math.min((width - 60) / keys.size, (height - 40) / queries.size) >= 12;
-  const left = labelled ? marginFor(context, queries, width * 0.3) : 34;
-  const top = labelled ? marginFor(context, keys, 110) : 18;
+  const labelled = Math.min((width - 70) / keys.size, (height - 60) / queries.size) >= 9;
+  const left = labelled ? marginFor(context, queries, Math.min(110, width * 0.3)) : 34;
+  const top = labelled ? marginFor(context, keys, 90) : 18;
   const scale = ratio();
-  let cell = Math.min((width - left - 2) / keys.size, (height - top) / queries.size, 48) * scale;
-  if (cell >= 1) cell = Math.floor(cell);
+  let cell = Math.min((width - left - (labelled ? 2 : 13)) / keys.size, (height - top) / queries.size, 72) * scale;
+  if (cell >= 4) cell = Math.floor(cell); // smaller ones may be unequal by a pixel, and use all of the room
   Object.assign(matrix, { surface, left, top, labelled, cell: cell / scale, queries, keys });
-  matrix.width = left + matrix.cell * keys.size + 1;
+  matrix.width = left + matrix.cell * keys.size + (labelled ? 1 : 12);
   matrix.height = top + matrix.cell * queries.size + 1;
 }
 
@@ -78,6 +78,7 @@ function drawMatrixLabels(context) {
     for (let token = 0; token < keys.size; token += across) context.fillText(token, left + (token + 0.5) * cell, top / 2);
     return;
   }
+  context.font = theme.font.replace("12px", `${Math.min(12, Math.max(9, cell - 1))}px`);
   for (let token = 0; token < queries.size; token++) {
     context.fillStyle = queries.special.has(token) ? theme.soft : theme.ink;
     context.textAlign = "right";

@@ -1,11 +1,10 @@
 // The chosen head, the query and key in focus, and the keyboard.
 const NOTHING = { query: null, key: null };
 const state = {
-  head: heads[0], window: 0, codes: null, scale: "root", side: "picture",
+  head: heads[0], window: 0, codes: null, scale: "root", side: "picture", edges: 15,
   hovered: { ...NOTHING }, // where the pointer is
   kept: { ...NOTHING }, // what was clicked, or moved to by the keyboard
 };
-const EDGES = 16;
 
 /** The codes of the chosen head in the chosen window. */
 function windowCodes() {
@@ -52,7 +51,10 @@ function hover({ query = null, key = null }) {
 function keep({ query = null, key = null }) {
   const same = state.kept.query === query && state.kept.key === key;
   state.kept = same ? { ...NOTHING } : { query, key };
-  if (!same) announceFocus();
+  if (!same) {
+    announceFocus();
+    scrollToToken(query ?? key);
+  }
   drawFocus();
 }
 
@@ -91,7 +93,21 @@ function drawHead() {
   layOutLines();
   drawLines();
   drawPicture();
+  placeDetail();
   showDetail();
+}
+
+const EDGE_HEIGHT = 27, DETAIL_HEIGHT = 190, EDGES_BELOW = 15;
+/** Put the list of edges under the heads or under the pattern, in columns, where the columns of the page end more evenly. */
+function placeDetail() {
+  const [ofHeads, ofHead] = [".heads", ".head"].map((name) => document.querySelector(`${name} > :last-child`).getBoundingClientRect());
+  const free = ofHead.bottom - ofHeads.bottom - DETAIL_HEIGHT;
+  const edges = Math.max(10, Math.min(20, Math.floor(free / EDGE_HEIGHT)));
+  const beside = Math.abs(free - edges * EDGE_HEIGHT);
+  const below = Math.abs(ofHead.bottom + DETAIL_HEIGHT + (EDGES_BELOW / 3) * EDGE_HEIGHT - ofHeads.bottom);
+  const isBeside = ofHeads.right < ofHead.left && beside < below;
+  document.querySelector("main").classList.toggle("beside", isBeside);
+  state.edges = isBeside ? edges : EDGES_BELOW;
 }
 
 /** Show the choice in the heading, the controls, the address and to screen readers. */
@@ -140,7 +156,7 @@ function fillSelects() {
 /** The strongest edges: of the query or key in focus, or of the whole head. */
 function edgeList() {
   const { queries, keys } = state.head.layer, codes = windowCodes(), { query, key } = focus();
-  const places = [];
+  const places = [], most = state.edges;
   let least = BELOW;
   const add = (i, j) => {
     const code = codes[i * keys.size + j];
@@ -148,7 +164,7 @@ function edgeList() {
     let at = places.length;
     while (at > 0 && places[at - 1].code < code) at--;
     places.splice(at, 0, { query: i, key: j, code });
-    if (places.length > EDGES) least = places[(places.length = EDGES) - 1].code;
+    if (places.length > most) least = places[(places.length = most) - 1].code;
   };
   if (query !== null) for (let j = 0; j < keys.size; j++) add(query, j);
   else if (key !== null) for (let i = 0; i < queries.size; i++) add(i, key);
@@ -166,6 +182,7 @@ function showDetail() {
   }
   if (key !== null) facts.push(["key", nameOf(keys, key)], ["mass it receives", numberText(rowsOf(head.received, keys)[key])]);
   if (query !== null && key !== null) facts.push(["weight", weightText(codeAt(query, key))]);
+  if (!facts.length) facts.push(["", "Point at a token, a weight or a patch for its numbers."]);
   $("token-facts").replaceChildren(...facts.flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
   $("edges-note").textContent = query !== null ? `of ${nameOf(queries, query)}` : key !== null ? `to ${nameOf(keys, key)}` : "of the head";
   $("edges").replaceChildren(...edgeList().map(edgeItem));
@@ -186,7 +203,7 @@ function edgeItem({ query, key, code }) {
   arrow.className = "arrow";
   weight.className = "weight";
   button.append(token(queries, query), arrow, token(keys, key), weight);
-  button.addEventListener("click", () => { keep({ query, key }); scrollToToken(query); });
+  button.addEventListener("click", () => keep({ query, key }));
   const item = element("li");
   item.append(button);
   return item;
@@ -285,6 +302,7 @@ async function begin() {
   buildLines();
   buildStream();
   await buildPicture();
+  document.querySelector("main").classList.toggle("many", layers.some((layer) => layer.heads > 16));
   $("stack-control").hidden = stacks.length < 2;
   const ofControls = (stack, layer, head) => {
     const ofStack = layers.filter((each) => each.stack === stack);

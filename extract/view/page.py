@@ -35,8 +35,7 @@ class View:
 
     content: Content
     model: str
-    text: str | None = None
-    image: str | None = None
+    given: str  # the text, the name of the image, or a description of the tensors
 
     @cached_property
     def page(self) -> bytes:
@@ -70,7 +69,7 @@ def render(view: View) -> str:
     script = "".join((_HERE / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
     values = {
         "model": _text(view.model),
-        "input": _text(view.image or view.text or "tensors", limit=_EXCERPT),
+        "input": _text(view.given, limit=_EXCERPT),
         "facts": _text(_facts(view.content)),
         "digits": {3: "3", 4: "4"}[view.content.digits],
         "style": f"\n{style}",
@@ -101,8 +100,10 @@ def _facts(content: Content) -> str:
         heads = sorted({layer.heads for layer in layers})
         several = f"{heads[0]}–{heads[-1]}" if len(heads) > 1 else str(heads[0])
         facts.append(f"{stack}: {len(layers)} layers × {several} heads")
-    tokens = content.layers[0].queries
-    return " · ".join([f"{len(tokens):,} {tokens.kind}", *facts])
+    axis = content.layers[0].queries
+    size = f"{len(axis):,} {'positions' if axis.kind == 'positions' else 'tokens'}"
+    patches = [] if axis.grid is None else [f"{axis.grid.rows} × {axis.grid.columns} patches"]
+    return " · ".join([size, *patches, *facts])
 
 
 def _script_safe_json(data: Any) -> str:

@@ -42,7 +42,7 @@ function layOutSide() {
   $("picture-panel").hidden = !shown;
   $("lines").hidden = shown;
   $("side-title").hidden = Boolean(grid);
-  $("side-note").textContent = shown ? "point at a patch; click to keep it as the query" : "query, entropy ← → key, received";
+  $("side-note").textContent = shown ? "brightest: the patch with the largest weight" : "query, entropy ← → key, received";
   if (shown) buildExtras(grid);
 }
 
@@ -85,9 +85,14 @@ function drawPicture() {
 function drawOverlay(context, grid, query, key) {
   const size = state.head.layer.keys.size, codes = windowCodes();
   if (query === null && key === null) return drawPatchLines(context, grid);
-  for (let patch = 0; patch < grid.rows * grid.columns; patch++) {
+  const strengths = new Float32Array(grid.rows * grid.columns);
+  for (let patch = 0; patch < strengths.length; patch++) {
     const token = grid.prefix + patch;
-    const shade = strengthOf[codes[query !== null ? query * size + token : token * size + key]];
+    strengths[patch] = strengthOf[codes[query !== null ? query * size + token : token * size + key]];
+  }
+  const most = largestOf(strengths);
+  for (let patch = 0; patch < strengths.length; patch++) {
+    const shade = strengths[patch] / most;
     const [x, y] = placeOf(patch, grid);
     // the image stays visible in dark where little goes, and under colour where much does
     context.globalAlpha = 0.72 * (1 - shade);

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from attlas.extract.batch_inputs import SequenceInput, batch_inputs
@@ -43,10 +44,11 @@ _TOO_SHORT = "a view needs at least one token; {} has none{}; give some words"
 
 
 class Observed(NamedTuple):
-    """What a page shows, and a name of the model."""
+    """What a page shows, a name of the model, and what it was given."""
 
     content: Content
     model: str
+    given: str
 
 
 def observe_text(text: str, options: RunOptions) -> Observed:
@@ -58,9 +60,8 @@ def observe_text(text: str, options: RunOptions) -> Observed:
     instrument = open_instrument(options, images=None, progress=_no_progress)
     ids = _sequence_of(document, instrument, options)
     axis = text_axis(ids.tolist(), instrument.encoder.tokenizer)
-    return _observe_sequence(
-        instrument, SequenceInput(len(ids), ids.astype(np.int64)), dict.fromkeys(instrument.measured_model.inputs, axis)
-    )
+    texts = dict.fromkeys(instrument.measured_model.inputs, axis)
+    return _observe_sequence(instrument, SequenceInput(len(ids), ids.astype(np.int64)), text, texts=texts)
 
 
 def read_text(file: Path) -> str:
@@ -93,7 +94,8 @@ def observe_image(file: Path, options: RunOptions) -> Observed:
     content = (readable_name(file.name), hashlib.sha256(data).hexdigest())
     sequence = SequenceInput(images.preprocessing.tokens, content)
     pixels = images.pixels(*content)
-    return _observe_sequence(instrument, sequence, {}, picture=_picture_of(pixels, images.preprocessing.processor))
+    picture = _picture_of(pixels, images.preprocessing.processor)
+    return _observe_sequence(instrument, sequence, file.name, picture=picture)
 
 
 def observe_tensors(model: nn.Module, arguments: tuple[Any, ...], inputs: Mapping[str, Any], tokenizer: Any) -> Observed:
@@ -111,7 +113,7 @@ def observe_tensors(model: nn.Module, arguments: tuple[Any, ...], inputs: Mappin
                 raise
             # the model may have changed in a way that its fingerprint does not show: examine it again
             content = _observe_inputs(model, given, tokenizer)
-    return Observed(content, type(model).__name__)
+    return Observed(content, type(model).__name__, _description(given, tokenizer))
 
 
 def _no_progress(_stage: str, _done: int, _total: int | None) -> None:
@@ -152,11 +154,16 @@ def _read_image(file: Path) -> bytes:
 
 
 def _observe_sequence(
-    instrument: Instrument, sequence: SequenceInput, texts: Mapping[str, Axis], picture: bytes | None = None
+    instrument: Instrument,
+    sequence: SequenceInput,
+    given: str,
+    *,
+    texts: Mapping[str, Axis] | None = None,
+    picture: bytes | None = None,
 ) -> Observed:
     measured_model = instrument.measured_model
     inputs, batch = batch_inputs(instrument, [sequence])
-    observer = ViewObserver(measured_model.layout, texts, batch.grids)
+    observer = ViewObserver(measured_model.layout, texts or {}, batch.grids)
     with fixed_rng():
         observe(
             measured_model.model,
@@ -168,7 +175,7 @@ def _observe_sequence(
         )
     encoder = instrument.encoder
     content = observer.content(notes=_notes(measured_model.layout), picture=picture)
-    return Observed(content, encoder.title or encoder.name)
+    return Observed(content, encoder.title or encoder.name, given)
 
 
 def _observe_inputs(model: nn.Module, given: Mapping[str, Any], tokenizer: Any) -> Content:
@@ -200,6 +207,15 @@ def _observe_inputs(model: nn.Module, given: Mapping[str, Any], tokenizer: Any) 
     has_image = bool(grids) and pixels is not None and pixels.dim() == 4
     picture = _picture_of(pixels[0].detach().float().cpu().numpy()) if has_image and pixels is not None else None
     return observer.content(notes=_notes(layout), picture=picture)
+
+
+def _description(given: Mapping[str, Any], tokenizer: Any) -> str:
+    """The text of the ids, or the names and shapes of the tensors."""
+    ids = given.get("input_ids")
+    if tokenizer is not None and ids is not None:
+        return str(tokenizer.decode(ids[0].tolist(), skip_special_tokens=True))
+    shapes = {name: value.shape for name, value in given.items() if isinstance(value, torch.Tensor)}
+    return ", ".join(f"{name} [{' × '.join(map(str, shape))}]" for name, shape in shapes.items())
 
 
 def _notes(layout: Layout) -> list[str]:

@@ -1,5 +1,6 @@
 // The norm of the residual stream after each sublayer: sites run down, tokens across.
 const stream = { stack: null };
+const STREAM_TOP = 5;
 const STREAM_STACKS = [...new Set(meta.sites.map((site) => site.stack))];
 
 function buildStream() {
@@ -39,7 +40,7 @@ function drawStream() {
   const bottom = labelled ? (turned ? marginFor(probe, first, 110) : 20) : 18;
   Object.assign(stream, { sites, size, left, cell, row, bottom, axis: first });
   stream.width = left + cell * size;
-  stream.height = row * sites.length + bottom;
+  stream.height = STREAM_TOP + row * sites.length + bottom;
   const context = sized(canvas, stream.width, stream.height);
   drawNorms(context);
   drawSiteNames(context);
@@ -60,7 +61,7 @@ function drawNorms(context) {
       const shade = site.norms[token] > 0 ? Math.log(site.norms[token] / low) / span : 0;
       context.fillStyle = Number.isNaN(site.norms[token]) ? theme.unmeasured : cssOf(theme.ramp[Math.round(shade * (SHADES - 1))]);
       // a little wider, so that no gaps show between cells of part of a pixel
-      context.fillRect(left + token * width, number * row, width + (width > 8 ? -1 : 0.5), row - (row > 9 ? 1 : 0));
+      context.fillRect(left + token * width, STREAM_TOP + number * row, width + (width > 8 ? -1 : 0.5), row - (row > 9 ? 1 : 0));
     }
   }
   Object.assign(stream, { low, high });
@@ -76,12 +77,12 @@ function drawSiteNames(context) {
   context.font = theme.font.replace("12px", "11px");
   const every = row >= 11 ? 1 : Math.ceil(12 / row);
   for (const [number, site] of sites.entries())
-    if (number % every === 0) context.fillText(siteName(site), left - 6, (number + 0.5) * row);
+    if (number % every === 0) context.fillText(siteName(site), left - 6, STREAM_TOP + (number + 0.5) * row);
 }
 
 function drawTokenNames(context, { labelled, turned }) {
   const { axis, left, cell, row, sites, bottom } = stream;
-  const y = sites.length * row + 5;
+  const y = STREAM_TOP + sites.length * row + 5;
   context.font = theme.font;
   if (!labelled) {
     context.fillStyle = theme.soft;
@@ -109,7 +110,7 @@ function siteName(site) {
 
 function siteAt(event) {
   const box = $("stream").getBoundingClientRect();
-  const site = stream.sites[Math.floor((event.clientY - box.top) / stream.row)];
+  const site = stream.sites[Math.floor((event.clientY - box.top - STREAM_TOP) / stream.row)];
   if (!site) return null;
   const width = (stream.size * stream.cell) / site.norms.length;
   const token = Math.floor((event.clientX - box.left - stream.left) / width);
@@ -128,6 +129,6 @@ function markStream(place) {
   if (!place) return;
   context.strokeStyle = theme.accent;
   context.lineWidth = 2;
-  const y = stream.sites.indexOf(place.site) * stream.row;
+  const y = STREAM_TOP + stream.sites.indexOf(place.site) * stream.row;
   context.strokeRect(stream.left + place.token * place.width, y, Math.max(2, place.width), stream.row);
 }
