@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -57,6 +57,7 @@ class StreamSite:
     stack: str
     layer: int
     site: str
+    axis: Axis
     norms: Float[np.ndarray, " token"]
     updates: Float[np.ndarray, " token"]
 
@@ -68,7 +69,6 @@ class Content:
     digits: int  # significant digits of weights from 0.0001 on
     layers: tuple[LayerPatterns, ...]
     sites: tuple[StreamSite, ...] = ()
-    axes: dict[str, Axis] = field(default_factory=dict)  # of each stack's stream
     notes: tuple[str, ...] = ()
     picture: bytes | None = None  # the image as the model reads it, as PNG
 

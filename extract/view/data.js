@@ -70,7 +70,7 @@ function labelOf(axis, token) {
 
 /** A token with its position, as it is written where there is room. */
 function nameOf(axis, token) {
-  if (axis.kind === "positions") return axis.labels[token];
+  if (axis.kind === "positions") return `position ${token}`;
   const patch = axis.grid ? token - axis.grid.prefix : -1;
   if (patch >= 0 && !axis.special.has(token))
     return `row ${Math.floor(patch / axis.grid.columns)}, column ${patch % axis.grid.columns} (${token})`;

@@ -67,7 +67,7 @@ def grid_axis(grid: Grid) -> Axis:
 
 def position_axis(size: int) -> Axis:
     """An axis of which nothing but the positions is known."""
-    return _plain_axis("positions", [f"position {n}" for n in range(size)])
+    return _plain_axis("positions", [str(n) for n in range(size)])
 
 
 def _plain_axis(kind: str, labels: Sequence[str]) -> Axis:

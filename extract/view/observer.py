@@ -50,7 +50,7 @@ class ViewObserver:
     def drop(self) -> None:
         """Forget a pass that is made again."""
         self._layers: list[LayerPatterns] = []
-        self._sites: list[StreamSite] = []
+        self._states: list[tuple[Site, np.ndarray, np.ndarray]] = []
 
     def settle(self) -> None:
         """The pass went through; everything is kept already."""
@@ -90,13 +90,16 @@ class ViewObserver:
         real = _array(o.real[0])
         norms = _array(o.after_norms[0]).astype(np.float32)[real]
         updates = np.full_like(norms, np.nan) if o.update_norms is None else _array(o.update_norms[0])[real]
-        self._sites.append(StreamSite(site.stack, site.layer, site.name, norms, updates.astype(np.float32)))
+        self._states.append((site, norms, updates.astype(np.float32)))
 
     def content(self, *, notes: Sequence[str] = (), picture: bytes | None = None) -> Content:
         """What the pass has shown."""
         assert self._codes is not None, "a layout has attention calls"
-        axes = {site.stack: self._stream_axis(site) for site in self._sites}
-        return Content(self._codes.digits, tuple(self._layers), tuple(self._sites), axes, tuple(notes), picture)
+        sites = [
+            StreamSite(site.stack, site.layer, site.name, self._stream_axis(site.stack, len(norms)), norms, updates)
+            for site, norms, updates in self._states
+        ]
+        return Content(self._codes.digits, tuple(self._layers), tuple(sites), tuple(notes), picture)
 
     def _choose_codes(self, attention: Attention, calls: Sequence[HeadObservation]) -> WeightCodes:
         """By the number of weights of all layers, if they are as large as the first."""
@@ -115,10 +118,9 @@ class ViewObserver:
         candidates = (self._texts.get(text or ""), self._grid_axes.get(stack))
         return next((axis for axis in candidates if axis is not None and len(axis) == size), position_axis(size))
 
-    def _stream_axis(self, site: StreamSite) -> Axis:
-        """The axis of a stack's tokens: that of its queries."""
-        queries = (layer.queries for layer in self._layers if layer.stack in (site.stack, "cross"))
-        size = len(site.norms)
+    def _stream_axis(self, stack: str, size: int) -> Axis:
+        """The axis of a stack's tokens: that of its queries, if it has as many."""
+        queries = (layer.queries for layer in self._layers if layer.stack in (stack, "cross"))
         return next((axis for axis in queries if len(axis) == size), position_axis(size))
 
 

@@ -70,7 +70,7 @@ def render(view: View) -> str:
     values = {
         "model": _text(view.model),
         "input": _text(view.given, limit=_EXCERPT),
-        "facts": _text(_facts(view.content)),
+        "facts": _text(_facts(view.content), limit=240),
         "digits": {3: "3", 4: "4"}[view.content.digits],
         "style": f"\n{style}",
         "script": f"\n{script}",
@@ -117,7 +117,7 @@ def _data(content: Content) -> dict[str, Any]:
     axes: dict[Axis, int] = {}
     layers = [_layer(layer, axes) for layer in content.layers]
     sites = [
-        {"stack": s.stack, "layer": s.layer, "site": s.site, "axis": _number(content.axes[s.stack], axes)}
+        {"stack": s.stack, "layer": s.layer, "site": s.site, "axis": _number(s.axis, axes)}
         for s in content.sites
     ]
     picture = None if content.picture is None else f"data:image/png;base64,{_base64(content.picture)}"

@@ -20,6 +20,8 @@ _FIRST = 4
 SMALLEST_DECADE = -35
 DETAILED_DECADE = -4  # from here on weights have `digits` digits
 _SMALL_DIGITS = 2
+# weights encoded in one go: what is computed of them stays in the cache
+_AT_ONCE = 1 << 16
 # sides of a thumbnail in cells, each the largest weight of its part of the pattern
 THUMBNAIL = 32
 
@@ -41,7 +43,13 @@ class WeightCodes:
 
     def encode(self, weights: Float[np.ndarray, "*shape"]) -> UInt16[np.ndarray, "*shape"]:
         """The codes of weights between 0 and 1, correctly rounded."""
-        exact = weights.astype(np.float64)
+        flat = weights.reshape(-1)
+        codes = np.empty(len(flat), np.uint16)
+        for first in range(0, len(flat), _AT_ONCE):
+            codes[first : first + _AT_ONCE] = self._encode(flat[first : first + _AT_ONCE].astype(np.float64))
+        return codes.reshape(weights.shape)
+
+    def _encode(self, exact: Float[np.ndarray, " weight"]) -> UInt16[np.ndarray, " weight"]:
         with np.errstate(divide="ignore"):
             decade = np.floor(np.log10(exact)).clip(-999, 0).astype(np.int16)
         mantissa = self._mantissas(exact, decade)
