@@ -34,7 +34,7 @@ function drawStream() {
   probe.font = theme.font;
   const left = 8 + Math.max(...sites.map((site) => probe.measureText(siteName(site)).width));
   const room = $("stream-section").clientWidth - left - 40;
-  const cell = Math.max(1 / ratio(), Math.min(64, room / size));
+  const cell = Math.min(64, room / size);
   const row = Math.max(7, Math.min(20, Math.floor(560 / sites.length)));
   const turned = cell < 60, labelled = cell >= 13;
   const bottom = labelled ? (turned ? marginFor(probe, first, 110) : 20) : 18;
