@@ -260,9 +260,11 @@ def view(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As of run.")] = False,
 ) -> None:
     """Write one input and every head of a model as one self-contained HTML page to look at."""
-    from attlas.flows.viewing import refuse_bad_view
+    from attlas.flows.viewing import refuse_bad_view, refuse_foreign_page
 
-    refuse_bad_view(model, text=text, file=file, image=image, out=out, stacks=stacks)
+    refuse_bad_view(model, text=text, file=file, image=image, stacks=stacks)
+    if out is None:
+        refuse_foreign_page(Path(DEFAULT_PAGE))
     _quiet_loading(model)
     from attlas.analysis.output import answer_file, write_whole
     from attlas.extract.view import view_named

@@ -16,7 +16,7 @@ from attlas.extract.model.measured_model import Stacks
 from attlas.extract.model.modality import accepts_input
 from attlas.extract.options import RunOptions
 from attlas.extract.view.page import View
-from attlas.extract.view.sources import observe_image, observe_tensors, observe_text, read_text
+from attlas.extract.view.sources import ENGINE, observe_image, observe_tensors, observe_text, read_text
 
 __all__ = ["View", "view", "view_named"]
 
@@ -36,7 +36,9 @@ def view(model: nn.Module | str, *arguments: Any, tokenizer: Any = None, **input
     text = arguments[0] if arguments and isinstance(arguments[0], str) else None
     if text is not None:
         if tokenizer is None:
-            raise Refusal("a text is fed with the model's tokenizer; got none; write view(model, text, tokenizer=tokenizer)")
+            raise Refusal(
+                "a text is fed with the model's tokenizer; got none; write view(model, text, tokenizer=tokenizer)"
+            )
         inputs = {**_tokenized(model, text, tokenizer), **inputs}
         arguments = arguments[1:]
     observed = observe_tensors(model, arguments, inputs, tokenizer)
@@ -62,12 +64,14 @@ def view_named(
     """
     given = [name for name, value in (("a text", text), ("--file", file), ("--image", image)) if value is not None]
     if len(given) != 1:
-        raise Refusal(f"a view is of one text, --file or --image; got {' and '.join(given) or 'none'}; give one of them")
+        raise Refusal(
+            f"a view is of one text, --file or --image; got {' and '.join(given) or 'none'}; give one of them"
+        )
     options = RunOptions(
         model=model,
         corpus="",
         out="",
-        engine="reference",
+        engine=ENGINE,
         tokens="none",
         max_length=max_length,
         stacks=stacks,

@@ -27,7 +27,7 @@ function weightText(code) {
   if (code === UNMEASURED) return "not measured";
   if (code === ZERO) return "0";
   if (code === BELOW) return "below 1e-35";
-  if (digitsOf[code] === 0) return "1";
+  if (digitsOf[code] === 0) return `1.${"0".repeat(meta.digits - 1)}`;
   const digits = String(mantissaOf[code]);
   if (decadeOf[code] >= DETAILED_DECADE) return `0.${"0".repeat(-decadeOf[code] - 1)}${digits}`;
   return `${digits[0]}.${digits.slice(1)}e${decadeOf[code]}`;

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt16
+from jaxtyping import Float, UInt16
 from torch import Tensor
 
 from attlas.extract.capture.layout import Attention, Layout, Site
@@ -56,7 +56,7 @@ class ViewObserver:
         """The pass went through; everything is kept already."""
 
     def heads(self, attention: Attention, sums: HeadSums, calls: Sequence[HeadObservation]) -> None:  # noqa: ARG002
-        codes = self._codes or self._choose_codes(attention, calls)
+        codes = self._codes or self._choose_codes(calls)
         parts = [_patterns_of(call, codes) for call in calls]
         if len({part.codes.shape[1:] for part in parts}) > 1:
             raise Refusal(
@@ -101,7 +101,7 @@ class ViewObserver:
         ]
         return Content(self._codes.digits, tuple(self._layers), tuple(sites), tuple(notes), picture)
 
-    def _choose_codes(self, attention: Attention, calls: Sequence[HeadObservation]) -> WeightCodes:
+    def _choose_codes(self, calls: Sequence[HeadObservation]) -> WeightCodes:
         """By the number of weights of all layers, if they are as large as the first."""
         of_head = sum(call.rows.measured[:, 0].numel() * call.visibility.keys.tokens for call in calls)
         weights = of_head * sum(a.heads for a in self._layout.attentions)
@@ -133,7 +133,8 @@ def _patterns_of(call: HeadObservation, codes: WeightCodes) -> _Patterns:
         encoded[:, :, block.rows, block.keys] = encode_pattern(
             codes, _array(block.pattern), _array(block.visible), _array(block.measured)
         )
-    queries, keys = (_kept(_array(axis.real)) for axis in (visibility.queries, visibility.keys))
+    # without what is padding in every window
+    queries, keys = (_array(axis.real.any(0)) for axis in (visibility.queries, visibility.keys))
     rows = {}
     for name, kept in (("entropy", queries), ("received", keys), ("sink", queries)):
         values = call.rows.get(name)
@@ -141,11 +142,6 @@ def _patterns_of(call: HeadObservation, codes: WeightCodes) -> _Patterns:
             of_axis = _array(values).astype(np.float32)
             rows[name] = (of_axis if name == "received" else np.where(measured, of_axis, np.nan))[..., kept]
     return _Patterns(encoded[:, :, queries][..., keys], rows)
-
-
-def _kept(real: Bool[np.ndarray, "batch token"]) -> Bool[np.ndarray, " token"]:
-    """The tokens that are not padding in any window."""
-    return real.any(0)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

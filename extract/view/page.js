@@ -64,7 +64,6 @@ let wanted = heads[0]; // the head chosen last, which may not be decoded yet
 async function choose(head) {
   const mine = ++choice;
   wanted = head;
-  const begun = performance.now();
   const codes = await patternOf(head);
   if (mine !== choice) return; // another was chosen meanwhile
   const before = state.head.layer;
@@ -75,14 +74,13 @@ async function choose(head) {
   drawHead();
   showChoice();
   document.body.dataset.shown = titleOf(head);
-  document.body.dataset.milliseconds = (performance.now() - begun).toFixed(1);
   setTimeout(decodeNeighbours, 60, head);
 }
 
 function decodeNeighbours(head) {
   if (head !== state.head) return;
-  for (const [layers_, heads_] of [[0, 1], [1, 0], [0, -1], [-1, 0]]) {
-    const other = neighbour(head, layers_, heads_);
+  for (const [down, across] of [[0, 1], [1, 0], [0, -1], [-1, 0]]) {
+    const other = neighbour(head, down, across);
     if (other !== head) patternOf(other);
   }
 }
@@ -102,7 +100,7 @@ const EDGE_HEIGHT = 27, DETAIL_HEIGHT = 190, EDGES_BELOW = 15;
 function placeDetail() {
   const [ofHeads, ofHead] = [".heads", ".head"].map((name) => document.querySelector(`${name} > :last-child`).getBoundingClientRect());
   const free = ofHead.bottom - ofHeads.bottom - DETAIL_HEIGHT;
-  const edges = Math.max(10, Math.min(20, Math.floor(free / EDGE_HEIGHT)));
+  const edges = Math.max(8, Math.min(20, Math.floor(free / EDGE_HEIGHT)));
   const beside = Math.abs(free - edges * EDGE_HEIGHT);
   const below = Math.abs(ofHead.bottom + DETAIL_HEIGHT + (EDGES_BELOW / 3) * EDGE_HEIGHT - ofHeads.bottom);
   const isBeside = ofHeads.right < ofHead.left && beside < below;
@@ -289,9 +287,9 @@ function drawEverything() {
 }
 
 function headFromAddress() {
-  let wanted_ = "";
-  try { wanted_ = decodeURIComponent(location.hash.slice(1)); } catch { /* not ours */ }
-  return heads.find((head) => `${head.layer.stack}.${head.name}` === wanted_) ?? heads[0];
+  let address = "";
+  try { address = decodeURIComponent(location.hash.slice(1)); } catch { /* not one of a head */ }
+  return heads.find((head) => `${head.layer.stack}.${head.name}` === address) ?? heads[0];
 }
 
 async function begin() {
@@ -318,6 +316,7 @@ async function begin() {
   });
   $("scale").addEventListener("change", () => setScale($("scale").value));
   document.addEventListener("keydown", onKey);
+  window.addEventListener("hashchange", () => choose(headFromAddress()));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readTheme(); drawEverything(); });
   new ResizeObserver(() => drawSoon(redrawIfResized)).observe(document.querySelector("main"));
   $("notes").hidden = !meta.notes.length;

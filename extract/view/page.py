@@ -69,7 +69,7 @@ def render(view: View) -> str:
     script = "".join((_HERE / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
     values = {
         "model": _text(view.model),
-        "input": _text(view.given, limit=_EXCERPT),
+        "input": _text(_excerpt(view.given), limit=4 * _EXCERPT),
         "facts": _text(_facts(view.content), limit=240),
         "digits": {3: "3", 4: "4"}[view.content.digits],
         "style": f"\n{style}",
@@ -86,6 +86,11 @@ def render(view: View) -> str:
 def _text(value: str, *, limit: int = 80) -> str:
     """Text from outside as HTML: on one line, control characters visible, markup escaped."""
     return html.escape(printable(" ".join(value.split()), limit=limit))
+
+
+def _excerpt(text: str) -> str:
+    """The beginning of a text."""
+    return text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}…"
 
 
 def _digest(source: str) -> str:
@@ -116,10 +121,7 @@ def _data(content: Content) -> dict[str, Any]:
     """What the script reads first: axes, the shapes of layers and sites, and notes."""
     axes: dict[Axis, int] = {}
     layers = [_layer(layer, axes) for layer in content.layers]
-    sites = [
-        {"stack": s.stack, "layer": s.layer, "site": s.site, "axis": _number(s.axis, axes)}
-        for s in content.sites
-    ]
+    sites = [{"stack": s.stack, "layer": s.layer, "site": s.site, "axis": _number(s.axis, axes)} for s in content.sites]
     picture = None if content.picture is None else f"data:image/png;base64,{_base64(content.picture)}"
     return {
         "digits": content.digits,

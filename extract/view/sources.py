@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from attlas.extract.measurement import observe, refuse_added_mask, split_batch
 from attlas.extract.model.arguments import bind_inputs
 from attlas.extract.model.folder import check_model_name
 from attlas.extract.model.images import Unreadable, decode_image
-from attlas.extract.model.inputs import batch_of
+from attlas.extract.model.inputs import batch_of, main_input
 from attlas.extract.model.modality import measured_part
 from attlas.extract.model.special_tokens import special_tokens
 from attlas.extract.options import RunOptions
@@ -39,7 +40,7 @@ from attlas.extract.view.labels import text_axis
 from attlas.extract.view.observer import ViewObserver
 
 # patterns come from the reference engine whichever engine is asked, and it has nothing to compile
-_ENGINE = "reference"
+ENGINE = "reference"
 _TOO_SHORT = "a view needs at least one token; {} has none{}; give some words"
 
 
@@ -55,7 +56,9 @@ def observe_text(text: str, options: RunOptions) -> Observed:
     """The model's pass over a text, fed as a run would. Raises Refusal."""
     document = make_document("the text", text)
     if document.dropped_reason is not None:
-        raise Refusal(_TOO_SHORT.format("the text", "") if not text else f"a text must be valid; {document.dropped_reason}")
+        raise Refusal(
+            _TOO_SHORT.format("the text", "") if not text else f"a text must be valid; {document.dropped_reason}"
+        )
     check_model_name(options.model, trust_remote_code=options.trust_remote_code)
     instrument = open_instrument(options, images=None, progress=_no_progress)
     ids = _sequence_of(document, instrument, options)
@@ -98,7 +101,9 @@ def observe_image(file: Path, options: RunOptions) -> Observed:
     return _observe_sequence(instrument, sequence, file.name, picture=picture)
 
 
-def observe_tensors(model: nn.Module, arguments: tuple[Any, ...], inputs: Mapping[str, Any], tokenizer: Any) -> Observed:
+def observe_tensors(
+    model: nn.Module, arguments: tuple[Any, ...], inputs: Mapping[str, Any], tokenizer: Any
+) -> Observed:
     """The pass of a module over the inputs of one sequence, as `measure` takes them. Raises Refusal and CaptureError."""
     model = unwrap_model(model)
     given = bind_inputs(model, arguments, inputs, options=("tokenizer",))
@@ -138,7 +143,11 @@ def _sequence_of(document: Document, instrument: Instrument, options: RunOptions
 
 def _hint_of_length(instrument: Instrument, tokens: int) -> str:
     limit = instrument.encoder.max_positions
-    return f", or use --max-length {tokens}" if limit is None or tokens <= limit else f"; the model has {limit:,} positions"
+    return (
+        f", or use --max-length {tokens}"
+        if limit is None or tokens <= limit
+        else f"; the model has {limit:,} positions"
+    )
 
 
 def _read_image(file: Path) -> bytes:
@@ -199,8 +208,8 @@ def _observe_inputs(model: nn.Module, given: Mapping[str, Any], tokenizer: Any) 
             model,
             layout,
             inputs,
-            batch=type(batch)(batch.sequences, batch.texts, grids),
-            engine=choose(_ENGINE, device="cpu"),
+            batch=replace(batch, grids=grids),
+            engine=choose(ENGINE, device=main_input(model, inputs).device.type),
             collector=observer,
         )
     pixels = given.get(PIXELS)
@@ -221,7 +230,9 @@ def _description(given: Mapping[str, Any], tokenizer: Any) -> str:
 def _notes(layout: Layout) -> list[str]:
     """What the page lacks, and why."""
     notes = [f"The residual stream is not shown: {layout.residual_refusal}."] if layout.residual_refusal else []
-    notes += [f"The stream of the {stack} is incomplete: {reason}." for stack, reason in layout.residual_refusals.items()]
+    notes += [
+        f"The stream of the {stack} is incomplete: {reason}." for stack, reason in layout.residual_refusals.items()
+    ]
     if layout.without_pattern:
         notes.append(f"{len(layout.without_pattern)} layers have no attention and are not shown.")
     return notes
