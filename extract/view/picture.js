@@ -42,7 +42,7 @@ function layOutSide() {
   $("picture-panel").hidden = !shown;
   $("lines").hidden = shown;
   $("side-title").hidden = Boolean(grid);
-  $("side-note").textContent = shown ? "brightest: the patch with the largest weight" : "bars: entropy of queries, mass received by keys";
+  $("side-note").textContent = shown ? "brightest: the patch with the largest weight" : "bars: entropy, mass received";
   if (shown) buildExtras(grid);
 }
 
