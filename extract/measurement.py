@@ -212,6 +212,7 @@ def observe(
         with torch.inference_mode(), measure_pass(waits=True):
             model(**inputs)
     if collector.needs.ablations:
+        assert isinstance(collector, Collector), "only tables need ablations"
         _ablate(model, layout, inputs, batch, collector)
     collector.settle()
 

@@ -13,6 +13,7 @@ from attlas.extract.capture.layout import Attention, Layout, Site
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.observations import HeadObservation, ResidualObservation
 from attlas.extract.engines.patches import Grid
+from attlas.extract.engines.stream_profiles import SiteSums
 from attlas.extract.engines.sums import HeadSums
 from attlas.extract.errors import Refusal
 from attlas.extract.view.content import Axis, Content, LayerPatterns, StreamSite
@@ -83,7 +84,10 @@ class ViewObserver:
             )
         )
 
-    def residual(self, site: Site, columns: Float[Tensor, "column batch"]) -> None:
+    def residual(self, site: Site, sums: SiteSums) -> None:
+        """No columns are asked for."""
+
+    def layer(self, site: Site, sums: SiteSums) -> None:
         """No columns are asked for."""
 
     def state(self, site: Site, o: ResidualObservation) -> None:
