@@ -82,13 +82,13 @@ def _reason(error: OSError) -> str:
 
 
 @contextmanager
-def answer_file(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file that replaces `path` when the block ends; until then, an existing file stays as it is.
+def answer_file(path: Path, *, option: str = "--output") -> Iterator[IO[bytes]]:
+    """A temporary file that replaces `path` when the block ends; until then, an existing file stays as it is. `option` named it.
 
     Devices, pipes and open files (/dev/stdout) are written directly. Raises Refusal if the path can't be written, before
     anything is computed, and OutputError if writing fails.
     """
-    descriptor, target, temporary = _open_target(path)
+    descriptor, target, temporary = _open_target(path, option)
     try:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             yield file
@@ -107,7 +107,7 @@ def answer_file(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)  # already gone if it replaced the target
 
 
-def _open_target(path: Path) -> tuple[int, Path, Path | None]:
+def _open_target(path: Path, option: str) -> tuple[int, Path, Path | None]:
     """(descriptor, target, temporary): a descriptor to write to, the file to be written, and the temporary file, if any."""
     try:
         open_descriptor = _open_descriptor(path)
@@ -125,7 +125,7 @@ def _open_target(path: Path) -> tuple[int, Path, Path | None]:
             os.fchmod(descriptor, stat.S_IMODE(existing.st_mode))
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise Refusal(f"--output is a file that can be written; {path}: {why}; check the path") from error
+        raise Refusal(f"{option} is a file that can be written; {path}: {why}; check the path") from error
     return descriptor, target, temporary
 
 

@@ -1,7 +1,7 @@
 """The atlas of attention: exact statistics of every attention head and every residual update, as Parquet.
 
 `measure` takes one batch through any model, `run` a whole corpus. What a run left is opened with `open_dataset`, asked with `query`, checked with
-`verify`, and shown with `report`.
+`verify`, and shown with `report`. `view` shows one input and every head.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from attlas.analysis.verify import verify as verify
     from attlas.extract import measure as measure
     from attlas.extract.run import run as run
+    from attlas.extract.view import view as view
 
     open_dataset = _Dataset.open
     __version__: str
 
-__all__ = ["measure", "open_dataset", "query", "report", "run", "verify"]
+__all__ = ["measure", "open_dataset", "query", "report", "run", "verify", "view"]
 
 _PLACES = {
     "measure": "attlas.extract:measure",
@@ -26,6 +27,7 @@ _PLACES = {
     "report": "attlas.analysis.report:write_report",
     "run": "attlas.extract.run:run",
     "verify": "attlas.analysis.verify:verify",
+    "view": "attlas.extract.view:view",
 }
 
 

@@ -23,6 +23,7 @@ from attlas.extract.capture.modes import eval_mode, refuse_training
 from attlas.extract.capture.runtime.ablation import SequenceAblations
 from attlas.extract.capture.runtime.batch import Batch
 from attlas.extract.capture.runtime.instrumented_pass import instrumented_pass
+from attlas.extract.capture.runtime.observer import BatchObserver
 from attlas.extract.capture.runtime.receiver import UnmeasuredRows
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.engines import Engine, choose
@@ -119,7 +120,7 @@ def _measure_batch(
     parts = split_batch(model, inputs)
     batches = [batch_of(model, part.inputs, classes) for part in parts]
     layout = layout_of(model, parts[0].inputs)
-    _refuse_added_mask(model, layout, inputs)
+    refuse_added_mask(model, layout, inputs)
     numbers = np.arange(sum(len(part.places) for part in parts))
     collector = open_collector(
         columns,
@@ -173,7 +174,7 @@ def attends_beyond_text(layout: Layout) -> bool:
     return any(a.queries is None and not a.is_cross_attention and a.stack in OF_TEXT for a in layout.attentions)
 
 
-def _refuse_added_mask(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> None:
+def refuse_added_mask(model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> None:
     """Refuse a 4-d mask of integers or booleans where transformers' eager code would add it to the scores."""
     mask = inputs.get("attention_mask")
     is_eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
@@ -193,7 +194,7 @@ def observe(
     *,
     batch: Batch,
     engine: Engine,
-    collector: Collector,
+    collector: BatchObserver,
     factors: Mapping[int, Tensor] | None = None,
 ) -> None:
     """Run one measured forward pass; the collector takes its results once it has succeeded.
@@ -215,6 +216,7 @@ def observe(
         with torch.inference_mode(), measure_pass(waits=True):
             model(**inputs)
     if collector.needs.ablations:
+        assert isinstance(collector, Collector), "only tables need ablations"
         _ablate(model, layout, inputs, batch, collector)
     collector.settle()
 

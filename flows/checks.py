@@ -55,7 +55,7 @@ def refuse_missing_model(model: str, *, trust_remote_code: bool = False) -> None
     if Path(model).exists():
         raise Refusal(f"a model is a folder with config.json and safetensors; {model} is a file; give its folder")
     if not _HUB_NAME.fullmatch(model) or model.startswith("."):
-        raise Refusal(f"--model takes demo, a folder or a hub name; there is no folder {model}; check the path")
+        raise Refusal(f"a model is demo, a folder or a hub name; there is no folder {model}; check the path")
 
 
 def refuse_address(out: Path) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from attlas.analysis.query import Format
 
 FAILED, BAD_USAGE, FINDING = 1, 2, 3
+DEFAULT_PAGE = "view.html"
 
 app = typer.Typer(
     name="attlas",
@@ -114,9 +115,7 @@ def run(run_file: RunFile = None, **options: Any) -> None:
     if not _debug.on:
         set_quiet_defaults()
     _prepare_for_prefect()
-    if settings.model == "demo" or Path(settings.model).is_dir() or ".py:" in settings.model:
-        # loading from disk is fast, and its progress bars would interfere with ours; bars of downloads are useful
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _quiet_loading(settings.model)
     from attlas.flows.measure import measure_locally
     from attlas.flows.progress import display_for_terminal
     from attlas.flows.server import show_only_errors
@@ -127,6 +126,12 @@ def run(run_file: RunFile = None, **options: Any) -> None:
     with report_write_errors():
         _show_summary(settings.out)
         _show_paths(dataset=settings.out, report=page)
+
+
+def _quiet_loading(model: str) -> None:
+    """Show no progress of loading from disk: it is fast, and its bars would interfere with ours. Bars of downloads are useful."""
+    if model == "demo" or Path(model).is_dir() or ".py:" in model:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _prepare_for_prefect() -> None:
@@ -233,6 +238,53 @@ def stats(
         list_columns([TABLES[name]])
     else:
         describe_column(name, TABLES.values())
+
+
+@app.command()
+def view(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="demo, a folder, a hub name or file.py:function.")],
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text to show.")] = None,
+    *,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="A file of one text, instead of TEXT.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="An image, for a vision model.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help=f"The page to write. [default: {DEFAULT_PAGE}]")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(metavar="N", help="The most tokens, special ones included.")] = None,
+    stacks: Annotated[
+        str, typer.Option(metavar="encoder|all", help="What to show of an encoder–decoder model.")
+    ] = "encoder",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="As of run.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="As of run.")] = "auto",
+    revision: Annotated[str | None, typer.Option(metavar="NAME", help="As of run.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As of run.")] = False,
+) -> None:
+    """Write one input and every head of a model as one self-contained HTML page to look at."""
+    from attlas.flows.viewing import refuse_bad_view, refuse_foreign_page
+
+    refuse_bad_view(model, text=text, file=file, image=image, stacks=stacks)
+    if out is None:
+        refuse_foreign_page(Path(DEFAULT_PAGE))
+    _quiet_loading(model)
+    from attlas.analysis.output import answer_file, write_whole
+    from attlas.extract.view import view_named
+
+    page = out or Path(DEFAULT_PAGE)
+    with answer_file(page, option="--out") as stream:
+        shown = view_named(
+            model,
+            text,
+            file=file,
+            image=image,
+            max_length=max_length,
+            stacks="all" if stacks == "all" else "encoder",
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        write_whole([shown.page], stream)
+    _show_paths(view=page)
 
 
 @app.command()

@@ -27,6 +27,7 @@ assert "site-packages" in attlas.__file__, attlas.__file__
 model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)).eval()
 tables = attlas.measure(model, input_ids=torch.arange(5, 21).reshape(2, 8))
 assert tables["heads"].num_rows == 2 * 2 * 4
+assert b"<html" in attlas.view(model, input_ids=torch.arange(5, 13)[None]).page
 
 dataset = attlas.open_dataset("data")
 assert dataset.scan("documents").collect().height == 2

@@ -65,7 +65,7 @@ def find_model(folder: Path, *, trust_remote_code: bool) -> ModelFolder:
     if folder.is_file():
         raise Refusal(f"a model is a folder with {_CONFIG} and safetensors; {folder} is a file; give its folder")
     if not folder.is_dir():
-        raise Refusal(f"--model takes demo, a folder or a hub name; there is no folder {folder}; check the path")
+        raise Refusal(f"a model is demo, a folder or a hub name; there is no folder {folder}; check the path")
     path = _config_folder(folder)
     config = read_json_object(path / _CONFIG)
     _check_architecture(path, config, trust_remote_code=trust_remote_code)

@@ -134,7 +134,7 @@ def _loading_refusal(source: ModelSource, error: Exception, messages: list[str])
     reason = f"its weights {shortlist(sorted(unconverted))} can't be converted" if unconverted else short_message(error)
     if not source.local:
         return Refusal(
-            f"--model takes demo, a folder or a hub name; {source.name} could not be loaded ({reason}); {_hub_hint()}"
+            f"a model is demo, a folder or a hub name; {source.name} could not be loaded ({reason}); {_hub_hint()}"
         )
     from transformers import __version__
 

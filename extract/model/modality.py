@@ -44,11 +44,11 @@ def refuse_wrong_modality(model: nn.Module, modality: Modality) -> None:
     main_input = getattr(model, "main_input_name", "input_ids")
     if modality == "images" and vision_part(model) is None:
         raise Refusal(
-            f"a corpus of images needs a model that reads {PIXELS}; {type(model).__name__} reads {main_input}; "
-            "use a corpus of texts, or a vision model"
+            f"an image needs a model that reads {PIXELS}; {type(model).__name__} reads {main_input}; "
+            "use texts, or a vision model"
         )
     if modality == "texts" and main_input in _OTHER_INPUTS:
         raise Refusal(
-            f"a corpus of texts needs a model that reads input_ids; {type(model).__name__} reads {main_input}; "
-            + ("use a corpus of images, or a text model" if main_input == PIXELS else "use a text model")
+            f"a text needs a model that reads input_ids; {type(model).__name__} reads {main_input}; "
+            + ("use images, or a text model" if main_input == PIXELS else "use a text model")
         )

@@ -43,7 +43,7 @@ def make_plan(
     clear_plan(storage)
     spool = Spool(storage, shard_sequences, digest_key, special, keep_text)
     for batch in _document_batches(corpus):
-        for document, encoded in zip(batch, _encode(tokenizer, batch, keep_text), strict=True):
+        for document, encoded in zip(batch, encode(tokenizer, batch, keep_text), strict=True):
             if strict:
                 refuse_unreadable(document)
             spool.add(document, encoded, size=max_length - special.count, stride=stride)
@@ -86,7 +86,7 @@ def _document_batches(corpus: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, batch: list[Document], keep_text: bool) -> Iterator[Encoded | None]:
+def encode(tokenizer: PreTrainedTokenizerBase, batch: list[Document], keep_text: bool) -> Iterator[Encoded | None]:
     """The token ids of each document; None for a dropped one."""
     texts = [document.text for document in batch if document.dropped_reason is None]
     encoding: Any = {}

@@ -1,6 +1,5 @@
 """The report in a real browser: it loads nothing, logs nothing, and its controls work."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,31 +8,15 @@ import pytest
 
 from attlas.analysis.report import write_report
 from tests.analysis.synthetic import write_dataset
+from tests.chromium import BROWSER_TESTS, opened_page, started_browser
 
-CHROMIUM = "/usr/bin/chromium"
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason="needs Debian's chromium"),
-]
+pytestmark = BROWSER_TESTS
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    with started_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +27,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["light", "dark"])
 def page(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator[Any]:
-    context = browser.new_context(color_scheme=request.param, viewport={"width": 1200, "height": 900})
-    page = context.new_page()
-    events: dict[str, list[str]] = {"requests": [], "console": [], "errors": []}
-    page.on("request", lambda request_: events["requests"].append(request_.url))
-    page.on("requestfailed", lambda request_: events["errors"].append(request_.url))
-    page.on("console", lambda message: events["console"].append(message.text))
-    page.on("pageerror", lambda error: events["errors"].append(str(error)))
-    page.goto(report.as_uri(), wait_until="load")
-    yield page
-    # in every test the page logged nothing and loaded nothing
-    assert [url for url in events["requests"] if not url.startswith("data:")] == [report.as_uri()]
-    assert (events["console"], events["errors"]) == ([], [])
-    context.close()
+    with opened_page(browser, report, scheme=request.param) as page:
+        yield page
 
 
 def test_it_opens_with_its_name_escaped(page: Any) -> None:
