@@ -21,7 +21,7 @@ from attlas.extract.capture.compiled import compilation_disabled
 from attlas.extract.capture.configurations import is_language_model
 from attlas.extract.capture.intercept.assemble import intercept_attention
 from attlas.extract.capture.intercept.request import Request, interception_disabled
-from attlas.extract.capture.layout import Attention, HookPoint, Layout, Site
+from attlas.extract.capture.layout import Attention, CaptureMethod, HookPoint, Layout, Site
 from attlas.extract.capture.tensors import first_tensor, input_tensor
 
 Part = Literal["head", "attention", "mlp"]
@@ -129,7 +129,7 @@ def _leave_out(
     }
     if in_calls:
         receiver = _Clearing(layout, {n: heads[n] for n in in_calls}, copies, skipped)
-        methods = {m for m in layout.methods if m in ("sdpa", "interface")}
+        methods: set[CaptureMethod] = {m for m in layout.methods if m in ("sdpa", "interface")}
         stack.enter_context(intercept_attention(model, receiver, methods, finds_imported=layout.imports_attention))
     for number in heads.keys() - in_calls:
         _clear_projection_input(stack, model, layout, number, heads[number])
