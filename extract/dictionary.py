@@ -90,7 +90,9 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
 
 
 def _sequence_facts(manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """(label, text) on what a sequence is: a window of a text, or an image."""
+    """(label, text) on what a sequence is: a window of a text, a document of a generated corpus, or an image."""
+    if "blocks" in manifest["run"]:
+        return "sequences", _generated_facts(manifest["run"])
     if "images" not in manifest:
         return "windows", f"{manifest['run']['max_length']} tokens, overlapping by {manifest['run']['stride']}"
     images = manifest["images"]
@@ -99,6 +101,14 @@ def _sequence_facts(manifest: Mapping[str, Any]) -> tuple[str, str]:
         "images",
         f"{' × '.join(map(str, images['pixels']))} pixels by {images['preprocessor']}, {images['tokens']} tokens each{grids}",
     )
+
+
+def _generated_facts(run: Mapping[str, Any]) -> str:
+    if "depths" in run:
+        depths = ", ".join(map(str, run["depths"]))
+        what = f"a haystack of {run['length']} tokens with a needle at {depths} %, a question and its answer"
+        return f"{what}; {run['blocks']} documents at each depth by seed {run['seed']}"
+    return f"a block of {run['length']} random tokens, twice; {run['blocks']} blocks by seed {run['seed']}"
 
 
 def _layers_and_heads(stacks: Sequence[Mapping[str, Any]]) -> str:

@@ -35,6 +35,10 @@ def refuse_bad_corpus(run: Run) -> None:
         unit=run.unit,
         delimiter=run.delimiter,
         encoding=run.encoding,
+        seed=run.seed,
+        blocks=run.blocks,
+        length=run.length,
+        depths=run.depths,
         limit=run.limit,
         strict=run.strict,
     )

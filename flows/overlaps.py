@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from attlas.extract.errors import Refusal
-from attlas.flows.config import Run
+from attlas.flows.config import BUILT_IN, Run
 
 
 def refuse_overlaps(run: Run, *, run_file: Path | None = None) -> None:
@@ -18,7 +18,7 @@ def refuse_overlaps(run: Run, *, run_file: Path | None = None) -> None:
     for what, path in {"model": model, "run file": run_file, "digest key": run.digest_key}.items():
         if path is not None and path.exists() and path.resolve().is_relative_to(out):
             raise Refusal(f"the {what} must stay out of the dataset; {path} lies inside {run.out}; move it elsewhere")
-    if run.corpus != "demo" and not run.corpus.startswith("hub:"):
+    if run.corpus not in BUILT_IN and not run.corpus.startswith("hub:"):
         _refuse_corpus(run, out)
 
 

@@ -124,7 +124,12 @@ def _asked(wanted: frozenset[str], facts: frozenset[Fact]) -> _Asked:
     """What is wanted of a call with these facts, as far as it has what that needs."""
     names = known_quantities(wanted, facts)
     sampled = frozenset(name for name in names if ROW_QUANTITIES[name].sampled)
-    fields: Mapping[Fact, str] = {"projection": "write", "token_ids": "token_ids", "grid": "grid"}
+    fields: Mapping[Fact, str] = {
+        "projection": "write",
+        "token_ids": "token_ids",
+        "grid": "grid",
+        "reading": "reading",
+    }
     needs = needs_of(names)
     return _Asked(names - sampled, sampled, tuple(field for fact, field in fields.items() if fact not in needs))
 

@@ -31,9 +31,12 @@ TABLES: dict[str, Table] = {
 }
 
 
-def measured_columns(statistics: str | Collection[str] = CORE) -> Columns:
-    """The columns to measure of each recorded table, for the option `--statistics`. Raises Refusal for an unknown name."""
-    return select_columns(TABLES.values(), statistics)
+def measured_columns(statistics: str | Collection[str] = CORE, *, corpus: str | None = None) -> Columns:
+    """The columns to measure of each recorded table on a corpus, for the option `--statistics`.
+
+    Raises Refusal for an unknown name, and for a column that this corpus does not permit.
+    """
+    return select_columns(TABLES.values(), statistics, corpus=corpus)
 
 
 def needs_of(columns: Columns) -> Needs:

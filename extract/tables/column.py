@@ -29,6 +29,7 @@ class Column(Generic[Observation, Values]):
     nullable: bool = False
     signed: bool = False  # a key that may be negative
     core: bool = True  # measured by every run; others only if asked for
+    corpus: str = ""  # the corpus on which alone it can be measured
     compute: Callable[[Observation], Values] | None = None
 
     @property
@@ -61,6 +62,7 @@ def column(
     nullable: bool = False,
     dtype: DType = "float32",
     core: bool = True,
+    corpus: str = "",
 ) -> Callable[[Callable[[Observation], Values]], Column[Observation, Values]]:
     """Make the decorated function a `Column` of the same name."""
 
@@ -75,6 +77,7 @@ def column(
             reference=reference,
             nullable=nullable,
             core=core,
+            corpus=corpus,
             compute=compute,
         )
 

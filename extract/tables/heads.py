@@ -396,6 +396,30 @@ def mean_log_self(o: HeadQuantities) -> Values:
     return o.ratio(o["log_self"], o["log_self_rows"])
 
 
+_OF_NEEDLE = partial(column, bounds=(0, 1), reference="Wu 2024", nullable=True, core=False, corpus="needle")
+_READERS = (
+    "the rows that read the answer: of decoders those before the answer's tokens, which predict them; of encoders the rows of the "
+    "answer's own tokens"
+)
+
+
+@_OF_NEEDLE(
+    formula=f"share of the rows that read the answer whose largest p falls on a token of the needle; {_READERS}"
+)
+def retrieval_score(o: HeadQuantities) -> Values:
+    """Whether the head looks at the needle while the answer is read, the answer being in the input (teacher forcing)."""
+    return o.ratio(o["retrieved"], o["reading_rows"])
+
+
+@_OF_NEEDLE(
+    formula="share of the rows that read the answer whose largest p falls on the token of the needle with the id that the row "
+    "reads; rows as retrieval_score; null without ids"
+)
+def retrieval_copy_score(o: HeadQuantities) -> Values:
+    """Whether the head looks at the very token that is to be copied: Wu's criterion, as a share of the answer's tokens."""
+    return o.ratio(o["copied"], o["reading_rows"])
+
+
 _sampled = partial(column, nullable=True, core=False)
 _OF_SAMPLE = "; null outside the sample"
 
