@@ -1,7 +1,7 @@
 """What a column is: a function together with everything a reader of its numbers needs to know."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 # what a column is computed from, and what of it: an array or tensor whose shape the table's module states
@@ -30,6 +30,13 @@ class Column(Generic[Observation, Values]):
     signed: bool = False  # a key that may be negative
     core: bool = True  # measured by every run; others only if asked for
     corpus: str = ""  # the corpus on which alone it can be measured
+    sample: bool = False  # measured for the sequences of the sample only
+    group: str = ""  # under which heading of its table readers find it
+    known: Mapping[str, str] = field(
+        default_factory=dict
+    )  # values where they are known, as formulas, by the pattern or state
+    elsewhere: str = ""  # other software that computes it, and under which name
+    example: str = ""  # a query, if the table's own does not serve
     compute: Callable[[Observation], Values] | None = None
 
     @property
@@ -63,6 +70,11 @@ def column(
     dtype: DType = "float32",
     core: bool = True,
     corpus: str = "",
+    sample: bool = False,
+    group: str = "",
+    known: Mapping[str, str] | None = None,
+    elsewhere: str = "",
+    example: str = "",
 ) -> Callable[[Callable[[Observation], Values]], Column[Observation, Values]]:
     """Make the decorated function a `Column` of the same name."""
 
@@ -78,6 +90,11 @@ def column(
             nullable=nullable,
             core=core,
             corpus=corpus,
+            sample=sample,
+            group=group,
+            known=known or {},
+            elsewhere=elsewhere,
+            example=example,
             compute=compute,
         )
 

@@ -74,6 +74,7 @@ TABLE = Table(
     order=("stack", "layer", "head", "profile", "bin"),
     needs=lambda columns: Needs(profiles=True),
     recorder=ProfileRecorder,
+    example="SELECT profile, bin, SUM({table}.{column}) AS total FROM {table} GROUP BY ALL ORDER BY ALL LIMIT 5",
     agreements=(
         _adds_up("offset", "sum", "mass", _MASS, self_attention=True),
         _adds_up("received_by_position", "sum", "mass", _MASS),

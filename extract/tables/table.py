@@ -80,7 +80,7 @@ class Agreement:
 class Table:
     """One table of the contract: a folder of Parquet parts on disk.
 
-    `keys` identify a row; parts are sorted by `order`. `outcome`: the
+    `keys` identify a row; parts are sorted by `order`. `example`: a query about any of its facts. `outcome`: the
     column that is not null where a softmax has one more outcome than keys. `totals`: facts of the corpus in the manifest
     that are aggregates of this table, in SQL. `recorder` makes what records a shard; a planned table has none.
     """
@@ -100,6 +100,7 @@ class Table:
     counted_by: str | None = None  # the key that counts 0, 1, 2, … over all rows
     outcome: str | None = None
     notes: str = ""  # for the dictionary, below the columns
+    example: str = "SELECT {table}.{column}, COUNT(*) AS rows FROM {table} GROUP BY ALL ORDER BY ALL LIMIT 5"
 
     @property
     def columns(self) -> tuple[Column[Any, Any], ...]:

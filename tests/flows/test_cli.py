@@ -199,8 +199,39 @@ def test_stats_shows_the_catalogue(attlas: Callable[..., Ended]) -> None:
 def test_stats_of_a_column_says_what_it_is(attlas: Callable[..., Ended]) -> None:
     code, out, _ = attlas("stats", "entropy_nats")
     assert code == 0
-    for word in ("heads.entropy_nats", "formula", "unit", "nats", "bounds"):
+    for word in ("heads.entropy_nats: sharpness", "formula", "unit", "nats", "bounds", "causal uniform: ln(n!)/n"):
         assert word in out
+    assert "measured   by every run" in out and "elsewhere  mean over rows of scipy.stats.entropy(p)" in out
+    assert 'example    attlas query DIR "SELECT stack, layer, head, SUM(entropy_nats * query_rows)' in out
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gini", "on request, for the first sequences of each shard (--sample): --statistics gini"),
+        ("query_norm", "on request: --statistics query_norm"),
+        ("retrieval_score", "on request, on the corpus needle alone: --statistics retrieval_score"),
+        ("token_ids", "if the tokens themselves are asked for: --tokens ids or text"),
+        ("heads.mass_previous", 'TransformerLens\' head detector (error_measure "mul"): previous_token_head'),
+        ("residual.kurtosis", "one-hot tokens: d"),
+    ],
+)
+def test_stats_says_what_a_column_costs_and_who_else_has_it(
+    attlas: Callable[..., Ended], name: str, words: str
+) -> None:
+    code, out, _ = attlas("stats", name)
+    assert code == 0 and words in out
+
+
+def test_stats_for_machines_is_a_list_of_columns(attlas: Callable[..., Ended]) -> None:
+    every = json.loads(attlas("stats", "--format", "json")[1])
+    heads = json.loads(attlas("stats", "heads", "--format", "json")[1])
+    (one,) = json.loads(attlas("stats", "heads.max_weight", "--format", "json")[1])
+    assert one in heads and all(column in every for column in heads)
+    assert one["bounds"] == ["1/n", 1] and one["known"]["uniform"] == "1/n"
+    of_sequences = json.loads(attlas("stats", "sequence_id", "--format", "json")[1])
+    assert {"sequences", "heads", "residual"} <= {column["table"] for column in of_sequences}
+    refused(attlas("stats", "--format", "yaml"), "--format must be one of text, json; got 'yaml'")
 
 
 def test_stats_of_an_unknown_column_suggests(attlas: Callable[..., Ended]) -> None:
