@@ -84,6 +84,10 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
         ("engine", f"{manifest['engine']} on {manifest['device']}, {manifest['dtype']}"),
         ("residual", _escape(model["residual"])),
     ]
+    facts += [
+        (f"{own['table']}.{own['name']}", f"{_escape(own['formula'])} (by {_escape(own['origin'])})")
+        for own in manifest.get("own_statistics", ())
+    ]
     parts = [
         "---\nconfigs:\n" + "\n".join(configs) + "\ntags:\n- attention\n- interpretability\n---",
         "# Attention statistics",

@@ -44,6 +44,7 @@ def recipe_of(options: RunOptions, instrument: Instrument, *, batch_tokens: int)
     of_corpus = {} if generation is None else generation.recipe
     return (
         of_corpus
+        | _own_statistics(instrument)
         | {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _NOT_IN_RECIPE}
         | {
             "schema_version": SCHEMA_VERSION,
@@ -60,3 +61,9 @@ def recipe_of(options: RunOptions, instrument: Instrument, *, batch_tokens: int)
             "digest_keyed": options.digest_key is not None,
         }
     )
+
+
+def _own_statistics(instrument: Instrument) -> dict[str, Any]:
+    """The files with statistics of the user's own, and their SHA-256."""
+    origins = {column.origin for chosen in instrument.columns.values() for column in chosen if column.origin}
+    return {"own_statistics": sorted(origins)} if origins else {}

@@ -36,7 +36,13 @@ def show_catalogue(name: str | None, tables: Sequence["Table"], *, form: str) ->
 
 
 def _entries(name: str | None, tables: Sequence["Table"]) -> list["Entry"]:
-    """The columns that a name stands for: of a table, of this name in any table, or TABLE.COLUMN."""
+    """The columns that a name stands for: of a table, of this name in any table, TABLE.COLUMN, or of a user's file."""
+    if name is not None and name.endswith(".py"):
+        from attlas.extract.tables.own import load_own_file
+
+        by_name = {table.name: table for table in tables}
+        own = load_own_file(name, by_name).columns
+        return [(by_name[table], column) for table, columns in own.items() for column in columns]
     every = [(table, column) for table in tables for column in table.columns]
     entries = [(t, c) for t, c in every if name in (None, t.name, f"{t.name}.{c.name}")]
     entries = entries or [(t, c) for t, c in every if c.name == name]
@@ -77,6 +83,7 @@ def _describe(table: "Table", column: "Column") -> None:
         "type": f"{column.dtype}, {nullable}",
         "measured": measured_when(table, column),
         "reference": column.reference,
+        "origin": column.origin,
         "elsewhere": column.elsewhere,
         "example": f'attlas query DIR "{example_of(table, column)}"',
     }

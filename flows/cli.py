@@ -222,7 +222,10 @@ def verify(dataset: Dataset) -> None:
 @app.command()
 def stats(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="A column, TABLE.COLUMN or a table. [default: all]")
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="A column, TABLE.COLUMN, a table, or a .py file of your own. [default: all]"
+        ),
     ] = None,
     *,
     form: Annotated[str, typer.Option("--format", metavar="text|json", help="The output format.")] = "text",

@@ -71,7 +71,8 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         str,
         Field(
             min_length=1,
-            description="what to measure: core, all, or names of columns and tables besides the core, separated by commas",
+            description="what to measure: core, all, or besides the core names of columns and tables and .py files with columns of "
+            "your own, separated by commas",
         ),
     ] = "core"
     sample: Annotated[
@@ -213,6 +214,10 @@ def _relative_to_run_file(name: str, value: Any, folder: Path) -> Any:
     """The value, resolved against the run file's folder if it is a path."""
     if not isinstance(value, str):
         return value
+    if name == "statistics":
+        return ",".join(
+            str(folder / Path(n.strip()).expanduser()) if n.endswith(".py") else n for n in value.split(",")
+        )
     path = folder / Path(value).expanduser()
     if name in ("out", "digest_key"):
         return str(path)

@@ -34,6 +34,7 @@ def description_of(table: Table, column: Column[Any, Any]) -> dict[str, Any]:
         "nullable": column.nullable,
         "measured": measured_when(table, column),
         "reference": column.reference,
+        "origin": column.origin,
         "elsewhere": column.elsewhere,
         "example": example_of(table, column),
     }
@@ -49,6 +50,8 @@ def measured_when(table: Table, column: Column[Any, Any]) -> str:
     """What has to be asked for, and for which sequences there are values."""
     if table.recorder is None:
         return "by every run" if column.core else "if the tokens themselves are asked for: --tokens ids or text"
+    if column.origin:
+        return f"on request: --statistics {column.origin_file}"
     option = f"--statistics {table.name if table.on_request else column.name}"
     if column.corpus:
         return f"on request, on the corpus {column.corpus} alone: {option}"

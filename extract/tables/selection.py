@@ -66,7 +66,7 @@ def _find(recorded: list[Table], name: str, corpus: str | None) -> dict[str, lis
     found = {table: columns for table, columns in found.items() if columns}
     if not found:
         raise Refusal(
-            f"a statistic is {CORE}, {ALL}, a table or a column; {name!r} is none; {_nearest(recorded, name)}"
+            f"a statistic is {CORE}, {ALL}, a table, a column or a .py file; {name!r} is none; {_nearest(recorded, name)}"
         )
     return found
 

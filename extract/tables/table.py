@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from attlas.extract.engines.needs import Needs
+from attlas.extract.errors import Refusal
 from attlas.extract.tables.column import Column
 
 if TYPE_CHECKING:
@@ -184,7 +185,22 @@ class Recorder:
         raise NotImplementedError
 
     def to_arrow(self) -> pa.Table:
-        return self.table.to_arrow(self.rows())
+        rows = self.rows()
+        for column in self.scope.columns:
+            if column.origin:  # attlas' own are tested
+                _refuse_out_of_bounds(column, rows, self.table)
+        return self.table.to_arrow(rows)
+
+
+def _refuse_out_of_bounds(column: Column, rows: Mapping[str, Any], table: Table) -> None:
+    """Raise Refusal if a user's column breaks its bounds, naming the row."""
+    place = column.first_out_of_bounds(rows[column.name])
+    if place is not None:
+        where = ", ".join(f"{c.name} {rows[c.name][place]}" for c in table.keys if c.name != "document_id")
+        raise Refusal(
+            f"a column keeps its bounds; {column.name} of {column.origin_file} has {column.bounds_text or 'finite values'} and "
+            f"is {rows[column.name][place]:g} at {where}; correct the function or its bounds, and measure into another folder"
+        )
 
 
 def _field(column: Column) -> pa.Field:

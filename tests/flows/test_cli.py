@@ -223,6 +223,39 @@ def test_stats_says_what_a_column_costs_and_who_else_has_it(
     assert code == 0 and words in out
 
 
+def test_stats_of_a_file_are_its_columns(attlas: Callable[..., Ended], tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from attlas.statistics import column\n"
+        '@column(table="heads", formula="2 · entropy_nats", unit="nats", bounds=(0, None))\n'
+        'def twice(o):\n    """Twice as much."""\n    return 2 * o.mean("entropy")\n'
+    )
+    code, out, _ = attlas("stats", file)
+    assert code == 0
+    for line in (
+        "heads.twice",
+        "formula    2 · entropy_nats",
+        "meaning    Twice as much.",
+        "origin     mine.py sha256:",
+    ):
+        assert line in out
+    (column,) = json.loads(attlas("stats", file, "--format", "json")[1])
+    assert column["name"] == "twice" and column["bounds"] == [0, None]
+    refused(attlas("stats", tmp_path / "other.py"), "are in a Python file; there is none at", "other.py")
+
+
+def test_a_run_with_a_missing_file_of_statistics_is_refused_at_once(
+    attlas: Callable[..., Ended], tmp_path: Path
+) -> None:
+    asked = ("run", "--model", "demo", "--corpus", "demo", "--out", tmp_path / "out")
+    refused(attlas(*asked, "--statistics", f"all,{tmp_path}/mine.py"), "there is none at", "mine.py; check the path")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.py").write_text("")
+    refused(
+        attlas(*asked, "--statistics", f"{tmp_path}/out/mine.py"), "the file of statistics must stay out of the dataset"
+    )
+
+
 def test_stats_for_machines_is_a_list_of_columns(attlas: Callable[..., Ended]) -> None:
     every = json.loads(attlas("stats", "--format", "json")[1])
     heads = json.loads(attlas("stats", "heads", "--format", "json")[1])
