@@ -30,7 +30,9 @@ class RunOptions:
     stride: int = 0
     limit: int | None = None
     tokens: TokenMode = "classes"
-    statistics: str | Collection[str] = "core"  # core, all, or names of tables and columns to measure as well
+    statistics: str | Collection[str] = (
+        "core"  # core, all, or names of tables, columns and .py files to measure as well
+    )
     sample: int = 8  # sequences of each shard for which sampled columns are measured
     stacks: Stacks = "encoder"  # of an encoder–decoder model
     seed: int | None = None  # of a generated corpus, as the next three

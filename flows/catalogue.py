@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "json")
 _LABEL_WIDTH = 9
+_H = " (h = 1 + 1/2 + … + 1/n)"
 
 
 def show_catalogue(name: str | None, tables: Sequence["Table"], *, form: str) -> None:
@@ -38,7 +39,7 @@ def show_catalogue(name: str | None, tables: Sequence["Table"], *, form: str) ->
 def _entries(name: str | None, tables: Sequence["Table"]) -> list["Entry"]:
     """The columns that a name stands for: of a table, of this name in any table, TABLE.COLUMN, or of a user's file."""
     if name is not None and name.endswith(".py"):
-        from attlas.extract.tables.own import load_own_file
+        from attlas.extract.tables.own_files import load_own_file
 
         by_name = {table.name: table for table in tables}
         own = load_own_file(name, by_name).columns
@@ -79,7 +80,7 @@ def _describe(table: "Table", column: "Column") -> None:
         "formula": column.formula,
         "unit": column.unit,
         "bounds": column.bounds_text,
-        "known": known_text(column),
+        "known": known_text(column) + (_H if any("h" in value for value in column.known.values()) else ""),
         "type": f"{column.dtype}, {nullable}",
         "measured": measured_when(table, column),
         "reference": column.reference,

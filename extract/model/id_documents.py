@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from attlas.extract.corpus.generated import RANDOM_REPEATS, Generation, IdDocument
-from attlas.extract.corpus.needle import needle_documents
+from attlas.extract.corpus.needle import longest_needle_document, needle_documents
 from attlas.extract.corpus.random_repeats import random_repeats
 from attlas.extract.errors import Refusal
 from attlas.extract.model.special_tokens import special_tokens
@@ -33,7 +33,9 @@ def longest_sequence(generation: Generation, tokenizer: Any, *, limit: int | Non
     if generation.corpus == RANDOM_REPEATS:
         longest, per_length = 2 * generation.length + special, 2
     else:
-        longest, per_length = special + max(len(d.ids) for d in id_documents(generation, tokenizer)), 1
+        encode = encoder_within_text(tokenizer)
+        longest = special + longest_needle_document(generation, encode, unknown=tokenizer.unk_token_id)
+        per_length = 1
     if limit is not None and longest > limit:
         fitting = generation.length - -(-(longest - limit) // per_length)
         advice = f"use --length {fitting} or less" if fitting > 0 else "use a model with more"

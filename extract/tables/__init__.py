@@ -12,9 +12,9 @@ from attlas.extract.engines.profiles import doubling_bin_edges as doubling_bin_e
 from attlas.extract.tables import documents, heads, profiles, residual, sequences
 from attlas.extract.tables.column import Column as Column
 from attlas.extract.tables.heads import CLASS_MASSES as CLASS_MASSES
-from attlas.extract.tables.own import is_own_file, load_own_columns
 from attlas.extract.tables.own import own_facts as own_facts
 from attlas.extract.tables.own import with_own_columns as with_own_columns
+from attlas.extract.tables.own_files import is_own_file, load_own_columns
 from attlas.extract.tables.selection import ALL as ALL
 from attlas.extract.tables.selection import CORE as CORE
 from attlas.extract.tables.selection import Columns as Columns

@@ -1,5 +1,9 @@
 """Corpora made of token ids: `random-repeats` and `needle`."""
 
+import hmac
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +18,9 @@ from attlas.analysis.verify import verify
 from attlas.extract.corpus import open_corpus
 from attlas.extract.corpus.generated import IN_ANSWER, IN_NEEDLE, RandomStream, generation_of
 from attlas.extract.errors import Refusal
-from attlas.extract.model.id_documents import encoder_within_text, id_documents, ordinary_ids
+from attlas.extract.model.id_documents import encoder_within_text, id_documents, longest_sequence, ordinary_ids
 from attlas.extract.options import RunOptions
-from attlas.extract.run import finish, measure_shard, open_worker, plan_run
+from attlas.extract.run import finish, measure_shard, open_worker, plan_run, run
 from attlas.extract.store import open_dataset
 from tests.extract.checkpoints import model_of, save
 from tests.extract.checkpoints import tokenizer_of as words_tokenizer
@@ -151,6 +155,44 @@ def test_a_killed_run_resumes_to_the_same_bytes(model: Path, tmp_path: Path) -> 
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+KILLED = """
+import os, signal, sys
+import attlas
+
+seen = 0
+
+def kill_at_the_second_record(event, arguments):
+    global seen
+    if event == "os.rename" and "/records/" in str(arguments[1]):
+        seen += 1
+        if seen == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill_at_the_second_record)
+attlas.run(**{options})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("corpus", ["random-repeats", "needle"])
+def test_a_process_killed_between_shards_is_resumed_to_the_same_bytes(model: Path, tmp_path: Path, corpus: str) -> None:
+    asked = {"model": str(model), "corpus": corpus, "blocks": 4, "length": 40, "shard_sequences": 1, "tokens": "ids"}
+    if corpus == "needle":
+        asked |= {"statistics": "all", "depths": "50"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED.format(options={**asked, "out": str(tmp_path / "killed")})],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list((tmp_path / "killed" / "_work" / "records").glob("*.json"))) == 1
+    for name in ("killed", "whole"):
+        run(**asked, out=tmp_path / name)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert verify(tmp_path / "killed") == []
+
+
 def test_another_seed_is_another_run(model: Path, tmp_path: Path) -> None:
     complete_run(repeats(tmp_path / "out", model))
     for name, value in (("seed", 1), ("blocks", 6), ("length", 11)):
@@ -243,6 +285,22 @@ def test_a_haystack_has_exactly_its_length_in_tokens(demo) -> None:
         places = np.flatnonzero(document.marks == IN_NEEDLE)
         question = demo.tokenizer.decode(document.ids[77:])
         assert places[-1] < 77 and question.startswith("what is the secret number of the ")
+
+
+def test_the_longest_document_is_known_before_they_are_made(demo) -> None:
+    generation = generation_of("needle", seed=5, blocks=6, length=50)
+    documents = list(id_documents(generation, demo.tokenizer))
+    assert longest_sequence(generation, demo.tokenizer, limit=None) == 2 + max(len(d.ids) for d in documents)
+
+
+def test_a_digest_key_keys_the_ids_of_a_document(model: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    complete_run(repeats(tmp_path / "out", model, blocks=1, digest_key=key))
+    (digest,) = pl.read_parquet(tmp_path / "out" / "documents" / "*.parquet")["digest"]
+    (ids,) = pl.read_parquet(tmp_path / "out" / "sequences" / "*.parquet")["token_ids"]
+    content = b"".join(number.to_bytes(4, "little") for number in ids[1:-1])
+    assert digest == hmac.new(key.read_bytes(), content, "sha256").hexdigest()
 
 
 def test_answers_are_the_same_ids_in_the_needle_and_behind_the_question(demo) -> None:

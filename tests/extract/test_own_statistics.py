@@ -21,7 +21,7 @@ from attlas.extract.errors import Refusal
 from attlas.extract.options import RunOptions
 from attlas.extract.run import finish, measure_shard, open_worker, plan_run
 from attlas.extract.tables import TABLES
-from attlas.extract.tables.own import load_own_file
+from attlas.extract.tables.own_files import load_own_file
 from tests.extract.models import eager_patterns, save_with_tokenizer
 from tests.extract.runs import complete_run
 from tests.files import read_json, write_json
@@ -105,7 +105,8 @@ def test_a_dataset_is_read_and_verified_without_the_file(dataset: Path) -> None:
         assert query(dataset, f"SELECT max({name}) FROM {table}").num_rows == 1
     shown = dict(dict(describe(Dataset.open(dataset).manifest))["Your own statistics"])
     assert shown["heads.weight_lead"].startswith("mean of the largest p less the second largest, by mine.py sha256:")
-    assert Path(str(write_report(dataset))).exists()
+    page = Path(str(write_report(dataset))).read_text()
+    assert "heads.weight_lead" in page and "mean of the largest p less the second largest" in page
 
 
 def test_the_manifest_and_the_parquet_metadata_say_where_a_column_comes_from(dataset: Path) -> None:
@@ -198,6 +199,26 @@ def test_a_file_that_can_t_be_used_is_refused_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_quantity_may_be_of_the_sample_and_need_what_a_call_lacks(model: Path, tmp_path: Path) -> None:
+    text = (
+        f"{IMPORT}@row_quantity(formula='max p', sampled=True)\ndef top(block):\n    return block.pattern.amax(-1)\n"
+        "@row_quantity(formula='1', needs=('sink',))\ndef never(block):\n    return block.measured.float()\n"
+        + heads_column("return o.mean('top')").removeprefix(IMPORT)
+        + heads_column("return o.mean('never')", name="nothing").removeprefix(IMPORT)
+    )
+    asked = options(tmp_path, model, written(tmp_path / "code", text), sample=1)
+    complete_run(asked)
+    heads = pl.read_parquet(tmp_path / "out" / "heads" / "*.parquet")
+    in_sample = pl.col("sequence_id") % 2 == 0
+    assert heads.filter(~in_sample)["mine"].null_count() == heads.filter(~in_sample).height > 0
+    sampled = heads.filter(in_sample)
+    np.testing.assert_allclose(sampled["mine"], sampled["max_weight"], atol=1e-6)
+    assert heads["nothing"].null_count() == heads.height
+    assert verify(tmp_path / "out") == []
+    with pytest.raises(Refusal, match=r"needs some of queries, scores, .*; top of mine\.py needs position; correct it"):
+        load_own_file(written(tmp_path / "typo", text.replace("sampled=True", "needs=('position',)")), TABLES)
+
+
 def test_a_missing_file_and_a_column_that_two_files_define_are_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=r"are in a Python file; there is none at nowhere/mine\.py; check the path"):
         plan_run(options(tmp_path, model, "nowhere/mine.py"))
@@ -229,6 +250,7 @@ def test_a_changed_file_is_another_run_and_another_worker(model: Path, tmp_path:
     written(tmp_path / "code", IMPORT + NEAR.format(high=2))
     with pytest.raises(Refusal, match=r"was planned otherwise \(own_statistics: there \['mine\.py sha256:"):
         open_worker(asked)
+    assert planned.lock is not None
     planned.lock.release()
     with pytest.raises(Refusal, match=r"own_statistics: there \['mine\.py sha256:"):
         plan_run(asked)
@@ -253,10 +275,10 @@ def _forgets_row_quantities() -> Iterator[None]:
     """Row quantities of these files would be known to all tests after them."""
     from attlas.extract.engines.quantities import ROW_QUANTITIES
     from attlas.extract.engines.reference import OF_BLOCKS
-    from attlas.extract.tables import own
+    from attlas.extract.tables import own_files
 
     yield
     for names in (ROW_QUANTITIES, OF_BLOCKS):
         for name in [name for name in names if ":" in name]:
             del names[name]
-    own._load.cache_clear()
+    own_files._load.cache_clear()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import Ended
+from tests.flows.conftest import ROOT, Ended
 
 
 def refused(ended: Ended, *words: str) -> None:
@@ -203,6 +203,11 @@ def test_stats_of_a_column_says_what_it_is(attlas: Callable[..., Ended]) -> None
         assert word in out
     assert "measured   by every run" in out and "elsewhere  mean over rows of scipy.stats.entropy(p)" in out
     assert 'example    attlas query DIR "SELECT stack, layer, head, SUM(entropy_nats * query_rows)' in out
+
+
+def test_the_readme_shows_what_stats_prints(attlas: Callable[..., Ended]) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"$ attlas stats mass_previous\n{attlas('stats', 'mass_previous')[1]}```" in readme
 
 
 @pytest.mark.parametrize(
