@@ -13,7 +13,8 @@ import pyarrow as pa
 from attlas.analysis.parts import DamagedPart, common_schema, incompatible_columns, value_kind
 from attlas.analysis.scanning import scan_parts
 from attlas.extract.store import Location, Part, Refusal, Storage, is_key, open_dataset, parts_of
-from attlas.extract.tables import TABLES
+from attlas.extract.tables import TABLES, Table, with_own_columns
+from attlas.extract.tables.own import column_of_facts
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Dataset:
     @property
     def tables(self) -> tuple[str, ...]:
         return tuple(self.manifest["tables"])
+
+    def table(self, name: str) -> Table:
+        """A table of the contract, with the columns of the user's own that this dataset has."""
+        own = [facts for facts in self.manifest.get("own_statistics", ()) if facts["table"] == name]
+        return with_own_columns(TABLES[name], map(column_of_facts, own))
 
     def parts(self, table: str) -> list[Part]:
         """The parts of a table. Raises Refusal for a path outside the dataset and for a table that the run did not write."""
@@ -52,12 +58,12 @@ class Dataset:
     def _read_schema(self, table: str) -> pa.Schema:
         parts = self.parts(table)
         if not parts:
-            return TABLES[table].schema() if table in TABLES else pa.schema([])
+            return self.table(table).schema() if table in TABLES else pa.schema([])
         try:
             schema = common_schema(self.storage, parts)
         except DamagedPart as damage:
             raise self.refusal(str(damage)) from damage
-        wrong = next(incompatible_columns(TABLES[table], schema), None) if table in TABLES else None
+        wrong = next(incompatible_columns(self.table(table), schema), None) if table in TABLES else None
         if wrong:
             raise self.refusal(f"{parts[0].path} is not a part of {table}: {wrong}")
         return schema
@@ -75,14 +81,15 @@ class Dataset:
         dataset lacks are null. NaN and infinities, which no statistic takes, become null unless `finite` is False.
         """
         if table in TABLES and table not in self.manifest["tables"]:
-            return empty_table(table)
+            return empty_table(TABLES[table])
         schema, parts = self.part_schema(table), self.parts(table)
         if not parts:
-            return empty_table(table)
+            return empty_table(TABLES[table])
         rows = scan_parts(self.storage, parts)
         if table not in TABLES:
             return rows.with_columns(cs.categorical().cast(pl.String))
-        wanted = empty_table(table, optional=TABLES[table].optional & set(schema.names)).collect_schema()
+        contract = self.table(table)
+        wanted = empty_table(contract, optional=contract.optional & set(schema.names)).collect_schema()
         return rows.select(_contract_column(name, dtype, schema, finite=finite) for name, dtype in wanted.items())
 
 
@@ -96,8 +103,8 @@ def _contract_column(name: str, dtype: pl.DataType, schema: pa.Schema, *, finite
     return column
 
 
-def empty_table(table: str, *, optional: frozenset[str] = frozenset()) -> pl.LazyFrame:
+def empty_table(table: Table, *, optional: frozenset[str] = frozenset()) -> pl.LazyFrame:
     """A table of the contract, without rows."""
-    frame = pl.from_arrow(pa.Table.from_batches([], TABLES[table].schema(optional=optional)))
+    frame = pl.from_arrow(pa.Table.from_batches([], table.schema(optional=optional)))
     assert isinstance(frame, pl.DataFrame)
     return frame.lazy().with_columns(cs.categorical().cast(pl.String))

@@ -9,22 +9,22 @@ import polars as pl
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.inference import clustered_mean
 from attlas.analysis.weighting import weighted_heads
-from attlas.extract.tables import TABLES
+from attlas.extract.tables import Table
 
 HEAD = ("stack", "layer", "head")
 _CHUNK = 8  # columns at a time; their sums by head and document are held in memory
 
 
-def statistic_columns(table: str, frame: pl.LazyFrame) -> list[str]:
+def statistic_columns(table: Table, frame: pl.LazyFrame) -> list[str]:
     """The statistics of a table that the frame has."""
     present = set(frame.collect_schema().names())
-    return [c.name for c in TABLES[table].facts if c.dtype == "float32" and c.name in present]
+    return [c.name for c in table.facts if c.dtype == "float32" and c.name in present]
 
 
 def head_means(dataset: Dataset, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """Row-weighted mean and interval of the columns (all of them by default), a row per head."""
     frame = weighted_heads(dataset)
-    names = list(columns) if columns is not None else statistic_columns("heads", frame)
+    names = list(columns) if columns is not None else statistic_columns(dataset.table("heads"), frame)
     return means_in_chunks(frame, names, HEAD)
 
 

@@ -10,7 +10,7 @@ from attlas.analysis.naming import model_title
 from attlas.analysis.report.numbers import plural
 from attlas.extract.printable import shorten
 
-_SHOWN_ABOVE = ("model", "corpus", "engine", "device", "dtype", "schema_version")
+_SHOWN_ABOVE = ("model", "corpus", "engine", "device", "dtype", "schema_version", "own_statistics")
 _MAX_LENGTH = 400
 Section = tuple[str, list[tuple[str, str]]]
 
@@ -21,6 +21,7 @@ def describe(manifest: Mapping[str, Any]) -> list[Section]:
         ("Model", _model(manifest)),
         ("Corpus", _corpus(section(manifest, "corpus"))),
         ("Measurement", _measurement(manifest)),
+        ("Your own statistics", _own_statistics(manifest)),
         ("Tables", _tables(section(manifest, "tables"))),
         ("Software", [(n, format_value(version)) for n, version in sorted(section(manifest, "software").items())]),
     ]
@@ -115,6 +116,11 @@ def _measurement(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("padded positions", f"{waste:.1%}"))
     run = {name: value for name, value in section(manifest, "run").items() if name not in _SHOWN_ABOVE}
     return rows + [(f"run: {name.replace('_', ' ')}", format_value(value)) for name, value in sorted(run.items())]
+
+
+def _own_statistics(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    columns = manifest.get("own_statistics") or []
+    return [(f"{c['table']}.{c['name']}", format_value(f"{c['formula']}, by {c['origin']}")) for c in columns]
 
 
 def _tables(tables: Mapping[str, Any]) -> list[tuple[str, str]]:

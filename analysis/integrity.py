@@ -70,7 +70,9 @@ def check_file(dataset: Dataset, table: str, part: Part) -> Iterator[Finding]:
     if names is not None and footer.schema.names != names:
         yield Finding(part.path, "schema", "its columns are not those that the manifest lists")
     if table in TABLES:
-        yield from (Finding(part.path, "schema", text) for text in _schema_differences(TABLES[table], footer.schema))
+        yield from (
+            Finding(part.path, "schema", text) for text in _schema_differences(dataset.table(table), footer.schema)
+        )
 
 
 def _check_bytes(storage: Storage, part: Part, size: int) -> Iterator[Finding]:

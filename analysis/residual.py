@@ -18,7 +18,7 @@ def residual_through_depth(dataset: Dataset, columns: tuple[str, ...] | None = N
     `depth` counts the sites of a stack from 0.
     """
     frame = weighted_residual(dataset)
-    names = list(columns) if columns is not None else statistic_columns("residual", frame)
+    names = list(columns) if columns is not None else statistic_columns(dataset.table("residual"), frame)
     means = means_in_chunks(frame, names, SITE)
     order = pl.col("site").replace_strict(
         list(SITES), list(range(len(SITES))), default=len(SITES), return_dtype=pl.Int32

@@ -16,8 +16,8 @@ from attlas.analysis.report.numbers import plural
 from attlas.analysis.scanning import scan_parts
 from attlas.extract.store import Part
 from attlas.extract.tables import Table
+from attlas.extract.tables.column import BOUND_TOLERANCE
 
-BOUND_TOLERANCE = 1e-4  # of float32 means; relative to bounds beyond ±1
 _ROW = "|row"
 _SHARD = re.compile(r"shard-(\d+)\.parquet$")
 

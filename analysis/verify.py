@@ -53,9 +53,9 @@ def _check_rows(dataset: Dataset, intact: Mapping[str, list[Part]]) -> Iterator[
         if name not in TABLES:
             continue
         for part in parts:
-            yield from _catch_read_errors(part.path, check_part(dataset, TABLES[name], part, sequences))
+            yield from _catch_read_errors(part.path, check_part(dataset, dataset.table(name), part, sequences))
         if is_intact(dataset, intact, name):
-            yield from _catch_read_errors(name, check_table(dataset, TABLES[name], intact))
+            yield from _catch_read_errors(name, check_table(dataset, dataset.table(name), intact))
 
 
 def _catch_read_errors(part: str, findings: Iterator[Finding]) -> Iterator[Finding]:

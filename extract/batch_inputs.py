@@ -11,7 +11,8 @@ import pyarrow as pa
 import torch
 from jaxtyping import Int
 
-from attlas.extract.capture.runtime.batch import Batch, Tokens
+from attlas.extract.capture.runtime.batch import Batch, Needle, Tokens
+from attlas.extract.corpus.generated import IN_ANSWER, IN_NEEDLE
 from attlas.extract.engines.visibility import right_padded_axis
 from attlas.extract.instrument import Instrument
 from attlas.extract.model.inputs import MASK_OF
@@ -21,11 +22,14 @@ from attlas.extract.model.special_tokens import SpecialTokens
 
 
 class SequenceInput(NamedTuple):
-    """A sequence: its length in tokens, its token ids or the name and SHA-256 of its image, whether it is in the sample."""
+    """A sequence: its length in tokens, its token ids or the name and SHA-256 of its image, whether it is in the sample, and
+    the marks of its tokens if its corpus has marks.
+    """
 
     tokens: int
     content: Any
     in_sample: bool = True
+    marks: np.ndarray | None = None
 
 
 def sequence_inputs(instrument: Instrument, sequences: pa.Table, *, sample: int | None) -> list[SequenceInput]:
@@ -33,7 +37,10 @@ def sequence_inputs(instrument: Instrument, sequences: pa.Table, *, sample: int 
     sample = len(sequences) if sample is None else sample
     if instrument.measured_model.images is None:
         ids = (np.asarray(row.as_py(), np.int64) for row in sequences["token_ids"])
-        return [SequenceInput(len(row), row, place < sample) for place, row in enumerate(ids)]
+        marks = [None] * len(sequences)
+        if "marks" in sequences.column_names:
+            marks = [np.asarray(row.as_py(), np.int8) for row in sequences["marks"]]
+        return [SequenceInput(len(row), row, place < sample, marks[place]) for place, row in enumerate(ids)]
     rows = zip(*(sequences[name].to_pylist() for name in ("tokens", "image", "sha256")), strict=True)
     return [
         SequenceInput(tokens, (image, sha256), place < sample) for place, (tokens, image, sha256) in enumerate(rows)
@@ -44,7 +51,10 @@ def batch_inputs(instrument: Instrument, sequences: Sequence[SequenceInput]) -> 
     """The keyword arguments of the model's forward, and what the capture needs to know about the batch."""
     content = [sequence.content for sequence in sequences]
     images = instrument.measured_model.images
-    inputs, batch = _text_batch(instrument, content) if images is None else _image_batch(instrument, images, content)
+    marks = [sequence.marks for sequence in sequences if sequence.marks is not None]
+    inputs, batch = (
+        _text_batch(instrument, content, marks) if images is None else _image_batch(instrument, images, content)
+    )
     sample = np.array([sequence.in_sample for sequence in sequences])
     return inputs, replace(batch, sample=_to_device(instrument.encoder.device, sample))
 
@@ -59,8 +69,10 @@ def _image_batch(
     return {name: tensor}, Batch(len(rows), grids=images.grids)
 
 
-def _text_batch(instrument: Instrument, rows: list[np.ndarray]) -> tuple[dict[str, Any], Batch]:
-    """Token ids, padded on the right, with masks and token types."""
+def _text_batch(
+    instrument: Instrument, rows: list[np.ndarray], marks: list[np.ndarray]
+) -> tuple[dict[str, Any], Batch]:
+    """Token ids, padded on the right, with masks and token types; `marks` are those of the rows, if they have any."""
     encoder, measured_model = instrument.encoder, instrument.measured_model
     tokens = max(len(row) for row in rows)
     padding = encoder.tokenizer.pad_token_id
@@ -69,9 +81,9 @@ def _text_batch(instrument: Instrument, rows: list[np.ndarray]) -> tuple[dict[st
     for place, row in enumerate(rows):
         ids[place, : len(row)], is_token[place, : len(row)] = row, 1
     id_tensor, mask = _to_device(encoder.device, ids), _to_device(encoder.device, is_token)
-    columns = {}
+    columns: dict[str, Any] = {"needle": _needle(marks, tokens, encoder.device)} if marks else {}
     if instrument.classes is not None:
-        columns = {
+        columns |= {
             "ids": id_tensor,
             "classes": _to_device(encoder.device, instrument.classes[ids].astype(np.int64)),
         }
@@ -86,6 +98,14 @@ def _text_batch(instrument: Instrument, rows: list[np.ndarray]) -> tuple[dict[st
     if _uses_cache(measured_model.model):
         inputs["use_cache"] = False  # for tokens that never come
     return inputs, Batch(len(rows), texts)
+
+
+def _needle(marks: list[np.ndarray], tokens: int, device: torch.device) -> Needle:
+    """The tokens of needles and answers."""
+    padded = np.stack([np.pad(row, (0, tokens - len(row))) for row in marks])
+    keys, answer = padded == IN_NEEDLE, padded == IN_ANSWER
+    places = np.flatnonzero(answer.any(0))
+    return Needle(_to_device(device, keys), _to_device(device, answer), slice(int(places[0]), int(places[-1]) + 1))
 
 
 def _uses_cache(model: torch.nn.Module) -> bool:

@@ -18,7 +18,7 @@ from attlas.extract.engines.observations import HeadObservation, ResidualObserva
 from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact
 from attlas.extract.engines.stream_profiles import SiteSums
 from attlas.extract.engines.sums import HeadSums
-from attlas.extract.tables import TABLES, Columns, Recorder, Scope, Table, needs_of
+from attlas.extract.tables import TABLES, Columns, Recorder, Scope, Table, needs_of, with_own_columns
 
 _Kept = tuple[Recorder, Any, dict[str, Tensor]]
 
@@ -140,9 +140,9 @@ def open_collector(
     recorders = []
     for name, of_table in chosen.items():
         scope = Scope(sequence_ids, document_ids, of_table, needs, model, layout, shard, edges)
-        recorder = TABLES[name].recorder
-        assert recorder is not None, f"{name} is recorded"
-        recorders.append(recorder(TABLES[name], scope))
+        table = with_own_columns(TABLES[name], of_table)
+        assert table.recorder is not None, f"{name} is recorded"
+        recorders.append(table.recorder(table, scope))
     return Collector(recorders, needs, sequences=len(sequence_ids))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attlas.extract.tables import TABLES, Column, Table
+from attlas.extract.tables.description import OTHER, PATTERNS, example_of, grouped, known_text, measured_when
 
 _GROUND_RULES = """\
 A sequence has n real tokens; padding is neither query nor key. Positions i (query) and j (key) count the real tokens from
@@ -27,6 +28,17 @@ Float32 columns agree with their formula in float64, on the pattern the model re
 relative, whichever is larger (float32 models). null means undefined; NaN and infinities never occur.
 """
 
+_READING = (
+    """\
+`attlas stats NAME` shows a column's entry by itself, and `attlas stats --format json` all of them for machines. Known values are those
+of a pattern over n tokens (tests compare each with what the code computes): """
+    + "; ".join(
+        f"**{name}**" + {"uniform": " (all of n keys)", "causal uniform": " (row i evenly on keys 0…i)"}.get(name, "")
+        for name in PATTERNS.values()
+    )
+    + ". h = 1 + 1/2 + … + 1/n.\n"
+)
+
 _PRIVACY = """\
 A dataset contains no text and no token ids unless asked for (`--tokens ids` or `text`). A document's `digest` is keyed with
 a secret, and null without one. The manifest's corpus digest is unkeyed unless a key is given: it shows whether two runs read
@@ -42,6 +54,8 @@ def data_dictionary() -> str:
         "Written by `make dictionary` from the tables in `extract/tables/`; do not edit.",
         "## Ground rules",
         _GROUND_RULES,
+        "## How to read an entry",
+        _READING,
         "## Privacy",
         _PRIVACY,
         *(_table_section(t) for t in TABLES.values()),
@@ -70,6 +84,10 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
         ("engine", f"{manifest['engine']} on {manifest['device']}, {manifest['dtype']}"),
         ("residual", _escape(model["residual"])),
     ]
+    facts += [
+        (f"{own['table']}.{own['name']}", f"{_escape(own['formula'])} (by {_escape(own['origin'])})")
+        for own in manifest.get("own_statistics", ())
+    ]
     parts = [
         "---\nconfigs:\n" + "\n".join(configs) + "\ntags:\n- attention\n- interpretability\n---",
         "# Attention statistics",
@@ -90,7 +108,9 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
 
 
 def _sequence_facts(manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """(label, text) on what a sequence is: a window of a text, or an image."""
+    """(label, text) on what a sequence is: a window of a text, a document of a generated corpus, or an image."""
+    if "blocks" in manifest["run"]:
+        return "sequences", _generated_facts(manifest["run"])
     if "images" not in manifest:
         return "windows", f"{manifest['run']['max_length']} tokens, overlapping by {manifest['run']['stride']}"
     images = manifest["images"]
@@ -99,6 +119,14 @@ def _sequence_facts(manifest: Mapping[str, Any]) -> tuple[str, str]:
         "images",
         f"{' × '.join(map(str, images['pixels']))} pixels by {images['preprocessor']}, {images['tokens']} tokens each{grids}",
     )
+
+
+def _generated_facts(run: Mapping[str, Any]) -> str:
+    if "depths" in run:
+        depths = ", ".join(map(str, run["depths"]))
+        what = f"a haystack of {run['length']} tokens with a needle at {depths} %, a question and its answer"
+        return f"{what}; {run['blocks']} documents at each depth by seed {run['seed']}"
+    return f"a block of {run['length']} random tokens, twice; {run['blocks']} blocks by seed {run['seed']}"
 
 
 def _layers_and_heads(stacks: Sequence[Mapping[str, Any]]) -> str:
@@ -112,18 +140,36 @@ def _layers_and_heads(stacks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table_section(table: Table) -> str:
-    optional = {c.name for c in table.columns if c.name in table.optional}
-    rows = [_column_row(c, on_request=c.name in optional) for c in table.columns]
     order = ", ".join(f"`{n}`" for n in table.order)
     title = f"## `{table.name}`: one row per {table.row}\n\nSorted by {order} within a part."
-    columns = _markdown_table(("column", "type", "unit", "bounds", "formula", "meaning"), rows)
-    return "\n\n".join(part for part in (title, columns, table.notes) if part)
+    first = next(iter(table.facts), table.keys[0])
+    example = f'For example:\n\n```\nattlas query DIR "{example_of(table, first)}"\n```'
+    groups = grouped(table.facts)
+    if set(groups) == {OTHER}:
+        columns = [_columns_section(table, table.columns)]
+    else:
+        columns = [_columns_section(table, table.keys)]
+        columns += [f"### {table.name}: {g}\n\n{_columns_section(table, c)}" for g, c in groups.items()]
+    return "\n\n".join(part for part in (title, example, *columns, table.notes) if part)
 
 
-def _column_row(column: Column, *, on_request: bool) -> tuple[str, ...]:
-    kind = column.dtype + ("" if not column.nullable else ", nullable") + (", on request" if on_request else "")
+def _columns_section(table: Table, columns: Sequence[Column]) -> str:
+    """A table of columns; what none of them has is left out."""
+    header = ("column", "type", "unit", "bounds", "formula", "known values", "measured", "meaning")
+    rows = [_column_row(table, column) for column in columns]
+    kept = [
+        n for n, name in enumerate(header) if name not in ("unit", "bounds", "known values") or any(r[n] for r in rows)
+    ]
+    return _markdown_table(tuple(header[n] for n in kept), [tuple(row[n] for n in kept) for row in rows])
+
+
+def _column_row(table: Table, column: Column) -> tuple[str, ...]:
+    kind = column.dtype + ("" if not column.nullable else ", nullable")
     meaning = column.meaning + (f" ({column.reference})" if column.reference else "")
-    return (f"`{column.name}`", kind, column.unit, column.bounds_text, column.formula, meaning)
+    if column.elsewhere:
+        meaning += f" Elsewhere: {column.elsewhere}."
+    facts = (column.unit, column.bounds_text, column.formula, known_text(column), measured_when(table, column), meaning)
+    return (f"`{column.name}`", kind, *facts)
 
 
 def _markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

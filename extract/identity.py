@@ -17,7 +17,19 @@ from attlas.extract.store import Identity
 from attlas.extract.tables import SCHEMA_VERSION, TABLES, columns_beyond_core
 
 # options that do not change the dataset, or are represented by what they stand for
-_NOT_IN_RECIPE = {"out", "corpus", "model", "digest_key", "device", "dtype", "engine"}
+_NOT_IN_RECIPE = {
+    "out",
+    "corpus",
+    "model",
+    "digest_key",
+    "device",
+    "dtype",
+    "engine",
+    "seed",
+    "blocks",
+    "length",
+    "depths",
+}
 
 
 def identity_of(options: RunOptions, instrument: Instrument, corpus: Corpus, *, batch_tokens: int) -> Identity:
@@ -28,18 +40,30 @@ def identity_of(options: RunOptions, instrument: Instrument, corpus: Corpus, *, 
 
 def recipe_of(options: RunOptions, instrument: Instrument, *, batch_tokens: int) -> dict[str, Any]:
     """Everything besides the corpus that decides what is written: model, tokenizer, settings, tables, versions."""
-    encoder = instrument.encoder
-    return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _NOT_IN_RECIPE} | {
-        "schema_version": SCHEMA_VERSION,
-        "attlas": software_version("attlas"),
-        "model": encoder.name,
-        "revision": encoder.revision,
-        **instrument.digests,
-        "statistics": columns_beyond_core(TABLES.values(), instrument.columns),
-        "max_length": instrument.max_length,
-        "batch_tokens": batch_tokens,
-        "device": encoder.device.type,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-        "engine": instrument.engine.name,
-        "digest_keyed": options.digest_key is not None,
-    }
+    encoder, generation = instrument.encoder, options.generation
+    of_corpus = {} if generation is None else generation.recipe
+    return (
+        of_corpus
+        | _own_statistics(instrument)
+        | {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _NOT_IN_RECIPE}
+        | {
+            "schema_version": SCHEMA_VERSION,
+            "attlas": software_version("attlas"),
+            "model": encoder.name,
+            "revision": encoder.revision,
+            **instrument.digests,
+            "statistics": columns_beyond_core(TABLES.values(), instrument.columns),
+            "max_length": instrument.max_length,
+            "batch_tokens": batch_tokens,
+            "device": encoder.device.type,
+            "dtype": str(encoder.dtype).removeprefix("torch."),
+            "engine": instrument.engine.name,
+            "digest_keyed": options.digest_key is not None,
+        }
+    )
+
+
+def _own_statistics(instrument: Instrument) -> dict[str, Any]:
+    """The files with statistics of the user's own, and their SHA-256."""
+    origins = {column.origin for chosen in instrument.columns.values() for column in chosen if column.origin}
+    return {"own_statistics": sorted(origins)} if origins else {}

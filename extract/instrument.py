@@ -12,6 +12,7 @@ from attlas.extract.engines import Engine, choose
 from attlas.extract.errors import Refusal
 from attlas.extract.memory import keep_freed_memory, tokens_that_fit
 from attlas.extract.model.encoder import Encoder, load_encoder
+from attlas.extract.model.id_documents import longest_sequence
 from attlas.extract.model.images import processor_digest
 from attlas.extract.model.measured_model import MeasuredModel, examine_image_model, examine_text_model
 from attlas.extract.model.token_classes import token_classes
@@ -64,7 +65,7 @@ def open_instrument(options: RunOptions, *, images: Path | None, progress: Progr
     images: the folder of an image corpus; None for texts.
     """
     progress("model", 0, None)
-    columns = measured_columns(options.statistics)
+    columns = measured_columns(options.statistics, corpus=options.corpus)
     encoder = load_encoder(
         options.model,
         device=options.device,
@@ -97,7 +98,9 @@ def _max_length(options: RunOptions, encoder: Encoder, measured_model: MeasuredM
     """The length of the longest sequence: the user's, or the model's own."""
     if measured_model.images is not None:
         return measured_model.images.preprocessing.tokens
-    limit, asked = encoder.max_positions, options.max_length
+    limit, asked, generation = encoder.max_positions, options.max_length, options.generation
+    if generation is not None:
+        return longest_sequence(generation, encoder.tokenizer, limit=limit)
     if asked is None:
         return encoder.default_length
     if limit is not None and asked > limit:

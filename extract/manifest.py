@@ -13,7 +13,7 @@ from attlas.extract.model.token_classes import class_sizes
 from attlas.extract.plan import Plan, planned_schema
 from attlas.extract.software import software_version
 from attlas.extract.store import Identity, ShardRecord
-from attlas.extract.tables import SCHEMA_VERSION, TABLES
+from attlas.extract.tables import SCHEMA_VERSION, TABLES, own_facts
 
 if TYPE_CHECKING:
     from attlas.extract.capture.layout import Attention
@@ -47,6 +47,7 @@ def draft_manifest(identity: Identity, instrument: Instrument, plan: Plan) -> di
         "device": recipe["device"],
         "dtype": recipe["dtype"],
         "shards": plan.shards,
+        **({"own_statistics": own} if (own := own_facts(instrument.columns)) else {}),
         "tables": {name: {"columns": names} for name, names in _columns(recipe, instrument).items()},
     }
 

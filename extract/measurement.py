@@ -62,7 +62,8 @@ def measure(
     encoder–decoder model without `decoder_input_ids` is measured by its encoder alone.
     tables: the names of those to measure; by default all that are not on request and not static, which take seconds and do not
     depend on the batch (`weights`, `norms`, `compositions`). Nothing else is computed.
-    statistics: `core`, `all`, or the names of columns to measure besides the core, such as `query_norm`.
+    statistics: `core`, `all`, or the names of columns to measure besides the core, such as `query_norm`, and of .py files with
+    columns of your own.
 
     `sequence_id` is the row of the batch. Columns that need the tokenizer (the token classes) are absent without one.
     `residual` is absent where the model's stream could not be read exactly. Raises Refusal for inputs that cannot be

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from attlas.extract.corpus import Corpus, open_corpus
+from attlas.extract.corpus.generated import Generation, generation_of
 from attlas.extract.errors import Refusal
 from attlas.extract.model.folder import check_model_name
 from attlas.extract.model.measured_model import Stacks
@@ -29,10 +30,16 @@ class RunOptions:
     stride: int = 0
     limit: int | None = None
     tokens: TokenMode = "classes"
-    statistics: str | Collection[str] = "core"  # core, all, or names of tables and columns to measure as well
+    statistics: str | Collection[str] = (
+        "core"  # core, all, or names of tables, columns and .py files to measure as well
+    )
     sample: int = 8  # sequences of each shard for which sampled columns are measured
     edges: int = 8  # strongest keys of each query, if the table edges is asked for
     stacks: Stacks = "encoder"  # of an encoder–decoder model
+    seed: int | None = None  # of a generated corpus, as the next three
+    blocks: int | None = None  # documents; of needle, at each depth
+    length: int | None = None  # tokens of a block, or of a haystack
+    depths: str | Collection[int] | None = None  # where needles are, in percent
     text_column: str = "text"
     unit: Literal["document", "paragraph", "line"] = "document"
     delimiter: str | None = None  # default: a comma for CSV, a tab for TSV
@@ -46,6 +53,11 @@ class RunOptions:
     strict: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+
+    @property
+    def generation(self) -> Generation | None:
+        """How the corpus is made, if it is a generated one. Raises Refusal."""
+        return generation_of(self.corpus, seed=self.seed, blocks=self.blocks, length=self.length, depths=self.depths)
 
 
 def check_options(options: RunOptions) -> Corpus:
@@ -62,7 +74,7 @@ def check_options(options: RunOptions) -> Corpus:
         value = getattr(options, name)
         if value is not None and value < lowest:
             raise Refusal(f"{name} must be at least {lowest}; got {value}; give a larger number")
-    measured_columns(options.statistics)
+    measured_columns(options.statistics, corpus=options.corpus)
     check_model_name(options.model, trust_remote_code=options.trust_remote_code)
     read_key(options.digest_key)
     store = Store.at(options.out)
@@ -74,11 +86,17 @@ def check_options(options: RunOptions) -> Corpus:
         unit=options.unit,
         delimiter=options.delimiter,
         encoding=options.encoding,
+        seed=options.seed,
+        blocks=options.blocks,
+        length=options.length,
+        depths=options.depths,
         limit=options.limit,
         strict=options.strict,
     )
     if corpus.has_images:
         _refuse_text_options(options)
+    if corpus.generation is not None:
+        _refuse_window_options(options)
     return corpus
 
 
@@ -94,6 +112,16 @@ def read_key(path: Path | None) -> bytes | None:
     if len(key) < 16:
         raise Refusal(f"a digest key has at least 16 bytes; {path} has {len(key)}; make one of 32 random bytes")
     return key
+
+
+def _refuse_window_options(options: RunOptions) -> None:
+    """Raise Refusal for options about windows, which a generated corpus does not have."""
+    given = [f"--{name.replace('_', '-')}" for name in ("max_length", "stride") if getattr(options, name)]
+    if given:
+        raise Refusal(
+            f"a document of {options.corpus} is one sequence, whose length is that of the corpus; {', '.join(given)} can't be "
+            "asked of it; use --length"
+        )
 
 
 def _refuse_text_options(options: RunOptions) -> None:

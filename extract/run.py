@@ -22,10 +22,12 @@ from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.identity import identity_of, recipe_of
 from attlas.extract.instrument import Instrument, open_instrument
 from attlas.extract.manifest import complete_manifest, draft_manifest
+from attlas.extract.model.id_documents import id_documents
 from attlas.extract.options import Progress, RunOptions, check_options, read_key
 from attlas.extract.plan import (
     Plan,
     load_plan,
+    make_id_plan,
     make_image_plan,
     make_plan,
     planned_tables,
@@ -249,18 +251,22 @@ def _make_plan(planned: PlannedRun, corpus: Corpus, progress: Callable[[int, int
         "storage": planned.store.storage,
         "shard_sequences": options.shard_sequences,
         "digest_key": read_key(options.digest_key),
-        "strict": options.strict,
         "progress": progress,
     }
     images = instrument.measured_model.images
     if images is not None:
-        return make_image_plan(corpus, images.preprocessing, **common)
+        return make_image_plan(corpus, images.preprocessing, strict=options.strict, **common)
+    tokenizer, keep_text = instrument.encoder.tokenizer, options.tokens == "text"
+    if corpus.generation is not None:
+        documents = id_documents(corpus.generation, tokenizer)
+        return make_id_plan(documents, tokenizer, limit=corpus.limit, keep_text=keep_text, **common)
     return make_plan(
         corpus,
-        instrument.encoder.tokenizer,
+        tokenizer,
         max_length=instrument.max_length,
         stride=options.stride,
-        keep_text=options.tokens == "text",
+        keep_text=keep_text,
+        strict=options.strict,
         **common,
     )
 

@@ -17,6 +17,7 @@ def refuse_bad_paths(run: Run, *, run_file: Path | None = None) -> None:
     # before the other checks, which would report an output folder in the wrong place less clearly
     refuse_overlaps(run, run_file=run_file)
     refuse_bad_corpus(run)
+    refuse_missing_statistics(run.statistics)
     refuse_missing_model(run.model, trust_remote_code=run.trust_remote_code)
     if run.digest_key is not None:
         refuse_missing_key(run.digest_key)
@@ -35,11 +36,22 @@ def refuse_bad_corpus(run: Run) -> None:
         unit=run.unit,
         delimiter=run.delimiter,
         encoding=run.encoding,
+        seed=run.seed,
+        blocks=run.blocks,
+        length=run.length,
+        depths=run.depths,
         limit=run.limit,
         strict=run.strict,
     )
     if run.digest_key is not None:
         refuse_key_in_corpus(run.digest_key, run.corpus, [name for name, _ in corpus.files])
+
+
+def refuse_missing_statistics(statistics: str) -> None:
+    """Raise Refusal for a file with statistics of the user's own that does not exist. The run itself reads it."""
+    for name in map(str.strip, statistics.split(",")):
+        if name.endswith(".py") and not Path(name).expanduser().is_file():
+            raise Refusal(f"statistics of your own are in a Python file; there is none at {name}; check the path")
 
 
 def refuse_missing_model(model: str, *, trust_remote_code: bool = False) -> None:

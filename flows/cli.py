@@ -226,18 +226,20 @@ def verify(dataset: Dataset) -> None:
 
 @app.command()
 def stats(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A column or a table. [default: all]")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="A column, TABLE.COLUMN, a table, or a .py file of your own. [default: all]"
+        ),
+    ] = None,
+    *,
+    form: Annotated[str, typer.Option("--format", metavar="text|json", help="The output format.")] = "text",
 ) -> None:
-    """Show the catalogue of columns: formula, unit, bounds and reference."""
+    """Show the catalogue of columns: formula, unit, bounds, known values, cost, reference and an example query."""
     from attlas.extract.tables import TABLES
-    from attlas.flows.catalogue import describe_column, list_columns
+    from attlas.flows.catalogue import show_catalogue
 
-    if name is None:
-        list_columns(TABLES.values())
-    elif name in TABLES:
-        list_columns([TABLES[name]])
-    else:
-        describe_column(name, TABLES.values())
+    show_catalogue(name, list(TABLES.values()), form=form)
 
 
 @app.command()

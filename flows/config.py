@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from attlas.extract.options import RunOptions
 
-BUILT_IN = ("demo", "random-repeats")
+BUILT_IN = ("demo", "random-repeats", "needle")
 
 # strict, so that TOML's `true` and a quoted "3" are not valid counts
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -49,7 +49,7 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         BeforeValidator(_readable),
         Field(
             min_length=1,
-            description="a text, JSONL, CSV, Parquet or image file, a folder or glob of them, hub:NAME, or demo",
+            description="a text, JSONL, CSV, Parquet or image file, a folder or glob of them, hub:NAME, demo, random-repeats or needle",
         ),
     ]
     out: Annotated[Path, Field(description="the folder for the dataset: new, empty, or with this same run")]
@@ -71,7 +71,8 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         str,
         Field(
             min_length=1,
-            description="what to measure: core, all, or names of columns and tables besides the core, separated by commas",
+            description="what to measure: core, all, or besides the core names of columns and tables and .py files with columns of "
+            "your own, separated by commas",
         ),
     ] = "core"
     sample: Annotated[
@@ -84,6 +85,29 @@ class Run(BaseModel, frozen=True, extra="forbid"):
             description="the stacks of an encoder–decoder model to measure; all: with the same tokens for the decoder"
         ),
     ] = "encoder"
+    seed: Annotated[
+        int | None,
+        Field(strict=True, ge=0, description="of random-repeats and needle: which documents are made; 0 by default"),
+    ] = None
+    blocks: Annotated[
+        Count | None,
+        Field(
+            description="of random-repeats: documents, 64 by default; of needle: documents at each depth, 8 by default"
+        ),
+    ] = None
+    length: Annotated[
+        Count | None,
+        Field(
+            description="of random-repeats: tokens of a block, 64 by default; of needle: tokens of a haystack, 256 by default"
+        ),
+    ] = None
+    depths: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="of needle: where the needles are, in percent, separated by commas; 0,25,50,75,100 by default",
+        ),
+    ] = None
     text_column: Annotated[
         str,
         Field(min_length=1, description="the column or key with a document's text; meta.text for a nested one"),
@@ -191,6 +215,10 @@ def _relative_to_run_file(name: str, value: Any, folder: Path) -> Any:
     """The value, resolved against the run file's folder if it is a path."""
     if not isinstance(value, str):
         return value
+    if name == "statistics":
+        return ",".join(
+            str(folder / Path(n.strip()).expanduser()) if n.endswith(".py") else n for n in value.split(",")
+        )
     path = folder / Path(value).expanduser()
     if name in ("out", "digest_key"):
         return str(path)

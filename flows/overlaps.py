@@ -8,17 +8,20 @@ from itertools import takewhile
 from pathlib import Path
 
 from attlas.extract.errors import Refusal
-from attlas.flows.config import Run
+from attlas.flows.config import BUILT_IN, Run
 
 
 def refuse_overlaps(run: Run, *, run_file: Path | None = None) -> None:
     """Refuse an output folder from which the run would read, or that would be read as its corpus."""
     out = run.out.resolve()
     model = Path(run.model.rpartition(":")[0] if ".py:" in run.model else run.model)
-    for what, path in {"model": model, "run file": run_file, "digest key": run.digest_key}.items():
+    own = [
+        ("file of statistics", Path(name.strip())) for name in run.statistics.split(",") if name.strip().endswith(".py")
+    ]
+    for what, path in (("model", model), ("run file", run_file), ("digest key", run.digest_key), *own):
         if path is not None and path.exists() and path.resolve().is_relative_to(out):
             raise Refusal(f"the {what} must stay out of the dataset; {path} lies inside {run.out}; move it elsewhere")
-    if run.corpus != "demo" and not run.corpus.startswith("hub:"):
+    if run.corpus not in BUILT_IN and not run.corpus.startswith("hub:"):
         _refuse_corpus(run, out)
 
 

@@ -19,6 +19,7 @@ from importlib import import_module
 
 import torch
 import attlas
+import attlas.statistics
 from transformers import BertConfig, BertModel
 
 assert {import_module(name).WHOSE for name in ("analysis", "extract", "flows")} == {"the notebook's"}
@@ -88,7 +89,11 @@ def research(tmp_path: Path) -> Path:
 
 def test_the_wheel_holds_every_module_and_page_exactly_once(wheel: Path) -> None:
     files = [file for package in PACKAGES for file in (ROOT / package).rglob("*") if file.is_file()]
-    ours = ["attlas/__init__.py", *(f"attlas/{f.relative_to(ROOT)}" for f in files if f.parent.name != "__pycache__")]
+    ours = [
+        "attlas/__init__.py",
+        "attlas/statistics.py",
+        *(f"attlas/{f.relative_to(ROOT)}" for f in files if f.parent.name != "__pycache__"),
+    ]
     names = zipfile.ZipFile(wheel).namelist()
     assert sorted(name for name in names if ".dist-info/" not in name) == sorted(ours)
     assert {Path(name).suffix for name in ours} == {".py", ".html", ".css", ".js", ".toml"}

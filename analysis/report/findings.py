@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -173,6 +174,25 @@ def kind_sentence(content: Content) -> str:
     )
 
 
+def _notes_on_generated_corpus(run: Mapping[str, Any], *, tokens: int) -> Iterator[str]:
+    """What the corpora `random-repeats` and `needle` permit to conclude; nothing for other corpora."""
+    if "blocks" not in run or not tokens:
+        return
+    if "depths" in run:
+        yield (
+            "The corpus is needle: made-up sentences of few words. Same-token and induction are measured on their "
+            "repetitions; retrieval_score says which heads look at the needle while the answer is read."
+        )
+        return
+    half = percent(run["length"] / tokens)
+    yield (
+        "The corpus is random-repeats: every block of random tokens comes twice, so that the kinds same-token and induction "
+        f"are measured where they are defined. Only the second copy follows an earlier one: mass_induction can reach {half} of "
+        f"a head's attention, and so can mass_same_token where tokens do not see later ones; their thresholds of {percent(0.25)} "
+        f"are about half of that. An even head would have less than {percent(1 / tokens)} of either, by chance."
+    )
+
+
 def notes(content: Content) -> list[str]:
     """Caveats for the reader of the numbers."""
     low, high = content.sequence_tokens
@@ -186,6 +206,7 @@ def notes(content: Content) -> list[str]:
             f"Sequences hold {count(low)} to {plural(high, 'token')}. A short sequence bounds entropy in nats and distance in "
             "tokens; the normalised columns and the strata by length compare like with like."
         )
+    texts += _notes_on_generated_corpus(section(content.manifest, "run"), tokens=high)
     dropped = section(content.manifest, "corpus").get("dropped") or {}
     if dropped:
         reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items()))

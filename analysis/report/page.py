@@ -89,6 +89,7 @@ TABLE_COLUMNS = (
     "mass_same_token",
     "mutual_information_nats",
     "output_norm",
+    "retrieval_score",
 )
 
 
@@ -232,8 +233,9 @@ def _missing_shape_reason(content: Content, stack: str) -> str:
 
 
 def _heads_table(content: Content) -> dict[str, Any]:
-    units = {c.name: c.unit for c in TABLES["heads"].facts}
-    columns = [c for c in TABLE_COLUMNS if has_values(content.heads, c)]
+    own = [c for c in content.manifest.get("own_statistics", ()) if c["table"] == "heads"]
+    units = {c.name: c.unit for c in TABLES["heads"].facts} | {c["name"]: c["unit"] for c in own}
+    columns = [c for c in (*TABLE_COLUMNS, *(c["name"] for c in own)) if has_values(content.heads, c)]
     rows = [
         {
             "id": row["id"],
@@ -281,7 +283,9 @@ def _formulas(content: Content) -> list[tuple[str, str, str, str, str]]:
     heads = [("heads", c) for c in TABLES["heads"].facts if c.name in used and has_values(content.heads, c.name)]
     panels = {column for column, _, _ in RESIDUAL_PANELS}
     residual = [("residual", c) for c in TABLES["residual"].facts if c.name in panels]
-    return [(f"{table}.{c.name}", c.formula, c.unit, c.meaning, c.reference) for table, c in heads + residual]
+    formulas = [(f"{table}.{c.name}", c.formula, c.unit, c.meaning, c.reference) for table, c in heads + residual]
+    own = content.manifest.get("own_statistics", ())
+    return formulas + [(f"{c['table']}.{c['name']}", c["formula"], c["unit"], c["meaning"], c["origin"]) for c in own]
 
 
 def _color_ramp(stops: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from attlas.extract.corpus.generated import Generation
 from attlas.extract.errors import Refusal
 
 
@@ -24,12 +25,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, read lazily; can be iterated repeatedly."""
+    """Documents in a fixed order, read lazily; can be iterated repeatedly. Those of a generated corpus depend on a tokenizer."""
 
     name: str
     files: tuple[tuple[str, int], ...]
     read: Callable[[], Iterator[Document]] = field(repr=False)
     folder: Path | None = None  # that contains the images; None for texts
+    generation: Generation | None = None  # how a generated corpus is made; it has nothing to read
     limit: int | None = None
     strict: bool = False
 

@@ -77,7 +77,7 @@ def local_files(corpus: str) -> LocalFiles:
         name = readable_name(pattern.as_posix()) if name == readable_name(path.name) else name
     else:
         raise Refusal(
-            f"a corpus is demo, hub:NAME, a file, a folder or a glob; there is no {display_name!r}; check the name"
+            f"a corpus is demo, random-repeats, needle, hub:NAME, a file, a folder or a glob; there is no {display_name!r}; check the name"
         )
     if not matches.sizes:
         raise Refusal(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
 from attlas.extract.corpus.columns import check_column
@@ -11,6 +11,7 @@ from attlas.extract.corpus.compression import READ_ERRORS
 from attlas.extract.corpus.delimited import check_delimited, delimited_documents
 from attlas.extract.corpus.documents import Corpus, Document
 from attlas.extract.corpus.files import IMAGES, CorpusFile, LocalFiles, local_files
+from attlas.extract.corpus.generated import generation_of
 from attlas.extract.corpus.hub import demo_documents, hub_documents
 from attlas.extract.corpus.json_lines import json_columns, json_documents
 from attlas.extract.corpus.options import AUTO, ReadOptions, Unit
@@ -28,15 +29,21 @@ def open_corpus(
     unit: Unit = "document",
     delimiter: str | None = None,
     encoding: str = AUTO,
+    seed: int | None = None,
+    blocks: int | None = None,
+    length: int | None = None,
+    depths: str | Collection[int] | None = None,
     limit: int | None = None,
     strict: bool = False,
 ) -> Corpus:
     """Open a corpus and check its files, without reading the documents. Raises Refusal.
 
-    `corpus`: `demo`, `hub:NAME` (or `hub:NAME/CONFIG:SPLIT` with NAME as owner/name), a file, a folder or a glob.
+    `corpus`: `demo`, `random-repeats`, `needle`, `hub:NAME` (or `hub:NAME/CONFIG:SPLIT` with NAME as owner/name), a file, a
+    folder or a glob.
     `text_column`: a column's name, or the path to a nested one, such as `meta.text`.
     `delimiter`: one character; by default a comma for CSV and a tab for TSV.
     `encoding`: any encoding of Python; a byte order mark takes precedence.
+    `seed`, `blocks`, `length`, `depths`: of the generated corpora, random-repeats and needle.
     `limit`: the maximum number of documents, including dropped ones.
     """
     if limit is not None and limit < 1:
@@ -44,11 +51,13 @@ def open_corpus(
     options = ReadOptions(text_column=text_column, unit=unit, delimiter=delimiter, encoding=encoding)
     options.check()
     new_corpus = partial(Corpus, limit=limit, strict=strict)
+    generation = generation_of(corpus, seed=seed, blocks=blocks, length=length, depths=depths)
+    if generation is not None:
+        options.check_for_ids(corpus)
+        return new_corpus(corpus, (), lambda: iter(()), generation=generation)
     if corpus == _DEMO or corpus.startswith(_HUB):
         options.check_for(corpus)
         return new_corpus(corpus, (), demo_documents if corpus == _DEMO else hub_documents(corpus, text_column))
-    if corpus == "random-repeats":
-        raise Refusal("random-repeats consists of token ids and can't be read as documents; use a corpus of texts")
     local = local_files(corpus)
     options.check_for(local.kind)
     for file in local.files:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from attlas.extract.corpus.files import IMAGES
@@ -39,6 +39,14 @@ class ReadOptions:
             raise Refusal(
                 f"encoding must be auto or a text encoding of Python; got {self.encoding!r}; "
                 "use one such as utf-8, utf-16, cp1252 or latin-1"
+            )
+
+    def check_for_ids(self, corpus: str) -> None:
+        """Raise Refusal for any option: a generated corpus has no text to read."""
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if given:
+            raise Refusal(
+                f"{', '.join(given)} can't be asked of {corpus}, which is made of token ids; remove the option"
             )
 
     def check_for(self, kind: str) -> None:

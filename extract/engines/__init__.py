@@ -129,6 +129,7 @@ def _asked(wanted: frozenset[str], facts: frozenset[Fact]) -> _Asked:
         "token_ids": "token_ids",
         "classes": "classes",
         "grid": "grid",
+        "reading": "reading",
     }
     needs = needs_of(names)
     return _Asked(names - sampled, sampled, tuple(field for fact, field in fields.items() if fact not in needs))

@@ -14,9 +14,19 @@ from typing import Literal
 
 # what an attention call may have: queries and keys as vectors; scores rather than only the pattern; common positions of
 # queries and keys; token ids; token classes of the keys; values; the output projection; a learned sink; the grid of an
-# image's patches; the residual stream that the layer reads
+# image's patches; the residual stream that the layer reads; rows that read an answer in a needle
 Fact = Literal[
-    "queries", "scores", "positions", "token_ids", "classes", "values", "projection", "sink", "grid", "stream"
+    "queries",
+    "scores",
+    "positions",
+    "token_ids",
+    "classes",
+    "values",
+    "projection",
+    "sink",
+    "grid",
+    "stream",
+    "reading",
 ]
 # how numbers of windows are combined into that of the sequence; None if they cannot be
 Merge = Literal["sum", "max"]
@@ -123,6 +133,19 @@ ROW_QUANTITIES: dict[str, RowQuantity] = {
         _of_sample(name="norm_distance", formula="Σ q·|d|", needs=(*_WRITTEN, "positions")),
         _of_sample(name="norm_max_weight", formula="max q", needs=_WRITTEN),
         _of_sample(name="norm_rows", formula="1 if Σ p ‖v W_O^h‖ > 0", needs=_WRITTEN),
+        RowQuantity(name="reading_rows", formula="rows that read the answer", axis="head", needs=("reading",)),
+        RowQuantity(
+            name="retrieved",
+            formula="rows that read the answer and have their largest p (lowest j on ties) on the needle",
+            axis="head",
+            needs=("reading",),
+        ),
+        RowQuantity(
+            name="copied",
+            formula="rows that read the answer and have their largest p on a token of the needle with the id that they read",
+            axis="head",
+            needs=("reading", "token_ids"),
+        ),
         RowQuantity(name="patch_rows", formula="patches i that see any patch", axis="head", needs=("grid",)),
     )
 }

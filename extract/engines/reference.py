@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from attlas.extract.engines.block import Block, exact_dtype, value_norms
@@ -208,6 +208,47 @@ def _class_rows(call: Call, _output: Tensor, measured: Tensor) -> Tensor:
     return call.classes.rows(measured)
 
 
+def _reading_rows(call: Call, output: Tensor, measured: Tensor) -> Tensor:
+    return _of_readers(call, output, measured, lambda _block, keys: torch.ones_like(keys, dtype=torch.bool))
+
+
+def _retrieved(call: Call, output: Tensor, measured: Tensor) -> Tensor:
+    return _of_readers(call, output, measured, lambda block, keys: _in_needle(block, keys))
+
+
+def _copied(call: Call, output: Tensor, measured: Tensor) -> Tensor:
+    def has_read_id(block: Block, keys: Tensor) -> Tensor:
+        assert call.token_ids is not None and call.reading is not None, "asked for where ids and readers are known"
+        ids = call.token_ids
+        read = ids.roll(-call.reading.ahead, 1)[:, None, block.rows]
+        return _in_needle(block, keys) & (_at(ids, keys) == read)
+
+    return _of_readers(call, output, measured, has_read_id)
+
+
+def _of_readers(
+    call: Call, output: Tensor, measured: Tensor, holds: Callable[[Block, Tensor], Tensor]
+) -> Float[Tensor, "batch head"]:
+    """The number of rows that read an answer for which it holds, given the keys of their largest weights."""
+    reading = call.reading
+    assert reading is not None, "asked for where rows read an answer"
+    span = reading.span
+    block = Block(call, _scores_of(call), span.start, span.stop, measured[..., span])
+    strongest = block.usable_scores.argmax(-1) + block.keys.start
+    counted = reading.rows[:, None, span] & block.measured & holds(block, strongest)
+    return counted.sum(-1).to(exact_dtype(output))
+
+
+def _in_needle(block: Block, keys: Tensor) -> Bool[Tensor, "batch head row"]:
+    assert block.call.reading is not None, "asked for where rows read an answer"
+    return _at(block.call.reading.keys, keys)
+
+
+def _at(values: Tensor, keys: Int[Tensor, "batch head row"]) -> Shaped[Tensor, "batch head row"]:
+    """The values [batch, key] at these keys."""
+    return values[:, None].expand(-1, keys.shape[1], -1).gather(-1, keys)
+
+
 OF_CALLS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
     "class_rows": _class_rows,
     "context_norm": _context_norm,
@@ -215,6 +256,9 @@ OF_CALLS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
     "value_norm": lambda call, output, _measured: value_norms(call, output.shape[1]),
     "query_norm": _query_norm,
     "key_norm": _key_norm,
+    "reading_rows": _reading_rows,
+    "retrieved": _retrieved,
+    "copied": _copied,
     "self_score": _self_score,
 }
 

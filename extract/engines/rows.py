@@ -36,6 +36,22 @@ class Classes(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """The rows that read an answer, and the keys of the needle in which it is. All of these rows lie in `span`.
+
+    A row reads the token `ahead` of it: 1 where the next token is predicted, 0 where the token's own row reads it.
+    """
+
+    rows: Bool[Tensor, "batch query"]
+    keys: Bool[Tensor, "batch key"]
+    span: slice
+    ahead: int
+
+    def of_sequences(self, chosen: Int[Tensor, " sequence"]) -> Reading:
+        return replace(self, rows=self.rows[chosen], keys=self.keys[chosen])
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """The arguments of one attention call, and what row quantities may need in addition.
 
@@ -59,6 +75,7 @@ class AttentionCall:
     classes: Classes | None = None
     grid: Grid | None = None
     sample: Bool[Tensor, " batch"] | None = None
+    reading: Reading | None = None
     unmeasured: Int[Tensor, " 1"] | None = None
 
     def of_sequences(self, chosen: Int[Tensor, " sequence"]) -> AttentionCall:
@@ -71,6 +88,7 @@ class AttentionCall:
             visibility=self.visibility.of_sequences(chosen),
             token_ids=None if self.token_ids is None else self.token_ids[chosen],
             classes=None if self.classes is None else self.classes.of_sequences(chosen),
+            reading=None if self.reading is None else self.reading.of_sequences(chosen),
             sample=None,
         )
 
@@ -97,6 +115,7 @@ class ScoredCall:
     grid: Grid | None = None
     weights_only: bool = False
     sample: Bool[Tensor, " batch"] | None = None
+    reading: Reading | None = None
 
     def of_sequences(self, chosen: Int[Tensor, " sequence"]) -> ScoredCall:
         """The call of some sequences."""
@@ -108,6 +127,7 @@ class ScoredCall:
             sinks=None if self.sinks is None else self.sinks[chosen],
             token_ids=None if self.token_ids is None else self.token_ids[chosen],
             classes=None if self.classes is None else self.classes.of_sequences(chosen),
+            reading=None if self.reading is None else self.reading.of_sequences(chosen),
             sample=None,
         )
 
@@ -128,6 +148,7 @@ def _facts(call: AttentionCall | ScoredCall, *, queries: bool, scores: bool, val
         "projection": call.write is not None,
         "sink": call.sinks is not None,
         "grid": call.grid is not None,
+        "reading": call.reading is not None,
     }
     return frozenset(fact for fact, is_there in has.items() if is_there)
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from attlas.extract.errors import Refusal, first_line
+from attlas.extract.python_files import failing_line, import_file, importable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +72,7 @@ def build_user_model(name: str, *, modality: str) -> UserModel:
 
     check_user_code(name)
     file, function = _file_and_function(name)
-    with _importable(file.parent), torch.random.fork_rng(devices=[]):
+    with importable(file.parent), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         result = _call(file, function)
     model, reader = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
@@ -135,39 +132,17 @@ def _defined_names(tree: ast.Module) -> Iterator[str]:
                 yield name
 
 
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Put the folder first on `sys.path`, as Python does for a script."""
-    before, sys.path = sys.path, [str(folder.resolve()), *sys.path]
-    try:
-        yield
-    finally:
-        sys.path = before
-
-
 def _call(file: Path, function: str) -> Any:
     try:
-        return getattr(_import_file(file), function)()
+        return getattr(import_file(file, prefix="attlas_model"), function)()
     except (Exception, SystemExit) as error:
         _refuse_failure(file, error)
 
 
-def _import_file(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"attlas_model_{file.stem}", file)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickles look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def _refuse_failure(file: Path, error: BaseException) -> NoReturn:
     """Raise Refusal with the line of the user's file that failed, and the error."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if Path(f.filename).resolve() == file.resolve()]
-    line = f", line {lines[-1]}" if lines else ""
     raise Refusal(
-        f"a model of your own must build and run; {file}{line}: {type(error).__name__}: {first_line(error)}; fix that line"
+        f"a model of your own must build and run; {file}{failing_line(file, error)}: {type(error).__name__}: {first_line(error)}; fix that line"
     ) from error
 
 

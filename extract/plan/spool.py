@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from attlas.extract.batching import windows
 from attlas.extract.corpus import Document, reason_kind
+from attlas.extract.corpus.generated import IdDocument
 from attlas.extract.errors import Refusal
 from attlas.extract.model.special_tokens import SpecialTokens
 from attlas.extract.plan.stored import Plan, write_spool
@@ -31,6 +32,7 @@ _COMMON_COLUMNS = {
 }
 _TEXT_SEQUENCES = pa.schema(_COMMON_COLUMNS | {"token_ids": pa.list_(pa.int32()), "special": pa.list_(pa.bool_())})
 _IMAGE_SEQUENCES = pa.schema(_COMMON_COLUMNS | {"image": pa.string(), "sha256": pa.string()})
+_MARKS = pa.field("marks", pa.list_(pa.int8()))  # of each token: part of a needle, or of its answer
 _TEXT = pa.field("text", pa.large_string())
 _DOCUMENTS = pa.schema(
     {
@@ -60,6 +62,7 @@ class _Shard:
     number: int
     sequences: list[dict[str, Any]] = field(default_factory=list)
     ids: list[np.ndarray] = field(default_factory=list)
+    marks: list[np.ndarray] = field(default_factory=list)
     documents: list[dict[str, Any]] = field(default_factory=list)
 
     def image_table(self) -> pa.Table:
@@ -76,6 +79,9 @@ class _Shard:
             "special": pa.ListArray.from_arrays(pa.array(ends), pa.array(inside)),
         }
         schema = _TEXT_SEQUENCES.append(_TEXT) if keep_text else _TEXT_SEQUENCES
+        if self.marks:
+            schema = schema.append(_MARKS)
+            lists["marks"] = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(self.marks)))
         columns = [
             lists[f.name] if f.name in lists else pa.array([r[f.name] for r in self.sequences], f.type) for f in schema
         ]
@@ -117,6 +123,17 @@ class Spool:
         for window, (first, ids) in enumerate(cuts):
             assert encoded is not None
             self._add_window(window, first, np.asarray(ids), encoded)
+        self.documents += 1
+
+    def add_ids(self, document: IdDocument, encoded: Encoded) -> None:
+        """Add the next document of a generated corpus, as one sequence."""
+        assert self.special is not None, "the spool is of texts"
+        content = document.ids.astype("<i4").tobytes()
+        self._add_document(Document(document.source, ""), content, len(document.ids), 1, None, characters=None)
+        self._add_window(0, 0, document.ids, encoded)
+        if document.marks is not None:
+            around = (len(self.special.before), len(self.special.after))
+            self.shard.marks.append(np.pad(document.marks, around))
         self.documents += 1
 
     def add_image(

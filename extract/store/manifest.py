@@ -75,6 +75,12 @@ _IMAGES = record(
 )
 PART = record({"path": text, "rows": count, "bytes": count, "sha256": sha256})
 _TABLE = record({"rows": count, "parts": list_of(PART)}, optional={"columns": list_of(text)})
+_OWN_COLUMN = record(
+    {
+        **dict.fromkeys(("table", "name", "origin", "formula", "unit", "meaning", "reference"), text),
+        "bounds": list_of(any_value),
+    }
+)
 _MANIFEST = record(
     {
         "run": _RUN,
@@ -92,6 +98,7 @@ _MANIFEST = record(
         "shards": count,
         "padding_waste": share,
         "by_reference": mapping_of(list_of(text)),
+        "own_statistics": list_of(_OWN_COLUMN),
     },
 )
 
@@ -115,8 +122,19 @@ def _check(manifest: Any, place: str) -> None:
     record({"schema_version": any_value})(manifest, "")
     check_version(manifest, place)
     _MANIFEST(manifest, "")
+    for number, column in enumerate(manifest.get("own_statistics", ())):
+        _check_own_column(column, f"own_statistics.{number}")
     for table, facts in manifest["tables"].items():
         _check_parts(table, [part["path"] for part in facts["parts"]])
+
+
+def _check_own_column(column: dict[str, Any], key: str) -> None:
+    """A column of a table of the contract that the contract does not have, with two bounds."""
+    table = TABLES.get(column["table"])
+    if table is None or not column["name"].isidentifier() or column["name"] in {c.name for c in table.columns}:
+        raise Malformed(key, "a column beside those of the contract", f"{column['table']}.{column['name']}")
+    if len(column["bounds"]) != 2 or not all(b is None or type(b) in (int, float, str) for b in column["bounds"]):
+        raise Malformed(f"{key}.bounds", "two numbers, texts or nulls", repr(column["bounds"]))
 
 
 def _check_parts(table: str, paths: list[str]) -> None:

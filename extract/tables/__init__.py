@@ -29,6 +29,9 @@ from attlas.extract.tables import (
 )
 from attlas.extract.tables.column import Column as Column
 from attlas.extract.tables.heads import CLASS_MASSES as CLASS_MASSES
+from attlas.extract.tables.own import own_facts as own_facts
+from attlas.extract.tables.own import with_own_columns as with_own_columns
+from attlas.extract.tables.own_files import is_own_file, load_own_columns
 from attlas.extract.tables.selection import ALL as ALL
 from attlas.extract.tables.selection import CORE as CORE
 from attlas.extract.tables.selection import Columns as Columns
@@ -66,9 +69,16 @@ TABLES: dict[str, Table] = {
 }
 
 
-def measured_columns(statistics: str | Collection[str] = CORE) -> Columns:
-    """The columns to measure of each recorded table, for the option `--statistics`. Raises Refusal for an unknown name."""
-    return select_columns(TABLES.values(), statistics)
+def measured_columns(statistics: str | Collection[str] = CORE, *, corpus: str | None = None) -> Columns:
+    """The columns to measure of each recorded table on a corpus, for the option `--statistics`.
+
+    A name that ends in .py is a file with columns of the user's own. Raises Refusal for an unknown name, for a column that
+    this corpus does not permit, and for a file that can't be used.
+    """
+    names = statistics_named(statistics)
+    columns = select_columns(TABLES.values(), [n for n in names if not is_own_file(n)], corpus=corpus)
+    own = load_own_columns(filter(is_own_file, names), TABLES)
+    return {name: (*chosen, *own.get(name, ())) for name, chosen in columns.items()}
 
 
 def needs_of(columns: Columns) -> Needs:

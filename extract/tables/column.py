@@ -1,12 +1,16 @@
 """What a column is: a function together with everything a reader of its numbers needs to know."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
 
 # what a column is computed from, and what of it: an array or tensor whose shape the table's module states
 Observation = TypeVar("Observation")
 Values = TypeVar("Values")
+
+BOUND_TOLERANCE = 1e-4  # of float32 means; relative to bounds beyond ±1
 
 DType = Literal["float32", "float64", "int16", "int32", "int64", "string", "stack", "bool", "list<int32>"]
 
@@ -29,6 +33,15 @@ class Column(Generic[Observation, Values]):
     nullable: bool = False
     signed: bool = False  # a key that may be negative
     core: bool = True  # measured by every run; others only if asked for
+    corpus: str = ""  # the corpus on which alone it can be measured
+    sample: bool = False  # measured for the sequences of the sample only
+    group: str = ""  # under which heading of its table readers find it
+    known: Mapping[str, str] = field(
+        default_factory=dict
+    )  # values where they are known, as formulas, by the pattern or state
+    elsewhere: str = ""  # other software that computes it, and under which name
+    example: str = ""  # a query, if the table's own does not serve
+    origin: str = ""  # of a user's column: the name of its file and its SHA-256
     compute: Callable[[Observation], Values] | None = None
 
     @property
@@ -39,6 +52,20 @@ class Column(Generic[Observation, Values]):
         return f"[{'−∞' if low is None else low}, {'∞' if high is None else high}]"
 
     @property
+    def origin_file(self) -> str:
+        return self.origin.partition(" sha256:")[0]
+
+    def first_out_of_bounds(self, values: np.ndarray) -> int | None:
+        """The place of the first value that is infinite or beyond a bound that is a number; None if there is none."""
+        low, high = (bound if isinstance(bound, int | float) else None for bound in self.bounds)
+        wrong = np.isinf(values)
+        if low is not None:
+            wrong |= values < low - BOUND_TOLERANCE * max(1, abs(low))
+        if high is not None:
+            wrong |= values > high + BOUND_TOLERANCE * max(1, abs(high))
+        return int(wrong.argmax()) if wrong.any() else None
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The facts that travel with the column inside every Parquet file."""
         facts = {
@@ -47,6 +74,7 @@ class Column(Generic[Observation, Values]):
             "bounds": self.bounds_text,
             "meaning": self.meaning,
             "reference": self.reference,
+            "origin": self.origin,
         }
         return {name: text for name, text in facts.items() if text}
 
@@ -61,6 +89,12 @@ def column(
     nullable: bool = False,
     dtype: DType = "float32",
     core: bool = True,
+    corpus: str = "",
+    sample: bool = False,
+    group: str = "",
+    known: Mapping[str, str] | None = None,
+    elsewhere: str = "",
+    example: str = "",
 ) -> Callable[[Callable[[Observation], Values]], Column[Observation, Values]]:
     """Make the decorated function a `Column` of the same name."""
 
@@ -75,6 +109,12 @@ def column(
             reference=reference,
             nullable=nullable,
             core=core,
+            corpus=corpus,
+            sample=sample,
+            group=group,
+            known=known or {},
+            elsewhere=elsewhere,
+            example=example,
             compute=compute,
         )
 

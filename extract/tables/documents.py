@@ -9,11 +9,15 @@ TABLE = Table(
     kind="plan",
     keys=(DOCUMENT_ID,),
     facts=(
-        Column(name="source", dtype="string", formula="file and place in it (line or row, from 1); an image's file"),
+        Column(
+            name="source",
+            dtype="string",
+            formula="file and place in it (line or row, from 1); an image's file; of a generated corpus its name and the document's number, from 1 (and the needle's depth)",
+        ),
         Column(
             name="digest",
             dtype="string",
-            formula="HMAC-SHA256(key, UTF-8 text, or an image file's bytes), hexadecimal",
+            formula="HMAC-SHA256(key, UTF-8 text, an image file's bytes, or ids as little-endian int32), hexadecimal",
             meaning="null without a key: an unkeyed digest lets anyone test whether a text they know was in the corpus",
             nullable=True,
         ),
@@ -21,7 +25,7 @@ TABLE = Table(
             name="characters",
             dtype="int64",
             unit="characters",
-            formula="length of the text; null for an image",
+            formula="length of the text; null for an image and for generated ids",
             bounds=(0, None),
             nullable=True,
         ),

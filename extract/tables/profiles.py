@@ -119,6 +119,7 @@ TABLE = Table(
         profiles=True, rows=frozenset({"class_flow", "class_rows"}) if _has_flow(columns) else frozenset()
     ),
     recorder=ProfileRecorder,
+    example="SELECT profile, bin, SUM({table}.{column}) AS total FROM {table} GROUP BY ALL ORDER BY ALL LIMIT 5",
     agreements=(
         _adds_up("offset", "sum", "mass", _MASS, self_attention=True),
         _adds_up("received_by_position", "sum", "mass", _MASS),

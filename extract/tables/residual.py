@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
 SITE = Column(name="site", dtype="stack", formula="embedding | attention | cross_attention | mlp | final_norm")
 
 
-@column(formula="mean of ‖x‖", bounds=(0, None), nullable=True)
+@column(formula="mean of ‖x‖", bounds=(0, None), nullable=True, group="the stream and its update")
 def stream_norm(o: ResidualObservation) -> PerSequence:
     """Size of the residual stream before the sublayer (at embedding and final_norm: of the stream there)."""
     return o.mean(o.after_norms if o.stream_norms is None else o.stream_norms)
@@ -48,13 +48,19 @@ def stream_norm_median(o: ResidualObservation) -> PerSequence:
     return o.median(o.after_norms if o.stream_norms is None else o.stream_norms)
 
 
-@column(formula="mean of ‖F(x)‖", bounds=(0, None), nullable=True)
+@column(formula="mean of ‖F(x)‖", bounds=(0, None), nullable=True, group="the stream and its update")
 def update_norm(o: ResidualObservation) -> PerSequence | None:
     """Size of the sublayer's update."""
     return None if o.update_norms is None else o.mean(o.update_norms)
 
 
-@column(formula="mean of ‖F‖ / ‖x‖", bounds=(0, None), nullable=True)
+@column(
+    formula="mean of ‖F‖ / ‖x‖",
+    bounds=(0, None),
+    nullable=True,
+    group="the stream and its update",
+    known={"F = −x": "1"},
+)
 def update_ratio(o: ResidualObservation) -> PerSequence | None:
     """Size of the update against the stream it is added to."""
     if o.update_norms is None or o.stream_norms is None:
@@ -70,7 +76,13 @@ def update_ratio_median(o: ResidualObservation) -> PerSequence | None:
     return o.median(o.update_norms / o.stream_norms)
 
 
-@column(formula="mean of cos(x, F)", bounds=(-1, 1), nullable=True)
+@column(
+    formula="mean of cos(x, F)",
+    bounds=(-1, 1),
+    nullable=True,
+    group="the stream and its update",
+    known={"F = −x/2": "−1"},
+)
 def update_cosine(o: ResidualObservation) -> PerSequence | None:
     """Writes something new (≈ 0), sharpens what is there (> 0) or erases it (< 0)."""
     if o.stream is None or o.update is None or o.stream_norms is None or o.update_norms is None:
@@ -78,7 +90,9 @@ def update_cosine(o: ResidualObservation) -> PerSequence | None:
     return o.mean(((o.stream * o.update).sum(-1) / (o.stream_norms * o.update_norms)).clamp(-1, 1))
 
 
-@column(formula="mean of cos(x, x')", bounds=(-1, 1), nullable=True)
+@column(
+    formula="mean of cos(x, x')", bounds=(-1, 1), nullable=True, group="the stream and its update", known={"F = x": "1"}
+)
 def step_cosine(o: ResidualObservation) -> PerSequence | None:
     """How much of the stream's direction survives the sublayer."""
     if o.stream is None or o.stream_norms is None:
@@ -86,7 +100,13 @@ def step_cosine(o: ResidualObservation) -> PerSequence | None:
     return o.mean(((o.stream * o.after).sum(-1) / (o.stream_norms * o.after_norms)).clamp(-1, 1))
 
 
-@column(formula="mean of ‖x'‖ / ‖x‖", bounds=(0, None), nullable=True)
+@column(
+    formula="mean of ‖x'‖ / ‖x‖",
+    bounds=(0, None),
+    nullable=True,
+    group="the stream and its update",
+    known={"F = x": "2"},
+)
 def stream_gain(o: ResidualObservation) -> PerSequence | None:
     """How much the sublayer grows the stream."""
     return None if o.stream_norms is None else o.mean(o.after_norms / o.stream_norms)
@@ -97,6 +117,8 @@ def stream_gain(o: ResidualObservation) -> PerSequence | None:
     bounds=(-1, 1),
     reference="Ethayarajh 2019",
     nullable=True,
+    group="outliers and geometry",
+    known={"equal tokens": "1", "orthogonal tokens": "0"},
 )
 def anisotropy(o: ResidualObservation) -> PerSequence:
     """Mean cosine between the states of different tokens."""
@@ -106,7 +128,13 @@ def anisotropy(o: ResidualObservation) -> PerSequence:
     return (units.sum(1).square().sum(-1) - n) / pairs.where(pairs > 0, math.nan)
 
 
-@column(formula="largest |x'| over tokens and dimensions", bounds=(0, None), reference="Sun 2024", nullable=True)
+@column(
+    formula="largest |x'| over tokens and dimensions",
+    bounds=(0, None),
+    reference="Sun 2024",
+    nullable=True,
+    group="outliers and geometry",
+)
 def max_abs(o: ResidualObservation) -> PerSequence:
     """Massive activations."""
     return o.largest.amax(-1)
@@ -118,6 +146,7 @@ def max_abs(o: ResidualObservation) -> PerSequence:
     dtype="int32",
     bounds=(0, "d−1"),
     nullable=True,
+    group="outliers and geometry",
 )
 def outlier_dim(o: ResidualObservation) -> PerSequence:
     """Where the largest activation sits."""
@@ -141,13 +170,26 @@ def max_abs_token(o: ResidualObservation) -> PerSequence:
     return (first - o.start).double().where(largest.amax(-1).isfinite() & o.real.any(-1), math.nan)
 
 
-@column(formula="mean of max|x'| / (‖x'‖/√d)", bounds=(1, "√d"), nullable=True)
+@column(
+    formula="mean of max|x'| / (‖x'‖/√d)",
+    bounds=(1, "√d"),
+    nullable=True,
+    group="outliers and geometry",
+    known={"one-hot tokens": "√d"},
+)
 def outlier_ratio(o: ResidualObservation) -> PerSequence:
     """How far one dimension stands out of a token's state."""
     return o.mean(o.after.abs().amax(-1) * math.sqrt(o.after.shape[-1]) / o.after_norms)
 
 
-@column(formula="mean of Σx'⁴·d / (Σx'²)²", bounds=(1, "d"), nullable=True)
+@column(
+    formula="mean of Σx'⁴·d / (Σx'²)²",
+    bounds=(1, "d"),
+    nullable=True,
+    group="outliers and geometry",
+    known={"constant tokens": "1", "one-hot tokens": "d"},
+    elsewhere="scipy.stats.kurtosis(x, fisher=False) of a state whose mean is 0",
+)
 def kurtosis(o: ResidualObservation) -> PerSequence:
     """Outlier features of a token's state, no centring."""
     units = o.after / o.after_norms[..., None]  # normalised first: fourth powers overflow float32 early
@@ -204,7 +246,7 @@ def _effective_rank(states: Float[Tensor, "token width"]) -> Float[Tensor, ""]:
     return (-shares.xlogy(shares).sum()).exp()
 
 
-@column(formula="mean of μ of the site's norm; null for RMSNorm", nullable=True)
+@column(formula="mean of μ of the site's norm; null for RMSNorm", nullable=True, group="the norm")
 def norm_mean(o: ResidualObservation) -> PerSequence | None:
     """Mean entry that the norm subtracts: pre-norm, of the norm that reads x; post-norm, of the one that reads x'."""
     if o.norm is None or o.norm.kind == "rms":
@@ -212,13 +254,24 @@ def norm_mean(o: ResidualObservation) -> PerSequence | None:
     return o.mean(o.norm.read.mean(-1))
 
 
-@column(formula="mean of √(σ² + ε) (LayerNorm) or √(mean x² + ε) (RMSNorm)", bounds=(0, None), nullable=True)
+@column(
+    formula="mean of √(σ² + ε) (LayerNorm) or √(mean x² + ε) (RMSNorm)",
+    bounds=(0, None),
+    nullable=True,
+    group="the norm",
+)
 def norm_scale(o: ResidualObservation) -> PerSequence | None:
     """What the norm divides by."""
     return None if o.norm is None else o.mean(_divisor(o.norm))
 
 
-@column(formula="mean of ‖output‖ / ‖normalised input without γ, β‖", bounds=(0, None), nullable=True)
+@column(
+    formula="mean of ‖output‖ / ‖normalised input without γ, β‖",
+    bounds=(0, None),
+    nullable=True,
+    group="the norm",
+    known={"γ = 1, β = 0": "1"},
+)
 def norm_output_gain(o: ResidualObservation) -> PerSequence | None:
     """What the norm's own weights do to the size of the stream."""
     if o.norm is None:
@@ -226,13 +279,13 @@ def norm_output_gain(o: ResidualObservation) -> PerSequence | None:
     return o.mean(o.norm.wrote.norm(dim=-1) * _divisor(o.norm) / _centred(o.norm).norm(dim=-1))
 
 
-@column(formula="mean of ‖[c¹; …; cʰ]‖ (attention only)", bounds=(0, None), nullable=True)
+@column(formula="mean of ‖[c¹; …; cʰ]‖ (attention only)", bounds=(0, None), nullable=True, group="heads together")
 def heads_concat_norm(o: ResidualObservation) -> PerSequence | None:
     """Size of the heads' contexts side by side: one of the two ways to combine heads."""
     return None if o.contexts is None else o.mean(o.contexts.square().sum((1, 3)).sqrt())
 
 
-@column(formula="mean of ‖(1/h) Σ_l cˡ‖ (attention only)", bounds=(0, None), nullable=True)
+@column(formula="mean of ‖(1/h) Σ_l cˡ‖ (attention only)", bounds=(0, None), nullable=True, group="heads together")
 def heads_mean_norm(o: ResidualObservation) -> PerSequence | None:
     """Size of the mean of the heads' contexts: the other way to combine heads."""
     return None if o.contexts is None else o.mean(o.contexts.mean(1).norm(dim=-1))
@@ -242,6 +295,8 @@ def heads_mean_norm(o: ResidualObservation) -> PerSequence | None:
     formula="mean cosine between the contexts of different heads; null if h = 1 (attention only)",
     bounds=(-1, 1),
     nullable=True,
+    group="heads together",
+    known={"equal heads": "1"},
 )
 def heads_cosine(o: ResidualObservation) -> PerSequence | None:
     """How alike the heads' contexts are at a token."""
@@ -375,4 +430,5 @@ TABLE = Table(
     order=("stack", "layer", "site", "sequence_id"),
     needs=_needs,
     recorder=SiteRecorder,
+    example="SELECT stack, layer, site, AVG({column}) AS {column} FROM {table} GROUP BY ALL ORDER BY {column} DESC LIMIT 5",
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from attlas.extract.engines.needs import Needs
+from attlas.extract.errors import Refusal
 from attlas.extract.tables.column import Column
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Agreement:
 class Table:
     """One table of the contract: a folder of Parquet parts on disk.
 
-    `keys` identify a row; parts are sorted by `order`. `outcome`: the
+    `keys` identify a row; parts are sorted by `order`. `example`: a query about any of its facts. `outcome`: the
     column that is not null where a softmax has one more outcome than keys. `totals`: facts of the corpus in the manifest
     that are aggregates of this table, in SQL. `recorder` makes what records a shard; a planned table has none.
     """
@@ -105,6 +106,7 @@ class Table:
     counted_by: str | None = None  # the key that counts 0, 1, 2, … over all rows
     outcome: str | None = None
     notes: str = ""  # for the dictionary, below the columns
+    example: str = "SELECT {table}.{column}, COUNT(*) AS rows FROM {table} GROUP BY ALL ORDER BY ALL LIMIT 5"
 
     @property
     def columns(self) -> tuple[Column[Any, Any], ...]:
@@ -214,7 +216,22 @@ class Recorder:
         raise NotImplementedError
 
     def to_arrow(self) -> pa.Table:
-        return self.table.to_arrow(self.rows())
+        rows = self.rows()
+        for column in self.scope.columns:
+            if column.origin:  # attlas' own are tested
+                _refuse_out_of_bounds(column, rows, self.table)
+        return self.table.to_arrow(rows)
+
+
+def _refuse_out_of_bounds(column: Column, rows: Mapping[str, Any], table: Table) -> None:
+    """Raise Refusal if a user's column breaks its bounds, naming the row."""
+    place = column.first_out_of_bounds(rows[column.name])
+    if place is not None:
+        where = ", ".join(f"{c.name} {rows[c.name][place]}" for c in table.keys if c.name != "document_id")
+        raise Refusal(
+            f"a column keeps its bounds; {column.name} of {column.origin_file} has {column.bounds_text or 'finite values'} and "
+            f"is {rows[column.name][place]:g} at {where}; correct the function or its bounds, and measure into another folder"
+        )
 
 
 def _field(column: Column) -> pa.Field:

@@ -43,7 +43,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def model_of(family: str, kind: str = "AutoModel", **changes: Any) -> Any:
     """A random model; `kind` is a class of transformers, an Auto one or the architecture's own."""
-    config = transformers.AutoConfig.for_model(family, vocab_size=VOCABULARY, **SIZES[family] | changes)
+    config = transformers.AutoConfig.for_model(family, **{"vocab_size": VOCABULARY} | SIZES[family] | changes)
     made = getattr(transformers, kind)
     torch.manual_seed(0)
     model = made.from_config(config) if kind.startswith("Auto") else made(config)

@@ -44,9 +44,9 @@ def test_an_unknown_corpus_is_refused_by_name():
         open_corpus("nowhere")
 
 
-def test_random_repeats_cannot_be_read_as_documents():
-    with pytest.raises(Refusal, match="random-repeats"):
-        open_corpus("random-repeats")
+@pytest.mark.parametrize("corpus", ["random-repeats", "needle"])
+def test_a_generated_corpus_has_no_documents_before_there_is_a_tokenizer(corpus: str):
+    assert list(open_corpus(corpus)) == []
 
 
 # --- text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import Ended
+from tests.flows.conftest import ROOT, Ended
 
 
 def refused(ended: Ended, *words: str) -> None:
@@ -199,8 +199,77 @@ def test_stats_shows_the_catalogue(attlas: Callable[..., Ended]) -> None:
 def test_stats_of_a_column_says_what_it_is(attlas: Callable[..., Ended]) -> None:
     code, out, _ = attlas("stats", "entropy_nats")
     assert code == 0
-    for word in ("heads.entropy_nats", "formula", "unit", "nats", "bounds"):
+    for word in ("heads.entropy_nats: sharpness", "formula", "unit", "nats", "bounds", "causal uniform: ln(n!)/n"):
         assert word in out
+    assert "measured   by every run" in out and "elsewhere  mean over rows of scipy.stats.entropy(p)" in out
+    assert 'example    attlas query DIR "SELECT stack, layer, head, SUM(entropy_nats * query_rows)' in out
+
+
+def test_the_readme_shows_what_stats_prints(attlas: Callable[..., Ended]) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"$ attlas stats mass_previous\n{attlas('stats', 'mass_previous')[1]}```" in readme
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gini", "on request, for the first sequences of each shard (--sample): --statistics gini"),
+        ("query_norm", "on request: --statistics query_norm"),
+        ("retrieval_score", "on request, on the corpus needle alone: --statistics retrieval_score"),
+        ("token_ids", "if the tokens themselves are asked for: --tokens ids or text"),
+        ("heads.mass_previous", 'TransformerLens\' head detector (error_measure "mul"): previous_token_head'),
+        ("residual.kurtosis", "one-hot tokens: d"),
+    ],
+)
+def test_stats_says_what_a_column_costs_and_who_else_has_it(
+    attlas: Callable[..., Ended], name: str, words: str
+) -> None:
+    code, out, _ = attlas("stats", name)
+    assert code == 0 and words in out
+
+
+def test_stats_of_a_file_are_its_columns(attlas: Callable[..., Ended], tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from attlas.statistics import column\n"
+        '@column(table="heads", formula="2 · entropy_nats", unit="nats", bounds=(0, None))\n'
+        'def twice(o):\n    """Twice as much."""\n    return 2 * o.mean("entropy")\n'
+    )
+    code, out, _ = attlas("stats", file)
+    assert code == 0
+    for line in (
+        "heads.twice",
+        "formula    2 · entropy_nats",
+        "meaning    Twice as much.",
+        "origin     mine.py sha256:",
+    ):
+        assert line in out
+    (column,) = json.loads(attlas("stats", file, "--format", "json")[1])
+    assert column["name"] == "twice" and column["bounds"] == [0, None]
+    refused(attlas("stats", tmp_path / "other.py"), "are in a Python file; there is none at", "other.py")
+
+
+def test_a_run_with_a_missing_file_of_statistics_is_refused_at_once(
+    attlas: Callable[..., Ended], tmp_path: Path
+) -> None:
+    asked = ("run", "--model", "demo", "--corpus", "demo", "--out", tmp_path / "out")
+    refused(attlas(*asked, "--statistics", f"all,{tmp_path}/mine.py"), "there is none at", "mine.py; check the path")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.py").write_text("")
+    refused(
+        attlas(*asked, "--statistics", f"{tmp_path}/out/mine.py"), "the file of statistics must stay out of the dataset"
+    )
+
+
+def test_stats_for_machines_is_a_list_of_columns(attlas: Callable[..., Ended]) -> None:
+    every = json.loads(attlas("stats", "--format", "json")[1])
+    heads = json.loads(attlas("stats", "heads", "--format", "json")[1])
+    (one,) = json.loads(attlas("stats", "heads.max_weight", "--format", "json")[1])
+    assert one in heads and all(column in every for column in heads)
+    assert one["bounds"] == ["1/n", 1] and one["known"]["uniform"] == "1/n"
+    of_sequences = json.loads(attlas("stats", "sequence_id", "--format", "json")[1])
+    assert {"sequences", "heads", "residual"} <= {column["table"] for column in of_sequences}
+    refused(attlas("stats", "--format", "yaml"), "--format must be one of text, json; got 'yaml'")
 
 
 def test_stats_of_an_unknown_column_suggests(attlas: Callable[..., Ended]) -> None:

@@ -64,6 +64,21 @@ def test_a_corpus_with_an_invalid_name_is_stored_escaped_and_opened_by_its_name(
     assert read_run(None, {**REQUIRED, "corpus": str(tmp_path / r"a\xe9.txt")}).options().corpus.endswith(r"/a\xe9.txt")
 
 
+def test_files_of_statistics_in_a_run_file_are_relative_to_its_folder(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "demo"\ncorpus = "needle"\nout = "data"\nstatistics = "all,code/mine.py"\n')
+    run = read_run(file, {})
+    assert run.statistics == f"all,{tmp_path}/code/mine.py"
+    assert run.corpus == "needle", "a built-in corpus is no path"
+    assert read_run(file, {"statistics": "mine.py"}).statistics == "mine.py"
+
+
+def test_options_of_a_generated_corpus_reach_extraction() -> None:
+    options = read_run(None, {**REQUIRED, "corpus": "needle", "seed": 3, "depths": "0,100"}).options()
+    assert options.generation is not None
+    assert (options.generation.seed, options.generation.depths, options.generation.documents) == (3, (0, 100), 16)
+
+
 def test_paths_in_a_run_file_are_relative_to_its_folder(tmp_path: Path) -> None:
     (tmp_path / "encoder").mkdir()
     file = tmp_path / "run.toml"

@@ -13,12 +13,22 @@ from attlas.extract.engines.visibility import Axis
 
 
 @dataclass(frozen=True)
+class Needle:
+    """Which tokens of a batch belong to a needle, and which to the answer that is read from it; all answers lie in `span`."""
+
+    keys: Bool[Tensor, "batch token"]
+    answer: Bool[Tensor, "batch token"]
+    span: slice
+
+
+@dataclass(frozen=True)
 class Tokens:
     """The tokens of one input. Without an axis, padding is what no query sees."""
 
     axis: Axis | None
     ids: Int[Tensor, "batch token"] | None = None
     classes: Int[Tensor, "batch token"] | None = None
+    needle: Needle | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from attlas.extract.capture.runtime.visibilities import Visibilities, visible_sc
 from attlas.extract.engines import Engine
 from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.patches import Grid
-from attlas.extract.engines.rows import AttentionCall, Classes, Rows, ScoredCall
+from attlas.extract.engines.rows import AttentionCall, Classes, Reading, Rows, ScoredCall
 
 
 class UnmeasuredRows(Exception):
@@ -90,6 +90,7 @@ class CallReceiver:
             classes=self._classes(attention),
             grid=self._grid(attention, *query.shape[::2]),
             sample=self._sample(attention, len(query)),
+            reading=self._reading(attention),
             unmeasured=self._mark_of_unmeasured(query.device),
         )
         original = OriginalOutput(request, query)
@@ -120,6 +121,7 @@ class CallReceiver:
             classes=self._classes(attention),
             grid=self._grid(attention, *manual.scores.shape[::2]),
             sample=self._sample(attention, len(manual.scores)),
+            reading=self._reading(attention),
         )
         rows = self._engine.rows_of_scores(call, manual.contexts, self._observer.needs.row_quantities)
         self._measure(attention, call, rows, manual.contexts)
@@ -141,6 +143,7 @@ class CallReceiver:
             classes=self._classes(attention),
             grid=self._grid(attention, *pattern.shape[::2]),
             sample=self._sample(attention, len(pattern)),
+            reading=self._reading(attention),
             weights_only=True,
         )
         of_tokens = contexts[:, :, : pattern.shape[-2]]
@@ -173,6 +176,15 @@ class CallReceiver:
     def _classes(self, attention: Attention) -> Classes | None:
         queries, keys = (self.layers.tokens(name).classes for name in (attention.queries, attention.keys))
         return None if queries is None or keys is None else Classes(queries, keys)
+
+    def _reading(self, attention: Attention) -> Reading | None:
+        """The rows of a call over tokens that read an answer; a decoder's row reads the token that it predicts, the next."""
+        queries, keys = (self.layers.tokens(name).needle for name in (attention.queries, attention.keys))
+        if queries is None or keys is None:
+            return None
+        ahead = 1 if attention.stack in ("decoder", "cross") else 0
+        span = slice(queries.span.start - ahead, queries.span.stop - ahead)
+        return Reading(queries.answer.roll(-ahead, 1), keys.keys, span, ahead)
 
     def _sample(self, attention: Attention, batch: int) -> Tensor | None:
         """Which rows of a call's batch are of sequences of the sample: a sequence may have several windows."""
