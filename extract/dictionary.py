@@ -150,6 +150,8 @@ def _table_section(table: Table) -> str:
     else:
         columns = [_columns_section(table, table.keys)]
         columns += [f"### {table.name}: {g}\n\n{_columns_section(table, c)}" for g, c in groups.items()]
+    if table.profiles:
+        columns.append(f"### {table.name}: profiles on request\n\n{_columns_section(table, table.profiles)}")
     return "\n\n".join(part for part in (title, example, *columns, table.notes) if part)
 
 

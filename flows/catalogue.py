@@ -44,7 +44,7 @@ def _entries(name: str | None, tables: Sequence["Table"]) -> list["Entry"]:
         by_name = {table.name: table for table in tables}
         own = load_own_file(name, by_name).columns
         return [(by_name[table], column) for table, columns in own.items() for column in columns]
-    every = [(table, column) for table in tables for column in table.columns]
+    every = [(table, column) for table in tables for column in (*table.keys, *table.statistics)]
     entries = [(t, c) for t, c in every if name in (None, t.name, f"{t.name}.{c.name}")]
     entries = entries or [(t, c) for t, c in every if c.name == name]
     if not entries:
@@ -58,8 +58,9 @@ def _list_columns(tables: Iterable["Table"]) -> None:
 
     for table in tables:
         typer.echo(f"{table.name}: one row per {table.row}")
-        width = max(len(column.name) for column in table.columns)
+        width = max(len(column.name) for column in (*table.keys, *table.statistics))
         groups = {"": list(table.keys)} | grouped(table.facts)
+        groups |= {"profiles on request": list(table.profiles)} if table.profiles else {}
         for group, columns in groups.items():
             if group and set(groups) != {"", OTHER}:
                 typer.echo(f" {group}")
@@ -96,6 +97,8 @@ def _describe(table: "Table", column: "Column") -> None:
 
 def _suggestion(name: str, tables: Iterable["Table"]) -> str:
     column = name.rpartition(".")[2]
-    names = sorted({c.name for table in tables for c in table.columns} | {table.name for table in tables})
+    names = sorted(
+        {c.name for table in tables for c in (*table.keys, *table.statistics)} | {table.name for table in tables}
+    )
     near = difflib.get_close_matches(column, names, n=3, cutoff=0.5) or [n for n in names if column in n][:5]
     return f"did you mean {', '.join(near)}?" if near else "attlas stats lists all columns"

@@ -417,7 +417,7 @@ def layer_columns(x: Floats, after: Floats) -> Columns:
     return {
         "block_influence": 1
         - mean(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(x, after, strict=True)),
-        "block_angle": mean(angle(a, b) / math.pi for a, b in zip(x, after, strict=True)),
+        "block_angle": mean(a / math.pi for a in defined(angle(a, b) for a, b in zip(x, after, strict=True))),
         "block_gain": mean_ratio(norms(after), norms(x)),
     }
 
@@ -456,14 +456,20 @@ def token_columns(x: Floats | None, update: Floats | None, after: Floats) -> Col
         "stream_norm_median": float(np.median(norms(stream))),
         "update_ratio_median": float(np.median(ratios)) if ratios else None,
         "max_abs_token": int(np.abs(after).max(axis=1).argmax()),
-        "rank_collapse": float(np.linalg.norm(after - after.mean(axis=0)) / np.linalg.norm(after)),
-        "curvature": mean(angle(b - a, c - b) for a, b, c in zip(after, after[1:], after[2:], strict=False)),
-        "effective_rank": math.exp(entropy(squares / squares.sum())),
+        "rank_collapse": ratio(float(np.linalg.norm(after - after.mean(axis=0))), float(np.linalg.norm(after))),
+        "curvature": mean(defined(angle(b - a, c - b) for a, b, c in zip(after, after[1:], after[2:], strict=False))),
+        "effective_rank": math.exp(entropy(squares / squares.sum())) if squares.sum() else None,
     }
 
 
-def angle(a: Floats, b: Floats) -> float:
-    """The angle between two vectors in a plane that they span: atan2 of what is across and along."""
+def defined(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def angle(a: Floats, b: Floats) -> float | None:
+    """The angle between two vectors in a plane that they span: atan2 of what is across and along; None if one is zero."""
+    if not a.any() or not b.any():
+        return None
     along = float(a @ b) / float(np.linalg.norm(a))
     across = float(np.linalg.norm(b - along * a / np.linalg.norm(a)))
     return math.atan2(across, along)

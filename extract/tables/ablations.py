@@ -112,6 +112,7 @@ TABLE = Table(
     ),
     order=("stack", "layer", "part", "head", "sequence_id"),
     on_request=True,
+    example="SELECT stack, layer, head, AVG({column}) AS {column} FROM ablations WHERE part = 'head' GROUP BY ALL ORDER BY {column} DESC LIMIT 5",
     needs=lambda columns: Needs(ablations=True),
     recorder=AblationRecorder,
     notes=f"{OF_SAMPLE} Heads whose contexts can't be reached have no rows.",

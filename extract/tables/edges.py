@@ -83,6 +83,7 @@ TABLE = Table(
     ),
     order=("stack", "layer", "head", "sequence_id", "query", "rank"),
     on_request=True,
+    example="SELECT layer, head, query, key, weight FROM edges WHERE sequence_id = 0 AND rank = 0 ORDER BY weight DESC LIMIT 5",
     needs=lambda columns: Needs(rows=frozenset({"value_norm"}), patterns=True),
     recorder=EdgeRecorder,
     notes=f"{OF_SAMPLE} At most `--edges` keys of a query, and none without weight.",

@@ -515,6 +515,7 @@ def value_weighted_first(o: HeadQuantities) -> Values:
     reference="Sun 2024",
     nullable=True,
     core=False,
+    group="sinks",
 )
 def mass_massive(o: HeadQuantities) -> Values:
     """Weight on tokens with massive activations."""

@@ -64,6 +64,7 @@ TABLE = Table(
     keys=(SEQUENCE_ID, DOCUMENT_ID, STACK, LAYER),
     facts=columns_of(dict(globals())),
     order=("stack", "layer", "sequence_id"),
+    example="SELECT stack, layer, AVG({column}) AS {column} FROM layers GROUP BY ALL ORDER BY {column} LIMIT 5",
     needs=lambda columns: Needs(layers={c.name: c.compute for c in columns if c.compute is not None}),
     recorder=LayerRecorder,
     notes="A layer is there if the stream is known before its first sublayer and after its last.",

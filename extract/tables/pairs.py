@@ -181,6 +181,7 @@ TABLE = Table(
     ),
     order=("stack", "layer", "head", "other_layer", "other_head"),
     is_newer=True,
+    example="SELECT layer, head, other_layer, other_head, SUM({column}) / SUM(rows) AS {column} FROM pairs WHERE layer <> other_layer OR head <> other_head GROUP BY ALL ORDER BY 5 DESC LIMIT 5",
     needs=lambda columns: Needs(patterns=True),
     recorder=PairRecorder,
     rules=(

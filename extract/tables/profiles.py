@@ -108,6 +108,7 @@ TABLE = Table(
     profiles=(
         Column(
             name=CLASS_FLOW.name,
+            example="SELECT bin // 8 AS query_class, bin % 8 AS key_class, SUM(sum) / SUM(count) AS mass FROM profiles WHERE profile = 'class_flow' GROUP BY ALL ORDER BY ALL",
             dtype="float64",
             formula=f"{CLASS_FLOW.sum}, by both classes",
             meaning="Which kind of token looks at which.",

@@ -132,6 +132,7 @@ TABLE = Table(
     ),
     order=("stack", "layer", "head", "sequence_id", "query"),
     on_request=True,
+    example="SELECT layer, head, query, {column} FROM queries WHERE sequence_id = 0 ORDER BY {column} DESC LIMIT 5",
     needs=lambda columns: Needs(
         rows=frozenset(_QUANTITIES[c.name] for c in columns if c.name in _QUANTITIES), patterns=True
     ),

@@ -42,7 +42,7 @@ _on_request = partial(column, nullable=True, core=False)
 _OF_SAMPLE = "; null outside the sample"
 
 
-@_on_request(formula="median of ‖x‖", bounds=(0, None))
+@_on_request(formula="median of ‖x‖", bounds=(0, None), group="the stream and its update")
 def stream_norm_median(o: ResidualObservation) -> PerSequence:
     """Size of the stream at a usual token: one massive token makes a mean of norms say nothing about the others."""
     return o.median(o.after_norms if o.stream_norms is None else o.stream_norms)
@@ -68,7 +68,7 @@ def update_ratio(o: ResidualObservation) -> PerSequence | None:
     return o.mean(o.update_norms / o.stream_norms)
 
 
-@_on_request(formula="median of ‖F‖ / ‖x‖", bounds=(0, None))
+@_on_request(formula="median of ‖F‖ / ‖x‖", bounds=(0, None), group="the stream and its update")
 def update_ratio_median(o: ResidualObservation) -> PerSequence | None:
     """Size of the update against the stream at a usual token."""
     if o.update_norms is None or o.stream_norms is None:
@@ -162,6 +162,7 @@ def outlier_dim(o: ResidualObservation) -> PerSequence:
     dtype="int32",
     bounds=(0, "n−1"),
     reference="Sun 2024",
+    group="outliers and geometry",
 )
 def max_abs_token(o: ResidualObservation) -> PerSequence:
     """The token that has the largest activation: massive activations sit on few tokens."""
@@ -196,7 +197,13 @@ def kurtosis(o: ResidualObservation) -> PerSequence:
     return o.mean(units.square().square().sum(-1) * o.after.shape[-1])
 
 
-@_on_request(formula="‖X' − 1 x̄'ᵀ‖_F / ‖X'‖_F over the tokens", bounds=(0, 1), reference="Dong 2021")
+@_on_request(
+    formula="‖X' − 1 x̄'ᵀ‖_F / ‖X'‖_F over the tokens",
+    bounds=(0, 1),
+    reference="Dong 2021",
+    group="outliers and geometry",
+    known={"equal tokens": "0"},
+)
 def rank_collapse(o: ResidualObservation) -> PerSequence:
     """How much of the states is not shared by all tokens: 0 if they are equal."""
     states, real = o.after.double(), o.real[..., None]
@@ -210,6 +217,7 @@ def rank_collapse(o: ResidualObservation) -> PerSequence:
     unit="radians",
     bounds=(0, "π"),
     reference="Hosseini 2023",
+    group="outliers and geometry",
 )
 def curvature(o: ResidualObservation) -> PerSequence:
     """How sharply the states turn from token to token: 0 on a straight line, π back and forth."""
@@ -227,6 +235,9 @@ def curvature(o: ResidualObservation) -> PerSequence:
     unit="dimensions",
     bounds=(1, "min(n, d)"),
     reference="Roy 2007",
+    group="outliers and geometry",
+    sample=True,
+    known={"orthogonal tokens": "5", "equal tokens": "1"},
 )
 def effective_rank(o: ResidualObservation) -> PerSequence:
     """How many dimensions the states of a sequence take up."""
@@ -312,6 +323,7 @@ def heads_cosine(o: ResidualObservation) -> PerSequence | None:
     "not linear in the contexts",
     bounds=(0, 1),
     reference="Kobayashi 2021",
+    group="context against self",
 )
 def mixing_ratio_attention(o: ResidualObservation) -> PerSequence | None:
     """How much of what attention adds to a token comes from others."""
@@ -323,6 +335,7 @@ def mixing_ratio_attention(o: ResidualObservation) -> PerSequence | None:
     "mixing_ratio_attention is",
     bounds=(0, 1),
     reference="Kobayashi 2021",
+    group="context against self",
 )
 def mixing_ratio(o: ResidualObservation) -> PerSequence | None:
     """How much of a token's state comes from others: context against the token itself, which the residual connection keeps."""
@@ -336,6 +349,7 @@ def mixing_ratio(o: ResidualObservation) -> PerSequence | None:
     formula="mixing_ratio of both parts after the norm: each centred (LayerNorm) and times γ (attention of post-norm models only)",
     bounds=(0, 1),
     reference="Kobayashi 2021",
+    group="context against self",
 )
 def mixing_ratio_norm(o: ResidualObservation) -> PerSequence | None:
     """How much of what the norm gives to the next layer comes from others."""
@@ -355,6 +369,8 @@ def _mixing(o: ResidualObservation, own: Tensor, others: Tensor) -> PerSequence:
     formula=f"mean of H(mean over heads of p) − mean over heads of H(p) (attention only){_OF_SAMPLE}",
     unit="nats",
     bounds=(0, "ln h"),
+    group="heads together",
+    sample=True,
 )
 def head_diversity_nats(o: ResidualObservation) -> PerSequence | None:
     """How differently the heads of a layer look (generalised Jensen–Shannon divergence): 0 if all look alike."""

@@ -68,6 +68,7 @@ TABLE = Table(
     profiles=(
         Column(
             name=MASSIVE.name,
+            example="SELECT layer, site, bin, SUM(count) AS tokens FROM residual_profiles WHERE profile = 'massive' GROUP BY ALL ORDER BY ALL",
             dtype="float64",
             formula=f"{MASSIVE.sum}, by {MASSIVE.bins}",
             meaning="How far the largest entry of a token's state stands out: massive activations are in the last bins.",
@@ -76,6 +77,7 @@ TABLE = Table(
         ),
     ),
     order=("stack", "layer", "site", "profile", "bin"),
+    example="SELECT stack, layer, site, bin, SUM({column}) AS {column} FROM residual_profiles WHERE profile = 'token_norm' GROUP BY ALL ORDER BY ALL LIMIT 20",
     needs=lambda columns: Needs(stream_profiles=True, states=any(c.name == MASSIVE.name for c in columns)),
     recorder=StreamProfileRecorder,
     notes=profile_notes(STREAM_PROFILES),

@@ -84,6 +84,7 @@ TABLE = Table(
     ),
     order=("stack", "layer", "sequence_id"),
     on_request=True,
+    example="SELECT stack, layer, AVG({column}) AS {column} FROM rollout GROUP BY ALL ORDER BY stack, layer",
     needs=lambda columns: Needs(patterns=True),
     recorder=RolloutRecorder,
     notes=f"{OF_SAMPLE} Self-attention alone; a stack ends where a layer has other tokens than the one before.",

@@ -119,8 +119,8 @@ class Table:
 
     def of_facts(self, chosen: Sequence[Column[Any, Any]]) -> tuple[Column[Any, Any], ...]:
         """Those of the chosen statistics that are columns."""
-        names = {column.name for column in chosen}
-        return tuple(column for column in self.facts if column.name in names)
+        profiles = {column.name for column in self.profiles}
+        return tuple(column for column in chosen if column.name not in profiles)
 
     @property
     def optional(self) -> frozenset[str]:

@@ -127,6 +127,7 @@ TABLE = Table(
     ),
     order=("stack", "layer", "sequence_id", "token"),
     on_request=True,
+    example="SELECT sequence_id, layer, token, {column} FROM tokens ORDER BY {column} DESC LIMIT 5",
     needs=lambda columns: Needs(rows=frozenset({"received", "entropy"}), patterns=True, states=True),
     recorder=TokenRecorder,
     notes=f"{OF_SAMPLE} Columns of the stream are null where it is not known, columns of attention where a layer attends over windows.",

@@ -223,7 +223,9 @@ def assert_heads(tables, expected: Mapping[str, list[Heads]], *, queries=None, k
                         "head",
                         "query_norm",
                         "key_norm",
+                        "mass_massive",
                     }
+                    assert row["mass_massive"] in (None, 0), "no activation here is massive; see test_residual"
                     assert_columns(row, columns, f"{stack} sequence {sequence} L{layer}H{head}")
                     compared += 1
     assert compared == len(got)
@@ -451,11 +453,27 @@ def test_the_residual_sites_of_an_encoder_equal_their_computation_by_hand(batch_
                 contexts = (
                     (heads[layer].p @ heads[layer].v)[sequence][:, real[sequence]] if name == "attention" else None
                 )
-                expected = oracles.residual_columns(**one, eps=encoder.layers[0].norm1.eps, contexts=contexts)
+                of_heads = (
+                    {} if name == "mlp" else _heads_of(encoder.layers[layer], heads[layer], sequence, real[sequence])
+                )
+                expected = oracles.residual_columns(
+                    **one, eps=encoder.layers[0].norm1.eps, contexts=contexts, **of_heads
+                )
                 row = got[sequence, layer, name]
                 known = {column: value for column, value in expected.items() if column in row}
                 assert {"stream_norm", "update_norm", "norm_scale", "heads_cosine"} <= set(known)
                 assert_columns(row, known, f"sequence {sequence} L{layer} {name}")
+
+
+def _heads_of(layer: Any, heads: Any, sequence: int, real: np.ndarray) -> dict[str, np.ndarray | None]:
+    """What the oracle needs of the heads of an attention sublayer."""
+    w_o = layer.self_attn.out_proj.weight.detach().double().numpy().T
+    return {
+        "patterns": heads.p[sequence][:, real][:, :, real],
+        "v": heads.v[sequence][:, real],
+        "w_o": w_o.reshape(heads.p.shape[1], -1, w_o.shape[1]),
+        "gain": None if layer.norm_first else layer.norm1.weight.detach().double().numpy(),
+    }
 
 
 # --- nn.TransformerEncoderLayer and nn.MultiheadAttention alone ----------------------------------------------------

@@ -447,8 +447,11 @@ def test_weights_alone_need_no_pass(monkeypatch: pytest.MonkeyPatch):
     assert [tables[name].num_rows for name in ("weights", "norms", "compositions")] == [12, 7, 48]
 
 
-def test_every_table_of_a_batch_is_there_by_default():
-    assert {"weights", "norms", "compositions"} < set(measure(tiny("bert"), **ids()))
+def test_tables_of_the_parameters_are_measured_by_name_because_no_batch_changes_them():
+    names = {"weights", "norms", "compositions"}
+    assert not names & set(measure(tiny("bert"), **ids()))
+    assert set(measure(tiny("bert"), tables=names, **ids())) == names
+    assert names <= set(measure(tiny("bert"), statistics=names, **ids()))
 
 
 def test_a_run_writes_them_once_and_is_verified(demo, tmp_path: Path):
