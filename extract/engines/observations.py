@@ -144,9 +144,9 @@ class ResidualObservation:
         value = heads.call.value
         if value is None or heads.visibility.is_cross_attention or heads.rows.get("self_score") is None:
             return None
-        values = value.double().repeat_interleave(contexts.shape[1] // value.shape[1], dim=1)
-        of_own = heads.self_weights[..., None] * values
-        own, others = self.write(of_own), self.write(contexts.double() - of_own)
+        values = value.to(contexts.dtype).repeat_interleave(contexts.shape[1] // value.shape[1], dim=1)
+        of_own = heads.self_weights[..., None].to(contexts.dtype) * values
+        own, others = self.write(of_own), self.write(contexts - of_own)
         bias = (self.update - own - others).where(self.real[..., None], 0)
         spread = bias - (bias.sum((0, 1)) / self.real.sum())
         if not bool(self._size(spread) <= _NOT_LINEAR * self._size(self.update)):
@@ -168,7 +168,7 @@ class ResidualObservation:
         return (heads.received * massive[:, None]).sum(-1)
 
     def _size(self, states: Float[Tensor, "batch token width"]) -> Float[Tensor, ""]:
-        return states.double().where(self.real[..., None], 0).norm()
+        return states.norm(dim=-1).where(self.real, 0).norm()
 
     def mean(self, values: Float[Tensor, "batch token"]) -> Float[Tensor, " batch"]:
         """Mean over the real tokens where the value is defined; NaN if there are none."""

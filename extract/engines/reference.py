@@ -59,6 +59,11 @@ def blocks_of(call: Call, heads: int, measured: Bool[Tensor, "batch head query"]
         yield Block(call, scores_of, first, last, None if measured is None else measured[..., first:last])
 
 
+def whole_block(call: Call, measured: Bool[Tensor, "batch head query"]) -> Block:
+    """The pattern of all rows of a call at once, of which there are few."""
+    return Block(call, _scores_of(call), 0, measured.shape[-1], measured)
+
+
 def _sum_blocks(
     call: Call, output: Tensor, names: Collection[str], known_measured: Bool[Tensor, "batch head query"] | None
 ) -> tuple[Bool[Tensor, "batch head query"], dict[str, Tensor]]:

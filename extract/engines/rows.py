@@ -92,6 +92,19 @@ class AttentionCall:
             sample=None,
         )
 
+    def of_rows(self, places: Int[Tensor, "batch row"]) -> AttentionCall:
+        """The call of some queries of each sequence, for their pattern alone."""
+        index = places[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[-1])
+        return AttentionCall(
+            self.query.gather(2, index),
+            self.key,
+            self.value,
+            self.visibility.of_rows(places),
+            self.scale,
+            self.softcap,
+            self.sinks,
+        )
+
     @cached_property
     def facts(self) -> frozenset[Fact]:
         """What the call offers to row quantities."""
@@ -130,6 +143,14 @@ class ScoredCall:
             reading=None if self.reading is None else self.reading.of_sequences(chosen),
             sample=None,
         )
+
+    def of_rows(self, places: Int[Tensor, "batch row"]) -> ScoredCall:
+        """The call of some queries of each sequence, for their pattern alone."""
+        index = places[:, None].expand(-1, self.scores.shape[1], -1)
+        scores = self.scores.gather(2, index[..., None].expand(-1, -1, -1, self.scores.shape[-1]))
+        sinks = None if self.sinks is None else self.sinks.gather(2, index)
+        visibility = self.visibility.of_rows(places)
+        return ScoredCall(scores, self.value, visibility, sinks=sinks, weights_only=self.weights_only)
 
     @cached_property
     def facts(self) -> frozenset[Fact]:

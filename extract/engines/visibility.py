@@ -107,6 +107,21 @@ class Visibility:
         assert first is not None and last is not None, "every query has a range of keys"
         return Visibility(queries, keys, first, last, allowed, bias)
 
+    def of_rows(self, places: Int[Tensor, "batch row"]) -> Visibility:
+        """The visibility of some rows of each sequence, from other queries than the keys."""
+
+        def chosen(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            x = x.expand(len(places), *x.shape[1:])
+            index = places.view(len(places), 1, -1, *(1,) * (x.dim() - 3)).expand(-1, x.shape[1], -1, *x.shape[3:])
+            return x.gather(2, index)
+
+        first, last, allowed, bias = map(chosen, (self.first, self.last, self.allowed, self.bias))
+        assert first is not None and last is not None, "every query has a range of keys"
+        queries = whole_axis(len(places), places.shape[1], places.device)
+        return Visibility(queries, self.keys, first, last, allowed, bias)
+
     @property
     def is_cross_attention(self) -> bool:
         """Whether queries and keys are different tokens, without a distance between them."""

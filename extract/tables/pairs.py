@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # rows of a sequence that are compared: all, or as many as these, evenly spaced
-MOST_ROWS = 64
+MOST_ROWS = 32
 _SUMS = ("bhattacharyya", "product", "jensen_shannon_nats", "rows")
 
 

@@ -44,21 +44,21 @@ def chosen_rows(o: HeadObservation, most: int) -> ChosenRows:
     """At most so many rows of each sequence, evenly spaced: all of a sequence that has no more."""
     import torch
 
+    from attlas.extract.engines.reference import whole_block
+
     queries, keys = o.visibility.queries, o.visibility.keys
     numbers = torch.arange(min(most, queries.tokens), device=o.rows.measured.device)
     length = queries.length[:, None]
     spaced = (2 * numbers + 1) * length // (2 * most)
     chosen = numbers.where(length <= most, spaced)
     exists = chosen < length
-    chosen = (chosen + queries.start[:, None]).where(exists, -1)
+    chosen = (chosen + queries.start[:, None]).where(exists, 0)
     heads = o.rows.measured.shape[1]
-    has_sink = "sink" in o.rows or (o.call is not None and o.call.sinks is not None)
-    patterns = o.rows.measured.new_zeros(len(chosen), heads, len(numbers), keys.tokens + has_sink, dtype=torch.float32)
-    for block in o.blocks():
-        sequence, place = ((chosen >= block.first) & (chosen < block.last)).nonzero(as_tuple=True)
-        row = chosen[sequence, place] - block.first
-        patterns[sequence, :, place, block.keys] = block.pattern[sequence, :, row].float()
-        if has_sink:
-            patterns[sequence, :, place, -1] = block.sink[sequence, :, row].float()
-    measured = o.rows.measured.gather(-1, chosen.clamp_min(0)[:, None].expand(-1, heads, -1)) & exists[:, None]
+    measured = o.rows.measured.gather(-1, chosen[:, None].expand(-1, heads, -1)) & exists[:, None]
+    assert o.call is not None, "patterns are needed"
+    block = whole_block(o.call.of_rows(chosen), measured)
+    patterns = torch.zeros(*measured.shape, keys.tokens, device=measured.device)
+    patterns[..., block.keys] = block.pattern.float()
+    if block.sinks is not None:
+        patterns = torch.cat((patterns, block.sink[..., None].float()), -1)
     return ChosenRows(patterns * measured[..., None], measured)

@@ -206,10 +206,11 @@ def kurtosis(o: ResidualObservation) -> PerSequence:
 )
 def rank_collapse(o: ResidualObservation) -> PerSequence:
     """How much of the states is not shared by all tokens: 0 if they are equal."""
-    states, real = o.after.double(), o.real[..., None]
+    states, real = o.after, o.real[..., None]
     mean = states.where(real, 0).sum(1, keepdim=True) / o.real.sum(-1)[:, None, None]
-    centred, whole = ((states - mean).where(real, 0), states.where(real, 0))
-    return centred.flatten(1).norm(dim=-1) / whole.flatten(1).norm(dim=-1)
+    of_tokens = (states - mean).norm(dim=-1), o.after_norms
+    centred, whole = (norms.double().where(o.real, 0).norm(dim=-1) for norms in of_tokens)
+    return centred / whole
 
 
 @_on_request(
@@ -221,7 +222,7 @@ def rank_collapse(o: ResidualObservation) -> PerSequence:
 )
 def curvature(o: ResidualObservation) -> PerSequence:
     """How sharply the states turn from token to token: 0 on a straight line, π back and forth."""
-    steps = o.after.double().diff(dim=1)
+    steps = o.after.diff(dim=1)
     units = steps / steps.norm(dim=-1, keepdim=True)
     first, second = units[:, :-1], units[:, 1:]
     # from chords: the arc cosine loses half of the digits of small angles

@@ -258,8 +258,8 @@ class Stream:
             return None
 
         def write(contexts: Float[Tensor, "batch head token head_width"]) -> Float[Tensor, "batch token width"]:
-            written = contexts.transpose(1, 2).flatten(2).double() @ matrix.double()
-            return self._scale(written, update)
+            written = contexts.transpose(1, 2).flatten(2)
+            return self._scale(written @ matrix.to(written.dtype), update)
 
         return write
 
