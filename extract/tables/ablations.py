@@ -30,11 +30,11 @@ class AblationRecorder(RaggedRecorder):
 
         rows: list[Tensor] = []
         for ablations, outcome in sequence.outcomes():
-            changes = _changes(sequence.plain, outcome)
+            changes = _changes(sequence.plain, outcome, sequence.repeated)
             for number, ablation in enumerate(ablations):
                 keys = (place, ablation.attention, _PARTS.index(ablation.part), ablation.head)
                 rows.append(torch.cat((changes.new_tensor(keys), changes[number])))
-        return {"rows": torch.stack(rows)} if rows else {"rows": sequence.plain.states.new_zeros(0, 7).double()}
+        return {"rows": torch.stack(rows)} if rows else {"rows": sequence.plain.states.new_zeros(0, 8).double()}
 
     def add(self, place: Any, sequences: np.ndarray, kept: Mapping[str, np.ndarray]) -> None:
         number, attention, part, head, *changes = kept["rows"].T
@@ -48,24 +48,27 @@ class AblationRecorder(RaggedRecorder):
             "part": np.array([_PARTS[n] for n in part.astype(int)], dtype=object),
             "head": head,
         }
-        names = ("final_change", "final_norm_change", "loss_change_nats")
+        names = ("final_change", "final_norm_change", "loss_change_nats", "repeat_gain_change_nats")
         wanted = {c.name for c in self.scope.columns}
         columns |= {name: values for name, values in zip(names, changes, strict=True) if name in wanted}
         self._parts.append(columns)
 
 
-def _changes(plain: Any, outcome: Any) -> Tensor:
-    """The three columns [copy, 3]; NaN where there is no loss."""
+def _changes(plain: Any, outcome: Any, repeated: Tensor | None) -> Tensor:
+    """The four columns [copy, 4]; NaN where there is no loss."""
     import torch
 
     y, z = plain.states.double(), outcome.states.double()
     u, v = y / y.norm(dim=-1, keepdim=True), z / z.norm(dim=-1, keepdim=True)
     change = ((u - v).square().sum(-1) / 2).flatten(1).mean(1)
     growth = (z.norm(dim=-1) / y.norm(dim=-1) - 1).flatten(1).mean(1)
-    loss = change * torch.nan
-    if plain.losses is not None and plain.losses.shape[1]:
-        loss = (outcome.losses.double() - plain.losses.double()).mean(1)
-    return torch.stack((change, growth, loss), 1)
+    loss = gain = change * torch.nan
+    if plain.losses is not None:
+        of_tokens = outcome.losses.double() - plain.losses.double()
+        loss = of_tokens.mean(1)  # NaN if there are none, as below
+        assert repeated is not None, "a language model has token ids"
+        gain = of_tokens[:, repeated].mean(1) - of_tokens[:, ~repeated].mean(1)
+    return torch.stack((change, growth, loss, gain), 1)
 
 
 TABLE = Table(
@@ -107,6 +110,15 @@ TABLE = Table(
             formula="mean loss of the next token without the part less that with it; null unless the model is a causal "
             "language model with its head",
             meaning="How much worse the model predicts without the part.",
+            nullable=True,
+        ),
+        Column(
+            name="repeat_gain_change_nats",
+            unit="nats",
+            formula="mean loss_change_nats of next tokens that have occurred in the sequence, less that of the others; null if there "
+            "are none of either, or where loss_change_nats is",
+            meaning="How much less the model gains from repetition without the part: on random-repeats, what its induction hangs on.",
+            reference="Olsson 2022",
             nullable=True,
         ),
     ),

@@ -164,6 +164,25 @@ def test_a_causal_language_model_has_the_change_of_its_loss():
                 assert rows[sequence, 1, "head", head]["loss_change_nats"] == pytest.approx(expected, abs=2e-6)
 
 
+def test_the_gain_from_repetition_is_what_repeated_tokens_lose_more_than_others():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.tensor([[5, 9, 7, 5, 9, 7, 11, 9]])
+    rows = rows_of(measure(model, tables=("ablations",), input_ids=ids))
+
+    def losses(of: nn.Module) -> torch.Tensor:
+        return nn.functional.cross_entropy(of(ids).logits[0, :-1], ids[0, 1:], reduction="none").double()
+
+    with torch.inference_mode():
+        for head in range(4):
+            change = losses(without_head(model, "transformer.h.0.attn.c_proj", head, 4)) - losses(model)
+            # of the next tokens 9, 7, 5, 9, 7, 11, 9 those at places 2, 3, 4 and 6 have occurred
+            expected = change[[2, 3, 4, 6]].mean() - change[[0, 1, 5]].mean()
+            found = rows[0, 0, "head", head]["repeat_gain_change_nats"]
+            assert found == pytest.approx(float(expected), abs=2e-6)
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
 def test_layers_below_a_head_are_not_computed_again(family, monkeypatch: pytest.MonkeyPatch):
     model, ids = tiny(family), ids_of(batch=1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attlas.extract.capture.compiled import compilation_disabled
@@ -58,6 +58,15 @@ class SequenceAblations:
         with _recorded_outputs(model, self._layers) as outputs:
             self.plain = self._run(1, ())
         self._outputs = outputs if _may_share(self, outputs) else {}
+
+    @property
+    def repeated(self) -> Bool[Tensor, " next"] | None:
+        """Which next tokens have occurred before in the sequence; None without token ids."""
+        ids = self._inputs.get("input_ids")
+        if not isinstance(ids, torch.Tensor):
+            return None
+        same = ids[0, 1:, None] == ids[0, None, :-1]
+        return same.tril().any(-1)
 
     @property
     def ablations(self) -> list[Ablation]:
