@@ -49,7 +49,7 @@ def test_from_the_middle_on_most_heads_rest_on_the_first_token(dataset: Path):
 def test_one_token_has_massive_activations_and_it_is_the_first(dataset: Path):
     stream = pl.read_parquet(dataset / "residual" / "*.parquet").filter(site="mlp")
     before, after = stream.filter(pl.col("layer") < 10), stream.filter(pl.col("layer").is_between(11, 28))
-    assert before["max_abs"].max() < 1_000 and after["max_abs"].min() > 10_000
+    assert before["max_abs"].max() < 1_000 and after["max_abs"].min() > 5_000
     assert (after["max_abs_token"] == 0).all()
 
 
