@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -90,7 +90,7 @@ def of_bert(model) -> Iterator[list[np.ndarray]]:
 
 
 def of_gpt2(model) -> Iterator[list[np.ndarray]]:
-    for block in model.h:
+    for block in cast(Any, model).h:
         fused = block.attn.c_attn.weight.detach().double().numpy()
         output = block.attn.c_proj.weight.detach().double().numpy()
         for h in range(4):
@@ -303,11 +303,11 @@ def test_latent_attention_is_two_matrices_in_a_row():
 def test_where_a_model_computes_scores_itself_their_modules_are_found_by_the_products():
     """MPNet adds a bias of the positions; so does BLOOM, which hides later keys, with query, key and value fused."""
     model = random("mpnet", "eager", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-    of_layers = [layer.attention.attn for layer in model.encoder.layer]
+    of_layers = [layer.attention.attn for layer in cast(Any, model).encoder.layer]
     check(weights_of(model, **ids()), [h for a in of_layers for h in split(a.q, a.k, a.v, a.o, heads=4)], 8**-0.5)
     model = random("bloom", "eager", hidden_size=32, n_layer=2, n_head=4)
     heads = []
-    for block in model.h:
+    for block in cast(Any, model).h:
         fused = block.self_attention.query_key_value.weight.detach().double().numpy().T.reshape(32, 4, 3, 8)
         output = block.self_attention.dense.weight.detach().double().numpy().T
         heads += [[*(fused[:, h, n] for n in range(3)), output[8 * h : 8 * h + 8]] for h in range(4)]
