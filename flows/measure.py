@@ -175,7 +175,10 @@ def measure_locally(run: Run, *, show: Display) -> Path | str:
             show.stage("server", 0, None)
         try:
             planned = plan_run(run)
-            for note in planned.instrument.encoder.settings.notes:
+            from attlas.extract.unmeasured import notes_on_statistics
+
+            notes = notes_on_statistics(run.statistics, planned.instrument)
+            for note in (*planned.instrument.encoder.settings.notes, *notes):
                 show.note(note)
             if planned.is_complete:
                 show.note(f"{run.out} already contains this run, complete; only its report is written again")

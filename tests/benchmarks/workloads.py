@@ -46,7 +46,10 @@ class Workload:
         # classes of the demo tokenizer, repeated for the vocabulary of a random model
         classes = np.resize(_demo_classes(), int(self.ids.max()) + 1).astype(np.int64)
         axis = Axis(torch.zeros_like(self.length), self.length, self.ids.shape[1])
-        return Batch(len(self.ids), {"input_ids": Tokens(axis, self.ids, torch.from_numpy(classes)[self.ids])})
+        texts = {"input_ids": Tokens(axis, self.ids, torch.from_numpy(classes)[self.ids])}
+        # as many as a run has in its sample, 8 of the 256 sequences of a shard; at least one
+        sample = torch.arange(len(self.ids)) < max(1, len(self.ids) * 8 // 256)
+        return Batch(len(self.ids), texts, sample=sample)
 
 
 def measured_pass(work: Workload) -> Callable[[], None]:
