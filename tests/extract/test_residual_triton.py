@@ -256,13 +256,17 @@ class Kept:
     def __init__(self, needs: Needs) -> None:
         self.needs = needs
         self.sites: dict[Site, torch.Tensor] = {}
+        self.counts: dict[Site, list[float]] = {}
 
     def heads(self, *_: Any) -> None: ...
 
     def residual(self, site: Site, sums: SiteSums) -> None:
         self.sites[site] = sums.values
+        if sums.counts is not None:
+            self.counts[site] = sums.counts.sum(0).tolist()
 
-    def layer(self, *_: Any) -> None: ...
+    def layer(self, site: Site, sums: SiteSums) -> None:
+        self.sites[site] = sums.values
 
     def state(self, *_: Any) -> None: ...
 
@@ -271,6 +275,10 @@ class Kept:
 
 def observed(model, layout: Layout, stream: str, *, needs: Needs | None = None) -> dict[Site, torch.Tensor]:
     """The columns of every site by one of the streams, of two sequences, one of them padded."""
+    return kept_by(model, layout, stream, needs=needs).sites
+
+
+def kept_by(model, layout: Layout, stream: str, *, needs: Needs | None = None) -> Kept:
     ids = torch.randint(2, 60, (2, 9), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
@@ -284,7 +292,7 @@ def observed(model, layout: Layout, stream: str, *, needs: Needs | None = None) 
         engine=replace(choose("reference"), stream=stream),  # pyright: ignore[reportArgumentType]
         collector=kept,
     )
-    return kept.sites
+    return kept
 
 
 def parallel_model():
@@ -312,6 +320,18 @@ def test_every_site_of_a_model_is_measured_by_the_kernels(family, dtype, monkeyp
     made = observed(model, layout, "triton")
     assert len(made) == len(layout.sites)
     assert_same_sites(made, expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_layers_and_counts_of_norms_are_those_of_plain_torch(family):
+    model = tiny(family)
+    layout = layout_of(model)
+    columns = [*TABLES["layers"].facts, *(c for c in RESIDUAL.facts if c.core)]
+    needs = replace(TABLES["layers"].needs(columns[:3]) | RESIDUAL.needs(columns[3:]), stream_profiles=True)
+    made, expected = (kept_by(model, layout, stream, needs=needs) for stream in ("triton", "torch"))
+    assert_same_sites(made.sites, expected.sites)
+    assert made.counts == expected.counts
+    assert len(made.counts) == len(layout.sites) and all(sum(c) == 9 + 6 for c in made.counts.values())
 
 
 @pytest.mark.slow

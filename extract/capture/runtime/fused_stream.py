@@ -81,7 +81,9 @@ class FusedStream(Stream):
         if results is None:
             axis = self._axes.axis(site.stack, states, state.device)
             sites = sum(other.stack == site.stack for other in self.sites)
-            results = self._results[key] = SiteResults(axis, width, state.device, sites=sites)
+            results = self._results[key] = SiteResults(
+                axis, width, state.device, sites=sites, counts_norms=self._observer.needs.stream_profiles
+            )
         return results
 
     def _site_tensors(self, site: Site, results: SiteResults) -> SiteTensors | None:

@@ -94,10 +94,11 @@ class SiteTensors(NamedTuple):
 class SiteResults:
     """Results of the sites of one pass whose states have the same axis and width, by the order in which they were measured.
 
-    About `sites` of them are expected: memory is allocated once for all, or for as many as fit in MAX_BYTES.
+    About `sites` of them are expected: memory is allocated once for all, or for as many as fit in MAX_BYTES. With
+    `counts_norms`, tokens are counted by the norms of their states.
     """
 
-    def __init__(self, axis: Axis, width: int, device: torch.device, *, sites: int) -> None:
+    def __init__(self, axis: Axis, width: int, device: torch.device, *, sites: int, counts_norms: bool = False) -> None:
         batch, tokens = len(axis.start), axis.tokens
         self.shape = torch.Size((batch, tokens, width))
         self.axis = axis
@@ -117,7 +118,7 @@ class SiteResults:
         self._device = self._waiting.get_device()
         self._used = 0
         self._tables: list[Tensor] = []
-        self._counts: list[Tensor] = []
+        self._counts: list[Tensor] | None = [] if counts_norms else None
 
     def measure(self, tensors: SiteTensors, *, factor: float = 1.0, kind: str = "", epsilon: float = 0.0) -> bool:
         """Measure a site whose update is F × factor × gain, and whose norm, if it has one, is of this kind.
@@ -174,6 +175,7 @@ class SiteResults:
 
     def norm_counts(self) -> Tensor:
         """How many tokens are in each bin of `TOKEN_NORM` [site, bin], once `columns` was called."""
+        assert self._counts is not None, "they were asked for"
         return self._counts[0] if len(self._counts) == 1 else torch.cat(self._counts)
 
     def _count_norms(self) -> Tensor:
@@ -227,7 +229,8 @@ class SiteResults:
             num_warps=1,
         )
         self._tables.append(table)
-        self._counts.append(self._count_norms())
+        if self._counts is not None:
+            self._counts.append(self._count_norms())
         self._used = 0
 
 
