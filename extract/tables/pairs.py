@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # rows of a sequence that are compared: all, or as many as these, evenly spaced
-MOST_ROWS = 32
+MOST_ROWS = 16
+_WEIGHTS_AT_ONCE = 1 << 25
+_TINY = 1.2e-38  # the smallest float32 with all of its digits
 _SUMS = ("bhattacharyya", "product", "jensen_shannon_nats", "rows")
 
 
@@ -98,34 +100,40 @@ def _compare(layers: list[ChosenRows]) -> Float[Tensor, "4 head head"]:
     """The four sums of all pairs of heads of these layers; the divergence is 0 between layers."""
     import torch
 
+    sequences = len(layers[0].patterns)
+    at_once = max(1, sequences * _WEIGHTS_AT_ONCE // sum(layer.patterns.numel() for layer in layers))
     total = 0
-    for sequence in range(len(layers[0].patterns)):
-        patterns = torch.cat([layer.patterns[sequence] for layer in layers])
-        measured = torch.cat([layer.measured[sequence] for layer in layers]).double()
-        flat, roots = patterns.flatten(1), patterns.sqrt().flatten(1)
-        divergence = torch.block_diag(*(_divergences(layer.patterns[sequence]) for layer in layers))
-        alike, product = (roots @ roots.T).double(), (flat @ flat.T).double()
-        total = total + torch.stack((alike, product, divergence, measured @ measured.T))
+    for first in range(0, sequences, at_once):
+        some = slice(first, first + at_once)
+        patterns = torch.cat([layer.patterns[some] for layer in layers], 1)
+        measured = torch.cat([layer.measured[some] for layer in layers], 1).double()
+        flat, roots = patterns.flatten(2), patterns.sqrt().flatten(2)
+        divergence = torch.block_diag(*(_divergences(layer.patterns[some]) for layer in layers))
+        products = ((x @ x.mT).sum(0, dtype=torch.float64) for x in (roots, flat, measured))
+        alike, product, rows = products
+        total = total + torch.stack((alike, product, divergence, rows))
     assert isinstance(total, torch.Tensor), "there is a sequence"
     return total
 
 
-def _divergences(patterns: Float[Tensor, "head row key"]) -> Float[Tensor, "head head"]:
+def _divergences(patterns: Float[Tensor, "sequence head row key"]) -> Float[Tensor, "head head"]:
     """Σ over rows of the Jensen–Shannon divergence of each pair of heads of one layer."""
-    divergence = patterns.new_zeros(len(patterns), len(patterns)).double()
+    heads = patterns.shape[1]
+    divergence = patterns.new_zeros(heads, heads).double()
     is_measured = patterns.any(-1)
     entropies = _entropy(patterns)
-    for head in range(len(patterns) - 1):
+    for head in range(heads - 1):
         others = slice(head + 1, None)
-        mixed = _entropy((patterns[head] + patterns[others]) / 2)
-        of_rows = (mixed - (entropies[head] + entropies[others]) / 2).clamp_min(0)
-        both = is_measured[head] & is_measured[others]
-        divergence[head, others] = divergence[others, head] = (of_rows * both).sum(-1).double()
+        mixed = _entropy((patterns[:, head, None] + patterns[:, others]) / 2)
+        of_rows = (mixed - (entropies[:, head, None] + entropies[:, others]) / 2).clamp_min(0)
+        both = is_measured[:, head, None] & is_measured[:, others]
+        divergence[head, others] = divergence[others, head] = (of_rows * both).double().sum((0, 2))
     return divergence
 
 
 def _entropy(patterns: Float[Tensor, "*head row key"]) -> Float[Tensor, "*head row"]:
-    return -patterns.xlogy(patterns).sum(-1)
+    """−Σ p ln p; of a weight of 0 the logarithm is that of the smallest number, several times as fast as to look for zeros."""
+    return -(patterns * patterns.clamp_min(_TINY).log()).sum(-1)
 
 
 def _sum(

@@ -35,7 +35,7 @@ def measured(request):
                 weight *= 5
     ids = torch.randint(2, 60, (2, 90), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
-    mask[1, 20:] = 0
+    mask[1, 12:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     lengths = mask.sum(-1).tolist()
     patterns = [
@@ -67,13 +67,13 @@ def test_pairs_equal_the_sums_over_evenly_spaced_rows(measured):
             assert found[2] is None
             found[2] = expected[2]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
-        assert row["rows"] == MOST_ROWS + 20
+        assert row["rows"] == MOST_ROWS + 12
 
 
 def test_a_row_of_queries_is_what_its_row_of_the_pattern_says(measured):
     _, _, patterns, tables = measured
     queries = pl.DataFrame(tables["queries"])
-    assert queries.height == len(patterns) * 4 * (90 + 20)
+    assert queries.height == len(patterns) * 4 * (90 + 12)
     for (layer, head, sequence), rows in queries.group_by("layer", "head", "sequence_id"):
         p = patterns[layer][sequence][head]
         rows, n = rows.sort("query"), len(p)
