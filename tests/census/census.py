@@ -165,9 +165,9 @@ def _judge(built: TinyModel, tables: Mapping[str, pa.Table], readings: Iterator[
 
 
 def measure_batch(built: TinyModel) -> dict[str, pa.Table]:
-    """The tables of a batch, for all stacks that run."""
+    """All statistics of a batch, for all stacks that run."""
     torch.manual_seed(2)
-    return measure(built.model, **_measure_arguments(built, built.inputs))
+    return measure(built.model, statistics="all", **_measure_arguments(built, built.inputs))
 
 
 def layout_for(built: TinyModel, inputs: Mapping[str, Tensor]) -> Layout | None:

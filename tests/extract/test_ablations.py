@@ -248,3 +248,21 @@ def test_a_run_has_the_ablations_of_the_sample_and_is_verified(demo, tmp_path: P
     assert rows.height == shards * 6 * (12 + 2)
     assert rows.filter(part="head")["final_change"].min() > 0
     assert verify(tmp_path / "out") == []
+
+
+def test_a_replaced_forward_function_stays_in_its_place():
+    model, ids = tiny("bert"), ids_of(batch=1)
+    layer = model.encoder.layer[0]
+    original, calls = layer.forward, []
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    layer.forward = forward
+    rows = rows_of(measure(model, tables=("ablations",), input_ids=ids))
+    assert layer.forward is forward and len(calls) > 2
+    other = without_head(tiny("bert"), "encoder.layer.2.attention.output.dense", 1, 4)
+    with torch.inference_mode():
+        expected = change(tiny("bert")(ids).last_hidden_state, other(ids).last_hidden_state)[0]
+    assert rows[0, 2, "head", 1]["final_change"] == pytest.approx(expected, rel=1e-3, abs=2e-6)

@@ -22,6 +22,7 @@ from attlas.extract.capture.configurations import is_language_model
 from attlas.extract.capture.intercept.assemble import intercept_attention
 from attlas.extract.capture.intercept.request import Request, interception_disabled
 from attlas.extract.capture.layout import Attention, CaptureMethod, HookPoint, Layout, Site
+from attlas.extract.capture.rng import fixed_rng
 from attlas.extract.capture.tensors import first_tensor, input_tensor
 
 Part = Literal["head", "attention", "mlp"]
@@ -99,7 +100,7 @@ class SequenceAblations:
         lowest = min((a.attention for a in ablations), default=0) if below is None else below
         outputs = getattr(self, "_outputs", {})
         known = {name: outputs[name] for name, last in self._layers.items() if last < lowest and name in outputs}
-        with ExitStack() as stack, torch.inference_mode(), compilation_disabled():
+        with ExitStack() as stack, torch.inference_mode(), compilation_disabled(), fixed_rng():
             for name, output in known.items():
                 module = self._model.get_submodule(name)
                 module.forward = _constant(_copies(output, copies))
@@ -246,13 +247,16 @@ def _layer_name(model: nn.Module, module: str) -> str | None:
 
 
 def _layer_modules(model: nn.Module, layout: Layout) -> dict[str, int]:
-    """Layers by name, with the number of the last attention layer in each. None where calls can't be told apart."""
+    """Layers by name, with the number of the last attention layer in each.
+
+    None where calls can't be told apart, nor those whose forward function was replaced, which may do more than the layer.
+    """
     if layout.ignored_calls:
         return {}
     last: dict[str, int] = {}
     for number, attention in enumerate(layout.attentions):
         name = _layer_name(model, attention.module)
-        if name is not None:
+        if name is not None and "forward" not in vars(model.get_submodule(name)):
             last[name] = number
     return last
 
