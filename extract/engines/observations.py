@@ -28,13 +28,15 @@ _KEPT_WEIGHTS = 1 << 25
 class HeadObservation:
     """One attention call: its row quantities, its visibility, and the token classes of the keys.
 
-    `call` are its arguments, from which its pattern is computed; None unless patterns are needed.
+    `call` are its arguments, from which its pattern is computed; None unless patterns are needed. `places` are those of the
+    sample's sequences in the batch, if they are known: to find them, a GPU is waited for.
     """
 
     rows: Rows
     visibility: Visibility
     classes: Int[Tensor, "batch key"] | None = None  # index into TOKEN_CLASSES; arbitrary at padding
     call: AttentionCall | ScoredCall | None = None
+    places: Int[Tensor, " sequence"] | None = None
 
     @cached_property
     def sampled(self) -> tuple[Int[Tensor, " sequence"], HeadObservation]:
@@ -42,9 +44,12 @@ class HeadObservation:
         import torch
 
         assert self.call is not None, "patterns are needed"
-        if self.call.sample is None or bool(self.call.sample.all()):
-            return torch.arange(len(self.rows.measured), device=self.rows.measured.device), self
-        chosen = self.call.sample.nonzero().flatten()
+        everything = torch.arange(len(self.rows.measured), device=self.rows.measured.device)
+        if self.call.sample is None:
+            return everything, self
+        chosen = self.call.sample.nonzero().flatten() if self.places is None else self.places
+        if len(chosen) == len(everything):
+            return everything, self
         call = self.call.of_sequences(chosen)
         classes = None if self.classes is None else self.classes[chosen]
         return chosen, HeadObservation(self.rows.of_sequences(chosen), call.visibility, classes, call)

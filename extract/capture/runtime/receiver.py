@@ -61,6 +61,7 @@ class CallReceiver:
         self._ignored = layout.ignored_calls
         self._waits = waits
         self._unmeasured: Tensor | None = None  # set to 1 by a call with such rows
+        self._places: Tensor | None = None  # of the sample's sequences in the batch
 
     def finish(self) -> None:
         """Raise CaptureError unless every layer had its call, and UnmeasuredRows if an output was not the model's own."""
@@ -200,7 +201,9 @@ class CallReceiver:
         """Sum the rows of each head. Nothing of the size of a pattern is kept, unless patterns are needed."""
         needs, visibility = self._observer.needs, call.visibility
         classes = self.layers.tokens(attention.keys).classes
-        observation = HeadObservation(rows, visibility, classes, call if needs.patterns else None)
+        observation = HeadObservation(rows, visibility, classes)
+        if needs.patterns:
+            observation = replace(observation, call=call, places=self._places_of(call.sample))
         sums = self._engine.head_sums(observation, needs.head_names, profiles=needs.profiles)
         axis = visibility.queries
         measured = MeasuredCall(attention, sums, [observation], axis, contexts)
@@ -209,6 +212,14 @@ class CallReceiver:
             return
         states = contexts.shape[-2]
         self.deliver(measured if states == axis.tokens else replace(measured, axis=replace(axis, tokens=states)))
+
+    def _places_of(self, sample: Tensor | None) -> Tensor | None:
+        """The places of the sample in the batch, looked up once for all layers; None over windows."""
+        if sample is None or sample is not self._batch.sample:
+            return None
+        if self._places is None:
+            self._places = sample.nonzero().flatten()
+        return self._places
 
     def deliver(self, call: MeasuredCall) -> None:
         """Hand a measured call to the observer and the stream."""
