@@ -53,6 +53,7 @@ def measure(
     engine: str = "auto",
     tables: Collection[str] | None = None,
     statistics: str | Collection[str] = CORE,
+    edges: int = 8,
     **inputs: Any,
 ) -> dict[str, pa.Table]:
     """Measure one batch through any attention model: {"heads": …, "residual": …, "weights": …, …} as Arrow tables.
@@ -64,6 +65,7 @@ def measure(
     depend on the batch (`weights`, `norms`, `compositions`). Nothing else is computed.
     statistics: `core`, `all`, or the names of columns to measure besides the core, such as `query_norm`, and of .py files with
     columns of your own.
+    edges: how many of the strongest keys of each query the table `edges` has.
 
     `sequence_id` is the row of the batch. Columns that need the tokenizer (the token classes) are absent without one.
     `residual` is absent where the model's stream could not be read exactly. Raises Refusal for inputs that cannot be
@@ -79,12 +81,12 @@ def measure(
     refuse_training(model, given)
     with eval_mode(model):
         try:
-            measured, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
+            measured, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted, edges=edges)
         except CaptureError:
             if not forget_layouts(model):
                 raise
             # the model may have changed in a way that its fingerprint does not show: examine it again
-            measured, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted)
+            measured, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted, edges=edges)
     if needs_of(wanted).reads_stream:
         _warn_of_absent_residual(layout)
     return {
@@ -115,7 +117,13 @@ def _columns_of(tables: Collection[str] | None, statistics: str | Collection[str
 
 
 def _measure_batch(
-    model: nn.Module, inputs: Mapping[str, Any], classes: Tensor | None, *, engine: Engine, columns: Columns
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    classes: Tensor | None,
+    *,
+    engine: Engine,
+    columns: Columns,
+    edges: int,
 ) -> tuple[dict[str, pa.Table], Layout]:
     """Run the model on the inputs, in as many parts as it needs, and return the tables."""
     parts = split_batch(model, inputs)
@@ -129,6 +137,7 @@ def _measure_batch(
         layout,
         sequence_ids=numbers,
         document_ids=numbers,
+        edges=edges,
         without=frozenset(() if classes is not None else CLASS_MASSES),
     )
     is_static = all(TABLES[name].kind == "static" for name in columns)  # then no pass is needed
