@@ -37,7 +37,7 @@ def tiny(family: str, **changes):
         ),
     }
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, vocab_size=60, **sizes[family], **changes)
+    config = transformers.AutoConfig.for_model(family, vocab_size=60, **(sizes[family] | changes))
     config._attn_implementation = "sdpa"
     model = transformers.AutoModel.from_config(config).eval()
     with torch.no_grad():

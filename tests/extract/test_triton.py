@@ -325,7 +325,7 @@ def test_head_sums_agree(tokens, causal, blocks, rows_of_part, monkeypatch):
 def test_head_sums_of_padded_sequences_agree(rows_of_part, monkeypatch):
     if rows_of_part is not None:
         monkeypatch.setattr(summing, "_parts", lambda _heads, n: (-(-n // rows_of_part), rows_of_part))
-    for seed in range(4):
+    for seed in (1, 2):
         facts: dict[str, Any] = dict(batch=3, heads=2, grouped=True, tokens=24, width=16, causal=seed > 1, size=1.0)
         assert_sums_agree(call_of(seed, **facts))
 
@@ -372,11 +372,11 @@ def test_a_pass_with_rows_that_are_not_measured_is_made_again(monkeypatch):
     monkeypatch.setattr(measurement, "instrumented_pass", recorded)
     monkeypatch.setattr(CallReceiver, "_mark_of_unmeasured", marked)
     monkeypatch.setattr(measurement, "choose", lambda name, device: Engine("triton", _FUSED, head_sums))
-    model, inputs = tiny("bert"), {"input_ids": torch.randint(2, 60, (2, 8))}
+    model, inputs = tiny("bert", num_hidden_layers=1), {"input_ids": torch.randint(2, 60, (2, 8))}
     assert all(row["nonfinite_rows"] == 0 for row in _rows_of_heads(model, inputs))
     assert waited == [False]
     with torch.no_grad():
-        model.encoder.layer[1].attention.self.query.weight[0, 0] = torch.inf  # scores of a head are infinite or NaN
+        model.encoder.layer[0].attention.self.query.weight[0, 0] = torch.inf  # scores of a head are infinite or NaN
     waited.clear()
     assert any(row["nonfinite_rows"] > 0 for row in _rows_of_heads(model, inputs))
     assert waited == [False, True]
