@@ -294,6 +294,20 @@ def _within_one(cosine: np.float32) -> np.float32:
 
 
 @njit(error_model="numpy")
+def _mean_over_pieces(
+    sums: Float64[np.ndarray, "batch piece quantity 2"], values: Float64[np.ndarray, "column batch"]
+) -> None:
+    """Means over the tokens where a quantity is defined, from the sums of pieces."""
+    for b in range(sums.shape[0]):
+        for quantity in range(values.shape[0]):
+            total, count = 0.0, 0.0
+            for piece in range(sums.shape[1]):
+                total += sums[b, piece, quantity, 0]
+                count += sums[b, piece, quantity, 1]
+            values[quantity, b] = total / count if count > 0 else np.nan
+
+
+@njit(error_model="numpy")
 def _count_norm(squares: np.float32, counts: Float64[np.ndarray, " bin"]) -> None:
     """Count a token in the bin of its norm."""
     if math.isfinite(squares) and squares > 0:
@@ -446,13 +460,7 @@ def _compare_heads(
             )
         for quantity in range(_COMPARED):
             _add(of_token[quantity], low - begin, high - begin, of_piece, quantity)
-    for b in range(batch):
-        for quantity in range(values.shape[0]):
-            total, count = 0.0, 0.0
-            for piece in range(pieces):
-                total += sums[b, piece, quantity, 0]
-                count += sums[b, piece, quantity, 1]
-            values[quantity, b] = total / count if count > 0 else np.nan
+    _mean_over_pieces(sums, values)
 
 
 @kernel(
@@ -502,10 +510,4 @@ def _compare_states(
             of_token[_LAYERS.block_gain, t - begin] = np.sqrt(yy / xx)
         for quantity in range(values.shape[0]):
             _add(of_token[quantity], low - begin, high - begin, of_piece, quantity)
-    for b in range(batch):
-        for quantity in range(values.shape[0]):
-            total, count = 0.0, 0.0
-            for piece in range(pieces):
-                total += sums[b, piece, quantity, 0]
-                count += sums[b, piece, quantity, 1]
-            values[quantity, b] = total / count if count > 0 else np.nan
+    _mean_over_pieces(sums, values)
