@@ -58,7 +58,7 @@ def _absent_facts(instrument: Instrument) -> set[Fact]:
         "grid": images is not None and bool(images.grids),
         "stream": layout.residual_refusal is None,
     }
-    return {fact for fact, is_there in has.items() if not is_there}
+    return {fact for fact in has if not has[fact]}
 
 
 def _reasons(table: Table, column: Column, layout: Layout, absent: Collection[Fact]) -> Iterable[str]:
