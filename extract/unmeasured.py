@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from typing import cast
 
 from attlas.extract.capture.layout import Layout
 from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact
@@ -58,7 +59,7 @@ def _absent_facts(instrument: Instrument) -> set[Fact]:
         "grid": images is not None and bool(images.grids),
         "stream": layout.residual_refusal is None,
     }
-    return {fact for fact in has if not has[fact]}
+    return cast("set[Fact]", {fact for fact in has if not has[fact]})
 
 
 def _reasons(table: Table, column: Column, layout: Layout, absent: Collection[Fact]) -> Iterable[str]:
