@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import cast
 
 from attlas.extract.capture.layout import Layout
 from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact
@@ -59,7 +58,7 @@ def _absent_facts(instrument: Instrument) -> set[Fact]:
         "grid": images is not None and bool(images.grids),
         "stream": layout.residual_refusal is None,
     }
-    return cast("set[Fact]", {fact for fact in has if not has[fact]})
+    return {fact for fact in has if not has[fact]}
 
 
 def _reasons(table: Table, column: Column, layout: Layout, absent: Collection[Fact]) -> Iterable[str]:
@@ -78,6 +77,5 @@ def _facts_of(column: Column) -> set[Fact]:
     """What an attention call must have for a column of `heads`."""
     quantities = [head_quantity(name) for name in quantities_of((column,))]
     rows = {row for quantity in quantities for row in quantity.rows}
-    return {fact for quantity in quantities for fact in quantity.facts} | {
-        fact for row in rows for fact in ROW_QUANTITIES[row].needs
-    }
+    facts: set[Fact] = {fact for quantity in quantities for fact in quantity.facts}
+    return facts.union(*(ROW_QUANTITIES[row].needs for row in rows))

@@ -83,10 +83,11 @@ def random_composition(width: int, ranks: tuple[int, int]) -> float:
     """The mean of ‖W_A W_B‖ / (‖W_A‖ ‖W_B‖) over products W of two Gaussian factors of these ranks, in this dimension.
 
     Its square has the mean 1/d exactly, whatever the ranks: W_A is as likely as W_A U for every rotation U. The mean is lower
-    by an eighth of the relative variance of the square, which follows from E tr(P²) of P = WᵀW / ‖W‖².
+    by about an eighth of the relative variance of the square, which follows from E tr(P²) of P = WᵀW / ‖W‖², at most 1.
     """
     d = width
-    excess = [(1 + 1 / d) * (d + r + 1) / (r * d) + (1 + 2 / (r * d)) / d - 1 / d for r in ranks]
+    traces = [min(1.0, (1 + 1 / d) * (d + r + 1) / (r * d) + (1 + 2 / (r * d)) / d) for r in ranks]
+    excess = [trace - 1 / d for trace in traces]
     variance = 2 * d**2 / ((d - 1) * (d + 2)) * excess[0] * excess[1] if d > 1 else 0.0
     return (1 - variance / 8) / d**0.5
 
