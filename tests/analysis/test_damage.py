@@ -205,7 +205,7 @@ def byte_damages(table: str, root: Path) -> dict[str, Callable[[Path], object]]:
 
 
 def row_damages(table: str) -> dict[str, Callable[[pa.Table], pa.Table]]:
-    first = TABLES[table].keys[0].name
+    first = next(key.name for key in TABLES[table].keys if key.dtype.startswith("int"))
     facts = TABLES[table].facts
     statistic = next((c.name for c in facts if c.nullable), facts[-1].name)
     numeric = next(c.name for c in TABLES[table].facts if c.dtype.startswith(("int", "float")))
