@@ -22,8 +22,8 @@ from hypothesis import is_hypothesis_test, settings
 from tests.properties import QUICK, THOROUGH
 from tests.shapes import check_shapes
 
-# fixtures that start a Prefect server; files that use the same one share a worker, so that it starts once
-SERVERS = ("test_server", "real_server")
+# fixtures that take long to make, such as a Prefect server: the tests of files that use the same one share a worker
+COSTLY = ("test_server", "real_server", "smollm")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)  # xdist may be absent
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute tests one by one, except files that need the same server (pytest-xdist 3.8 breaks its own groups).
+    """Distribute tests one by one, except files that need the same costly fixture (pytest-xdist 3.8 breaks its own groups).
 
     Those that need a GPU by xdist's own scheduler, which does not repeat the test under which a worker died.
     """
@@ -69,13 +69,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     @cache
-    def server_of(file: str) -> str | None:
+    def costly_fixture_of(file: str) -> str | None:
         text = (config.rootpath / file).read_text()
-        return next((fixture for fixture in SERVERS if fixture in text), None)
+        return next((fixture for fixture in COSTLY if fixture in text), None)
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return server_of(nodeid.partition("::")[0]) or nodeid
+            return costly_fixture_of(nodeid.partition("::")[0]) or nodeid
 
     return Scheduling(config, log)
 
