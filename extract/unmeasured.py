@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from attlas.extract.capture.layout import Layout
+from attlas.extract.capture.layout import INTERCEPTED, Layout
 from attlas.extract.engines.quantities import ROW_QUANTITIES, Fact
 from attlas.extract.engines.sums import head_quantity
 from attlas.extract.instrument import Instrument
@@ -51,7 +51,7 @@ def _absent_facts(instrument: Instrument) -> set[Fact]:
     has: dict[Fact, bool] = {
         "positions": any(not a.is_cross_attention for a in attentions),
         "scores": layout.methods != {"replay"},
-        "queries": bool(layout.methods & {"sdpa", "interface"}),
+        "queries": bool(layout.methods & INTERCEPTED),
         "token_ids": instrument.classes is not None,
         "classes": instrument.classes is not None,
         "projection": any(a.projection is not None for a in attentions),
@@ -67,8 +67,8 @@ def _reasons(table: Table, column: Column, layout: Layout, absent: Collection[Fa
     norms = [site.norm for site in layout.sites if site.norm is not None]
     if column.name == "norm_mean" and norms and all(norm.kind == "rms" for norm in norms):
         return ["its norms subtract no mean (RMSNorm)"]
-    of_attention = [site for site in layout.sites if site.attention is not None and site.norm is not None]
-    if column.name == "mixing_ratio_norm" and not any(s.norm and s.norm.input == s.after for s in of_attention):
+    of_attention = [site for site in layout.sites if site.attention is not None]
+    if column.name == "mixing_ratio_norm" and not any(site.is_post_norm for site in of_attention):
         return ["no norm reads what attention has added (pre-norm)"]
     return []
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 # How an attention call is captured: through torch's function, through transformers' attention interface, from a softmax
 # that the model computes itself, or by running the module again with one-hot values. Written to the manifest.
 CaptureMethod = Literal["sdpa", "interface", "softmax", "replay"]
+# those that intercept the call itself, with its queries and keys, before it is made
+INTERCEPTED: frozenset[CaptureMethod] = frozenset({"sdpa", "interface"})
 
 
 class HookPoint(NamedTuple):
@@ -71,6 +73,11 @@ class Site:
     def updates(self) -> tuple[Update, ...]:
         """Everything added to the stream, this site's own update last."""
         return self.parallel if self.update is None else (*self.parallel, self.update)
+
+    @property
+    def is_post_norm(self) -> bool:
+        """Whether a norm reads x', what the site has added to the stream."""
+        return self.norm is not None and self.norm.input == self.after
 
     @cached_property
     def sum_points(self) -> tuple[HookPoint, ...]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from attlas.extract.capture.compiled import compilation_disabled
 from attlas.extract.capture.configurations import is_language_model
 from attlas.extract.capture.intercept.assemble import intercept_attention
 from attlas.extract.capture.intercept.request import Request, interception_disabled
-from attlas.extract.capture.layout import Attention, CaptureMethod, HookPoint, Layout, Site
+from attlas.extract.capture.layout import INTERCEPTED, Attention, HookPoint, Layout, Site
 from attlas.extract.capture.rng import fixed_rng
 from attlas.extract.capture.tensors import first_tensor, input_tensor
 
@@ -55,10 +56,15 @@ class SequenceAblations:
 
     def __init__(self, model: nn.Module, layout: Layout, inputs: Mapping[str, Any]) -> None:
         self._model, self._layout, self._inputs = model, layout, inputs
-        self._layers = _layer_modules(model, layout)
-        with _recorded_outputs(model, self._layers) as outputs:
+        # the layer around each attention layer, if what it gave may be used again, and the last attention layer in it
+        self._layer_of = _layer_modules(model, layout)
+        self._last_in = {name: number for number, name in enumerate(self._layer_of) if name is not None}
+        self._outputs: dict[str, Any] = {}
+        with _recorded_outputs(model, self._last_in) as outputs:
             self.plain = self._run(1, ())
-        self._outputs = outputs if _may_share(self, outputs) else {}
+        self._outputs = outputs
+        if not self._may_share():
+            self._outputs = {}
 
     @property
     def repeated(self) -> Bool[Tensor, " next"] | None:
@@ -98,26 +104,44 @@ class SequenceAblations:
     def _run(self, copies: int, ablations: Sequence[Ablation], *, below: int | None = None) -> Outcome:
         """A pass over so many copies, each without its ablation. Layers below the first one, or `below`, are not computed."""
         lowest = min((a.attention for a in ablations), default=0) if below is None else below
-        outputs = getattr(self, "_outputs", {})
-        known = {name: outputs[name] for name, last in self._layers.items() if last < lowest and name in outputs}
+        known = {name: output for name, output in self._outputs.items() if self._last_in[name] < lowest}
         with ExitStack() as stack, torch.inference_mode(), compilation_disabled(), fixed_rng():
             for name, output in known.items():
                 module = self._model.get_submodule(name)
                 module.forward = _constant(_copies(output, copies))
                 stack.callback(delattr, module, "forward")
-            skipped = sum(self._layer_of(a) in known for a in self._layout.attentions)
+            skipped = sum(name in known for name in self._layer_of)
             _leave_out(stack, self._model, self._layout, ablations, copies, skipped)
             last_inputs = _last_input(stack, self._model)
             output = self._model(**_copies(dict(self._inputs), copies))
         return _outcome(output, last_inputs, self._inputs)
 
-    def _layer_of(self, attention: Attention) -> str | None:
-        return _layer_name(self._model, attention.module)
+    def _may_share(self) -> bool:
+        """Whether passes over what lower layers gave give what the plain pass gave; tried once for a model."""
+        if self._model not in _SHARES:
+            _SHARES[self._model] = self._gives_the_same()
+        return _SHARES[self._model]
+
+    def _gives_the_same(self) -> bool:
+        try:
+            again = self._run(2, (), below=len(self._layout.attentions) - 1).states
+        except Exception:  # the model's own code, in which layers give what they do not compute
+            return False
+        plain = self.plain.states
+        return again.shape == (2, *plain.shape[1:]) and bool((again - plain).norm() <= _SAME * again.norm())
+
+
+_SHARES: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def _is_reachable(attention: Attention) -> bool:
     """Whether a head's contexts can be changed: in the attention call, or where the output projection reads them."""
-    return (attention.method in ("sdpa", "interface") and not attention.in_pieces) or attention.projection is not None
+    return _is_in_call(attention) or attention.projection is not None
+
+
+def _is_in_call(attention: Attention) -> bool:
+    """Whether a head's contexts can be changed in the attention call."""
+    return attention.method in INTERCEPTED and not attention.in_pieces
 
 
 # --- leaving out
@@ -134,12 +158,10 @@ def _leave_out(
         else:
             assert ablation.site is not None and ablation.site.update is not None, "a sublayer has a site"
             _clear_output(stack, model, ablation.site.update.point, copy, ablation.site)
-    in_calls = {
-        n for n in heads if layout.attentions[n].method in ("sdpa", "interface") and not layout.attentions[n].in_pieces
-    }
+    in_calls = {n for n in heads if _is_in_call(layout.attentions[n])}
     if in_calls:
         receiver = _Clearing(layout, {n: heads[n] for n in in_calls}, copies, skipped)
-        methods: set[CaptureMethod] = {m for m in layout.methods if m in ("sdpa", "interface")}
+        methods = layout.methods & INTERCEPTED
         stack.enter_context(intercept_attention(model, receiver, methods, finds_imported=layout.imports_attention))
     for number in heads.keys() - in_calls:
         _clear_projection_input(stack, model, layout, number, heads[number])
@@ -154,16 +176,16 @@ class _Clearing:
         self._attentions = layout.attentions
         self._ignored = layout.ignored_calls
         self._heads, self._copies = heads, copies
-        self._calls, self._number = 0, skipped - 1
+        self._calls = count()
+        self._number = skipped - 1
 
     def attend(self, request: Request) -> Tensor:
         with interception_disabled():
             output = request.call_original()
-            self._calls += 1
-            if self._calls - 1 in self._ignored:
+            if next(self._calls) in self._ignored:
                 return output
             self._number += 1
-            while self._attentions[self._number].method not in ("sdpa", "interface"):
+            while self._attentions[self._number].method not in INTERCEPTED:
                 self._number += 1
             pairs = self._heads.get(self._number)
             if not pairs:
@@ -192,12 +214,11 @@ def _clear_projection_input(
     attention = layout.attentions[number]
     assert attention.projection is not None, "only such layers are reachable"
     earlier = sum(a.projection == attention.projection for a in layout.attentions[:number])
-    calls = Counter[str]()
+    calls = count()
 
     def clear(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        calls["made"] += 1
         read = input_tensor(args, kwargs)
-        if calls["made"] - 1 != earlier or read is None:
+        if next(calls) != earlier or read is None:
             return None
         cleared = read.clone()
         of_heads = cleared.unflatten(-1, (attention.heads, -1))
@@ -211,11 +232,10 @@ def _clear_projection_input(
 
 def _clear_output(stack: ExitStack, model: nn.Module, point: HookPoint, copy: int, site: Site) -> None:
     """Clear what a module writes at one of its calls, for one copy."""
-    calls = Counter[str]()
+    calls = count()
 
     def clear(_module: nn.Module, _args: Any, output: Any) -> Any:
-        calls["made"] += 1
-        if calls["made"] - 1 != point.call:
+        if next(calls) != point.call:
             return None
         wrote = first_tensor(output)
         assert wrote is not None, "the point is a tensor"
@@ -246,23 +266,19 @@ def _layer_name(model: nn.Module, module: str) -> str | None:
     return None
 
 
-def _layer_modules(model: nn.Module, layout: Layout) -> dict[str, int]:
-    """Layers by name, with the number of the last attention layer in each.
+def _layer_modules(model: nn.Module, layout: Layout) -> list[str | None]:
+    """The name of the layer around each attention layer.
 
-    None where calls can't be told apart, nor those whose forward function was replaced, which may do more than the layer.
+    None where calls can't be told apart, or the layer's forward function was replaced, which may do more than the layer.
     """
     if layout.ignored_calls:
-        return {}
-    last: dict[str, int] = {}
-    for number, attention in enumerate(layout.attentions):
-        name = _layer_name(model, attention.module)
-        if name is not None and "forward" not in vars(model.get_submodule(name)):
-            last[name] = number
-    return last
+        return [None] * len(layout.attentions)
+    names = [_layer_name(model, attention.module) for attention in layout.attentions]
+    return [None if name is None or "forward" in vars(model.get_submodule(name)) else name for name in names]
 
 
 @contextmanager
-def _recorded_outputs(model: nn.Module, layers: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+def _recorded_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The outputs of layers in a pass made within this context, of those that ran once."""
     outputs: dict[str, Any] = {}
     runs = Counter[str]()
@@ -278,29 +294,8 @@ def _recorded_outputs(model: nn.Module, layers: Mapping[str, int]) -> Iterator[d
         for name in layers:
             stack.callback(model.get_submodule(name).register_forward_hook(record(name)).remove)
         yield outputs
-    for name in [name for name, count in runs.items() if count > 1]:
+    for name in [name for name, times in runs.items() if times > 1]:
         del outputs[name]
-
-
-_SHARES: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
-def _may_share(sequence: SequenceAblations, outputs: dict[str, Any]) -> bool:
-    """Whether passes over what lower layers gave give what the plain pass gave; tried once for a model."""
-    model = sequence._model
-    if model not in _SHARES:
-        _SHARES[model] = _gives_the_same(sequence, outputs)
-    return _SHARES[model]
-
-
-def _gives_the_same(sequence: SequenceAblations, outputs: dict[str, Any]) -> bool:
-    sequence._outputs = outputs
-    try:
-        again = sequence._run(2, (), below=len(sequence._layout.attentions) - 1).states
-    except Exception:  # the model's own code, in which layers give what they do not compute
-        return False
-    plain = sequence.plain.states
-    return again.shape == (2, *plain.shape[1:]) and bool((again - plain).norm() <= _SAME * again.norm())
 
 
 def _constant(output: Any) -> Callable[..., Any]:

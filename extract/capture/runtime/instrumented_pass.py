@@ -91,7 +91,7 @@ def factors_for(model: nn.Module, layout: Layout, needs: Needs) -> Mapping[int, 
 
 def _gains_after_attention(model: nn.Module, layout: Layout) -> dict[Norm, Tensor]:
     """γ of the norms that read what attention has added to the stream."""
-    norms = {site.norm for site in layout.sites if site.attention is not None and site.norm is not None}
+    norms = {site.norm for site in layout.sites if site.attention is not None and site.is_post_norm and site.norm}
     found = ((norm, norm_gain(model, norm)) for norm in norms)
     return {norm: gain.gain for norm, gain in found if gain is not None}
 

@@ -236,7 +236,7 @@ class Stream:
         if site.norm is None:
             return None
         norm_input, norm_output = self._tensor(site, site.norm.input), self._tensor(site, site.norm.output)
-        gain = self._norm_gains.get(site.norm) if site.norm.input == site.after else None
+        gain = self._norm_gains.get(site.norm)
         return NormObservation(norm_input, norm_output, site.norm.kind, site.norm.epsilon, gain)
 
     def _observation(self, site: Site, axis: Axis, contexts: Tensor | None) -> ResidualObservation:
