@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,8 +16,11 @@ from attlas.extract.capture.discovery.trace import is_causal_mask
 from attlas.extract.capture.fingerprint import fingerprint, weights_state
 from attlas.extract.capture.layout import Layout
 from attlas.extract.capture.tensors import same_values
+from attlas.extract.errors import CaptureError
 from attlas.extract.model.inputs import TEXT_INPUTS, sequence_count
 from attlas.extract.model.probe_inputs import probe_inputs
+
+T = TypeVar("T")
 
 # per model; bounds memory for a model that keeps changing
 _MAX_CACHED = 16
@@ -59,6 +62,19 @@ def layout_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layo
 def forget_layouts(model: nn.Module) -> bool:
     """Forget the cached layouts of a model; returns whether there were any."""
     return bool(_LAYOUTS.pop(model, None))
+
+
+def with_current_layout(model: nn.Module, attempt: Callable[[], T]) -> T:
+    """Make an attempt that uses the model's layout. Where a pass shows other calls, the model is examined again, and it is repeated.
+
+    The model may have changed in a way that its fingerprint does not show.
+    """
+    try:
+        return attempt()
+    except CaptureError:
+        if not forget_layouts(model):
+            raise
+        return attempt()
 
 
 def _is_complete(layout: Layout) -> bool:

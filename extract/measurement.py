@@ -27,8 +27,8 @@ from attlas.extract.capture.runtime.observer import BatchObserver
 from attlas.extract.capture.runtime.receiver import UnmeasuredRows
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.engines import Engine, choose
-from attlas.extract.errors import CaptureError, Refusal, ResidualWarning
-from attlas.extract.layouts import forget_layouts, layout_of
+from attlas.extract.errors import Refusal, ResidualWarning
+from attlas.extract.layouts import layout_of, with_current_layout
 from attlas.extract.model.arguments import bind_inputs
 from attlas.extract.model.inputs import batch_of, is_padded, main_input, sequence_count
 from attlas.extract.model.modality import measured_part
@@ -80,13 +80,10 @@ def measure(
     batch_of(model, given, classes)  # refuses what can't be measured before the model runs
     refuse_training(model, given)
     with eval_mode(model):
-        try:
-            measured, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted, edges=edges)
-        except CaptureError:
-            if not forget_layouts(model):
-                raise
-            # the model may have changed in a way that its fingerprint does not show: examine it again
-            measured, layout = _measure_batch(model, given, classes, engine=row_engine, columns=wanted, edges=edges)
+        measured, layout = with_current_layout(
+            model,
+            lambda: _measure_batch(model, given, classes, engine=row_engine, columns=wanted, edges=edges),
+        )
     if needs_of(wanted).reads_stream:
         _warn_of_absent_residual(layout)
     return {
@@ -233,7 +230,9 @@ def observe(
 
 def _ablate(model: nn.Module, layout: Layout, inputs: Mapping[str, Any], batch: Batch, collector: Collector) -> None:
     """Give the sequences of the sample to the model again, without its heads and sublayers."""
-    places = range(batch.sequences) if batch.sample is None else batch.sample.nonzero().flatten().tolist()
+    places = batch.sampled.tolist()
+    if not places:
+        return
     parts = split_by_sequence(model, inputs) if batch.sequences > 1 or is_padded(inputs) else [dict(inputs)]
     for place in places:
         collector.ablations(place, SequenceAblations(model, layout, parts[place]))

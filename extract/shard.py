@@ -14,7 +14,9 @@ from torch import Tensor
 from attlas.extract.batch_inputs import SequenceInput, batch_inputs, sequence_inputs
 from attlas.extract.batching import batches, padded_positions
 from attlas.extract.capture.rng import fixed_rng
+from attlas.extract.capture.runtime.batch import Batch
 from attlas.extract.capture.runtime.instrumented_pass import factors_for
+from attlas.extract.capture.runtime.observer import BatchObserver
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.errors import Refusal, first_line
 from attlas.extract.instrument import Instrument
@@ -111,7 +113,7 @@ def _measure_batches(
         batch = waiting.popleft()
         collector.begin(batch)
         try:
-            _measure_batch(instrument, [sequences[n] for n in batch], collector, factors)
+            observe_batch(instrument, *batch_inputs(instrument, [sequences[n] for n in batch]), collector, factors)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -125,14 +127,15 @@ def _measure_batches(
             report(batch)
 
 
-def _measure_batch(
+def observe_batch(
     instrument: Instrument,
-    sequences: Sequence[SequenceInput],
-    collector: Collector,
-    factors: Mapping[int, Tensor],
+    inputs: Mapping[str, Any],
+    batch: Batch,
+    collector: BatchObserver,
+    factors: Mapping[int, Tensor] | None = None,
 ) -> None:
+    """Run one measured pass of an instrument's model, as a run does. `factors`: see `observe`."""
     measured_model = instrument.measured_model
-    inputs, batch = batch_inputs(instrument, sequences)
     with fixed_rng():  # nothing random enters a dataset
         observe(
             measured_model.model,

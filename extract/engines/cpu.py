@@ -78,7 +78,8 @@ def _run_kernel(
     offsets = buffers.empty((pieces, batch, heads, 2 * tokens - 1), np.float32)
     value_norms = np.empty((batch, heads, tokens), np.float32)
     looked_up = np.empty((pieces, 2, batch, heads), np.float64)
-    flow = np.zeros((pieces, batch, heads, len(TOKEN_CLASSES) ** 2), np.float64)
+    bins = 0 if call.classes is None else len(TOKEN_CLASSES) ** 2
+    flow = np.zeros((pieces, batch, heads, bins), np.float64)
     start, length = seen.keys.start.numpy(), seen.keys.length.numpy()
     scale, softcap = (call.scale, call.softcap or 0) if isinstance(call, AttentionCall) else (1, 0)
     cpu_kernel.attend(
@@ -127,8 +128,8 @@ def _rows(
     made |= {"received": torch.from_numpy(_sum_pieces(received)), "offset_bins": torch.from_numpy(_in_bins(offsets))}
     made["value_norm"] = torch.from_numpy(value_norms)
     made |= zip(("same_token", "induction"), torch.from_numpy(looked_up.sum(0)).unbind(), strict=True)
-    made["class_flow"] = torch.from_numpy(flow.sum(0))
     if call.classes is not None:
+        made["class_flow"] = torch.from_numpy(flow.sum(0))
         made["class_rows"] = call.classes.rows(torch.from_numpy(measured))
     return Rows(torch.from_numpy(measured), {name: made[name] for name in known_quantities(made, call.facts)})
 

@@ -22,9 +22,9 @@ class Needs:
 
     `rows` are the row quantities that are needed for themselves, not as parts of head quantities; with `patterns`, the
     blocks of attention patterns are there too. `residual` are the columns of residual sites, each with the function that
-    gives it, `layers` those of whole layers; with `states`, recorders are shown the states of the stream themselves. With `calls`, what is observed of an
-    attention sublayer includes its attention call (which needs `patterns`), and with `outputs` what contexts write. With
-    `ablations`, the sequences of the sample go through the model again without its parts.
+    gives it, `layers` those of whole layers; with `states`, recorders are shown the states of the stream themselves. With
+    `calls`, what is observed of an attention sublayer includes its attention call (which needs `patterns`), and with
+    `outputs` what contexts write. With `ablations`, the sequences of the sample go through the model again without its parts.
     """
 
     head_quantities: frozenset[str] = frozenset()

@@ -56,19 +56,20 @@ class HeadObservation:
 
     def blocks(self) -> Iterator[Block]:
         """The pattern, a block of rows at a time. What several tables read is computed once, if it is not too large."""
+        weights = self.rows.measured.numel() * self.visibility.keys.tokens
+        if not weights:  # no sequence of the batch is in the sample
+            return iter(())
+        return iter(self._kept_blocks) if weights <= _KEPT_WEIGHTS else self._make_blocks()
+
+    @cached_property
+    def _kept_blocks(self) -> tuple[Block, ...]:
+        return tuple(self._make_blocks())
+
+    def _make_blocks(self) -> Iterator[Block]:
         from attlas.extract.engines import reference
 
         assert self.call is not None, "patterns are needed"
-        if len(self.rows.measured) == 0:
-            return
-        if "_blocks" in vars(self):
-            yield from vars(self)["_blocks"]
-            return
-        heads = self.rows.measured.shape[1]
-        blocks = reference.blocks_of(self.call, heads, self.rows.measured)
-        if self.rows.measured.numel() * self.visibility.keys.tokens <= _KEPT_WEIGHTS:
-            blocks = vars(self)["_blocks"] = tuple(blocks)
-        yield from blocks
+        return reference.blocks_of(self.call, self.rows.measured.shape[1], self.rows.measured)
 
     @cached_property
     def count(self) -> Float[Tensor, "batch head"]:
@@ -91,11 +92,15 @@ class HeadObservation:
         return (self.entropy * (self.visible_keys >= 2) / outcomes.clamp_min(2).log()).clamp_max(1)
 
     @cached_property
+    def log_self_weights(self) -> Float[Tensor, "batch head query"]:
+        """ln p[i,i], from the row's largest score and weight; arbitrary where a row is not measured."""
+        log_largest = self.rows["max_weight"].double().log()
+        return self.rows["self_score"].double() - self.rows["score_max"].double() + log_largest
+
+    @cached_property
     def self_weights(self) -> Float[Tensor, "batch head query"]:
-        """p[i,i], from the row's largest score and weight; 0 of rows that are not measured."""
-        largest = self.rows["max_weight"].double()
-        log_ratio = self.rows["self_score"].double() - self.rows["score_max"].double()
-        return (log_ratio.exp() * largest).where(self.rows.measured, 0)
+        """p[i,i]; 0 of rows that are not measured."""
+        return self.log_self_weights.exp().where(self.rows.measured, 0)
 
     @cached_property
     def received(self) -> Float[Tensor, "batch head key"]:
@@ -189,12 +194,20 @@ class ResidualObservation:
         self, compute: Callable[[Float[Tensor, "token width"]], Float[Tensor, ""]]
     ) -> Float[Tensor, " batch"]:
         """A number of x' over the real tokens of each sequence of the sample; NaN for the others."""
-        values = self.after.new_full((len(self.after),), float("nan"), dtype=self.after.double().dtype)
-        chosen = range(len(self.after)) if self.sample is None else self.sample.nonzero().flatten().tolist()
-        for sequence in chosen:
+        values = self.after_norms.double().new_full((len(self.after),), float("nan"))
+        for sequence in self.sampled.tolist():
             if bool(self.real[sequence].any()):
                 values[sequence] = compute(self.after[sequence, self.real[sequence]])
         return values
+
+    @cached_property
+    def sampled(self) -> Int[Tensor, " place"]:
+        """The places of the sample's sequences."""
+        import torch
+
+        if self.sample is None:
+            return torch.arange(len(self.real), device=self.real.device)
+        return self.sample.nonzero().flatten()
 
     @cached_property
     def stream_norms(self) -> Float[Tensor, "batch token"] | None:

@@ -276,10 +276,9 @@ def log_self_rows(o: HeadObservation) -> Tensor:
 
 
 def _log_self(o: HeadObservation) -> Float[Tensor, "batch head query"]:
-    """ln p[i,i] from the row's largest score and weight; NaN where p[i,i] is 0, also by rounding in the pattern's type."""
-    largest = o.rows["max_weight"]
-    log = o.rows["self_score"].double() - o.rows["score_max"].double() + largest.double().log()
-    return log.where(o.rows.measured & (log.to(largest.dtype).exp() > 0), torch.nan)
+    """ln p[i,i]; NaN where p[i,i] is 0, also by rounding in the pattern's type."""
+    log = o.log_self_weights
+    return log.where(o.rows.measured & (log.to(o.rows["max_weight"].dtype).exp() > 0), torch.nan)
 
 
 @_quantity("received", "value_norm", merge=None)

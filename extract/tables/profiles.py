@@ -30,21 +30,50 @@ class ProfileRecorder(AdditiveRecorder):
     def keep_heads(self, layer: Any, sums: Any, calls: Any) -> Mapping[str, Tensor]:
         from torch import cat
 
-        asked = _has_flow(self.scope.columns)
+        asked = is_asked(CLASS_FLOW, self.scope.columns)
         flows = [_class_flow(o) for o in calls if asked and "class_flow" in o.rows]
         return {"totals": sums.profiles} | ({"class_flow": cat(flows)} if flows else {})
 
     def rows(self) -> dict[str, Any]:
         bins = {"totals": PROFILE_COLUMNS, "class_flow": tuple((CLASS_FLOW.name, n) for n in CLASS_FLOW.numbers)}
-        rows = sorted(
+        rows = (
             (layer.stack, layer.layer, head, *bins[name][column], *totals[:, head, column])
             for name, of_layers in self.sums.items()
             for layer, totals in of_layers.items()
             for head, column in np.argwhere(totals.any(0)).tolist()
         )
-        names = ("stack", "layer", "head", "profile", "bin", "sum", "count")
-        columns = list(zip(*rows, strict=True)) or [() for _ in names]
-        return {"shard": np.full(len(rows), self.scope.shard)} | dict(zip(names, columns, strict=True))
+        return profile_rows(self, rows)
+
+
+def profile_rows(recorder: AdditiveRecorder, rows: Iterable[tuple[Any, ...]]) -> dict[str, Any]:
+    """Rows, each with all but the shard, as the columns of a table of profiles."""
+    ordered = sorted(rows)
+    _, *names = (c.name for c in (*recorder.table.keys, *recorder.table.facts))
+    columns = list(zip(*ordered, strict=True)) or [() for _ in names]
+    return {"shard": np.full(len(ordered), recorder.scope.shard)} | dict(zip(names, columns, strict=True))
+
+
+def profile_keys(place: Column, profiles: Iterable[Profile]) -> tuple[Column, ...]:
+    """The keys of a table of profiles of heads, or of sites."""
+    names = " | ".join(p.name for p in profiles)
+    number = "number of the bin; see the bins of each profile"
+    return (
+        SHARD,
+        STACK,
+        LAYER,
+        place,
+        Column(name="profile", dtype="stack", formula=names),
+        Column(name="bin", dtype="int16", formula=number, signed=True),
+    )
+
+
+def profile_facts(what: str) -> tuple[Column, ...]:
+    """The columns of a table of profiles, whose sums are over rows, or tokens."""
+    summed = f"the profile's sum over the shard's {what}; adding shards merges them"
+    return (
+        Column(name="sum", dtype="float64", formula=summed),
+        Column(name="count", dtype="float64", formula="how many entered the bin; see each profile"),
+    )
 
 
 def profile_notes(profiles: Iterable[Profile]) -> str:
@@ -55,8 +84,9 @@ def profile_notes(profiles: Iterable[Profile]) -> str:
     return "### Profiles and their bins\n\n" + "\n".join(escaped)
 
 
-def _has_flow(columns: Sequence[Column]) -> bool:
-    return any(column.name == CLASS_FLOW.name for column in columns)
+def is_asked(profile: Profile, chosen: Sequence[Column]) -> bool:
+    """Whether a profile is among the chosen statistics."""
+    return any(column.name == profile.name for column in chosen)
 
 
 def _class_flow(o: HeadObservation) -> Float[Tensor, "batch 2 head bin"]:
@@ -90,20 +120,8 @@ TABLE = Table(
     name="profiles",
     row="shard × stack × layer × head × profile × bin",
     kind="additive",
-    keys=(
-        SHARD,
-        STACK,
-        LAYER,
-        HEAD,
-        Column(name="profile", dtype="stack", formula=" | ".join(p.name for p in (*PROFILES, CLASS_FLOW))),
-        Column(name="bin", dtype="int16", formula="number of the bin; see the bins of each profile", signed=True),
-    ),
-    facts=(
-        Column(
-            name="sum", dtype="float64", formula="the profile's sum over the shard's rows; adding shards merges them"
-        ),
-        Column(name="count", dtype="float64", formula="how many entered the bin; see each profile"),
-    ),
+    keys=profile_keys(HEAD, (*PROFILES, CLASS_FLOW)),
+    facts=profile_facts("rows"),
     order=("stack", "layer", "head", "profile", "bin"),
     profiles=(
         Column(
@@ -117,7 +135,7 @@ TABLE = Table(
         ),
     ),
     needs=lambda columns: Needs(
-        profiles=True, rows=frozenset({"class_flow", "class_rows"}) if _has_flow(columns) else frozenset()
+        profiles=True, rows=frozenset({"class_flow", "class_rows"}) if is_asked(CLASS_FLOW, columns) else frozenset()
     ),
     recorder=ProfileRecorder,
     example="SELECT profile, bin, SUM({table}.{column}) AS total FROM {table} GROUP BY ALL ORDER BY ALL LIMIT 5",

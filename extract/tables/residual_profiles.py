@@ -10,10 +10,10 @@ import numpy as np
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.stream_profiles import MASSIVE, STREAM_PROFILES, TOKEN_NORM
 from attlas.extract.tables.column import Column
-from attlas.extract.tables.profiles import profile_notes
+from attlas.extract.tables.profiles import is_asked, profile_facts, profile_keys, profile_notes, profile_rows
 from attlas.extract.tables.recording import AdditiveRecorder
 from attlas.extract.tables.residual import SITE
-from attlas.extract.tables.table import LAYER, SHARD, STACK, Table
+from attlas.extract.tables.table import Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,19 +31,16 @@ class StreamProfileRecorder(AdditiveRecorder):
     def keep_state(self, site: Any, o: ResidualObservation) -> Mapping[str, Tensor] | None:
         from attlas.extract.engines.stream_profiles import count_decades
 
-        asked = any(c.name == MASSIVE.name for c in self.scope.columns)
-        return {MASSIVE.name: count_decades(o)} if asked else None
+        return {MASSIVE.name: count_decades(o)} if is_asked(MASSIVE, self.scope.columns) else None
 
     def rows(self) -> dict[str, Any]:
-        rows = sorted(
+        rows = (
             (site.stack, site.layer, site.name, profile.name, profile.numbers[place], counts[place], counts[place])
             for profile in STREAM_PROFILES
             for site, counts in self.sums.get(profile.name, {}).items()
             for place in np.flatnonzero(counts).tolist()
         )
-        names = ("stack", "layer", "site", "profile", "bin", "sum", "count")
-        columns = list(zip(*rows, strict=True)) or [() for _ in names]
-        return {"shard": np.full(len(rows), self.scope.shard)} | dict(zip(names, columns, strict=True))
+        return profile_rows(self, rows)
 
 
 TABLE = Table(
@@ -51,20 +48,8 @@ TABLE = Table(
     row="shard × stack × layer × site × profile × bin",
     kind="additive",
     of_stream=True,
-    keys=(
-        SHARD,
-        STACK,
-        LAYER,
-        SITE,
-        Column(name="profile", dtype="stack", formula=" | ".join(p.name for p in STREAM_PROFILES)),
-        Column(name="bin", dtype="int16", formula="number of the bin; see the bins of each profile", signed=True),
-    ),
-    facts=(
-        Column(
-            name="sum", dtype="float64", formula="the profile's sum over the shard's tokens; adding shards merges them"
-        ),
-        Column(name="count", dtype="float64", formula="how many entered the bin; see each profile"),
-    ),
+    keys=profile_keys(SITE, STREAM_PROFILES),
+    facts=profile_facts("tokens"),
     profiles=(
         Column(
             name=MASSIVE.name,
@@ -78,7 +63,7 @@ TABLE = Table(
     ),
     order=("stack", "layer", "site", "profile", "bin"),
     example="SELECT stack, layer, site, bin, SUM({column}) AS {column} FROM residual_profiles WHERE profile = 'token_norm' GROUP BY ALL ORDER BY ALL LIMIT 20",
-    needs=lambda columns: Needs(stream_profiles=True, states=any(c.name == MASSIVE.name for c in columns)),
+    needs=lambda columns: Needs(stream_profiles=True, states=is_asked(MASSIVE, columns)),
     recorder=StreamProfileRecorder,
     notes=profile_notes(STREAM_PROFILES),
 )

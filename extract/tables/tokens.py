@@ -14,7 +14,6 @@ from attlas.extract.tables.recording import Arrays
 from attlas.extract.tables.table import DOCUMENT_ID, LAYER, SEQUENCE_ID, STACK, Recorder, Scope, Table
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from attlas.extract.engines.observations import ResidualObservation
@@ -51,7 +50,7 @@ class TokenRecorder(Recorder):
     def keep_state(self, site: Any, o: ResidualObservation) -> Mapping[str, Tensor] | None:
         if o.update_norms is None or site.name not in _SUBLAYERS:
             return None
-        chosen = _sampled_places(o)
+        chosen = o.sampled
         if not len(chosen):
             return None
         # the sites of a layer come in order: what the last one says of the stream stays
@@ -91,14 +90,6 @@ class TokenRecorder(Recorder):
                 )
         every = [c.name for c in self.table.keys] + names
         return {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0) for name in every}
-
-
-def _sampled_places(o: ResidualObservation) -> torch.Tensor:
-    import torch
-
-    if o.sample is None:
-        return torch.arange(len(o.real), device=o.real.device)
-    return o.sample.nonzero().flatten()
 
 
 def _fact(name: str, formula: str, *, unit: str = "", bounds: Any = (0, None)) -> Column:

@@ -23,9 +23,9 @@ from attlas.extract.corpus import Document, open_corpus
 from attlas.extract.corpus.documents import make_document
 from attlas.extract.corpus.names import readable_name
 from attlas.extract.engines import choose
-from attlas.extract.errors import CaptureError, Refusal
+from attlas.extract.errors import Refusal
 from attlas.extract.instrument import Instrument, open_instrument
-from attlas.extract.layouts import forget_layouts, layout_of
+from attlas.extract.layouts import layout_of, with_current_layout
 from attlas.extract.measurement import observe, refuse_added_mask, split_batch
 from attlas.extract.model.arguments import bind_inputs
 from attlas.extract.model.folder import check_model_name
@@ -35,6 +35,7 @@ from attlas.extract.model.modality import measured_part
 from attlas.extract.model.special_tokens import special_tokens
 from attlas.extract.options import RunOptions
 from attlas.extract.plan.texts import encode
+from attlas.extract.shard import observe_batch
 from attlas.extract.view.content import Axis, Content
 from attlas.extract.view.labels import text_axis
 from attlas.extract.view.observer import ViewObserver
@@ -111,13 +112,7 @@ def observe_tensors(
     batch_of(model, given)  # refuses what can't be measured before the model runs
     refuse_training(model, given)
     with eval_mode(model):
-        try:
-            content = _observe_inputs(model, given, tokenizer)
-        except CaptureError:
-            if not forget_layouts(model):
-                raise
-            # the model may have changed in a way that its fingerprint does not show: examine it again
-            content = _observe_inputs(model, given, tokenizer)
+        content = with_current_layout(model, lambda: _observe_inputs(model, given, tokenizer))
     return Observed(content, type(model).__name__, _description(given, tokenizer))
 
 
@@ -173,15 +168,7 @@ def _observe_sequence(
     measured_model = instrument.measured_model
     inputs, batch = batch_inputs(instrument, [sequence])
     observer = ViewObserver(measured_model.layout, texts or {}, batch.grids)
-    with fixed_rng():
-        observe(
-            measured_model.model,
-            measured_model.layout,
-            inputs,
-            batch=batch,
-            engine=instrument.engine,
-            collector=observer,
-        )
+    observe_batch(instrument, inputs, batch, observer)
     encoder = instrument.encoder
     content = observer.content(notes=_notes(measured_model.layout), picture=picture)
     return Observed(content, encoder.title or encoder.name, given)

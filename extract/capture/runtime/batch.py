@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -42,3 +44,8 @@ class Batch:
     texts: Mapping[str, Tokens] = field(default_factory=dict)
     grids: Mapping[str, Grid] = field(default_factory=dict)
     sample: Bool[Tensor, " sequence"] | None = None
+
+    @cached_property
+    def sampled(self) -> Int[Tensor, " place"]:
+        """The places of the sample's sequences; to find them, a GPU is waited for, once."""
+        return torch.arange(self.sequences) if self.sample is None else self.sample.nonzero().flatten()

@@ -130,7 +130,7 @@ class CompiledStream(Stream):
 
     def _layer_values(self, site: Site) -> Float[Tensor, "column batch"]:
         names = self._observer.needs.layer_names
-        before, after = (self._tensor(site, point) for point in (site.before, site.after) if point is not None)
+        before, after = self._ends(site)
         if after.dtype == torch.float64 or not self._cpu.MAKES_OF_LAYERS.issuperset(names):
             return super()._layer_values(site)
         return stack_columns(self._cpu.compare_states(self._axis(site), before, after), names, after)

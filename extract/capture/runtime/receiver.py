@@ -61,7 +61,6 @@ class CallReceiver:
         self._ignored = layout.ignored_calls
         self._waits = waits
         self._unmeasured: Tensor | None = None  # set to 1 by a call with such rows
-        self._places: Tensor | None = None  # of the sample's sequences in the batch
 
     def finish(self) -> None:
         """Raise CaptureError unless every layer had its call, and UnmeasuredRows if an output was not the model's own."""
@@ -203,7 +202,9 @@ class CallReceiver:
         classes = self.layers.tokens(attention.keys).classes
         observation = HeadObservation(rows, visibility, classes)
         if needs.patterns:
-            observation = replace(observation, call=call, places=self._places_of(call.sample))
+            # over windows, others are looked up
+            places = self._batch.sampled if call.sample is not None and call.sample is self._batch.sample else None
+            observation = replace(observation, call=call, places=places)
         sums = self._engine.head_sums(observation, needs.head_names, profiles=needs.profiles)
         axis = visibility.queries
         measured = MeasuredCall(attention, sums, [observation], axis, contexts)
@@ -212,14 +213,6 @@ class CallReceiver:
             return
         states = contexts.shape[-2]
         self.deliver(measured if states == axis.tokens else replace(measured, axis=replace(axis, tokens=states)))
-
-    def _places_of(self, sample: Tensor | None) -> Tensor | None:
-        """The places of the sample in the batch, looked up once for all layers; None over windows."""
-        if sample is None or sample is not self._batch.sample:
-            return None
-        if self._places is None:
-            self._places = sample.nonzero().flatten()
-        return self._places
 
     def deliver(self, call: MeasuredCall) -> None:
         """Hand a measured call to the observer and the stream."""

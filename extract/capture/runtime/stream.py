@@ -264,10 +264,15 @@ class Stream:
         return write
 
     def _layer_values(self, site: Site) -> Float[Tensor, "column batch"]:
-        axis, needs = self._axis(site), self._observer.needs
-        before, after = (self._tensor(site, point) for point in (site.before, site.after) if point is not None)
-        o = ResidualObservation(axis.real, after, before)
+        needs = self._observer.needs
+        before, after = self._ends(site)
+        o = ResidualObservation(self._axis(site).real, after, before)
         return stack_columns({name: needs.layers[name](o) for name in needs.layer_names}, needs.layer_names, after)
+
+    def _ends(self, layer: Site) -> tuple[Tensor, Tensor]:
+        """The stream before and after a whole layer."""
+        assert layer.before is not None and layer.after is not None, "a layer has both"
+        return self._tensor(layer, layer.before), self._tensor(layer, layer.after)
 
     def _sums(self, site: Site) -> SiteSums:
         axis = self._axis(site)
