@@ -11,6 +11,16 @@ from pathlib import Path
 from typing import Any
 
 
+def is_python_file(name: str) -> bool:
+    """Whether the name of a statistic is the path of a Python file."""
+    return name.endswith(".py")
+
+
+def python_files_in(statistics: str) -> list[Path]:
+    """The Python files in a comma-separated list of statistics."""
+    return [Path(name).expanduser() for name in map(str.strip, statistics.split(",")) if is_python_file(name)]
+
+
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
     """Put the folder first on `sys.path`, as Python does for a script."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from attlas.extract.errors import Refusal
+from attlas.extract.python_files import is_python_file
 
 if TYPE_CHECKING:
     from attlas.extract.tables import Table
@@ -38,7 +39,7 @@ def show_catalogue(name: str | None, tables: Sequence["Table"], *, form: str) ->
 
 def _entries(name: str | None, tables: Sequence["Table"]) -> list["Entry"]:
     """The columns that a name stands for: of a table, of this name in any table, TABLE.COLUMN, or of a user's file."""
-    if name is not None and name.endswith(".py"):
+    if name is not None and is_python_file(name):
         from attlas.extract.tables.own_files import load_own_file
 
         by_name = {table.name: table for table in tables}

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from attlas.extract.errors import Refusal
+from attlas.extract.python_files import python_files_in
 from attlas.extract.store import Store
 from attlas.flows.config import Run
 from attlas.flows.overlaps import place_of, refuse_overlaps
@@ -49,9 +50,9 @@ def refuse_bad_corpus(run: Run) -> None:
 
 def refuse_missing_statistics(statistics: str) -> None:
     """Raise Refusal for a file with statistics of the user's own that does not exist. The run itself reads it."""
-    for name in map(str.strip, statistics.split(",")):
-        if name.endswith(".py") and not Path(name).expanduser().is_file():
-            raise Refusal(f"statistics of your own are in a Python file; there is none at {name}; check the path")
+    for file in python_files_in(statistics):
+        if not file.is_file():
+            raise Refusal(f"statistics of your own are in a Python file; there is none at {file}; check the path")
 
 
 def refuse_missing_model(model: str, *, trust_remote_code: bool = False) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from attlas.extract.errors import Refusal
+from attlas.extract.python_files import is_python_file
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -217,7 +218,7 @@ def _relative_to_run_file(name: str, value: Any, folder: Path) -> Any:
         return value
     if name == "statistics":
         return ",".join(
-            str(folder / Path(n.strip()).expanduser()) if n.endswith(".py") else n for n in value.split(",")
+            str(folder / Path(n.strip()).expanduser()) if is_python_file(n) else n for n in value.split(",")
         )
     path = folder / Path(value).expanduser()
     if name in ("out", "digest_key"):

@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from attlas.extract.errors import Refusal
+from attlas.extract.python_files import python_files_in
 from attlas.flows.config import BUILT_IN, Run
 
 
@@ -15,9 +16,7 @@ def refuse_overlaps(run: Run, *, run_file: Path | None = None) -> None:
     """Refuse an output folder from which the run would read, or that would be read as its corpus."""
     out = run.out.resolve()
     model = Path(run.model.rpartition(":")[0] if ".py:" in run.model else run.model)
-    own = [
-        ("file of statistics", Path(name.strip())) for name in run.statistics.split(",") if name.strip().endswith(".py")
-    ]
+    own = [("file of statistics", file) for file in python_files_in(run.statistics)]
     for what, path in (("model", model), ("run file", run_file), ("digest key", run.digest_key), *own):
         if path is not None and path.exists() and path.resolve().is_relative_to(out):
             raise Refusal(f"the {what} must stay out of the dataset; {path} lies inside {run.out}; move it elsewhere")

@@ -9,6 +9,7 @@ from functools import reduce
 
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.profiles import doubling_bin_edges as doubling_bin_edges
+from attlas.extract.python_files import is_python_file
 from attlas.extract.tables import (
     ablations,
     compositions,
@@ -31,7 +32,7 @@ from attlas.extract.tables.column import Column as Column
 from attlas.extract.tables.heads import CLASS_MASSES as CLASS_MASSES
 from attlas.extract.tables.own import own_facts as own_facts
 from attlas.extract.tables.own import with_own_columns as with_own_columns
-from attlas.extract.tables.own_files import is_own_file, load_own_columns
+from attlas.extract.tables.own_files import load_own_columns
 from attlas.extract.tables.selection import ALL as ALL
 from attlas.extract.tables.selection import CORE as CORE
 from attlas.extract.tables.selection import Columns as Columns
@@ -76,8 +77,8 @@ def measured_columns(statistics: str | Collection[str] = CORE, *, corpus: str | 
     this corpus does not permit, and for a file that can't be used.
     """
     names = statistics_named(statistics)
-    columns = select_columns(TABLES.values(), [n for n in names if not is_own_file(n)], corpus=corpus)
-    own = load_own_columns(filter(is_own_file, names), TABLES)
+    columns = select_columns(TABLES.values(), [n for n in names if not is_python_file(n)], corpus=corpus)
+    own = load_own_columns(filter(is_python_file, names), TABLES)
     return {name: (*chosen, *own.get(name, ())) for name, chosen in columns.items()}
 
 

@@ -41,11 +41,6 @@ class OwnFile:
     columns: Mapping[str, tuple[Column[Any, Any], ...]]
 
 
-def is_own_file(statistic: str) -> bool:
-    """Whether the name of a statistic is the path of a Python file."""
-    return statistic.endswith(".py")
-
-
 def load_own_columns(paths: Iterable[str], tables: Mapping[str, Table]) -> dict[str, tuple[Column[Any, Any], ...]]:
     """The columns of these files by table. Raises Refusal for what can't be measured, before anything is."""
     found: dict[str, tuple[Column[Any, Any], ...]] = {}
