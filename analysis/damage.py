@@ -33,7 +33,7 @@ def refuse_if_damaged(dataset: Dataset) -> Iterator[None]:
 def notes_on_rows(dataset: Dataset, tables: Sequence[str]) -> list[str]:
     """Notes on NaN and infinite values, which every analysis leaves out.
 
-    Raises Refusal for rows with an invalid key: null, or negative in a column that cannot be (only bins are signed).
+    Raises Refusal for rows with an invalid key: null or negative in a column that cannot be.
     """
     notes = []
     for name in tables:
@@ -54,5 +54,6 @@ def notes_on_rows(dataset: Dataset, tables: Sequence[str]) -> list[str]:
 def _has_invalid_key(table: Table) -> pl.Expr:
     numbers = [c.name for c in table.keys if c.dtype.startswith("int") and not c.signed]
     return pl.any_horizontal(
-        *(pl.col(c.name).is_null() for c in table.keys), *(pl.col(n).fill_null(0) < 0 for n in numbers)
+        *(pl.col(c.name).is_null() for c in table.keys if not c.nullable),
+        *(pl.col(n).fill_null(0) < 0 for n in numbers),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,12 +80,16 @@ class Dataset:
         A table of the contract that the run did not write (residual, for some models) is empty. Columns that an older
         dataset lacks are null. NaN and infinities, which no statistic takes, become null unless `finite` is False.
         """
-        if table in TABLES and table not in self.manifest["tables"]:
-            return empty_table(TABLES[table])
-        schema, parts = self.part_schema(table), self.parts(table)
-        if not parts:
-            return empty_table(TABLES[table])
-        rows = scan_parts(self.storage, parts)
+        parts = self.parts(table) if table not in TABLES or table in self.manifest["tables"] else []
+        return self._scan(table, parts, finite=finite) if parts else empty_table(TABLES[table])
+
+    def scan_parts(self, table: str) -> Iterator[pl.LazyFrame]:
+        """The same part by part; one without rows if there are no parts."""
+        parts = self.parts(table) if table in self.manifest["tables"] else []
+        return (self._scan(table, [part]) for part in parts) if parts else iter([empty_table(TABLES[table])])
+
+    def _scan(self, table: str, parts: list[Part], *, finite: bool = True) -> pl.LazyFrame:
+        rows, schema = scan_parts(self.storage, parts), self.part_schema(table)
         if table not in TABLES:
             return rows.with_columns(cs.categorical().cast(pl.String))
         contract = self.table(table)

@@ -6,8 +6,8 @@ import polars as pl
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.heads import HEAD, head_means
-from attlas.analysis.inference import clustered_mean
-from attlas.analysis.weighting import weighted_heads
+from attlas.analysis.inference import estimates, wide
+from attlas.analysis.summaries import RowFilter, summarize_rows
 from attlas.extract.tables import doubling_bin_edges
 
 COLUMNS = ("entropy_nats", "entropy_normalized", "attended_keys", "max_weight")
@@ -19,23 +19,28 @@ def entropy_by_head(dataset: Dataset) -> pl.DataFrame:
     return head_means(dataset, COLUMNS).sort("entropy_normalized", "stack", "layer", "head", nulls_last=True)
 
 
-def entropy_by_layer(dataset: Dataset) -> pl.LazyFrame:
+def entropy_by_layer(dataset: Dataset) -> pl.DataFrame:
     """Entropy columns with intervals, a row per layer, pooled over its heads."""
-    return clustered_mean(weighted_heads(dataset), COLUMNS, ("stack", "layer"))
+    return _wide_means(dataset, ("stack", "layer"))
 
 
-def entropy_by_length(dataset: Dataset) -> pl.LazyFrame:
+def entropy_by_length(dataset: Dataset) -> pl.DataFrame:
     """Entropy columns by layer and stratum of sequence length, `tokens_low` to `tokens_high`.
 
     The length of a sequence bounds its entropy, so means are only comparable between sequences of similar length.
     """
     stratum = pl.sum_horizontal([pl.col("tokens") > 2**k for k in range(_SHORTEST, _LONGEST)]).cast(pl.Int32)
-    lengths = dataset.scan("sequences").select("sequence_id", stratum=stratum)
-    frame = weighted_heads(dataset).join(lengths, on="sequence_id")
+    lengths = dataset.scan("sequences").select("sequence_id", stratum=stratum).collect().lazy()
+    means = _wide_means(dataset, ("stack", "layer", "stratum"), lambda rows: rows.join(lengths, on="sequence_id"))
     upper = pl.lit(2).pow(pl.col("stratum") + _SHORTEST).cast(pl.Int64)
-    return clustered_mean(frame, COLUMNS, ("stack", "layer", "stratum")).with_columns(
+    return means.with_columns(
         tokens_low=pl.when(pl.col("stratum") == 0).then(1).otherwise(upper // 2 + 1), tokens_high=upper
     )
+
+
+def _wide_means(dataset: Dataset, by: tuple[str, ...], prepare: RowFilter = lambda rows: rows) -> pl.DataFrame:
+    sums = summarize_rows(dataset, "heads", COLUMNS, by, prepare=prepare)
+    return wide(estimates(sums, by).collect(), by, COLUMNS)
 
 
 def entropy_by_position(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFrame:

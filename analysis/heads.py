@@ -1,4 +1,4 @@
-"""Means of the head statistics with intervals, a row per head."""
+"""Means of the head statistics with intervals."""
 
 from __future__ import annotations
 
@@ -7,33 +7,21 @@ from collections.abc import Sequence
 import polars as pl
 
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.inference import clustered_mean
-from attlas.analysis.weighting import weighted_heads
-from attlas.extract.tables import Table
+from attlas.analysis.inference import estimates, wide
+from attlas.analysis.summaries import averaged_columns, summaries
 
 HEAD = ("stack", "layer", "head")
-_CHUNK = 8  # columns at a time; their sums by head and document are held in memory
 
 
-def statistic_columns(table: Table, frame: pl.LazyFrame) -> list[str]:
-    """The statistics of a table that the frame has."""
-    present = set(frame.collect_schema().names())
-    return [c.name for c in table.facts if c.dtype == "float32" and c.name in present]
+def head_estimates(dataset: Dataset, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """Row-weighted means with intervals, a row for each head and column: `stack, layer, head, column` and ESTIMATES."""
+    return estimates(summaries(dataset, "heads", columns), HEAD).collect()
 
 
 def head_means(dataset: Dataset, columns: Sequence[str] | None = None) -> pl.DataFrame:
-    """Row-weighted mean and interval of the columns (all of them by default), a row per head."""
-    frame = weighted_heads(dataset)
-    names = list(columns) if columns is not None else statistic_columns(dataset.table("heads"), frame)
-    return means_in_chunks(frame, names, HEAD)
-
-
-def means_in_chunks(frame: pl.LazyFrame, names: Sequence[str], by: Sequence[str]) -> pl.DataFrame:
-    """`clustered_mean` of many columns, a few at a time, so that memory use does not grow with their number."""
-    chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
-    means = [clustered_mean(frame, chunk, by).collect(engine="streaming") for chunk in chunks]
-    common = [*by, "documents", "note"]
-    return pl.concat([m if i == 0 else m.drop(common) for i, m in enumerate(means)], how="horizontal")
+    """The same with a row for each head: of each column `<column>`, `<column>_low`, `_high` and `_se`."""
+    names = averaged_columns(dataset, "heads") if columns is None else list(columns)
+    return wide(head_estimates(dataset, names), HEAD, names)
 
 
 def label(*, several_stacks: bool) -> pl.Expr:

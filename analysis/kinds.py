@@ -11,9 +11,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.heads import HEAD
-from attlas.analysis.inference import bootstrap_replicates
-from attlas.analysis.weighting import weighted_heads
+from attlas.analysis.heads import HEAD, head_means
+from attlas.analysis.summaries import averaged_columns
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,26 @@ def _excess(kind: Kind, means: Mapping[str, NDArray[np.float64]], shape: tuple[i
 
 
 def head_kinds(dataset: Dataset, *, replicates: int = 200, seed: int = 0) -> pl.DataFrame:
-    """The kind of every head, and `agreement`, the share of bootstrap replicates over documents that give the same kind.
+    """The kind of every head, and `agreement`, the share of replicates that give the same kind.
 
-    `agreement` is null for fewer than 2 documents.
+    A replicate draws every mean anew from the normal distribution around its estimate, with its standard error. `agreement` is
+    null for heads without an error.
     """
-    frame = weighted_heads(dataset)
-    present = set(frame.collect_schema().names())
+    present = set(averaged_columns(dataset, "heads"))
     columns = sorted({k.column for k in KINDS} & present)
-    bootstrap = bootstrap_replicates(frame, columns, HEAD, replicates=replicates, seed=seed)
-    kind = classify(bootstrap.estimates)
-    agreement = (classify(bootstrap.means) == kind).mean(0)
-    return bootstrap.groups.with_columns(
+    means = head_means(dataset, columns)
+    random = np.random.default_rng(seed)
+    drawn = {}
+    for name in columns:
+        error = means[f"{name}_se"].cast(pl.Float64).to_numpy()
+        drawn[name] = means[name].cast(pl.Float64).to_numpy() + error * random.standard_normal(
+            (replicates, means.height)
+        )
+    kind = classify({name: means[name].cast(pl.Float64).to_numpy() for name in columns})
+    agreement = (classify(drawn) == kind).mean(0)
+    has_error = np.any([np.isfinite(values).all(0) for values in drawn.values()], axis=0)
+    return means.select(
+        *HEAD,
         pl.Series("kind", np.array(NAMES)[kind]),
-        pl.Series("agreement", np.where(bootstrap.documents >= 2, agreement, np.nan), nan_to_null=True),
+        pl.Series("agreement", np.where(has_error, agreement, np.nan), nan_to_null=True),
     )

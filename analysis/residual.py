@@ -5,8 +5,8 @@ from __future__ import annotations
 import polars as pl
 
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.heads import means_in_chunks, statistic_columns
-from attlas.analysis.weighting import weighted_residual
+from attlas.analysis.inference import estimates, wide
+from attlas.analysis.summaries import averaged_columns, summaries
 
 SITES = ("embedding", "attention", "cross_attention", "mlp", "final_norm")  # in the order in which a block runs them
 SITE = ("stack", "layer", "site")
@@ -17,9 +17,8 @@ def residual_through_depth(dataset: Dataset, columns: tuple[str, ...] | None = N
 
     `depth` counts the sites of a stack from 0.
     """
-    frame = weighted_residual(dataset)
-    names = list(columns) if columns is not None else statistic_columns(dataset.table("residual"), frame)
-    means = means_in_chunks(frame, names, SITE)
+    names = averaged_columns(dataset, "residual") if columns is None else list(columns)
+    means = wide(estimates(summaries(dataset, "residual", names), SITE).collect(), SITE, names)
     order = pl.col("site").replace_strict(
         list(SITES), list(range(len(SITES))), default=len(SITES), return_dtype=pl.Int32
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import polars as pl
+import polars.selectors as cs
+import pyarrow.parquet as pq
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.integrity import Finding
@@ -12,7 +14,9 @@ from attlas.analysis.manifest import section
 from attlas.analysis.report.numbers import plural
 from attlas.analysis.row_checks import scan_rows
 from attlas.extract.store import MANIFEST, Part, name_of
-from attlas.extract.tables import Agreement, Table
+from attlas.extract.tables import TABLES, Agreement, Table
+
+_ROUNDING = 1e-6  # of sums of squares, which differ by the order of their terms
 
 
 def check_table(dataset: Dataset, table: Table, intact: Mapping[str, list[Part]]) -> Iterator[Finding]:
@@ -24,6 +28,9 @@ def check_table(dataset: Dataset, table: Table, intact: Mapping[str, list[Part]]
     for agreement in table.agreements:
         if is_intact(dataset, intact, agreement.table):
             yield from _check_agreement(dataset, table, agreement, intact)
+    if table.derive is not None and all(is_intact(dataset, intact, name) for name in dataset.tables if name in TABLES):
+        for part in intact[table.name]:
+            yield from _check_derived(dataset, table, part)
 
 
 def _check_numbering(table: str, key: str, frame: pl.LazyFrame) -> Iterator[Finding]:
@@ -87,6 +94,43 @@ def _compare(
     bad = both.select((~agrees.fill_null(False)).sum()).collect(engine="streaming").item()
     if bad:
         yield Finding(where, agreement.name, f"{agreement.message}: {bad}")
+
+
+def _check_derived(dataset: Dataset, table: Table, part: Part) -> Iterator[Finding]:
+    """Check that a part is what the other tables of its shard give."""
+    assert table.derive is not None, "the table is derived"
+    shard = {
+        name: pq.read_table(dataset.storage.source(other.path))
+        for name in dataset.tables
+        if name in TABLES and TABLES[name].kind in ("plan", "dense")
+        for other in dataset.parts(name)
+        if name_of(other.path) == name_of(part.path)
+    }
+    columns = {
+        name: [c for c in dataset.table(name).facts if c.name in rows.column_names] for name, rows in shard.items()
+    }
+    number = scan_rows(dataset, [part]).select(pl.col("shard").first()).collect().item()
+    try:
+        derived = pl.from_arrow(table.derive(shard, columns, shard=number))
+    except (IndexError, KeyError):  # rows that do not belong together, which other checks name
+        return
+    assert isinstance(derived, pl.DataFrame), "a table has columns"
+    expected = derived.with_columns(cs.categorical().cast(pl.String))
+    keys = [c.name for c in table.keys]
+    both = (
+        scan_rows(dataset, [part])
+        .join(expected.lazy(), on=keys, how="full", nulls_equal=True, suffix="|expected")
+        .collect()
+    )
+    values = [c.name for c in table.facts]
+    is_same = pl.all_horizontal(_is_close(pl.col(name), pl.col(f"{name}|expected")) for name in values)
+    bad = both.select((~is_same.fill_null(False)).sum()).item()
+    if bad:
+        yield Finding(part.path, "derived", f"other than what the rows of its shard give in {plural(bad, 'row')}")
+
+
+def _is_close(this: pl.Expr, that: pl.Expr) -> pl.Expr:
+    return (this - that).abs() <= _ROUNDING * pl.max_horizontal(this.abs(), that.abs(), pl.lit(1.0))
 
 
 def is_intact(dataset: Dataset, intact: Mapping[str, list[Part]], table: str) -> bool:

@@ -70,6 +70,8 @@ def _columns(recipe: Mapping[str, Any], instrument: Instrument) -> dict[str, lis
     for table in TABLES.values():
         if table.kind == "plan":
             names[table.name] = planned_schema(table, tokens=recipe["tokens"]).names
+        elif table.derive is not None:
+            names[table.name] = [c.name for c in table.columns]
         elif table.name in instrument.columns:
             names[table.name] = [c.name for c in (*table.keys, *table.of_facts(instrument.columns[table.name]))]
     return names

@@ -35,6 +35,7 @@ from attlas.extract.plan import (
     read_shard,
 )
 from attlas.extract.store import Identity, Location, Lock, ShardRecord, Store, recipe_differences
+from attlas.extract.tables import derived_tables
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -174,6 +175,7 @@ def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], 
         progress=progress,
     )
     tables |= planned_tables(sequences, documents, tokens=worker.tokens)
+    tables |= derived_tables(tables, worker.instrument.columns, shard=shard)
     parts = {name: worker.store.write_part(name, shard, table) for name, table in sorted(tables.items())}
     record = ShardRecord(shard, parts, facts, worker.plan.spools[shard])
     worker.store.write_record(record)

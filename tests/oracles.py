@@ -762,14 +762,15 @@ def weights_columns(w_q: Floats, w_k: Floats, w_v: Floats, w_o: Floats) -> Colum
 
 def cluster_mean(
     y: Floats | Sequence[float], w: Floats | Sequence[float], document: NDArray[np.int64] | Sequence[int]
-) -> tuple[float, float | None, int]:
-    """θ = Σ w y / Σ w, its cluster-robust standard error over documents (None for fewer than two), and G − 1."""
+) -> tuple[float, float | None, float]:
+    """θ = Σ w y / Σ w, its delete-one-document jackknife error (None for fewer than two), and G_eff."""
     y, w, document = np.asarray(y, dtype=np.float64), np.asarray(w, dtype=np.float64), np.asarray(document)
     theta = float((w * y).sum() / w.sum())
     groups = sorted(set(document.tolist()))
     g = len(groups)
+    weights = np.array([w[document == name].sum() for name in groups])
+    effective = float(w.sum() ** 2 / (weights**2).sum())
     if g < 2:
-        return theta, None, g - 1
-    u = [float((w * (y - theta))[document == name].sum()) for name in groups]
-    variance = g / (g - 1) * sum(value**2 for value in u) / float(w.sum()) ** 2
-    return theta, math.sqrt(variance), g - 1
+        return theta, None, effective
+    without = np.array([(w * y)[document != name].sum() / w[document != name].sum() for name in groups])
+    return theta, math.sqrt((g - 1) / g * ((without - without.mean()) ** 2).sum()), effective

@@ -600,25 +600,25 @@ def test_weights_of_zeros_have_no_rank_and_no_shares():
 
 def test_one_sequence_per_document_gives_the_standard_error_of_the_mean():
     y = np.random.default_rng(50).standard_normal(30)
-    estimate, error, df = oracles.cluster_mean(y, np.full(30, 7.0), np.arange(30))
+    estimate, error, effective = oracles.cluster_mean(y, np.full(30, 7.0), np.arange(30))
     assert estimate == near(y.mean())
     assert error == near(stats.sem(y))
-    assert df == 29
+    assert effective == near(30)
 
 
-def test_the_cluster_error_is_the_sandwich_of_a_weighted_regression_on_a_constant():
+def test_the_cluster_error_of_equal_documents_is_the_sandwich_of_a_weighted_regression_on_a_constant():
     rng = np.random.default_rng(51)
-    y, w, document = rng.standard_normal(40), rng.uniform(1, 9, 40), rng.integers(0, 8, 40)
+    y, w, document = rng.standard_normal(40), np.tile(rng.uniform(1, 9, 5), 8), np.repeat(np.arange(8), 5)
     x, weight = np.ones((40, 1)), np.diag(w)
     bread = np.linalg.inv(x.T @ weight @ x)
     beta = bread @ x.T @ weight @ y
     same_document = (document[:, None] == document[None, :]).astype(float)
     residual = y - x @ beta
     meat = x.T @ weight @ (same_document * np.outer(residual, residual)) @ weight @ x
-    estimate, error, df = oracles.cluster_mean(y, w, document)
+    estimate, error, effective = oracles.cluster_mean(y, w, document)
     assert estimate == near(beta[0])
     assert error == near(math.sqrt(8 / 7 * (bread @ meat @ bread)[0, 0]))
-    assert df == 7
+    assert effective == near(8)
 
 
 def test_repeating_a_sequence_within_its_document_adds_no_information():
@@ -628,4 +628,4 @@ def test_repeating_a_sequence_within_its_document_adds_no_information():
 
 
 def test_one_document_has_an_estimate_and_no_error():
-    assert oracles.cluster_mean([1, 3], [1, 3], [4, 4]) == (2.5, None, 0)
+    assert oracles.cluster_mean([1, 3], [1, 3], [4, 4]) == (2.5, None, 1)

@@ -14,11 +14,11 @@ from attlas.analysis.defects import collect_evidence, find_defects, rules_table
 from attlas.analysis.distance import offset_profile
 from attlas.analysis.entropy import entropy_by_layer, entropy_by_length, entropy_by_position
 from attlas.analysis.heads import HEAD, head_means, label
-from attlas.analysis.inference import clustered_mean
+from attlas.analysis.inference import estimates, wide
 from attlas.analysis.kinds import head_kinds
 from attlas.analysis.manifest import section
 from attlas.analysis.residual import residual_through_depth
-from attlas.analysis.weighting import weighted_heads
+from attlas.analysis.summaries import summarize_rows
 from attlas.extract.tables import CLASS_MASSES, TABLES
 
 LAYER = ("stack", "layer")
@@ -75,6 +75,12 @@ def _nulls_for_absent_classes(means: pl.DataFrame) -> list[pl.Expr]:
     return [pl.lit(None, pl.Float64).alias(name + suffix) for name in absent for suffix in ("", "_low", "_high", "_se")]
 
 
+def _class_masses(dataset: Dataset) -> pl.DataFrame:
+    """The mass of each token class over all heads, a row per stack."""
+    by = ("stack",)
+    return wide(estimates(summarize_rows(dataset, "heads", CLASSES, by), by).collect(), by, CLASSES)
+
+
 def gather(dataset: Dataset) -> Content:
     """Run the analyses of the report. Raises Refusal for a dataset with damaged parts or keys."""
     damage = notes_on_rows(dataset, tuple(TABLES))
@@ -99,7 +105,7 @@ def gather(dataset: Dataset) -> Content:
     return Content(
         manifest=dataset.manifest,
         heads=heads,
-        overall=sort_stacks(clustered_mean(weighted_heads(dataset), CLASSES, ("stack",))).with_columns(*nulls),
+        overall=sort_stacks(_class_masses(dataset)).with_columns(*nulls),
         layers=sort_stacks(entropy_by_layer(dataset)),
         lengths=sort_stacks(entropy_by_length(dataset)),
         positions=sort_stacks(entropy_by_position(dataset, by=LAYER)),

@@ -4,8 +4,11 @@ A new table is a module with a `TABLE`, and a line here. The pipeline, `measure`
 `verify`, `query` and the benchmarks loop over `TABLES`.
 """
 
-from collections.abc import Collection
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
 from functools import reduce
+from typing import TYPE_CHECKING
 
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.profiles import doubling_bin_edges as doubling_bin_edges
@@ -25,6 +28,7 @@ from attlas.extract.tables import (
     residual_profiles,
     rollout,
     sequences,
+    summaries,
     tokens,
     weights,
 )
@@ -45,6 +49,9 @@ from attlas.extract.tables.table import Rule as Rule
 from attlas.extract.tables.table import Scope as Scope
 from attlas.extract.tables.table import Table as Table
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 SCHEMA_VERSION = 2
 
 TABLES: dict[str, Table] = {
@@ -57,6 +64,7 @@ TABLES: dict[str, Table] = {
         layers,
         profiles,
         residual_profiles,
+        summaries,
         pairs,
         weights,
         norms,
@@ -80,6 +88,11 @@ def measured_columns(statistics: str | Collection[str] = CORE, *, corpus: str | 
     columns = select_columns(TABLES.values(), [n for n in names if not is_python_file(n)], corpus=corpus)
     own = load_own_columns(filter(is_python_file, names), TABLES)
     return {name: (*chosen, *own.get(name, ())) for name, chosen in columns.items()}
+
+
+def derived_tables(tables: Mapping[str, pa.Table], columns: Columns, *, shard: int) -> dict[str, pa.Table]:
+    """The tables that are made of a shard's other tables, given the columns that were measured of these."""
+    return {t.name: t.derive(tables, columns, shard=shard) for t in TABLES.values() if t.derive is not None}
 
 
 def needs_of(columns: Columns) -> Needs:

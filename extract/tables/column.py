@@ -35,6 +35,7 @@ class Column(Generic[Observation, Values]):
     core: bool = True  # measured by every run; others only if asked for
     corpus: str = ""  # the corpus on which alone it can be measured
     sample: bool = False  # measured for the sequences of the sample only
+    averaged: bool = False  # an integer whose mean over sequences says something; that of a float always does
     group: str = ""  # under which heading of its table readers find it
     known: Mapping[str, str] = field(
         default_factory=dict
@@ -43,6 +44,11 @@ class Column(Generic[Observation, Values]):
     example: str = ""  # a query, if the table's own does not serve
     origin: str = ""  # of a user's column: the name of its file and its SHA-256
     compute: Callable[[Observation], Values] | None = None
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether it has a mean over sequences."""
+        return self.averaged or self.dtype == "float32"
 
     @property
     def bounds_text(self) -> str:
@@ -91,6 +97,7 @@ def column(
     core: bool = True,
     corpus: str = "",
     sample: bool = False,
+    averaged: bool = False,
     group: str = "",
     known: Mapping[str, str] | None = None,
     elsewhere: str = "",
@@ -111,6 +118,7 @@ def column(
             core=core,
             corpus=corpus,
             sample=sample,
+            averaged=averaged,
             group=group,
             known=known or {},
             elsewhere=elsewhere,

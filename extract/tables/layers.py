@@ -60,6 +60,7 @@ TABLE = Table(
     name="layers",
     row="sequence × stack × layer",
     kind="dense",
+    weight="tokens",
     of_stream=True,
     keys=(SEQUENCE_ID, DOCUMENT_ID, STACK, LAYER),
     facts=columns_of(dict(globals())),

@@ -435,6 +435,7 @@ TABLE = Table(
     name="residual",
     row="sequence × stack × layer × site",
     kind="dense",
+    weight="tokens",
     of_stream=True,
     keys=(
         SEQUENCE_ID,

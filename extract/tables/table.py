@@ -100,6 +100,8 @@ class Table:
     is_newer: bool = False  # than the schema: datasets that earlier versions wrote lack it
     needs: Callable[[Sequence[Column]], Needs] = lambda columns: Needs()  # of these columns
     recorder: Callable[[Table, Scope], Recorder] | None = None
+    derive: Callable[..., pa.Table] | None = None
+    weight: str = ""
     rules: tuple[Rule, ...] = ()
     agreements: tuple[Agreement, ...] = ()
     totals: Mapping[str, str] = field(default_factory=dict)

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from attlas.extract.store import Part, Store
-from attlas.extract.tables import SCHEMA_VERSION, TABLES
+from attlas.extract.tables import SCHEMA_VERSION, TABLES, derived_tables
 from tests import oracles
 from tests.files import file_sha256, read_json, write_json
 
 Floats = NDArray[np.float64]
 WIDTH = 16
 # the tables that the synthetic datasets have
-WRITTEN = ("compositions", "documents", "heads", "norms", "profiles", "residual", "sequences", "weights")
+WRITTEN = ("compositions", "documents", "heads", "norms", "profiles", "residual", "sequences", "summaries", "weights")
 PROFILES = ("offset", "entropy", "max_weight", "entropy_by_position", "distance_by_position", "received_by_position")
 
 
@@ -78,13 +78,17 @@ def write_dataset(
     model_name: str = "known patterns",
     corpus_name: str = "made up",
     tokens_mode: str = "classes",
+    summaries: bool = True,
 ) -> Path:
-    """Write a complete dataset in which document 1 is dropped; the same seed gives the same bytes."""
+    """Write a complete dataset in which document 1 is dropped; the same seed gives the same bytes.
+
+    summaries: False for a test that changes rows, which analyses then read.
+    """
     random = np.random.default_rng(seed)
     document_rows, sequence_rows = _corpus(random, documents, lengths, shard_sequences)
     shards = max(row["shard"] for row in sequence_rows) + 1
     store = Store.at(root)
-    parts: dict[str, list[Part]] = {name: [] for name in WRITTEN}
+    parts: dict[str, list[Part]] = {name: [] for name in WRITTEN if summaries or name != "summaries"}
     for shard in range(shards):
         shard_rows = [row for row in sequence_rows if row["shard"] == shard]
         tables = _measure(random, shard_rows, layers=layers, heads=heads)
@@ -92,8 +96,11 @@ def write_dataset(
         tables["sequences"] = shard_rows
         if shard == 0:
             tables |= _of_parameters(np.random.default_rng(seed), layers=layers, heads=heads)
-        for name, rows in tables.items():
-            parts[name].append(store.write_part(name, shard, _table(name, rows)))
+        written = {name: _table(name, rows) for name, rows in tables.items()}
+        columns = {name: [c for c in TABLES[name].facts if c.core] for name in ("heads", "residual")}
+        written |= derived_tables(written, columns, shard=shard) if summaries else {}
+        for name, rows in written.items():
+            parts[name].append(store.write_part(name, shard, rows))
     store.finish(
         _manifest(parts, document_rows, sequence_rows, layers, heads, model_name, corpus_name), "# known patterns\n"
     )

@@ -32,7 +32,7 @@ def test_the_sharp_head_comes_first_and_the_even_one_last(folder: Path) -> None:
 def test_a_layers_entropy_is_the_row_weighted_mean_of_its_heads(folder: Path) -> None:
     dataset = Dataset.open(folder)
     heads = dataset.scan("heads").collect()
-    layers = entropy_by_layer(dataset).collect()
+    layers = entropy_by_layer(dataset)
     for layer in layers.iter_rows(named=True):
         head_rows = heads.filter(pl.col("layer") == layer["layer"])
         expected = np.average(head_rows["entropy_nats"].cast(pl.Float64), weights=head_rows["query_rows"])
@@ -41,7 +41,7 @@ def test_a_layers_entropy_is_the_row_weighted_mean_of_its_heads(folder: Path) ->
 
 def test_length_strata_hold_every_row_once(folder: Path) -> None:
     dataset = Dataset.open(folder)
-    strata = entropy_by_length(dataset).collect()
+    strata = entropy_by_length(dataset)
     assert set(strata.select("tokens_low", "tokens_high").unique().rows()) == {(1, 8), (9, 16)}
     even = strata.filter(pl.col("layer") == 1).sort("stratum")
     assert even["entropy_nats"][0] < even["entropy_nats"][1]  # longer sequences leave more room

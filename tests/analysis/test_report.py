@@ -80,7 +80,7 @@ def test_names_are_escaped_wherever_they_stand(tmp_path: Path) -> None:
 
 
 def test_stack_names_are_escaped_in_figures(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2)
+    root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2, summaries=False)
     _rename_some_rows(root, "<b>odd</b>")
     text = write_report(root).read_text("utf-8")
     assert "<b>odd</b>" not in text
@@ -160,7 +160,7 @@ def test_a_model_whose_stream_could_not_be_seen_has_a_report_without_it(tmp_path
 
 
 def test_two_stacks_have_an_atlas_each(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2)
+    root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2, summaries=False)
     _rename_some_rows(root, "decoder")
     page = Page(write_report(root).read_text("utf-8"))
     assert _atlases(page) == ["encoder", "decoder"]  # as the manifest has them, others last
@@ -169,7 +169,7 @@ def test_two_stacks_have_an_atlas_each(tmp_path: Path) -> None:
 
 
 def test_a_stack_without_distances_says_so_at_its_atlas(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2)
+    root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2, summaries=False)
     _rename_some_rows(root, "cross")
     for path in sorted((root / "profiles").glob("*.parquet")):
         rewrite(root, f"profiles/{path.name}", _drop_cross_offsets)
@@ -179,7 +179,7 @@ def test_a_stack_without_distances_says_so_at_its_atlas(tmp_path: Path) -> None:
 
 
 def test_heads_that_look_over_an_image_are_ranked_by_patches(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2)
+    root = write_dataset(tmp_path / "d", documents=3, layers=1, heads=2, summaries=False)
     for path in sorted((root / "heads").glob("*.parquet")):
         rows = pq.read_table(path)
         at = rows.schema.get_field_index("distance_patches")
@@ -222,7 +222,7 @@ def test_the_summary_names_extremes_kinds_and_defects(folder: Path) -> None:
 
 
 def test_a_class_that_no_sequence_has_a_token_of_is_shown_nowhere(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path / "d")
+    root = write_dataset(tmp_path / "d", summaries=False)
     for part in sorted((root / "heads").glob("*.parquet")):
         table = pq.read_table(part)
         place = table.schema.get_field_index("mass_separator")

@@ -1,0 +1,149 @@
+"""Sums over documents, from which means and intervals follow: read from `summaries`, or made of rows where these are needed.
+
+Rows are read part by part, so memory is bounded by the largest part, however large the dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from attlas.analysis.dataset import Dataset
+from attlas.extract.tables import Table
+from attlas.extract.tables.document_sums import HEAVY_SHARE, POOLED, sum_documents
+
+SUMS = ("documents", "weight", "mean", "deviation_squares", "deviation_products", "weight_squares")
+WEIGHT = "weight"
+# each is decoded by several threads already: one is decoded while another is added up
+_PARTS_AT_ONCE = 2
+RowFilter = Callable[[pl.LazyFrame], pl.LazyFrame]
+
+
+def averaged_columns(dataset: Dataset, table: str) -> list[str]:
+    """The statistics of a table that this dataset has and that have means, in the dictionary's order."""
+    present = set(dataset.scan(table).collect_schema().names())
+    return [c.name for c in dataset.table(table).facts if c.is_averaged and c.name in present]
+
+
+def summaries(dataset: Dataset, table: str, columns: Sequence[str] | None = None) -> pl.LazyFrame:
+    """Sums over documents of the statistics of `heads`, `residual` or `layers`, at each of its places.
+
+    A row for each place, `column` and listed document (`document_id` null: the others of a shard, together), with SUMS.
+    columns: all that the dataset has by default. Datasets without `summaries` give the same from their rows.
+    """
+    names = averaged_columns(dataset, table) if columns is None else list(columns)
+    if "summaries" not in dataset.tables or table not in dataset.tables:
+        return summarize_rows(dataset, table, names, dataset.table(table).places)
+    is_of_table = pl.lit(True)
+    for key in ("head", "site"):
+        has_key = key in dataset.table(table).places
+        is_of_table &= pl.col(key).is_not_null() if has_key else pl.col(key).is_null()
+    rows = dataset.scan("summaries").filter(is_of_table & pl.col("column").is_in(names))
+    return rows.select(*dataset.table(table).places, "column", "document_id", *SUMS)
+
+
+def summarize_rows(
+    dataset: Dataset,
+    table: str,
+    columns: Sequence[str],
+    by: Sequence[str],
+    *,
+    prepare: RowFilter = lambda rows: rows,
+) -> pl.LazyFrame:
+    """The same from the rows of a table, by any of its columns.
+
+    prepare: filters the rows, or adds columns to group by. It sees the table's rows with `weight`.
+    """
+    listed = listed_documents(dataset)
+    with ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
+        frames = threads.map(
+            lambda rows: summarize_frame(rows.collect(), columns, by, listed),
+            _weighted_parts(dataset, table, columns, by, prepare),
+        )
+        return pl.concat(frames).lazy()
+
+
+def document_sums(
+    dataset: Dataset,
+    table: str,
+    columns: Sequence[str],
+    by: Sequence[str],
+    *,
+    prepare: RowFilter = lambda rows: rows,
+) -> Iterator[pl.DataFrame]:
+    """The same part by part, with all documents listed."""
+    for rows in _weighted_parts(dataset, table, columns, by, prepare):
+        yield summarize_frame(rows.collect(), columns, by)
+
+
+def _weighted_parts(
+    dataset: Dataset, table: str, columns: Sequence[str], by: Sequence[str], prepare: RowFilter
+) -> Iterator[pl.LazyFrame]:
+    """The parts of a table with what sums are made of; of a table that was not written, one without rows."""
+    measured = dataset.table(table)
+    # a join of sequences to each part would read them again and again
+    sequences = dataset.scan("sequences").select("sequence_id", pl.col("tokens").cast(pl.Float64)).collect().lazy()
+    for rows in dataset.scan_parts(table):
+        yield prepare(_weighted(rows, measured, sequences)).select(*by, "document_id", WEIGHT, *columns)
+
+
+def summarize_frame(
+    rows: pl.DataFrame,
+    columns: Sequence[str],
+    by: Sequence[str],
+    listed: Sequence[int] | NDArray[np.int64] | None = None,
+) -> pl.DataFrame:
+    """The same from a frame with `document_id`, `weight`, the columns and those to group by. listed: all documents by default."""
+    keys, places = _places(rows.select(by))
+    documents = rows["document_id"].to_numpy()
+    sums = sum_documents(
+        {name: rows[name].cast(pl.Float64).to_numpy() for name in columns},
+        rows[WEIGHT].to_numpy(),
+        places,
+        documents,
+        listed=np.unique(documents) if listed is None else np.asarray(listed),
+    )
+    document = pl.Series("document_id", sums.document, dtype=pl.Int64)
+    return (keys[sums.place] if keys.width else keys).with_columns(
+        pl.Series("column", columns, dtype=pl.String)[sums.column],
+        document.set(document == POOLED, None),
+        *(pl.Series(name, getattr(sums, name)) for name in SUMS),
+    )
+
+
+def _places(keys: pl.DataFrame) -> tuple[pl.DataFrame, NDArray[np.int64]]:
+    """The distinct keys, and the number of each row's among them."""
+    if not keys.width:
+        return pl.DataFrame(), np.zeros(keys.height, np.int64)
+    run = keys.select(pl.struct(pl.all()).rle_id().alias("|run"))[
+        "|run"
+    ]  # of rows with equal keys, which mostly lie together
+    firsts = keys.filter(run != run.shift(1, fill_value=-1))
+    distinct = firsts.with_row_index("|run").group_by(keys.columns, maintain_order=True).agg("|run")
+    numbers = distinct.with_row_index("|place").explode("|run").sort("|run")["|place"].to_numpy().astype(np.int64)
+    return distinct.drop("|run"), numbers[run.to_numpy()]
+
+
+def _weighted(rows: pl.LazyFrame, table: Table, sequences: pl.LazyFrame) -> pl.LazyFrame:
+    """Rows with `weight`: how many measured rows, or tokens, each is a mean over."""
+    if table.weight == "tokens":
+        return rows.join(sequences.rename({"tokens": WEIGHT}), on="sequence_id", how="left", maintain_order="left")
+    return rows.with_columns(pl.col(table.weight).cast(pl.Float64).alias(WEIGHT))
+
+
+def listed_documents(dataset: Dataset) -> NDArray[np.int64]:
+    """The documents that `summaries` lists by themselves: those with sequences in several shards, and heavy ones."""
+    of_shards = (
+        dataset.scan("sequences")
+        .group_by("shard", "document_id")
+        .agg(pl.col("tokens").sum(), pl.len().alias("here"))
+        .join(dataset.scan("documents").select("document_id", "sequences"), on="document_id", how="left")
+    )
+    is_whole = pl.col("here") == pl.col("sequences")
+    is_heavy = pl.col("tokens") >= HEAVY_SHARE * pl.col("tokens").sum().over("shard")
+    listed = of_shards.filter(~is_whole.fill_null(False) | is_heavy).select(pl.col("document_id").unique().sort())
+    return listed.collect()["document_id"].to_numpy()
