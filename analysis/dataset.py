@@ -89,7 +89,8 @@ class Dataset:
         return (self._scan(table, [part]) for part in parts) if parts else iter([empty_table(TABLES[table])])
 
     def _scan(self, table: str, parts: list[Part], *, finite: bool = True) -> pl.LazyFrame:
-        rows, schema = scan_parts(self.storage, parts), self.part_schema(table)
+        schema = self.part_schema(table)  # raises Refusal for missing and damaged parts
+        rows = scan_parts(self.storage, parts)
         if table not in TABLES:
             return rows.with_columns(cs.categorical().cast(pl.String))
         contract = self.table(table)

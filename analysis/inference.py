@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 CONFIDENCE = 0.95
 NOTE_FEW = "fewer than 2 documents: an estimate without an interval"
 NOTE_UNEQUAL = "documents so unequal that they count as fewer than 2: an estimate without an interval"
+MEANS = ("estimate", "se", "documents", "effective_documents", "rows")
 _SUFFIXES = {"estimate": "", "low": "_low", "high": "_high", "se": "_se"}
 ESTIMATES = ("estimate", "low", "high", "se", "documents", "effective_documents", "rows", "note")
 
@@ -111,7 +112,7 @@ def jackknife(summaries: pl.LazyFrame, by: Sequence[str]) -> pl.LazyFrame:
             .then(variance.clip(lower_bound=0).sqrt())
             .fill_nan(None)
         )
-        .select(*by, "estimate", "se", "documents", "effective_documents", "rows")
+        .select(*by, *MEANS)
     )
 
 

@@ -25,8 +25,16 @@ RowFilter = Callable[[pl.LazyFrame], pl.LazyFrame]
 
 def averaged_columns(dataset: Dataset, table: str) -> list[str]:
     """The statistics of a table that this dataset has and that have means, in the dictionary's order."""
+    if table not in dataset.tables:
+        return []
     present = set(dataset.scan(table).collect_schema().names())
     return [c.name for c in dataset.table(table).facts if c.is_averaged and c.name in present]
+
+
+def places(dataset: Dataset, table: str) -> pl.DataFrame:
+    """The distinct places of a table, from its first part: every part has them all."""
+    by = list(dataset.table(table).places)
+    return next(dataset.scan_parts(table)).select(by).unique().sort(by).collect()
 
 
 def summaries(dataset: Dataset, table: str, columns: Sequence[str] | None = None) -> pl.LazyFrame:
@@ -62,7 +70,7 @@ def summarize_rows(
     with ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
         frames = threads.map(
             lambda rows: summarize_frame(rows.collect(), columns, by, listed),
-            _weighted_parts(dataset, table, columns, by, prepare),
+            weighted_parts(dataset, table, columns, by, prepare),
         )
         return pl.concat(frames).lazy()
 
@@ -76,11 +84,11 @@ def document_sums(
     prepare: RowFilter = lambda rows: rows,
 ) -> Iterator[pl.DataFrame]:
     """The same part by part, with all documents listed."""
-    for rows in _weighted_parts(dataset, table, columns, by, prepare):
+    for rows in weighted_parts(dataset, table, columns, by, prepare):
         yield summarize_frame(rows.collect(), columns, by)
 
 
-def _weighted_parts(
+def weighted_parts(
     dataset: Dataset, table: str, columns: Sequence[str], by: Sequence[str], prepare: RowFilter
 ) -> Iterator[pl.LazyFrame]:
     """The parts of a table with what sums are made of; of a table that was not written, one without rows."""
@@ -98,14 +106,14 @@ def summarize_frame(
     listed: Sequence[int] | NDArray[np.int64] | None = None,
 ) -> pl.DataFrame:
     """The same from a frame with `document_id`, `weight`, the columns and those to group by. listed: all documents by default."""
-    keys, places = _places(rows.select(by))
+    keys, places = places_of(rows.select(by))
     documents = rows["document_id"].to_numpy()
     sums = sum_documents(
         {name: rows[name].cast(pl.Float64).to_numpy() for name in columns},
         rows[WEIGHT].to_numpy(),
         places,
         documents,
-        listed=np.unique(documents) if listed is None else np.asarray(listed),
+        listed=np.unique(documents) if listed is None else np.asarray(listed, dtype=np.int64),
     )
     document = pl.Series("document_id", sums.document, dtype=pl.Int64)
     return (keys[sums.place] if keys.width else keys).with_columns(
@@ -115,7 +123,7 @@ def summarize_frame(
     )
 
 
-def _places(keys: pl.DataFrame) -> tuple[pl.DataFrame, NDArray[np.int64]]:
+def places_of(keys: pl.DataFrame) -> tuple[pl.DataFrame, NDArray[np.int64]]:
     """The distinct keys, and the number of each row's among them."""
     if not keys.width:
         return pl.DataFrame(), np.zeros(keys.height, np.int64)

@@ -1,12 +1,13 @@
 """The atlas of attention: exact statistics of every attention head and every residual update, as Parquet.
 
 `measure` takes one batch through any model, `run` a whole corpus. What a run left is opened with `open_dataset`, asked with `query`, checked with
-`verify`, and shown with `report`. `view` shows one input and every head.
+`verify`, compared with another by `compare`, and shown with `report`. `view` shows one input and every head.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attlas.analysis.compare import compare as compare
     from attlas.analysis.dataset import Dataset as _Dataset
     from attlas.analysis.query import query as query
     from attlas.analysis.report import write_report as report
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     open_dataset = _Dataset.open
     __version__: str
 
-__all__ = ["measure", "open_dataset", "query", "report", "run", "verify", "view"]
+__all__ = ["compare", "measure", "open_dataset", "query", "report", "run", "verify", "view"]
 
 _PLACES = {
+    "compare": "attlas.analysis.compare:compare",
     "measure": "attlas.extract:measure",
     "open_dataset": "attlas.analysis.dataset:Dataset.open",
     "query": "attlas.analysis.query:query",

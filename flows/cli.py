@@ -3,9 +3,10 @@
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +20,6 @@ from attlas.flows.streams import (
     make_streams_safe,
     report_write_errors,
 )
-
-if TYPE_CHECKING:
-    from attlas.analysis.query import Format
 
 FAILED, BAD_USAGE, FINDING = 1, 2, 3
 DEFAULT_PAGE = "view.html"
@@ -172,7 +170,9 @@ def query(
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The maximum time of the query.")] = 60.0,
 ) -> None:
     """Query the dataset with SQL, read-only."""
-    output_format = _output_format(form, to_terminal=output is None and sys.stdout.isatty())
+    from attlas.analysis.result import FORMATS
+
+    output_format = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
     if timeout <= 0:
         raise Refusal(f"--timeout must be more than 0 seconds; got {timeout:g}; use a longer one")
     from attlas.analysis.output import answer_file
@@ -183,14 +183,14 @@ def query(
         write_result(rows_of(dataset, sql, timeout_s=timeout), output_format, stream)
 
 
-def _output_format(form: str, *, to_terminal: bool) -> "Format":
-    from attlas.analysis.query import FORMATS
-
-    if form not in FORMATS:
-        raise Refusal(f"--format must be one of {', '.join(FORMATS)}; got {form!r}; choose one of them")
-    if form == "parquet" and to_terminal:
+def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool) -> Any:
+    """The one of the formats that has this name."""
+    chosen = next((known for known in formats if known == form), None)
+    if chosen == "parquet" and to_terminal:
         raise Refusal("parquet can't be written to a terminal; standard output is one; use --output FILE")
-    return form
+    if chosen is not None:
+        return chosen
+    raise Refusal(f"--format must be one of {', '.join(formats)}; got {form!r}; choose one of them")
 
 
 @app.command()
@@ -206,6 +206,51 @@ def info(dataset: Dataset) -> None:
         width = max((len(label) for label, _ in rows), default=0)
         for label, value in rows:
             typer.echo(f"  {label:<{width}}  {value}")
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A finished dataset.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The dataset to compare with it.")],
+    *,
+    columns: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="The columns to compare. [default: all that both have]")
+    ] = None,
+    margin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN=VALUE", help="The smallest difference that matters, in the column's unit, or 5%."),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            metavar="place|depth|heads",
+            help="Compare the same heads, bands of relative depth, or the heads most alike. [default: place, or depth for "
+            "models with other heads]",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(metavar="P", help="The level of tests and of the false discovery rate.")
+    ] = 0.05,
+    fail_on: Annotated[str | None, typer.Option(metavar="drift", help="Exit with code 3 if anything changed.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="table|csv|json|parquet|junit", help="The output format.")
+    ] = "table",
+    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+) -> None:
+    """Compare two datasets head by head, with intervals: what changed, what did not, and what is undecided."""
+    if fail_on not in (None, "drift"):
+        raise Refusal(f"--fail-on must be drift; got {fail_on!r}; choose that, or leave it out")
+    from attlas.analysis.compare import compare as compare_datasets
+    from attlas.analysis.comparison_output import FORMATS, write_comparison
+    from attlas.analysis.output import answer_file
+
+    chosen = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
+    names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    comparison = compare_datasets(a, b, columns=names, margins=margin or (), alpha=alpha, match=match)
+    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+        write_comparison(comparison, chosen, stream)
+    if fail_on and comparison.has_drift:
+        raise typer.Exit(FINDING)
 
 
 @app.command()

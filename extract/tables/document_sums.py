@@ -60,39 +60,54 @@ def sum_documents(
     """The sums of rows: their values, NaN where undefined, their weights, places and documents, in any order."""
     if not len(weights):
         return DocumentSums(*(np.empty(0, dtype=np.int64) for _ in range(4)), *(np.empty(0) for _ in range(5)))
-    groups = _Groups(places, documents, listed)
-    weights = np.asarray(weights, dtype=np.float64)
-    of_all = groups.sums(weights)
+    groups = DocumentGroups(places, documents)
+    pool = _Pool(groups, listed)
     blocks = []
-    for number, values in enumerate(columns.values()):
-        is_known = np.isfinite(values)
-        if is_known.all():
-            of_known, products = of_all, weights * values
-        else:
-            of_known, products = groups.sums(np.where(is_known, weights, 0)), weights * np.where(is_known, values, 0)
-        blocks += [(number, block) for block in groups.rows(of_known, groups.sums(products))]
+    for number, (of_documents, totals) in enumerate(groups.weights_and_totals(columns, weights)):
+        blocks += [(number, block) for block in pool.rows(of_documents, totals)]
     numbers = np.concatenate([np.full(len(block[0]), number) for number, block in blocks])
     place, document, *sums = (np.concatenate(parts) for parts in zip(*(block for _, block in blocks), strict=True))
     order = np.lexsort((document, numbers, place))
     return DocumentSums(*(values[order] for values in (place, numbers, document, *sums)))
 
 
-class _Groups:
-    """The rows of each document at each place, as runs of rows that lie together."""
+class DocumentGroups:
+    """The rows of each document at each place, in any order; groups are sorted by place, then by document."""
 
-    def __init__(self, places: np.ndarray, documents: np.ndarray, listed: np.ndarray) -> None:
+    def __init__(self, places: Int[np.ndarray, " row"], documents: Int[np.ndarray, " row"]) -> None:
+        # rows of a document mostly lie together, so runs of them are added up first
         self._runs = _starts(places, documents)
         place, document = places[self._runs], documents[self._runs]
         self._order = np.lexsort((document, place))
         place, document = place[self._order], document[self._order]
         self._groups = _starts(place, document)
         self.place, self.document = place[self._groups], document[self._groups]
+
+    def weights_and_totals(
+        self, columns: Mapping[str, Num[np.ndarray, " row"]], weights: Num[np.ndarray, " row"]
+    ) -> Iterator[tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]]]:
+        """Of each column W = Σ w over the rows with a value, and Y = Σ w·y."""
+        weights = np.asarray(weights, dtype=np.float64)
+        of_all = self._add(weights)
+        for values in columns.values():
+            is_known = np.isfinite(values)
+            if is_known.all():
+                yield of_all, self._add(weights * values)
+            else:
+                yield self._add(np.where(is_known, weights, 0)), self._add(weights * np.where(is_known, values, 0))
+
+    def _add(self, values: Float[np.ndarray, " row"]) -> Float[np.ndarray, " group"]:
+        return np.add.reduceat(np.add.reduceat(values, self._runs)[self._order], self._groups)
+
+
+class _Pool:
+    """Adds up the documents of a place that are not listed."""
+
+    def __init__(self, groups: DocumentGroups, listed: np.ndarray) -> None:
+        self.place, self.document = groups.place, groups.document
         self.is_listed: Bool[np.ndarray, " group"] = np.isin(self.document, listed)
         self._of_places = _starts(self.place)
         self._place_numbers = np.searchsorted(self._of_places, np.arange(len(self.place)), side="right") - 1
-
-    def sums(self, values: Num[np.ndarray, " row"]) -> Float[np.ndarray, " group"]:
-        return np.add.reduceat(np.add.reduceat(values, self._runs)[self._order], self._groups)
 
     def rows(self, weights: np.ndarray, totals: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
         """The fields of DocumentSums but for `column`: of pooled documents, and of listed ones, from W_d and Y_d."""
@@ -121,7 +136,7 @@ class _Groups:
 def _starts(*keys: np.ndarray) -> Int[np.ndarray, " run"]:
     """Where runs of equal keys begin."""
     changes = np.zeros(len(keys[0]), dtype=bool)
-    changes[0] = True
+    changes[:1] = True
     for key in keys:
         changes[1:] |= key[1:] != key[:-1]
     return np.flatnonzero(changes)

@@ -2,12 +2,14 @@
 
 import hashlib
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -120,6 +122,30 @@ def rewrite(root: Path, part: str, change: Callable[[pa.Table], pa.Table]) -> No
     entry["parts"] = [asdict(new) if p["path"] == part else p for p in entry["parts"]]
     entry["rows"] = sum(p["rows"] for p in entry["parts"])
     write_json(root / "manifest.json", manifest)
+
+
+def changed_copy(root: Path, copy: Path, change: Callable[[pl.DataFrame], pl.DataFrame]) -> Path:
+    """A copy of a dataset with other values in `heads`, summarized again."""
+    shutil.copytree(root, copy)
+    for part in sorted((copy / "heads").iterdir()):
+        rewrite(copy, f"heads/{part.name}", lambda rows: _change_values(rows, change))
+        shard = {
+            name: pq.read_table(copy / name / part.name) for name in ("heads", "residual", "documents", "sequences")
+        }
+        columns = {name: [c for c in TABLES[name].facts if c.core] for name in ("heads", "residual")}
+        (derived,) = derived_tables(shard, columns, shard=int(part.stem[-5:])).values()
+        rewrite(copy, f"summaries/{part.name}", lambda _, derived=derived: derived)
+    return copy
+
+
+def _change_values(rows: pa.Table, change: Callable[[pl.DataFrame], pl.DataFrame]) -> pa.Table:
+    frame = pl.from_arrow(rows)
+    assert isinstance(frame, pl.DataFrame)
+    changed = change(frame).to_arrow()
+    for number, field in enumerate(rows.schema):
+        if pa.types.is_floating(field.type):
+            rows = rows.set_column(number, field, changed[field.name].cast(field.type))
+    return rows
 
 
 def with_new_checksums(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
