@@ -92,7 +92,7 @@ def columns_to_compare(a: Dataset, b: Dataset, names: Sequence[str] | None = Non
 
     Raises Refusal for a name that the catalogue lacks, and for one that a dataset has not measured.
     """
-    measured = [{table: averaged_columns(d, table) for table in COMPARED} for d in (a, b)]
+    measured = [{table: averaged_columns(d, table) if table in d.tables else [] for table in COMPARED} for d in (a, b)]
     common = {
         table: {c.name: c for c in a.table(table).facts if all(c.name in of[table] for of in measured)}
         for table in COMPARED

@@ -14,19 +14,16 @@ from numpy.typing import NDArray
 
 from attlas.analysis.dataset import Dataset
 from attlas.extract.tables import Table
-from attlas.extract.tables.document_sums import HEAVY_SHARE, POOLED, sum_documents
+from attlas.extract.tables.document_sums import POOLED, SUMS, documents_listed, sum_documents
+from attlas.extract.tables.merged_sums import MergedSums, listed_in_total
 
-SUMS = ("documents", "weight", "mean", "deviation_squares", "deviation_products", "weight_squares")
 WEIGHT = "weight"
-# each is decoded by several threads already: one is decoded while another is added up
 _PARTS_AT_ONCE = 2
 RowFilter = Callable[[pl.LazyFrame], pl.LazyFrame]
 
 
 def averaged_columns(dataset: Dataset, table: str) -> list[str]:
     """The statistics of a table that this dataset has and that have means, in the dictionary's order."""
-    if table not in dataset.tables:
-        return []
     present = set(dataset.scan(table).collect_schema().names())
     return [c.name for c in dataset.table(table).facts if c.is_averaged and c.name in present]
 
@@ -40,17 +37,17 @@ def places(dataset: Dataset, table: str) -> pl.DataFrame:
 def summaries(dataset: Dataset, table: str, columns: Sequence[str] | None = None) -> pl.LazyFrame:
     """Sums over documents of the statistics of `heads`, `residual` or `layers`, at each of its places.
 
-    A row for each place, `column` and listed document (`document_id` null: the others of a shard, together), with SUMS.
-    columns: all that the dataset has by default. Datasets without `summaries` give the same from their rows.
+    A row for each place, `column` and listed document (`document_id` null: all others together), with SUMS. columns: all that the
+    dataset has by default. Datasets without `totals` give the same from their rows.
     """
     names = averaged_columns(dataset, table) if columns is None else list(columns)
-    if "summaries" not in dataset.tables or table not in dataset.tables:
+    if "totals" not in dataset.tables or table not in dataset.tables:
         return summarize_rows(dataset, table, names, dataset.table(table).places)
     is_of_table = pl.lit(True)
     for key in ("head", "site"):
         has_key = key in dataset.table(table).places
         is_of_table &= pl.col(key).is_not_null() if has_key else pl.col(key).is_null()
-    rows = dataset.scan("summaries").filter(is_of_table & pl.col("column").is_in(names))
+    rows = dataset.scan("totals").filter(is_of_table & pl.col("column").is_in(names))
     return rows.select(*dataset.table(table).places, "column", "document_id", *SUMS)
 
 
@@ -66,13 +63,20 @@ def summarize_rows(
 
     prepare: filters the rows, or adds columns to group by. It sees the table's rows with `weight`.
     """
-    listed = listed_documents(dataset)
+    in_shards, in_total = listed_documents(dataset)
+    keys = [*by, "column"]
+    merged = MergedSums(keys, in_total)
+    # one part is decoded while another is added up
     with ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
         frames = threads.map(
-            lambda rows: summarize_frame(rows.collect(), columns, by, listed),
+            lambda rows: summarize_frame(rows.collect(), columns, by, in_shards),
             weighted_parts(dataset, table, columns, by, prepare),
         )
-        return pl.concat(frames).lazy()
+        for frame in frames:
+            merged.add(frame.to_arrow())
+    found = pl.from_arrow(merged.to_arrow())
+    assert isinstance(found, pl.DataFrame), "sums have columns"
+    return found.lazy()
 
 
 def document_sums(
@@ -143,15 +147,16 @@ def _weighted(rows: pl.LazyFrame, table: Table, sequences: pl.LazyFrame) -> pl.L
     return rows.with_columns(pl.col(table.weight).cast(pl.Float64).alias(WEIGHT))
 
 
-def listed_documents(dataset: Dataset) -> NDArray[np.int64]:
-    """The documents that `summaries` lists by themselves: those with sequences in several shards, and heavy ones."""
-    of_shards = (
-        dataset.scan("sequences")
-        .group_by("shard", "document_id")
-        .agg(pl.col("tokens").sum(), pl.len().alias("here"))
-        .join(dataset.scan("documents").select("document_id", "sequences"), on="document_id", how="left")
+def listed_documents(dataset: Dataset) -> tuple[NDArray[np.int64], set[int]]:
+    """The documents that `summaries` lists by themselves, and those of them that `totals` lists."""
+    documents = dataset.scan("documents").select("document_id", "sequences").collect()
+    sequences_of = dict(zip(documents["document_id"], documents["sequences"], strict=True))
+    sequences = dataset.scan("sequences").select("shard", "document_id", "tokens").collect()
+    shards = [
+        (rows["document_id"].to_numpy(), rows["tokens"].to_numpy())
+        for rows in sequences.partition_by("shard", maintain_order=True)
+    ]
+    in_shards = [documents_listed(*shard, sequences_of) for shard in shards]
+    return np.unique(np.concatenate(in_shards)) if shards else np.zeros(0, np.int64), listed_in_total(
+        shards, sequences_of
     )
-    is_whole = pl.col("here") == pl.col("sequences")
-    is_heavy = pl.col("tokens") >= HEAVY_SHARE * pl.col("tokens").sum().over("shard")
-    listed = of_shards.filter(~is_whole.fill_null(False) | is_heavy).select(pl.col("document_id").unique().sort())
-    return listed.collect()["document_id"].to_numpy()

@@ -11,7 +11,7 @@ a cluster — changes no byte of the dataset.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -34,8 +34,8 @@ from attlas.extract.plan import (
     read_plan,
     read_shard,
 )
-from attlas.extract.store import Identity, Location, Lock, ShardRecord, Store, recipe_differences
-from attlas.extract.tables import derived_tables
+from attlas.extract.store import Identity, Location, Lock, Part, ShardRecord, Store, read_part, recipe_differences
+from attlas.extract.tables import concluded_tables, derived_tables
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -189,18 +189,28 @@ def finish(out: Location) -> Location:
         plan = load_plan(store.storage)
         if plan is None:
             raise Damaged(f"{store.storage.place()} holds no plan; the same command plans again")
-        records = [store.read_record(shard) for shard in range(plan.shards)]
-        missing = [str(shard) for shard, record in enumerate(records) if record is None]
+        found = [store.read_record(shard) for shard in range(plan.shards)]
+        missing = [str(shard) for shard, record in enumerate(found) if record is None]
         if missing:
             raise RuntimeError(
                 f"a dataset is finished when all its shards are; missing: {', '.join(missing)}; run it again"
             )
-        manifest = complete_manifest(store.read_draft(), [record for record in records if record is not None])
+        records = [record for record in found if record is not None]
+        manifest = complete_manifest(store.read_draft(), records, _write_concluded(store, records))
         store.finish(manifest, dataset_card(manifest))
     elif store.has_work:
         store.clear_work()
     store.unlock()
     return out
+
+
+def _write_concluded(store: Store, records: Sequence[ShardRecord]) -> dict[str, Part]:
+    """Write the tables that are made of all shards."""
+
+    def parts_of(table: str) -> Iterator[pa.Table]:
+        return (read_part(store.storage, record.parts[table]) for record in records if table in record.parts)
+
+    return {name: store.write_part(name, 0, rows) for name, rows in concluded_tables(parts_of).items()}
 
 
 def _claim_and_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) -> PlannedRun:

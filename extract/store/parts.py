@@ -69,6 +69,12 @@ def write_part(storage: Storage, table: str, shard: int, rows: pa.Table) -> Part
     return Part(key, rows.num_rows, counted.size, counted.digest.hexdigest())
 
 
+def read_part(storage: Storage, part: Part) -> pa.Table:
+    """The rows of a part."""
+    with pq.ParquetFile(storage.source(part.path)) as file:
+        return file.read()
+
+
 def part_of(raw: Mapping[str, Any]) -> Part:
     """A part from its description in a manifest or record."""
     return Part(raw["path"], raw["rows"], raw["bytes"], raw["sha256"])
