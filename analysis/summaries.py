@@ -99,7 +99,7 @@ def weighted_parts(
     measured = dataset.table(table)
     # a join of sequences to each part would read them again and again
     sequences = dataset.scan("sequences").select("sequence_id", pl.col("tokens").cast(pl.Float64)).collect().lazy()
-    for rows in dataset.scan_parts(table):
+    for rows in dataset.scan_parts(table, finite=False):  # sums leave out what is not finite
         yield prepare(_weighted(rows, measured, sequences)).select(*by, "document_id", WEIGHT, *columns)
 
 
@@ -113,7 +113,7 @@ def summarize_frame(
     keys, places = places_of(rows.select(by))
     documents = rows["document_id"].to_numpy()
     sums = sum_documents(
-        {name: rows[name].cast(pl.Float64).to_numpy() for name in columns},
+        values_of(rows, columns),
         rows[WEIGHT].to_numpy(),
         places,
         documents,
@@ -125,6 +125,14 @@ def summarize_frame(
         document.set(document == POOLED, None),
         *(pl.Series(name, getattr(sums, name)) for name in SUMS),
     )
+
+
+def values_of(rows: pl.DataFrame, columns: Sequence[str]) -> dict[str, NDArray[np.floating]]:
+    """Columns as arrays, NaN where null."""
+    return {
+        name: rows[name].to_numpy() if rows[name].dtype.is_float() else rows[name].cast(pl.Float64).to_numpy()
+        for name in columns
+    }
 
 
 def places_of(keys: pl.DataFrame) -> tuple[pl.DataFrame, NDArray[np.int64]]:
