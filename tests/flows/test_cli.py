@@ -249,6 +249,13 @@ def test_stats_of_a_file_are_its_columns(attlas: Callable[..., Ended], tmp_path:
     refused(attlas("stats", tmp_path / "other.py"), "are in a Python file; there is none at", "other.py")
 
 
+def test_a_run_that_ablates_something_unknown_is_refused_at_once(attlas: Callable[..., Ended], tmp_path: Path) -> None:
+    asked = ("run", "--model", "demo", "--corpus", "demo", "--out", tmp_path / "out")
+    refused(attlas(*asked, "--ablate", "head"), "ablate takes heads, attention, mlp, zero, mean", "did you mean heads")
+    refused(attlas(*asked, "--ablate", "zero,mean"), "ablate has both; leave one out, or make two runs")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_with_a_missing_file_of_statistics_is_refused_at_once(
     attlas: Callable[..., Ended], tmp_path: Path
 ) -> None:
