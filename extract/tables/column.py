@@ -35,6 +35,7 @@ class Column(Generic[Observation, Values]):
     core: bool = True  # measured by every run; others only if asked for
     corpus: str = ""  # the corpus on which alone it can be measured
     sample: bool = False  # measured for the sequences of the sample only
+    by_name: bool = False  # measured only if it is named itself, because it costs many times a pass
     group: str = ""  # under which heading of its table readers find it
     known: Mapping[str, str] = field(
         default_factory=dict
@@ -91,6 +92,7 @@ def column(
     core: bool = True,
     corpus: str = "",
     sample: bool = False,
+    by_name: bool = False,
     group: str = "",
     known: Mapping[str, str] | None = None,
     elsewhere: str = "",
@@ -111,6 +113,7 @@ def column(
             core=core,
             corpus=corpus,
             sample=sample,
+            by_name=by_name,
             group=group,
             known=known or {},
             elsewhere=elsewhere,

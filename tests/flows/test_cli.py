@@ -214,6 +214,10 @@ def test_the_readme_shows_what_stats_prints(attlas: Callable[..., Ended]) -> Non
     ("name", "words"),
     [
         ("gini", "on request, for the first sequences of each shard (--sample): --statistics gini"),
+        (
+            "pattern_effective_rank",
+            "only if named, for the first sequences of each shard (--sample): --statistics pattern_effective_rank",
+        ),
         ("query_norm", "on request: --statistics query_norm"),
         ("retrieval_score", "on request, on the corpus needle alone: --statistics retrieval_score"),
         ("token_ids", "if the tokens themselves are asked for: --tokens ids or text"),
