@@ -65,7 +65,7 @@ def open_instrument(options: RunOptions, *, images: Path | None, progress: Progr
     images: the folder of an image corpus; None for texts.
     """
     progress("model", 0, None)
-    columns = measured_columns(options.statistics, corpus=options.corpus)
+    columns = options.columns
     encoder = load_encoder(
         options.model,
         device=options.device,
