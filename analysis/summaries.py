@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from attlas.analysis.dataset import Dataset
-from attlas.extract.tables import Table
+from attlas.extract.tables import TABLES, Table
 from attlas.extract.tables.document_sums import POOLED, SUMS, documents_listed, sum_documents
 from attlas.extract.tables.merged_sums import MergedSums, listed_in_total
 
@@ -51,6 +52,18 @@ def summaries(dataset: Dataset, table: str, columns: Sequence[str] | None = None
     return rows.select(*dataset.table(table).places, "column", "document_id", *SUMS)
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """What to sum up, and by what. prepare: filters the rows, or adds columns to group by; it sees keys, `weight` and the columns."""
+
+    columns: Sequence[str]
+    by: Sequence[str]
+    prepare: RowFilter = lambda rows: rows
+
+    def of(self, rows: pl.LazyFrame) -> pl.LazyFrame:
+        return self.prepare(rows).select(*self.by, "document_id", WEIGHT, *self.columns)
+
+
 def summarize_rows(
     dataset: Dataset,
     table: str,
@@ -59,24 +72,28 @@ def summarize_rows(
     *,
     prepare: RowFilter = lambda rows: rows,
 ) -> pl.LazyFrame:
-    """The same from the rows of a table, by any of its columns.
+    """The same from the rows of a table, by any of its columns."""
+    return summarize_together(dataset, table, [Grouping(columns, by, prepare)])[0]
 
-    prepare: filters the rows, or adds columns to group by. It sees the table's rows with `weight`.
-    """
+
+def summarize_together(dataset: Dataset, table: str, groupings: Sequence[Grouping]) -> list[pl.LazyFrame]:
+    """The same by several groupings, in one pass over the rows."""
     in_shards, in_total = listed_documents(dataset)
-    keys = [*by, "column"]
-    merged = MergedSums(keys, in_total)
+    merged = [MergedSums([*grouping.by, "column"], in_total) for grouping in groupings]
+
+    needed = {c.name for c in TABLES[table].keys} | {WEIGHT} | {name for g in groupings for name in g.columns}
+
+    def summarize(rows: pl.LazyFrame) -> list[pl.DataFrame]:
+        part = rows.select(needed).collect().lazy()
+        return [summarize_frame(g.of(part).collect(), g.columns, g.by, in_shards) for g in groupings]
+
     # one part is decoded while another is added up
     with ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
-        frames = threads.map(
-            lambda rows: summarize_frame(rows.collect(), columns, by, in_shards),
-            weighted_parts(dataset, table, columns, by, prepare),
-        )
-        for frame in frames:
-            merged.add(frame.to_arrow())
-    found = pl.from_arrow(merged.to_arrow())
-    assert isinstance(found, pl.DataFrame), "sums have columns"
-    return found.lazy()
+        for frames in threads.map(summarize, weighted_parts(dataset, table)):
+            for sums, frame in zip(merged, frames, strict=True):
+                sums.add(frame.to_arrow())
+    found = [pl.from_arrow(sums.to_arrow()) for sums in merged]
+    return [frame.lazy() for frame in found if isinstance(frame, pl.DataFrame)]
 
 
 def document_sums(
@@ -88,19 +105,18 @@ def document_sums(
     prepare: RowFilter = lambda rows: rows,
 ) -> Iterator[pl.DataFrame]:
     """The same part by part, with all documents listed."""
-    for rows in weighted_parts(dataset, table, columns, by, prepare):
-        yield summarize_frame(rows.collect(), columns, by)
+    grouping = Grouping(columns, by, prepare)
+    for rows in weighted_parts(dataset, table):
+        yield summarize_frame(grouping.of(rows).collect(), columns, by)
 
 
-def weighted_parts(
-    dataset: Dataset, table: str, columns: Sequence[str], by: Sequence[str], prepare: RowFilter
-) -> Iterator[pl.LazyFrame]:
-    """The parts of a table with what sums are made of; of a table that was not written, one without rows."""
+def weighted_parts(dataset: Dataset, table: str) -> Iterator[pl.LazyFrame]:
+    """The parts of a table with `weight`; of a table that was not written, one without rows."""
     measured = dataset.table(table)
     # a join of sequences to each part would read them again and again
     sequences = dataset.scan("sequences").select("sequence_id", pl.col("tokens").cast(pl.Float64)).collect().lazy()
     for rows in dataset.scan_parts(table, finite=False):  # sums leave out what is not finite
-        yield prepare(_weighted(rows, measured, sequences)).select(*by, "document_id", WEIGHT, *columns)
+        yield _weighted(rows, measured, sequences)
 
 
 def summarize_frame(

@@ -35,6 +35,8 @@ NAMES = (
     "usual-by-one/minilm-512",
     "memory/bert-base-8192",
     "bytes-per-row/heads",
+    "bytes-read/one-head-256",
+    "bytes-read/one-head-4096",
     "answers/means-10m",
     "answers/means-of-source-10m",
     "answers/compare-10m",

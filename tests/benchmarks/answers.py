@@ -5,6 +5,7 @@ Ratios are of seconds, so less is better. The dataset is generated once, into th
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from attlas.analysis.heads import HEAD, head_estimates
 from attlas.analysis.inference import estimates
 from attlas.analysis.summaries import averaged_columns, summarize_rows
 from tests.benchmarks.harness import Result, time_alternately
-from tests.benchmarks.large import write_large
+from tests.benchmarks.large import HEADS, LAYERS, write_large
 from tests.benchmarks.memory import MIB, peak_growth
 
 
@@ -73,3 +74,30 @@ def _timed(rows: int, ours: Callable[[Dataset], object], repeats: int, *, scans:
     )
     paired = tuple(a / b for a, b in zip(seconds.ours, seconds.theirs, strict=True))
     return Result(min(seconds.ours), min(seconds.theirs), "s", paired, note=f"{peak:,.0f} MiB")
+
+
+def one_head_bytes(sequences: int) -> Result:
+    """Bytes of a part that a filter on one head reads, footer included, against the whole part."""
+    import pyarrow.dataset as arrow
+    import pyarrow.parquet as pq
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_large(Path(folder) / "large", LAYERS * HEADS * sequences, sequences=sequences)
+        path = root / "heads" / "shard-00000.parquet"
+        with _CountingFile(path) as file:
+            fragment = arrow.ParquetFileFormat().make_fragment(file)
+            rows = arrow.FileSystemDataset([fragment], pq.read_schema(path), fragment.format)
+            found = rows.to_table(filter=(arrow.field("layer") == 3) & (arrow.field("head") == 5))
+            assert found.num_rows == sequences
+            return Result(file.bytes_read / 1024, path.stat().st_size / 1024, "KiB")
+
+
+class _CountingFile(io.FileIO):
+    """A file that counts what is read of it."""
+
+    bytes_read = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(size)
+        self.bytes_read += len(content)
+        return content

@@ -46,6 +46,8 @@ def benchmarks() -> tuple[Benchmark, ...]:
         Benchmark("memory/bert-base-8192", lambda _: compare_peak_memory(8192, 12), 1),
         Benchmark("memory/one-layer-32768", lambda _: compare_peak_memory(32768, 1), 1, by_name_only=True),
         Benchmark("bytes-per-row/heads", run.minilm_heads_bytes, 1),
+        Benchmark("bytes-read/one-head-256", lambda _: answers.one_head_bytes(256), 1),
+        Benchmark("bytes-read/one-head-4096", lambda _: answers.one_head_bytes(4096), 1),
         *(
             Benchmark(f"answers/{name}-{size}", partial(measure, rows), repeats, by_name_only=size == "100m")
             for size, rows, repeats in (("10m", 10**7, 3), ("100m", 10**8, 1))
