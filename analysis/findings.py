@@ -194,7 +194,7 @@ FINDINGS = (
         "head at rest",
         "normal",
         f"share at rest ≥ {_AT_REST:g}, corrected for chance",
-        "most of the time the head has nothing to do on these documents; what it does awake is its second label",
+        "much of its attention has nothing to do on these documents; what the head does awake is its second label",
         "Gu 2025",
         ("heads.mass_first",),
         _heads_at_rest,

@@ -26,7 +26,8 @@ def tables(content: Content) -> RenderableType:
     parts: list[RenderableType] = [_title(content)]
     defects = _rules_table(content, "defect", title="Defects looked for", style="bold red")
     findings = _rules_table(content, "finding", title="Findings, normal in trained models", style="bold")
-    for table in (_extremes_table(content), _kinds_table(content), defects, findings):
+    extremes = [_extremes_table(content)] if content.awake.height else []
+    for table in (*extremes, _kinds_table(content), defects, findings):
         parts += ["", table]
     notes = highlights.notes(content)
     parts += ["", *(WrappedText(Text(f"Note: {printable(note)}", style="dim")) for note in notes)] if notes else []
