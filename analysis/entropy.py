@@ -19,9 +19,11 @@ def entropy_by_head(dataset: Dataset) -> pl.DataFrame:
     return head_means(dataset, COLUMNS).sort("entropy_normalized", "stack", "layer", "head", nulls_last=True)
 
 
-def entropy_by_layer(dataset: Dataset) -> pl.DataFrame:
-    """Entropy columns with intervals, a row per layer, pooled over its heads."""
-    return _wide_means(dataset, ("stack", "layer"))
+def entropy_by_layer(dataset: Dataset, heads: pl.DataFrame | None = None) -> pl.DataFrame:
+    """Entropy columns with intervals, a row per layer, pooled over its heads. heads: those to pool, all by default."""
+    chosen = None if heads is None else heads.select(HEAD).lazy()
+    by = ("stack", "layer")
+    return _wide_means(dataset, by, lambda rows: rows if chosen is None else rows.join(chosen, on=HEAD, how="semi"))
 
 
 def entropy_by_length(dataset: Dataset) -> pl.DataFrame:

@@ -19,12 +19,12 @@ def residual_through_depth(dataset: Dataset, columns: tuple[str, ...] | None = N
     """
     names = averaged_columns(dataset, "residual") if columns is None else list(columns)
     means = wide(estimates(summaries(dataset, "residual", names), SITE).collect(), SITE, names)
-    order = pl.col("site").replace_strict(
+    return in_order(means).with_columns(depth=pl.int_range(pl.len()).over("stack"))
+
+
+def in_order(sites: pl.DataFrame, *, before: tuple[str, ...] = ()) -> pl.DataFrame:
+    """Rows of sites, sorted by stack, the columns `before`, and where in a stack the model runs them."""
+    place = pl.col("site").replace_strict(
         list(SITES), list(range(len(SITES))), default=len(SITES), return_dtype=pl.Int32
     )
-    return (
-        means.with_columns(order=order)
-        .sort("stack", "layer", "order", "site")
-        .with_columns(depth=pl.int_range(pl.len()).over("stack"))
-        .drop("order")
-    )
+    return sites.sort("stack", *before, "layer", place, "site")

@@ -23,17 +23,20 @@ _MAX_CELL_LENGTH = 2_000
 _CHUNK_ROWS = 1 << 16
 
 
-def write_result(table: pa.Table, format: Format, stream: IO[Any]) -> None:
+def write_result(table: pa.Table, format: Format, stream: IO[Any], *, to_shorten: str = "add LIMIT, or ") -> None:
     """Write a result as a table for people (`table`), or as `csv`, `json` (a list of objects) or `parquet`.
 
-    Parquet needs a binary stream, or a text stream with a binary buffer. Raises OutputError if the stream does not take
-    everything.
+    Parquet needs a binary stream, or a text stream with a binary buffer. to_shorten: how to get fewer rows than people are shown.
+    Raises OutputError if the stream does not take everything.
     """
     if format not in FORMATS:
         raise Refusal(f"a format is one of {', '.join(FORMATS)}; got {format!r}; choose one of them")
     if format == "parquet":
         _refuse_text_stream(stream)
-    chunks = {"table": _table_chunks, "csv": _csv_chunks, "json": _json_chunks, "parquet": _parquet_chunks}[format]
+    if format == "table":
+        write_whole(_table_chunks(table, stream, to_shorten), stream)
+        return
+    chunks = {"csv": _csv_chunks, "json": _json_chunks, "parquet": _parquet_chunks}[format]
     write_whole(chunks(table, stream), stream)
 
 
@@ -85,7 +88,7 @@ def _frame(table: pa.Table) -> pl.DataFrame:
     return frame.with_columns(cs.categorical().cast(pl.String))
 
 
-def _table_chunks(table: pa.Table, stream: IO[Any]) -> Iterator[bytes]:
+def _table_chunks(table: pa.Table, stream: IO[Any], to_shorten: str) -> Iterator[bytes]:
     """The first rows as a table; in a terminal that is too narrow, text is wrapped."""
     from rich.text import Text
 
@@ -102,7 +105,7 @@ def _table_chunks(table: pa.Table, stream: IO[Any]) -> Iterator[bytes]:
         for field, column in zip(shown.schema, shown.columns, strict=True)
     ]
     omitted = table.num_rows - _MAX_ROWS
-    hint = f"; {omitted} more not shown: add LIMIT, or choose --format csv, json or parquet" if omitted > 0 else ""
+    hint = f"; {omitted} more not shown: {to_shorten}choose --format csv, json or parquet" if omitted > 0 else ""
     console = console_for(stream if isinstance(stream, io.TextIOBase) else io.StringIO())
     with console.capture() as capture:
         console.print(FittedTable(columns), crop=False)

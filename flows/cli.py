@@ -194,6 +194,40 @@ def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool) -> A
 
 
 @app.command()
+def findings(
+    dataset: Dataset,
+    *,
+    form: Annotated[
+        str, typer.Option("--format", metavar="table|csv|json|parquet", help="The output format.")
+    ] = "table",
+    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+    fail_on: Annotated[
+        str | None,
+        typer.Option(metavar="defects|findings", help="Exit with 3 if there is a defect, or a defect or finding."),
+    ] = None,
+) -> None:
+    """List defects (something is wrong) and findings (normal, worth knowing) of heads and stream, with their evidence."""
+    if fail_on not in (None, "defects", "findings"):
+        raise Refusal(f"--fail-on must be defects or findings; got {fail_on!r}; choose one of them")
+    from attlas.analysis.dataset import Dataset as Opened
+    from attlas.analysis.judge import judge, write_judgement
+    from attlas.analysis.output import answer_file
+    from attlas.analysis.result import FORMATS
+
+    output_format = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
+    from attlas.extract.printable import printable
+
+    judgement = judge(Opened.open(dataset))
+    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+        write_judgement(judgement, output_format, stream)
+    for name, reason in judgement.not_checked:
+        typer.echo(f"not checked: {name}: {printable(reason)}", err=True)
+    failing = {"defects": ("defect",), "findings": ("defect", "finding")}.get(fail_on or "", ())
+    if any(judgement.count(type_) for type_ in failing):
+        raise typer.Exit(FINDING)
+
+
+@app.command()
 def info(dataset: Dataset) -> None:
     """Show the contents and provenance of a dataset."""
     from attlas.analysis.dataset import Dataset as Opened

@@ -10,24 +10,30 @@ import polars as pl
 
 from attlas.analysis.damage import notes_on_rows
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.defects import collect_evidence, find_defects, rules_table
 from attlas.analysis.distance import offset_profile
 from attlas.analysis.entropy import entropy_by_layer, entropy_by_length, entropy_by_position
-from attlas.analysis.heads import HEAD, head_means, label
+from attlas.analysis.evidence import Evidence
+from attlas.analysis.heads import HEAD, head_estimates, label
 from attlas.analysis.inference import estimates, wide
+from attlas.analysis.judge import Judgement, judge
 from attlas.analysis.kinds import head_kinds
 from attlas.analysis.manifest import section
 from attlas.analysis.residual import residual_through_depth
-from attlas.analysis.summaries import summarize_rows
+from attlas.analysis.summaries import averaged_columns, summarize_rows
 from attlas.extract.tables import CLASS_MASSES, TABLES
 
 LAYER = ("stack", "layer")
+NO_KIND = "none"  # the kind of heads that have none, because kinds were refused
 CLASSES = (*CLASS_MASSES, "mass_self")
 
 
 @dataclass(frozen=True)
 class Content:
-    """The analyses of one dataset. `heads` has a row per head with `id`, `label`, `kind` and every mean."""
+    """The analyses of one dataset.
+
+    `heads` has a row per head with `id`, `label`, its kinds and every mean. `overall` and `layers` are of heads that are not at rest.
+    `no_kinds`: why heads have no kinds, if they have none. `chance`: how chance levels are known.
+    """
 
     manifest: Mapping[str, Any]
     heads: pl.DataFrame
@@ -37,14 +43,20 @@ class Content:
     positions: pl.DataFrame
     offsets: pl.DataFrame
     residual: pl.DataFrame
-    defects: pl.DataFrame
-    rules: pl.DataFrame
+    judgement: Judgement
+    no_kinds: str | None
+    chance: pl.DataFrame
     sequence_tokens: tuple[int, int]
     damage: Sequence[str] = ()
 
     @property
     def stacks(self) -> list[str]:
         return self.heads["stack"].unique(maintain_order=True).to_list()
+
+    @property
+    def awake(self) -> pl.DataFrame:
+        """The heads that are not at rest."""
+        return self.heads.filter(~pl.col("is_at_rest"))
 
     @property
     def distance(self) -> str:
@@ -75,10 +87,11 @@ def _nulls_for_absent_classes(means: pl.DataFrame) -> list[pl.Expr]:
     return [pl.lit(None, pl.Float64).alias(name + suffix) for name in absent for suffix in ("", "_low", "_high", "_se")]
 
 
-def _class_masses(dataset: Dataset) -> pl.DataFrame:
-    """The mass of each token class over all heads, a row per stack."""
-    by = ("stack",)
-    return wide(estimates(summarize_rows(dataset, "heads", CLASSES, by), by).collect(), by, CLASSES)
+def _class_masses(dataset: Dataset, heads: pl.DataFrame) -> pl.DataFrame:
+    """The mass of each token class over these heads, a row per stack."""
+    by, chosen = ("stack",), heads.select(HEAD).lazy()
+    sums = summarize_rows(dataset, "heads", CLASSES, by, prepare=lambda rows: rows.join(chosen, on=HEAD, how="semi"))
+    return wide(estimates(sums, by).collect(), by, CLASSES)
 
 
 def gather(dataset: Dataset) -> Content:
@@ -88,33 +101,37 @@ def gather(dataset: Dataset) -> Content:
     def sort_stacks(frame: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
         return _sort_stacks(frame.lazy().collect(), dataset.manifest)
 
-    means = sort_stacks(head_means(dataset))
+    columns = averaged_columns(dataset, "heads")
+    found = head_estimates(dataset, columns)
+    means = sort_stacks(wide(found, HEAD, columns))
     if not means.height:
         raise dataset.refusal("heads has no rows to report on")
     nulls = _nulls_for_absent_classes(means)
     several = means["stack"].n_unique() > 1
-    heads = (
-        sort_stacks(means.join(head_kinds(dataset), on=HEAD, how="left").sort(HEAD))
-        .with_row_index("id")
-        .with_columns(label(several_stacks=several), *nulls)
-    )
     residual = sort_stacks(residual_through_depth(dataset))
-    evidence = collect_evidence(dataset, heads=means, residual=residual)
-    defects = find_defects(evidence)
+    evidence = Evidence(dataset, found, residual)
+    kinds = head_kinds(dataset, shares=evidence.shares)
+    heads = (
+        sort_stacks(means.join(kinds, on=HEAD, how="left").sort(HEAD))
+        .with_row_index("id")
+        .with_columns(label(several_stacks=several), pl.col("kind").fill_null(NO_KIND), *nulls)
+    )
+    awake = heads.filter(~pl.col("is_at_rest"))
     lengths = dataset.scan("sequences").select(low=pl.col("tokens").min(), high=pl.col("tokens").max()).collect()
     return Content(
         manifest=dataset.manifest,
         heads=heads,
-        overall=sort_stacks(_class_masses(dataset)).with_columns(*nulls),
-        layers=sort_stacks(entropy_by_layer(dataset)),
+        overall=sort_stacks(_class_masses(dataset, awake)).with_columns(*nulls),
+        layers=sort_stacks(entropy_by_layer(dataset, awake)),
         lengths=sort_stacks(entropy_by_length(dataset)),
         positions=sort_stacks(entropy_by_position(dataset, by=LAYER)),
         offsets=sort_stacks(offset_profile(dataset)).join(
             heads.select(*HEAD, "id", "label", "kind"), on=HEAD, how="inner", maintain_order="left"
         ),
         residual=residual,
-        defects=defects,
-        rules=rules_table(evidence, defects),
+        judgement=judge(dataset, evidence),
+        no_kinds=evidence.shares.refusal,
+        chance=evidence.shares.chance.sources,
         sequence_tokens=(lengths["low"][0] or 0, lengths["high"][0] or 0),
         damage=damage,
     )

@@ -14,15 +14,15 @@ from attlas.analysis.info import describe
 from attlas.analysis.kinds import kinds_table
 from attlas.analysis.manifest import section
 from attlas.analysis.naming import corpus_title, model_title
-from attlas.analysis.report import findings
-from attlas.analysis.report.content import Content, has_values
+from attlas.analysis.report import highlights
+from attlas.analysis.report.content import NO_KIND, Content, has_values
 from attlas.analysis.report.figures import RAMP, Cell, atlas, heat_map
-from attlas.analysis.report.numbers import count, estimate, format_number, half_width, interval, percent
+from attlas.analysis.report.numbers import MISSING, count, estimate, format_number, half_width, interval, percent
 from attlas.analysis.report.panels import (
-    RESIDUAL_PANELS,
     distance_panels,
     entropy_panels,
     layer_legend,
+    residual_columns,
     residual_panels,
 )
 from attlas.analysis.residual import SITES
@@ -71,8 +71,9 @@ MAPS = (
     Map("mass_induction", "Induction", "weight on what followed an earlier copy", "share"),
     Map("mutual_information_nats", "Mutual information", "how much the query decides where the head looks", "nats"),
     Map("received_max", "Strongest key", "largest mean weight that one key receives", "share"),
+    Map("mass_massive", "Massive tokens", "weight on tokens with massive activations", "share"),
     Map("output_norm", "Write", "norm of what the head adds to the stream", "norm"),
-    Map("value_weighted_first", "Written from the first token", "its share of what the head writes", "share"),
+    Map("value_ratio_first", "What the first token writes", "below 1: less than other tokens would", "times"),
 )
 TABLE_COLUMNS = (
     "entropy_normalized",
@@ -87,6 +88,8 @@ TABLE_COLUMNS = (
     "mass_separator",
     "mass_punctuation",
     "mass_same_token",
+    "mass_induction",
+    "value_ratio_first",
     "mutual_information_nats",
     "output_norm",
     "retrieval_score",
@@ -125,10 +128,10 @@ def _context(content: Content) -> dict[str, Any]:
         "corpus": corpus_title(content.manifest),
         "tiles": _tiles(content),
         "facts": _facts(content),
-        "notes": findings.notes(content),
-        "highlights": findings.highlights(content),
-        "kind_sentence": findings.kind_sentence(content),
-        "kind_counts": findings.kind_counts(content),
+        "notes": highlights.notes(content),
+        "highlights": highlights.highlights(content),
+        "kind_sentence": highlights.kind_sentence(content),
+        "kind_counts": highlights.kind_counts(content),
         "kinds": kinds_table().rows(named=True),
         "atlases": [
             (stack, _stack_atlas(content, stack), _missing_shape_reason(content, stack)) for stack in content.stacks
@@ -141,7 +144,9 @@ def _context(content: Content) -> dict[str, Any]:
         "sites": [s for s in SITES if s in set(content.residual["site"])],
         "layer_steps": layer_legend(content),
         "table": _heads_table(content),
-        "defects": _defect_sections(content),
+        "chance": content.chance.rows(named=True),
+        "defects": _rule_sections(content, "defect"),
+        "findings": _rule_sections(content, "finding"),
         "formulas": _formulas(content),
         "provenance": describe(content.manifest),
         "several": len(content.stacks) > 1,
@@ -215,7 +220,7 @@ def _stack_atlas(content: Content, stack: str) -> Markup:
             row["layer"],
             row["head"],
             row["entropy_normalized"],
-            f"{row['label']}: {row['kind']} ({percent(row['agreement'])} of replicates agree), "
+            f"{row['label']}: {_kinds_of(row)}, "
             f"entropy {percent(row['entropy_normalized'])}, distance {format_number(row['distance_tokens'])} tokens",
             row["kind"],
             profiles.get(row["id"], ()),
@@ -223,6 +228,12 @@ def _stack_atlas(content: Content, stack: str) -> Markup:
         for row in _stack_rows(content.heads, stack)
     ]
     return atlas(cells, title=f"Every head of {stack} as the shape of its attention over signed distance")
+
+
+def _kinds_of(row: dict[str, Any]) -> str:
+    """A head's labels in words."""
+    kind = f"{row['kind']} ({percent(row['agreement'])} of replicates agree)"
+    return f"{kind}, awake {row['awake'] or MISSING}" if row["is_at_rest"] and row["kind"] != NO_KIND else kind
 
 
 def _missing_shape_reason(content: Content, stack: str) -> str:
@@ -242,6 +253,8 @@ def _heads_table(content: Content) -> dict[str, Any]:
             "label": row["label"],
             "kind": row["kind"],
             "agreement": row["agreement"],
+            "rest": row["rest"],
+            "awake": row["awake"] or "",
             "cells": [_table_cell(row, column) for column in columns],
         }
         for row in content.heads.iter_rows(named=True)
@@ -260,28 +273,25 @@ def _table_cell(row: dict[str, Any], column: str) -> dict[str, Any]:
     }
 
 
-def _defect_sections(content: Content) -> list[dict[str, Any]]:
-    several = len(content.stacks) > 1
+def _rule_sections(content: Content, type_: str) -> list[dict[str, Any]]:
+    """The rules for defects or findings with what they found, those that found something first."""
+    judgement = content.judgement
     sections = []
-    for rule in content.rules.iter_rows(named=True):
-        rows = content.defects.filter(pl.col("defect") == rule["defect"]).iter_rows(named=True)
-        sections.append({**rule, "places": [_place(row, several=several) for row in rows]})
+    for rule in judgement.rules.filter(pl.col("type") == type_).iter_rows(named=True):
+        rows = judgement.found.filter(pl.col("name") == rule["name"]).iter_rows(named=True)
+        places = [(row["place"], row["evidence"], _interval_or_nothing(row)) for row in rows]
+        sections.append({**rule, "places": places})
     return sorted(sections, key=lambda d: (d["found"] is None, not d["found"]))
 
 
-def _place(row: dict[str, Any], *, several: bool) -> tuple[str, str, str]:
-    """(place, evidence, interval) of a defect."""
-    name = (
-        f"L{row['layer']}H{row['head']}" if row["head"] is not None else f"L{row['layer']} {row['site'] or ''}".strip()
-    )
-    where = f"{row['stack']} {name}" if several else name
-    return where, row["evidence"], "" if row["low"] is None else interval(row["low"], row["high"])
+def _interval_or_nothing(row: dict[str, Any]) -> str:
+    return "" if row["low"] is None else interval(row["low"], row["high"])
 
 
 def _formulas(content: Content) -> list[tuple[str, str, str, str, str]]:
     used = {m.column for m in MAPS} | set(TABLE_COLUMNS)
     heads = [("heads", c) for c in TABLES["heads"].facts if c.name in used and has_values(content.heads, c.name)]
-    panels = {column for column, _, _ in RESIDUAL_PANELS}
+    panels = {column for column, _, _ in residual_columns(content)}
     residual = [("residual", c) for c in TABLES["residual"].facts if c.name in panels]
     formulas = [(f"{table}.{c.name}", c.formula, c.unit, c.meaning, c.reference) for table, c in heads + residual]
     own = content.manifest.get("own_statistics", ())

@@ -8,18 +8,21 @@ from typing import Any
 
 import polars as pl
 
-from attlas.analysis.report.content import Content
+from attlas.analysis.report.content import Content, has_values
 from attlas.analysis.report.figures import RAMP, Curve, chart
 from attlas.analysis.report.numbers import count, estimate, format_number, interval, plural
 from attlas.analysis.residual import SITES
 
-RESIDUAL_PANELS = (
-    ("stream_norm", "Stream norm", "size of the stream before the sublayer"),
-    ("update_ratio", "Update ratio", "size of the update against the stream"),
+# one massive token makes a mean of norms say nothing about the others: medians over tokens where these were measured
+_MEDIAN_PANELS = {
+    "stream_norm_median": ("stream_norm", "Stream norm", "size of the stream before the sublayer"),
+    "update_ratio_median": ("update_ratio", "Update ratio", "size of the update against the stream"),
+}
+_RESIDUAL_PANELS = (
     ("update_cosine", "Update cosine", "writes something new (0), sharpens (+) or erases (−)"),
     ("anisotropy", "Anisotropy", "mean cosine between different tokens"),
     ("outlier_ratio", "Outlier ratio", "how much the largest dimension stands out"),
-    ("max_abs", "Largest activation", "largest entry of the stream, mean over sequences"),
+    ("max_abs", "Largest activation", "largest entry of the stream: of massive tokens, mean over sequences"),
 )
 _MAX_HEADS_WITH_TABLES = 400  # models with more heads have no tables beside their distance panels
 _OCTAVES = 6  # the scale of attention over opportunity reaches from 2^−6 to 2^6
@@ -190,9 +193,20 @@ def _curve_table(label: str, ticks: Sequence[tuple[int, int]], curves: Sequence[
     }
 
 
+def residual_columns(content: Content) -> list[tuple[str, str, str]]:
+    """(column, title, subtitle) of the panels of the stream that this dataset can show."""
+    columns = []
+    for median, (mean, title, subtitle) in _MEDIAN_PANELS.items():
+        if has_values(content.residual, median):
+            columns.append((median, title, f"{subtitle}, median token"))
+        else:
+            columns.append((mean, title, f"{subtitle}, mean over all tokens, massive ones too (--statistics {median})"))
+    return [panel for panel in (*columns, *_RESIDUAL_PANELS) if has_values(content.residual, panel[0])]
+
+
 def residual_panels(content: Content) -> list[dict[str, Any]]:
     panels = []
-    for column, title, subtitle in RESIDUAL_PANELS:
+    for column, title, subtitle in residual_columns(content):
         values = content.residual.filter(pl.col(column).is_not_null())
         for (stack,), rows in values.group_by("stack", maintain_order=True):
             where = f", {stack}" if values["stack"].n_unique() > 1 else ""

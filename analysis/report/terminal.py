@@ -9,9 +9,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from attlas.analysis.columns import Column, FittedTable, WrappedText
+from attlas.analysis.kinds import FIRM_AGREEMENT
 from attlas.analysis.manifest import section
 from attlas.analysis.naming import corpus_title, model_title
-from attlas.analysis.report import findings
+from attlas.analysis.report import highlights
 from attlas.analysis.report.content import Content
 from attlas.analysis.report.numbers import estimate, half_width, percent, plural
 from attlas.extract.printable import printable
@@ -21,11 +22,14 @@ _MASSES = ("mass_previous", "mass_first", "mass_separator")
 
 
 def tables(content: Content) -> RenderableType:
-    """Heads that stand out, head kinds and defects, fitted to the terminal without truncating numbers."""
+    """Heads that stand out, head kinds, defects and findings, fitted to the terminal without truncating numbers."""
     parts: list[RenderableType] = [_title(content)]
-    for table in (_extremes_table(content), _kinds_table(content), _defects_table(content)):
+    defects = _rules_table(content, "defect", title="Defects looked for", style="bold red")
+    findings = _rules_table(content, "finding", title="Findings, normal in trained models", style="bold")
+    extremes = [_extremes_table(content)] if content.awake.height else []
+    for table in (*extremes, _kinds_table(content), defects, findings):
         parts += ["", table]
-    notes = findings.notes(content)
+    notes = highlights.notes(content)
     parts += ["", *(WrappedText(Text(f"Note: {printable(note)}", style="dim")) for note in notes)] if notes else []
     return Group(*parts)
 
@@ -38,7 +42,7 @@ def _title(content: Content) -> WrappedText:
 
 
 def _extremes_table(content: Content) -> FittedTable:
-    """The sharpest, broadest, nearest and farthest heads, with the half-widths of their 95 % intervals."""
+    """The sharpest, broadest, nearest and farthest of the heads that are not at rest, with the half-widths of their 95 % intervals."""
     rows = []
     for name, column, largest in (
         ("sharpest", "entropy_normalized", False),
@@ -47,7 +51,7 @@ def _extremes_table(content: Content) -> FittedTable:
         ("farthest", content.distance, True),
     ):
         ranked = (
-            content.heads.filter(pl.col(column).is_not_null()).sort(column, descending=largest).head(_HEADS_PER_EXTREME)
+            content.awake.filter(pl.col(column).is_not_null()).sort(column, descending=largest).head(_HEADS_PER_EXTREME)
         )
         rows += [(name if i == 0 else "", row) for i, row in enumerate(ranked.iter_rows(named=True))]
     headings = {
@@ -70,7 +74,7 @@ def _extremes_table(content: Content) -> FittedTable:
                 for column, heading in headings.items()
             ),
         ),
-        title="Heads that stand out (± half of the 95 % interval)",
+        title="Heads that stand out, without those at rest (± half of the 95 % interval)",
     )
 
 
@@ -80,7 +84,7 @@ def _estimate_and_half_width(row: dict[str, Any], column: str) -> str:
 
 
 def _kinds_table(content: Content) -> FittedTable:
-    counts = findings.kind_counts(content)
+    counts = highlights.kind_counts(content)
     return FittedTable(
         (
             Column("kind", [kind for kind, _, _ in counts]),
@@ -89,24 +93,31 @@ def _kinds_table(content: Content) -> FittedTable:
             Column("", [meaning for _, _, meaning in counts], breaks="at spaces"),
         ),
         title="Head kinds",
-        caption=f"firm: at least {percent(findings.FIRM_AGREEMENT)} of bootstrap replicates over documents agree",
+        caption=_kinds_caption(content),
     )
+
+
+def _kinds_caption(content: Content) -> str:
+    if content.no_kinds:
+        return ""
+    awake = ", ".join(f"{kind} ({number})" for kind, number in highlights.awake_counts(content))
+    firm = f"firm, on documents like these: at least {percent(FIRM_AGREEMENT)} of the replicates agree"
+    return f"{firm}; awake, heads at rest are {awake}" if awake else firm
 
 
 def _firm_count(content: Content, kind: str) -> str:
     agreement = content.heads.filter(pl.col("kind") == kind)["agreement"].drop_nulls()
-    return str(int((agreement >= findings.FIRM_AGREEMENT).sum())) if len(agreement) else "–"
+    return str(int((agreement >= FIRM_AGREEMENT).sum())) if len(agreement) else "–"
 
 
-def _defects_table(content: Content) -> FittedTable:
-    rules = content.rules.rows(named=True)
-    counts = ["not measured" if row["found"] is None else str(row["found"]) for row in rules]
-    styles = ["bold red" if row["found"] else "dim" for row in rules]
+def _rules_table(content: Content, type_: str, *, title: str, style: str) -> FittedTable:
+    rules = content.judgement.rules.filter(pl.col("type") == type_).rows(named=True)
+    counts = [("–" if row["found"] is None else str(row["found"]), style if row["found"] else "dim") for row in rules]
     return FittedTable(
         (
-            Column("defect", [row["defect"] for row in rules]),
-            Column("found", [Text(text, style=s) for text, s in zip(counts, styles, strict=True)], right=True),
-            Column("rule", [row["rule"] for row in rules], breaks="at spaces"),
+            Column(type_, [row["name"] for row in rules]),
+            Column("found", [Text(text, style=s) for text, s in counts], right=True),
+            Column("rule", [row["not_checked"] or row["rule"] for row in rules], breaks="at spaces"),
         ),
-        title="Defects looked for",
+        title=title,
     )

@@ -9,4 +9,4 @@ from tests.analysis.synthetic import write_dataset
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("dataset") / "known [1]")
+    return write_dataset(tmp_path_factory.mktemp("dataset") / "known [1]", lengths=(16, 34))

@@ -3,8 +3,8 @@
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ WRITTEN = (
     "norms",
     "profiles",
     "residual",
+    "residual_profiles",
     "sequences",
     "summaries",
     "totals",
@@ -67,7 +68,16 @@ def collapsed_scores(random: np.random.Generator, n: int) -> Floats:
     return random.normal(0, 0.1, (n, n)) + 40.0 * (np.arange(n) == n // 2)[None, :]
 
 
-RECIPES: tuple[Callable[[np.random.Generator, int], Floats], ...] = (
+def broken_scores(random: np.random.Generator, n: int) -> Floats:
+    """Scores of which two rows are not finite."""
+    scores = random.normal(0, 0.3, (n, n))
+    scores[[1, 2], 0] = np.nan
+    return scores
+
+
+Recipe = Callable[[np.random.Generator, int], Floats]
+Stream = Callable[[Floats, int], Floats]
+RECIPES: tuple[Recipe, ...] = (
     lambda r, n: offset_scores(r, n, offset=-1),
     lambda r, n: offset_scores(r, n, offset=1),
     lambda r, n: offset_scores(r, n, offset=0),
@@ -79,6 +89,17 @@ RECIPES: tuple[Callable[[np.random.Generator, int], Floats], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Planted:
+    """What the heads and the stream of a synthetic dataset do."""
+
+    recipes: Sequence[Recipe]
+    is_causal: bool
+    dead: frozenset[tuple[int, int]]
+    stream: Stream
+    massive: Sequence[int]
+
+
 def write_dataset(
     root: Path,
     *,
@@ -88,6 +109,12 @@ def write_dataset(
     seed: int = 0,
     shard_sequences: int = 6,
     lengths: tuple[int, int] = (5, 14),
+    recipes: Sequence[Recipe] = RECIPES,
+    is_causal: bool = False,
+    dead: Sequence[tuple[int, int]] = (),
+    stream: Stream = lambda x, _: x,
+    massive: Sequence[int] = (),
+    statistics: Sequence[str] = (),
     model_name: str = "known patterns",
     corpus_name: str = "made up",
     tokens_mode: str = "classes",
@@ -95,7 +122,8 @@ def write_dataset(
 ) -> Path:
     """Write a complete dataset in which document 1 is dropped; the same seed gives the same bytes.
 
-    summaries: False for a test that changes rows, which analyses then read.
+    recipes: the scores of head 0 of layer 0 and those after it, over and over. dead: (layer, head) of heads that write nothing. stream: what
+    becomes of the stream that enters a layer. massive: the keys that mass_massive counts. statistics: columns of `heads` and `residual` besides the core. summaries: False for a test that changes rows, which analyses then read.
     """
     random = np.random.default_rng(seed)
     document_rows, sequence_rows = _corpus(random, documents, lengths, shard_sequences)
@@ -104,13 +132,15 @@ def write_dataset(
     parts: dict[str, list[Part]] = {name: [] for name in WRITTEN if summaries or name not in ("summaries", "totals")}
     for shard in range(shards):
         shard_rows = [row for row in sequence_rows if row["shard"] == shard]
-        tables = _measure(random, shard_rows, layers=layers, heads=heads)
+        planted = Planted(recipes, is_causal, frozenset(dead), stream, massive)
+        tables = _measure(random, shard_rows, planted, layers=layers, heads=heads)
         tables["documents"] = [row for row in document_rows if row["shard"] == shard]
         tables["sequences"] = shard_rows
         if shard == 0:
             tables |= _of_parameters(np.random.default_rng(seed), layers=layers, heads=heads)
-        written = {name: _table(name, rows) for name, rows in tables.items()}
-        columns = {name: [c for c in TABLES[name].facts if c.core] for name in ("heads", "residual")}
+        asked = frozenset(statistics)
+        written = {name: _table(name, rows, asked) for name, rows in tables.items()}
+        columns = {name: [c for c in TABLES[name].facts if c.core or c.name in asked] for name in ("heads", "residual")}
         written |= derived_tables(written, columns, shard=shard) if summaries else {}
         for name, rows in written.items():
             parts[name].append(store.write_part(name, shard, rows))
@@ -223,24 +253,38 @@ def _corpus(
 
 
 def _measure(
-    random: np.random.Generator, sequences: list[dict[str, Any]], *, layers: int, heads: int
+    random: np.random.Generator, sequences: list[dict[str, Any]], planted: Planted, *, layers: int, heads: int
 ) -> dict[str, list[dict[str, Any]]]:
     head_rows, residual_rows = [], []
     profiles: dict[tuple[int, int, str, int], list[float]] = {}
+    norms: dict[tuple[int, str, int], int] = {}
     for row in sequences:
         n = row["tokens"]
         key = {"sequence_id": row["sequence_id"], "document_id": row["document_id"], "stack": "encoder"}
         kinds = ["bos", *random.choice(["word_start", "subword", "punctuation", "number"], n - 2), "separator"]
-        ids = random.integers(0, 8, n)
+        ids = np.array([8, *random.integers(0, 8, n - 2), 9])
         effect = random.normal(0, 0.3)  # of the sequence, so that its heads depend on each other
+        visible = np.tri(n, dtype=bool) if planted.is_causal else np.ones((n, n), dtype=bool)
         for layer in range(layers):
             for head in range(heads):
-                scores = RECIPES[(layer * heads + head) % len(RECIPES)](random, n) * (1 + 0.1 * effect)
-                p, v, w_o = softmax(scores), random.normal(size=(n, 4)), random.normal(size=(4, WIDTH))
-                columns = oracles.head_columns(p, scores, v=v, w_o=w_o, tokens=ids, classes=kinds)
+                recipe = planted.recipes[(layer * heads + head) % len(planted.recipes)]
+                scores = recipe(random, n) * (1 + 0.1 * effect)
+                p, v, w_o = (
+                    softmax(np.where(visible, scores, -np.inf)),
+                    random.normal(size=(n, 4)),
+                    random.normal(size=(4, WIDTH)),
+                )
+                if (layer, head) in planted.dead:
+                    w_o *= 0
+                columns = oracles.head_columns(p, scores, visible, v=v, w_o=w_o, tokens=ids, classes=kinds)
+                columns["mass_massive"] = float(p[:, planted.massive].sum(1).mean())
                 head_rows.append({**key, "layer": layer, "head": head, **columns})
-                _add_profiles(profiles, layer, head, p)
-            residual_rows += _residual(random, key, n, layer, layers)
+                _add_profiles(profiles, layer, head, p, visible, scores)
+            rows, states = _residual(random, key, n, layer, layers, planted.stream)
+            residual_rows += rows
+            for site, after in states.items():
+                for number, count in oracles.norm_histogram([after]).items():
+                    norms[layer, site, number] = norms.get((layer, site, number), 0) + count
     profile_rows = [
         {
             "shard": sequences[0]["shard"],
@@ -254,7 +298,20 @@ def _measure(
         }
         for (layer, head, name, number), (total, count) in profiles.items()
     ]
-    return {"heads": head_rows, "residual": residual_rows, "profiles": profile_rows}
+    counts = [
+        {
+            "shard": sequences[0]["shard"],
+            "stack": "encoder",
+            "layer": layer,
+            "site": site,
+            "profile": "token_norm",
+            "bin": number,
+            "sum": count,
+            "count": count,
+        }
+        for (layer, site, number), count in norms.items()
+    ]
+    return {"heads": head_rows, "residual": residual_rows, "profiles": profile_rows, "residual_profiles": counts}
 
 
 def _of_parameters(random: np.random.Generator, *, layers: int, heads: int) -> dict[str, list[dict[str, Any]]]:
@@ -278,14 +335,21 @@ def _of_parameters(random: np.random.Generator, *, layers: int, heads: int) -> d
     }
 
 
-def _add_profiles(profiles: dict[tuple[int, int, str, int], list[float]], layer: int, head: int, p: Floats) -> None:
+def _add_profiles(
+    profiles: dict[tuple[int, int, str, int], list[float]],
+    layer: int,
+    head: int,
+    p: Floats,
+    visible: NDArray[np.bool_],
+    scores: Floats,
+) -> None:
     values = {
-        "offset": oracles.offset_profile(p),
-        "entropy": oracles.entropy_histogram(p),
-        "max_weight": oracles.max_weight_histogram(p),
-        "entropy_by_position": oracles.entropy_by_position(p),
-        "distance_by_position": oracles.distance_by_position(p),
-        "received_by_position": oracles.received_by_position(p),
+        "offset": oracles.offset_profile(p, visible, s=scores),
+        "entropy": oracles.entropy_histogram(p, visible, s=scores),
+        "max_weight": oracles.max_weight_histogram(p, visible, s=scores),
+        "entropy_by_position": oracles.entropy_by_position(p, visible, s=scores),
+        "distance_by_position": oracles.distance_by_position(p, visible, s=scores),
+        "received_by_position": oracles.received_by_position(p, visible, s=scores),
     }
     for name in PROFILES:
         for number, (total, count) in values[name].items():
@@ -295,25 +359,29 @@ def _add_profiles(profiles: dict[tuple[int, int, str, int], list[float]], layer:
 
 
 def _residual(
-    random: np.random.Generator, key: dict[str, Any], n: int, layer: int, layers: int
-) -> list[dict[str, Any]]:
-    x = random.normal(size=(n, WIDTH)) * (1 + layer)
-    sites = []
+    random: np.random.Generator, key: dict[str, Any], n: int, layer: int, layers: int, stream: Stream
+) -> tuple[list[dict[str, Any]], dict[str, Floats]]:
+    """The rows of a layer's sites, and the states after them."""
+    x = stream(random.normal(size=(n, WIDTH)) * (1 + layer), layer)
+    states, sites = {}, []
     if layer == 0:
+        states["embedding"] = x
         sites.append(("embedding", oracles.residual_columns(x, None, x)))
     for site in ("attention", "mlp"):
         update = random.normal(size=(n, WIDTH)) * 0.4
         sites.append((site, oracles.residual_columns(x, update, x + update, norm_input=x, norm_output=x)))
         x = x + update
+        states[site] = x
     if layer == layers - 1:
+        states["final_norm"] = x
         sites.append(("final_norm", oracles.residual_columns(x, None, x)))
-    return [{**key, "layer": layer, "site": site, **columns} for site, columns in sites]
+    return [{**key, "layer": layer, "site": site, **columns} for site, columns in sites], states
 
 
-def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows as an Arrow table with the schema and the sort order of the contract."""
+def _table(name: str, rows: list[dict[str, Any]], optional: frozenset[str] = frozenset()) -> pa.Table:
+    """Rows as an Arrow table with the schema and the sort order of the contract, and optional columns."""
     table = TABLES[name]
-    schema = table.schema()
+    schema = table.schema(optional=optional)
     columns = []
     for field in schema:
         values = [row.get(field.name) for row in rows]

@@ -1,4 +1,4 @@
-"""Entropy, distance, residual, kinds and defects of patterns with known answers."""
+"""Entropy, distance and residual of patterns with known answers."""
 
 from pathlib import Path
 
@@ -7,16 +7,14 @@ import polars as pl
 import pytest
 
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.defects import DEFECTS, collect_evidence, find_defects, rules_table
 from attlas.analysis.distance import distance_by_position, distance_ranking, offset_profile
 from attlas.analysis.entropy import entropy_by_head, entropy_by_layer, entropy_by_length, entropy_by_position
 from attlas.analysis.info import describe, format_size, format_value
-from attlas.analysis.kinds import KINDS, MIXED, NAMES, classify, head_kinds, kinds_table
 from attlas.analysis.residual import residual_through_depth
 from tests.analysis.synthetic import WRITTEN, write_dataset
 
 # layer and head of each recipe in tests/analysis/synthetic.py, four heads to a layer
-PREVIOUS, NEXT, SELF, FIRST, EVEN, SHARP = (0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 3)
+PREVIOUS, NEXT, SELF, EVEN, SHARP = (0, 0), (0, 1), (0, 2), (1, 0), (1, 3)
 
 
 def at(frame: pl.DataFrame, place: tuple[int, int]) -> dict:
@@ -42,7 +40,7 @@ def test_a_layers_entropy_is_the_row_weighted_mean_of_its_heads(folder: Path) ->
 def test_length_strata_hold_every_row_once(folder: Path) -> None:
     dataset = Dataset.open(folder)
     strata = entropy_by_length(dataset)
-    assert set(strata.select("tokens_low", "tokens_high").unique().rows()) == {(1, 8), (9, 16)}
+    assert set(strata.select("tokens_low", "tokens_high").unique().rows()) == {(9, 16), (17, 32)}
     even = strata.filter(pl.col("layer") == 1).sort("stratum")
     assert even["entropy_nats"][0] < even["entropy_nats"][1]  # longer sequences leave more room
 
@@ -107,97 +105,6 @@ def test_residual_means_weigh_sequences_by_their_tokens(folder: Path) -> None:
     assert result.filter((pl.col("layer") == 0) & (pl.col("site") == "mlp"))["update_norm"][0] == pytest.approx(
         expected
     )
-
-
-def test_known_patterns_have_their_kind_and_every_replicate_agrees(folder: Path) -> None:
-    result = head_kinds(Dataset.open(folder))
-    for place, kind in ((PREVIOUS, "previous"), (NEXT, "next"), (SELF, "self"), (FIRST, "first"), (EVEN, "broad")):
-        assert (at(result, place)["kind"], at(result, place)["agreement"]) == (kind, 1.0)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
-def test_a_head_at_the_threshold_is_of_the_kind_and_one_short_of_it_is_not(kind) -> None:
-    step = 1e-6 if kind.side == "≥" else -1e-6
-    means = {kind.column: np.array([kind.threshold, kind.threshold - step])}
-    assert [NAMES[i] for i in classify(means)] == [kind.name, MIXED]
-
-
-def test_of_several_kinds_the_one_farthest_beyond_its_threshold_wins_and_shape_comes_last() -> None:
-    means = {
-        "mass_previous": np.array([0.45, 0.0]),
-        "mass_self": np.array([0.5, 0.0]),
-        "entropy_normalized": np.array([0.99, 0.99]),
-        "distance_vs_uniform": np.array([1.0, np.nan]),
-    }
-    assert [NAMES[i] for i in classify(means)] == ["self", "broad"]
-
-
-def test_the_table_of_kinds_states_every_threshold() -> None:
-    table = kinds_table()
-    assert table["kind"].to_list() == [*(k.name for k in KINDS), MIXED]
-    assert "mass_previous ≥ 0.4" in table["rule"].to_list()
-
-
-def test_defects_name_the_heads_that_have_them(folder: Path) -> None:
-    evidence = collect_evidence(Dataset.open(folder))
-    result = find_defects(evidence)
-    places = {(row["defect"], row["layer"], row["head"]) for row in result.iter_rows(named=True)}
-    assert ("entropy collapse", *SHARP) in places
-    assert ("ignores content", *EVEN) in places
-    assert ("ignores content", *SELF) not in places
-    counts = dict(rules_table(evidence, result).select("defect", "found").rows())
-    assert counts["entropy collapse"] == 1
-    assert counts["non-finite rows"] == 0
-
-
-@pytest.mark.parametrize(
-    ("frame", "column", "value", "defect"),
-    [
-        ("extremes", "nonfinite_rows", 3, "non-finite rows"),
-        ("extremes", "score_max", 7000.0, "logits near the limit"),
-        ("heads", "output_norm", 1e-6, "dead head"),
-        ("residual_extremes", "max_abs", 5000.0, "massive activations"),
-    ],
-)
-def test_a_planted_defect_is_found_where_it_was_planted(
-    folder: Path, frame: str, column: str, value, defect: str
-) -> None:
-    from dataclasses import replace
-
-    evidence = collect_evidence(Dataset.open(folder))
-    rows = getattr(evidence, frame)
-    planted = rows.with_columns(
-        pl.when(pl.int_range(pl.len()) == 2)
-        .then(pl.lit(value))
-        .otherwise(pl.col(column))
-        .cast(rows[column].dtype)
-        .alias(column)
-    )
-    manifest = {**evidence.manifest, "dtype": "torch.float16"}
-    before = find_defects(evidence).filter(pl.col("defect") == defect)
-    after = find_defects(replace(evidence, **{frame: planted, "manifest": manifest})).filter(pl.col("defect") == defect)
-    assert (before.height, after.height) == (0, 1)
-    assert after["layer"][0] == rows["layer"][2]
-
-
-def test_norm_growth_is_measured_from_the_first_layer_to_the_last(folder: Path) -> None:
-    from dataclasses import replace
-
-    evidence = collect_evidence(Dataset.open(folder))
-    grown = evidence.residual.with_columns(pl.col("stream_norm") * 30.0 ** pl.col("layer"))
-    result = find_defects(replace(evidence, residual=grown)).filter(pl.col("defect") == "norm growth")
-    assert (result.height, result["layer"][0]) == (1, 1)
-    assert find_defects(evidence).filter(pl.col("defect") == "norm growth").height == 0
-
-
-def test_a_rule_whose_columns_were_not_measured_says_so(folder: Path) -> None:
-    from dataclasses import replace
-
-    evidence = collect_evidence(Dataset.open(folder))
-    without_norms = replace(evidence, heads=evidence.heads.with_columns(output_norm=pl.lit(None, dtype=pl.Float64)))
-    rules = rules_table(without_norms, find_defects(without_norms))
-    assert rules.filter(pl.col("found").is_null())["defect"].to_list() == ["dead head"]
-    assert rules.height == len(DEFECTS)
 
 
 def test_the_manifest_reads_as_sections(folder: Path) -> None:

@@ -12,12 +12,13 @@ from rich.console import Console
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.heads import HEAD
+from attlas.analysis.kinds import head_kinds
 from attlas.analysis.report import summary, write_report
 from attlas.analysis.report.content import gather
 from attlas.analysis.report.figures import nice_ticks, step
 from attlas.analysis.report.numbers import THIN, estimate, format_number, half_width, interval, percent
 from attlas.extract.store import Refusal, Store
-from tests.analysis.synthetic import rewrite, write_dataset
+from tests.analysis.synthetic import first_token_scores, rewrite, write_dataset
 from tests.files import read_json, write_json
 
 HOSTILE = """<script>alert("1")</script>'"><img src=https://example.org/x.png onerror=alert(1)>{{ 7 * 7 }}"""
@@ -128,13 +129,44 @@ def test_every_figure_has_a_name_and_every_mark_of_a_map_a_title(html: str) -> N
 def test_the_findings_are_those_of_the_tables(html: str, folder: Path) -> None:
     from attlas.analysis.distance import distance_ranking
 
-    farthest = distance_ranking(Dataset.open(folder)).row(-1, named=True)
+    dataset = Dataset.open(folder)
+    awake = head_kinds(dataset).filter(~pl.col("is_at_rest"))
+    farthest = distance_ranking(dataset).join(awake, on=HEAD, how="semi", maintain_order="left").row(-1, named=True)
     low, high = farthest["distance_tokens_low"], farthest["distance_tokens_high"]
     sentence = (
         f"It looks {estimate(farthest['distance_tokens'], low, high)} tokens away on average ({interval(low, high)})"
     )
     assert sentence in html
     assert f">L{farthest['layer']}H{farthest['head']}</button>" in html
+
+
+def test_a_model_whose_heads_all_rest_has_a_report_without_extremes(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "d", layers=1, heads=2, lengths=(20, 40), recipes=[first_token_scores])
+    text = "".join(Page(write_report(root).read_text("utf-8")).text)
+    assert "farthest head" not in text and "where attention goes" not in text
+    assert "2 of 2 heads are at rest, 2 of them on the first token" in text
+    console = Console(width=140, file=io.StringIO())
+    console.print(summary(root))
+    assert "Heads that stand out" not in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_sink_is_reported_once_and_is_no_extreme(html: str, folder: Path) -> None:
+    resting = head_kinds(Dataset.open(folder)).filter(pl.col("is_at_rest")).select("layer", "head").rows()
+    assert resting == [(0, 3)]
+    highlights = html[html.index('<ul class="highlights">') : html.index('<section id="atlas">')]
+    assert highlights.count("attention at rest") == 1
+    assert ">L0H3</button>" not in highlights
+    assert "Over the heads that are not at rest, this share of the attention goes to" in highlights
+
+
+def test_medians_take_the_place_of_means_where_they_were_measured(html: str, tmp_path: Path) -> None:
+    assert "mean over all tokens, massive ones too (--statistics stream_norm_median)" in html
+    columns = ("stream_norm_median", "update_ratio_median")
+    root = write_dataset(tmp_path / "d", documents=3, layers=2, heads=1, lengths=(20, 40), statistics=columns)
+    text = write_report(root).read_text("utf-8")
+    assert "size of the stream before the sublayer, median token" in text
+    assert "massive ones too" not in text
+    assert "times the norm of the median token&#39;s stream" in text
 
 
 def test_one_document_gives_a_report_without_intervals_that_says_so(tmp_path: Path) -> None:
@@ -156,7 +188,7 @@ def test_a_model_whose_stream_could_not_be_seen_has_a_report_without_it(tmp_path
     text = write_report(root).read_text("utf-8")
     assert "The residual stream was not measured: the norms were not found." in text
     assert 'id="residual"' not in text
-    assert "massive activations</h3>" in text
+    assert "massive activation</h3>" in text
 
 
 def test_two_stacks_have_an_atlas_each(tmp_path: Path) -> None:

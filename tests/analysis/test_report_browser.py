@@ -22,7 +22,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
-    return Path(write_report(write_dataset(folder / "d", model_name="<script>window.hacked = 1</script>")))
+    name = "<script>window.hacked = 1</script>"
+    return Path(write_report(write_dataset(folder / "d", lengths=(16, 34), model_name=name)))
 
 
 @pytest.fixture(params=["light", "dark"])

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from attlas.analysis.dataset import Dataset
 from attlas.analysis.info import describe
+from attlas.analysis.judge import judge
 from attlas.analysis.query import query
 from attlas.analysis.report import write_report
 from attlas.analysis.verify import verify
@@ -39,6 +41,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "report": lambda root: write_report(root, root.parent / "page.html"),
     "query": lambda root: query(root, "SELECT count(*) FROM heads"),
     "verify": verify,
+    "findings": lambda root: judge(Dataset.open(root)),
 }
 
 

@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from attlas.extract.options import RunOptions
+from tests.analysis.synthetic import first_token_scores, local_scores, write_dataset
 from tests.extract.runs import complete_run
 from tests.flows.conftest import Ended
 
@@ -65,6 +67,77 @@ def test_verify_info_and_report_answer(attlas: Callable[..., Ended], dataset: Pa
         part.write_bytes(whole)
 
 
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset with a head that writes nothing, which is a defect, and one that rests on the first token."""
+    recipes = [lambda r, n: local_scores(r, n, scale=4.0), first_token_scores]
+    root = tmp_path_factory.mktemp("broken") / "d"
+    return write_dataset(root, layers=1, heads=3, lengths=(20, 40), recipes=recipes, dead=[(0, 2)])
+
+
+def test_findings_are_printed_for_people_and_for_machines(attlas: Callable[..., Ended], broken: Path) -> None:
+    code, out, err = attlas("findings", broken)
+    assert code == 0
+    header, _, *lines = out.splitlines()
+    assert header.split() == ["type", "name", "severity", "place", "value", "low", "high", "evidence"]
+    assert [line.split()[:3] for line in lines[:3]] == [
+        ["defect", "dead", "head"],
+        ["finding", "attention", "sink"],
+        ["finding", "head", "at"],
+    ]
+    assert lines[-1].strip() == "3 rows"
+    reason = "not measured: value_ratio_first; measure with --statistics value_ratio_first"
+    assert f"not checked: sink that writes: {reason}" in err.splitlines()
+    rows = json.loads(attlas("findings", broken, "--format", "json")[1])
+    assert [row["name"] for row in rows] == ["dead head", "attention sink", "head at rest"]
+    assert (rows[0]["type"], rows[0]["stack"], rows[0]["layer"], rows[0]["head"]) == ("defect", "encoder", 0, 2)
+    csv = attlas("findings", broken, "--format", "csv")[1].splitlines()
+    assert csv[0].split(",") == list(rows[0]) and len(csv) == 4
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json", "parquet"])
+def test_findings_are_written_to_a_file_in_every_format(
+    attlas: Callable[..., Ended], broken: Path, tmp_path: Path, form: str
+) -> None:
+    target = tmp_path / f"findings.{form}"
+    code, out, _ = attlas("findings", broken, "--format", form, "--output", target)
+    assert (code, out) == (0, "")
+    assert target.stat().st_size > 0
+    if form == "parquet":
+        assert pq.read_table(target)["type"].to_pylist() == ["defect", "finding", "finding"]
+
+
+def test_defects_and_findings_set_the_exit_code_if_asked(
+    attlas: Callable[..., Ended], broken: Path, dataset: Path, tmp_path: Path
+) -> None:
+    assert [attlas("findings", broken, "--fail-on", what)[0] for what in ("defects", "findings")] == [3, 3]
+    recipes = [lambda r, n: local_scores(r, n, scale=4.0), first_token_scores]
+    resting = write_dataset(tmp_path / "d", layers=1, heads=2, lengths=(20, 40), recipes=recipes)
+    assert [attlas("findings", resting, "--fail-on", what)[0] for what in ("defects", "findings")] == [0, 3]
+    plain = write_dataset(tmp_path / "e", layers=1, heads=1, lengths=(20, 40), recipes=recipes)
+    assert [attlas("findings", plain, "--fail-on", what)[0] for what in ("defects", "findings")] == [0, 0]
+    assert attlas("findings", dataset, "--fail-on", "defects")[0] == 0
+
+
+def test_a_stack_can_forge_no_line_of_findings(attlas: Callable[..., Ended], tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "d", layers=1, heads=2, lengths=(20, 40), dead=[(0, 1)], summaries=False)
+    for path in [*(root / "heads").glob("*.parquet"), *(root / "profiles").glob("*.parquet")]:
+        rows = pq.read_table(path)
+        at = rows.schema.get_field_index("stack")
+        names = pa.array([FORGED] * rows.num_rows).dictionary_encode().cast(rows.schema.field(at).type)
+        pq.write_table(rows.set_column(at, rows.schema.field(at), names), path)
+    code, out, err = attlas("findings", root)
+    assert code == 0
+    assert not STEERING.search(out + err)
+    assert r"x\x1b[2K\r\nattlas" in out
+    assert json.loads(attlas("findings", root, "--format", "json")[1])[0]["stack"] == FORGED
+
+
+def test_the_demo_model_has_no_defect(attlas: Callable[..., Ended], dataset: Path) -> None:
+    rows = json.loads(attlas("findings", dataset, "--format", "json")[1])
+    assert "defect" not in {row["type"] for row in rows}
+
+
 FORGED = "x\x1b[2K\r\nattlas: is whole\x9b31m\u202e\u2028"
 STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
 
@@ -99,7 +172,7 @@ def test_names_in_the_manifest_can_forge_no_line(attlas: Callable[..., Ended], d
         assert command != "info" or len(out.splitlines()) == lines + 3  # dropped, run, software
 
 
-@pytest.mark.parametrize("command", ["info", "report", "verify", "query"])
+@pytest.mark.parametrize("command", ["info", "report", "verify", "findings", "query"])
 def test_a_refusal_is_one_line_whatever_it_names(attlas: Callable[..., Ended], tmp_path: Path, command: str) -> None:
     code, out, err = attlas(command, tmp_path / FORGED, *([FORGED] if command == "query" else []))
     assert (code, out, len(err.splitlines())) == (2, "", 1)

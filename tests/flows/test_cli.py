@@ -23,7 +23,7 @@ def refused(ended: Ended, *words: str) -> None:
 def test_help_lists_the_commands(attlas: Callable[..., Ended]) -> None:
     code, out, _ = attlas("--help")
     assert code == 0
-    for command in ("run", "report", "query", "info", "verify", "stats", "view", "serve"):
+    for command in ("run", "report", "query", "findings", "info", "verify", "stats", "view", "serve"):
         assert f"  {command} " in out
 
 
@@ -179,7 +179,7 @@ def test_a_folder_without_safetensors_is_refused(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "report"])
+@pytest.mark.parametrize("command", ["info", "verify", "report", "findings"])
 def test_a_folder_without_a_dataset_is_refused(attlas: Callable[..., Ended], tmp_path: Path, command: str) -> None:
     refused(attlas(command, tmp_path), "no manifest.json")
     assert list(tmp_path.iterdir()) == []
@@ -187,6 +187,8 @@ def test_a_folder_without_a_dataset_is_refused(attlas: Callable[..., Ended], tmp
 
 def test_an_unknown_format_is_refused(attlas: Callable[..., Ended], tmp_path: Path) -> None:
     refused(attlas("query", tmp_path, "select 1", "--format", "xml"), "table, csv, json, parquet", "'xml'")
+    refused(attlas("findings", tmp_path, "--format", "xml"), "table, csv, json, parquet", "'xml'")
+    refused(attlas("findings", tmp_path, "--fail-on", "drift"), "--fail-on must be defects or findings; got 'drift'")
 
 
 def test_stats_shows_the_catalogue(attlas: Callable[..., Ended]) -> None:

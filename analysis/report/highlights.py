@@ -1,4 +1,4 @@
-"""Findings of the report: what stands out, in sentences with numbers and intervals."""
+"""Highlights of the report: what stands out, in sentences with numbers and intervals."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 import polars as pl
 
-from attlas.analysis.kinds import KINDS
+from attlas.analysis.kinds import FIRM_AGREEMENT, KINDS, MIXED
 from attlas.analysis.manifest import section
-from attlas.analysis.report.content import Content
+from attlas.analysis.report.content import NO_KIND, Content, has_values
 from attlas.analysis.report.numbers import count, estimate, format_number, interval, percent, plural
 
-FIRM_AGREEMENT = 0.95
 _CLASS_NAMES = {
     "mass_bos": "the sequence's opening token",
     "mass_separator": "separator tokens",
@@ -28,7 +27,7 @@ _CLASS_NAMES = {
 
 @dataclass(frozen=True)
 class Highlight:
-    """A finding: its topic, its key figure and a sentence; `head` is the id of the head it is about, if any."""
+    """What stands out: its topic, its key figure and a sentence; `head` is the id of the head it is about, if any."""
 
     topic: str
     figure: str
@@ -37,14 +36,16 @@ class Highlight:
 
 
 def highlights(content: Content) -> list[Highlight]:
-    """The findings of the report, beginning with the extreme heads."""
+    """What stands out, beginning with the extreme heads among those that are not at rest."""
     topics = (
         _entropy_extremes,
         _distance_extremes,
         _main_destinations,
         _sharpest_layer,
+        _sinks,
         _largest_update,
-        _broken_rules,
+        _massive_activations,
+        _defects,
     )
     return [highlight for topic in topics for highlight in topic(content)]
 
@@ -56,7 +57,7 @@ def _estimate_and_interval(row: dict, column: str, *, share: bool = False) -> tu
 
 
 def _extreme_head(content: Content, column: str, *, largest: bool) -> dict | None:
-    heads = content.heads.filter(pl.col(column).is_not_null())
+    heads = content.awake.filter(pl.col(column).is_not_null())
     return heads.sort(column, descending=largest).row(0, named=True) if heads.height else None
 
 
@@ -104,7 +105,7 @@ def _main_destinations(content: Content) -> Iterator[Highlight]:
         yield Highlight(
             f"where attention goes{where}",
             value,
-            f"Over all heads, this share of the attention goes to {_CLASS_NAMES[first]} ({range_}); "
+            f"Over the heads that are not at rest, this share of the attention goes to {_CLASS_NAMES[first]} ({range_}); "
             f"next come {_CLASS_NAMES[second]} with {percent(row[second])}.",
         )
 
@@ -121,56 +122,98 @@ def _sharpest_layer(content: Content) -> Iterator[Highlight]:
         yield Highlight(
             f"sharpest layer{where}",
             f"Layer {low['layer']}",
-            f"Its heads use {value} of the entropy they could ({range_}); "
+            f"Its heads, without those at rest, use {value} of the entropy they could ({range_}); "
             f"layer {high['layer']} is the broadest with {percent(high['entropy_normalized'])}.",
         )
 
 
+def _sinks(content: Content) -> Iterator[Highlight]:
+    for row in _found(content, "attention sink"):
+        where = f", {row['stack']}" if len(content.stacks) > 1 else ""
+        yield Highlight(f"attention at rest{where}", percent(row["value"]), f"{_sentence(row)} This is normal.")
+
+
+def _found(content: Content, name: str) -> list[dict[str, Any]]:
+    return content.judgement.found.filter(pl.col("name") == name).rows(named=True)
+
+
+def _sentence(row: Mapping[str, Any]) -> str:
+    text = row["evidence"]
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def _largest_update(content: Content) -> Iterator[Highlight]:
-    updates = content.residual.filter(pl.col("update_ratio").is_not_null())
-    if not updates.height:
+    column = "update_ratio_median" if has_values(content.residual, "update_ratio_median") else "update_ratio"
+    of = (
+        "the median token's stream"
+        if column == "update_ratio_median"
+        else "the stream it is added to, mean over tokens"
+    )
+    updates = content.residual.filter(pl.col(column).is_not_null()) if column in content.residual.columns else None
+    if updates is None or not updates.height:
         return
-    row = updates.sort("update_ratio").row(-1, named=True)
-    value, range_ = _estimate_and_interval(row, "update_ratio")
+    row = updates.sort(column).row(-1, named=True)
+    value, range_ = _estimate_and_interval(row, column)
     where = f", {row['stack']}" if updates["stack"].n_unique() > 1 else ""
     yield Highlight(
         f"largest update{where}",
         f"L{row['layer']} {row['site'].replace('_', ' ')}",
-        f"It writes {value} times the norm of the stream it is added to ({range_}).",
+        f"It writes {value} times the norm of {of} ({range_}).",
     )
 
 
-def _broken_rules(content: Content) -> Iterator[Highlight]:
-    counts = content.rules.select("defect", "found").rows()
-    broken = [f"{name} ({count(number)})" for name, number in counts if number]
-    not_measured = [name for name, number in counts if number is None]
-    suffix = f" Not measured: {', '.join(not_measured)}." if not_measured else ""
-    checked = plural(content.rules.height - len(not_measured), "rule")
+def _massive_activations(content: Content) -> Iterator[Highlight]:
+    rows = _found(content, "massive activation")
+    if rows:
+        row = max(rows, key=lambda r: r["value"])
+        more = f" There are {len(rows) - 1} more." if len(rows) > 1 else ""
+        yield Highlight("massive activation", row["place"], f"{_sentence(row)}{more} This is normal.")
+
+
+def _defects(content: Content) -> Iterator[Highlight]:
+    rules = content.judgement.rules.filter(pl.col("type") == "defect").select("name", "found").rows()
+    broken = [f"{name} ({count(number)})" for name, number in rules if number]
+    not_checked = [name for name, number in rules if number is None]
+    suffix = f" Not checked: {', '.join(not_checked)}." if not_checked else ""
+    checked = plural(len(rules) - len(not_checked), "rule")
     if broken:
-        sentence = f"Of {checked} checked, these are broken: {', '.join(broken)}.{suffix}"
-        yield Highlight("defects", count(len(broken)), sentence)
+        yield Highlight(
+            "defects", count(len(broken)), f"Of {checked} checked, these found one: {', '.join(broken)}.{suffix}"
+        )
     else:
-        yield Highlight("defects", "None", f"None of {checked} checked is broken.{suffix}")
+        yield Highlight("defects", "None", f"None of {checked} checked found one.{suffix}")
 
 
 def kind_counts(content: Content) -> list[tuple[str, int, str]]:
     """(kind, number of heads, meaning) of every kind that occurs, most frequent first."""
-    meanings = {k.name: k.meaning for k in KINDS}
+    meanings = {k.name: k.meaning for k in KINDS} | {NO_KIND: content.no_kinds or ""}
     counts = content.heads["kind"].value_counts(sort=True).sort("count", "kind", descending=[True, False])
     return [(kind, number, meanings.get(kind, "no one thing dominates")) for kind, number in counts.rows()]
 
 
+def awake_counts(content: Content) -> list[tuple[str, int]]:
+    """(kind, number) of what heads at rest do awake, most frequent first, without mixed."""
+    resting = content.heads.filter(pl.col("is_at_rest") & (pl.col("awake") != MIXED))
+    counts = resting["awake"].value_counts(sort=True).sort("count", "awake", descending=[True, False])
+    return counts.rows()
+
+
 def kind_sentence(content: Content) -> str:
-    """A sentence on how many heads have a kind, and how many firmly."""
-    named = content.heads.filter(pl.col("kind") != "mixed")
+    """How many heads have a kind, how many firmly, and what those at rest do awake."""
+    if content.no_kinds:
+        return f"Heads have no kinds here: {content.no_kinds}."
+    named = content.heads.filter(pl.col("kind") != MIXED)
     total = content.heads.height
+    awake = ", ".join(f"{kind} ({count(number)})" for kind, number in awake_counts(content))
+    at_rest = f" Awake, the heads at rest are {awake}; the others are mixed." if awake else ""
     agreement = content.heads["agreement"].drop_nulls()
+    has = f"{named.height} of {plural(total, 'head')} have a kind by the thresholds below"
     if not len(agreement):
-        return f"{named.height} of {plural(total, 'head')} have a kind; with fewer than 2 documents none can be called firm."
+        return f"{has}; with fewer than 2 documents none can be called firm.{at_rest}"
     firm = int((agreement >= FIRM_AGREEMENT).sum())
     return (
-        f"{named.height} of {plural(total, 'head')} have a kind by the thresholds below; the classification of {firm} is "
-        f"firm: at least {percent(FIRM_AGREEMENT)} of the bootstrap replicates over documents agree."
+        f"{has}; the classification of {firm} is firm: at least {percent(FIRM_AGREEMENT)} of the replicates of the means agree. "
+        f"Firm speaks of documents like these, not of sequences of other lengths.{at_rest}"
     )
 
 
@@ -188,8 +231,9 @@ def _notes_on_generated_corpus(run: Mapping[str, Any], *, tokens: int) -> Iterat
     yield (
         "The corpus is random-repeats: every block of random tokens comes twice, so that the kinds same-token and induction "
         f"are measured where they are defined. Only the second copy follows an earlier one: mass_induction can reach {half} of "
-        f"a head's attention, and so can mass_same_token where tokens do not see later ones; their thresholds of {percent(0.25)} "
-        f"are about half of that. An even head would have less than {percent(1 / tokens)} of either, by chance."
+        "a head's attention, and so can mass_same_token where tokens do not see later ones; of the attention awake, which such "
+        f"a head has mostly in the second copy, they can reach all. An even head would have less than {percent(1 / tokens)} "
+        "of either, by chance."
     )
 
 
