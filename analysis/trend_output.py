@@ -1,4 +1,4 @@
-"""A trend as a table for people, or as rows (CSV, JSON, Parquet)."""
+"""A trend as a table for people, as rows (CSV, JSON, Parquet), or as a page of charts (HTML)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from attlas.analysis.result import write_result
 from attlas.analysis.trend import Trend
 from attlas.extract.printable import printable
 
-Format = Literal["table", "csv", "json", "parquet"]
-FORMATS: tuple[Format, ...] = ("table", "csv", "json", "parquet")
+Format = Literal["table", "csv", "json", "parquet", "html"]
+FORMATS: tuple[Format, ...] = ("table", "csv", "json", "parquet", "html")
 _SHOWN = 30
 _BARS = "▁▂▃▄▅▆▇█"
 _BARS_AT_MOST = 24
@@ -31,8 +31,12 @@ def write_trend(trend: Trend, form: Format, stream: IO[Any]) -> None:
     """Write a trend. Raises OutputError if the stream does not take everything."""
     if form == "table":
         write_whole([_table(trend, stream)], stream)
+    elif form == "html":
+        from attlas.analysis.report.trend_page import render_trend
+
+        write_whole([render_trend(trend).encode()], stream)
     else:
-        write_result(trend.rows.to_arrow(), form, stream)  # pyright: ignore[reportArgumentType]
+        write_result(trend.rows.to_arrow(), form, stream)
 
 
 def sparkline(values: Sequence[float | None]) -> str:
@@ -63,7 +67,7 @@ def _pieces(trend: Trend) -> Iterator[RenderableType]:
     yield ""
     yield _columns(trend)
     yield from _alerts(trend)
-    changed = _largest_changes(trend)
+    changed = largest_changes(trend)
     if changed.height:
         yield _changes(trend, changed.head(_SHOWN))
     if changed.height > _SHOWN:
@@ -81,8 +85,8 @@ def _columns(trend: Trend) -> FittedTable:
     means = trend.rows.group_by("column", "step", maintain_order=True).agg(pl.col("estimate").mean())
     series = [means.filter(column=name).sort("step")["estimate"].to_list() for name in trend.columns]
     since = {
-        "since the step before": _changed_places(trend, "change"),
-        "since the first": _changed_places(trend, "change_from_first"),
+        "since the step before": changed_places(trend, "change"),
+        "since the first": changed_places(trend, "change_from_first"),
     }
     places = trend.rows.filter(step=trend.steps[-1]).group_by("column").len()
     totals = dict(places.iter_rows())
@@ -101,14 +105,15 @@ def _columns(trend: Trend) -> FittedTable:
     )
 
 
-def _changed_places(trend: Trend, field: str) -> dict[str, int]:
+def changed_places(trend: Trend, field: str) -> dict[str, int]:
+    """The number of places of each column that changed in the last dataset. field: `change` or `change_from_first`."""
     last = trend.rows.filter(pl.col("step") == trend.steps[-1], pl.col(field) == CHANGED)
     return dict(last.group_by("column").len().iter_rows())
 
 
 def _alerts(trend: Trend) -> Iterator[RenderableType]:
     if not trend.alerts.height:
-        yield WrappedText(Text("No entropy collapse, no large logits.") if _can_alert(trend) else Text(""))
+        yield WrappedText(Text("No entropy collapse, no large logits.") if can_alert(trend) else Text(""))
         return
     named = list(trend.alerts.iter_rows(named=True))
     several = trend.rows["stack"].n_unique() > 1
@@ -126,11 +131,12 @@ def _alerts(trend: Trend) -> Iterator[RenderableType]:
     )
 
 
-def _can_alert(trend: Trend) -> bool:
+def can_alert(trend: Trend) -> bool:
+    """Whether all columns that alerts look at are followed."""
     return {"entropy_nats", "score_max"} <= set(trend.columns)
 
 
-def _largest_changes(trend: Trend) -> pl.DataFrame:
+def largest_changes(trend: Trend) -> pl.DataFrame:
     """The largest change of each place and column."""
     changed = trend.changes.filter(verdict=CHANGED)
     return changed.unique(_ON, keep="first", maintain_order=True)

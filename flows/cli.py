@@ -274,7 +274,7 @@ def trend(
         str | None, typer.Option(metavar="drift", help="Exit with code 3 if anything changed between the last two.")
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", metavar="table|csv|json|parquet", help="The output format.")
+        str, typer.Option("--format", metavar="table|csv|json|parquet|html", help="The output format.")
     ] = "table",
     output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
 ) -> None:
