@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from attlas.analysis.defects import COLLAPSE_NATS
-
+COLLAPSE_SHARE = 0.05  # of the largest entropy: sequences of any length have the same threshold
 LARGE_LOGIT = 100.0
 _PLACE = ("stack", "layer", "head", "site")
 ALERT = {
@@ -45,10 +44,10 @@ class Rule:
 RULES = (
     Rule(
         "entropy collapse",
-        "entropy_nats",
-        f"changed from the first dataset, and the interval lies below {COLLAPSE_NATS:g} nats",
-        "every query attends to a single key, which makes training unstable (Zhai 2023); expected of previous- and next-token heads",
-        lambda: (pl.col("high") < COLLAPSE_NATS) & (pl.col("first") >= COLLAPSE_NATS),
+        "entropy_normalized",
+        f"changed from the first dataset, and the interval lies below {COLLAPSE_SHARE:g}",
+        "nearly every query attends to a single key, which makes training unstable (Zhai 2023); expected of previous- and next-token heads",
+        lambda: (pl.col("high") < COLLAPSE_SHARE) & (pl.col("first") >= COLLAPSE_SHARE),
     ),
     Rule(
         "large logits",

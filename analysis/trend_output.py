@@ -10,6 +10,7 @@ import polars as pl
 from rich.console import RenderableType
 from rich.text import Text
 
+from attlas.analysis.alerts import RULES
 from attlas.analysis.columns import Column, FittedTable, WrappedText, console_for
 from attlas.analysis.compare import CHANGED, VERDICTS
 from attlas.analysis.comparison_output import place_name, rounded
@@ -72,7 +73,7 @@ def _pieces(trend: Trend) -> Iterator[RenderableType]:
         yield _changes(trend, changed.head(_SHOWN))
     if changed.height > _SHOWN:
         yield f"{changed.height - _SHOWN} more places changed: --format csv or json has them all"
-    yield WrappedText(Text(f"since the step before: {_verdicts(trend, trend.changes_to(-1))}", style="bold"))
+    yield WrappedText(Text(f"since the one before: {_verdicts(trend, trend.changes_to(-1))}", style="bold"))
 
 
 def _verdicts(trend: Trend, changes: pl.DataFrame) -> str:
@@ -85,7 +86,7 @@ def _columns(trend: Trend) -> FittedTable:
     means = trend.rows.group_by("column", "step", maintain_order=True).agg(pl.col("estimate").mean())
     series = [means.filter(column=name).sort("step")["estimate"].to_list() for name in trend.columns]
     since = {
-        "since the step before": changed_places(trend, "change"),
+        "since the one before": changed_places(trend, "change"),
         "since the first": changed_places(trend, "change_from_first"),
     }
     places = trend.rows.filter(step=trend.steps[-1]).group_by("column").len()
@@ -133,7 +134,7 @@ def _alerts(trend: Trend) -> Iterator[RenderableType]:
 
 def can_alert(trend: Trend) -> bool:
     """Whether all columns that alerts look at are followed."""
-    return {"entropy_nats", "score_max"} <= set(trend.columns)
+    return {rule.column for rule in RULES} <= set(trend.columns)
 
 
 def largest_changes(trend: Trend) -> pl.DataFrame:

@@ -32,7 +32,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def collapse(rows: pl.DataFrame) -> pl.DataFrame:
         return rows.with_columns(
-            entropy_nats=pl.when(L1H2).then(pl.col("entropy_nats") * 0.01).otherwise("entropy_nats")
+            pl.when(L1H2).then(pl.col(name) * 0.01).otherwise(name).alias(name)
+            for name in ("entropy_nats", "entropy_normalized")
         )
 
     changed_copy(base, folder / "step-100", lambda rows: rows)
@@ -64,7 +65,9 @@ def test_changes_and_alerts_are_marked(page: Any) -> None:
     )
     assert marked.count() >= 1
     accents = [path.get_attribute("fill") for path in chart.locator("g.mark-symbol path").all()]
-    assert accents.count("var(--accent)") == 1  # the collapse
+    assert accents.count("var(--accent)") == 0
+    chart.locator("select").select_option("entropy_normalized")
+    chart.locator("g.mark-symbol path[fill='var(--accent)']").wait_for()  # the collapse
     assert "entropy collapse" in page.locator("#alerts").inner_text()
 
 
