@@ -100,7 +100,9 @@ def common_columns(datasets: Mapping[str, Dataset], names: Sequence[str] | None 
 
     Raises Refusal for a name that the catalogue lacks, and for one that a dataset has not measured.
     """
-    measured = {letter: {t: averaged_columns(d, t) for t in COMPARED} for letter, d in datasets.items()}
+    measured = {
+        letter: {t: averaged_columns(d, t) if t in d.tables else [] for t in COMPARED} for letter, d in datasets.items()
+    }
     first = next(iter(datasets.values()))
     common = {
         table: {c.name: c for c in first.table(table).facts if all(c.name in of[table] for of in measured.values())}

@@ -83,10 +83,14 @@ class Dataset:
         parts = self.parts(table) if table not in TABLES or table in self.manifest["tables"] else []
         return self._scan(table, parts, finite=finite) if parts else empty_table(TABLES[table])
 
-    def scan_parts(self, table: str) -> Iterator[pl.LazyFrame]:
+    def scan_parts(self, table: str, *, finite: bool = True) -> Iterator[pl.LazyFrame]:
         """The same part by part; one without rows if there are no parts."""
         parts = self.parts(table) if table in self.manifest["tables"] else []
-        return (self._scan(table, [part]) for part in parts) if parts else iter([empty_table(TABLES[table])])
+        return (
+            (self._scan(table, [part], finite=finite) for part in parts)
+            if parts
+            else iter([empty_table(TABLES[table])])
+        )
 
     def _scan(self, table: str, parts: list[Part], *, finite: bool = True) -> pl.LazyFrame:
         schema = self.part_schema(table)  # raises Refusal for missing and damaged parts

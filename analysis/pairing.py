@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.inference import jackknife
-from attlas.analysis.summaries import WEIGHT, places_of, summaries, weighted_parts
+from attlas.analysis.summaries import WEIGHT, Grouping, places_of, summaries, values_of, weighted_parts
 from attlas.extract.tables.document_sums import DocumentGroups
 
 _CELLS_AT_ONCE = 1 << 25  # columns × places × documents that are held of a part
@@ -197,12 +197,12 @@ def _changes_of_documents(a: _Reader, b: _Reader) -> Iterator[tuple[NDArray[np.f
 
 def _sums_of_parts(dataset: Dataset, table: str, columns: Sequence[str], places: pl.DataFrame) -> Iterator[_Sums]:
     """The sums of a table's parts, in the order of documents; parts are read ahead."""
-    by = places.columns
+    grouping = Grouping(columns, places.columns)
 
     def sums_of(rows: pl.LazyFrame) -> _Sums:
-        return _sums_at(rows.collect(), columns, places)
+        return _sums_at(grouping.of(rows).collect(), columns, places)
 
-    return _read_ahead(sums_of, weighted_parts(dataset, table, columns, by, lambda rows: rows))
+    return _read_ahead(sums_of, weighted_parts(dataset, table))
 
 
 def _sums_at(rows: pl.DataFrame, columns: Sequence[str], places: pl.DataFrame) -> _Sums:
@@ -217,8 +217,8 @@ def _sums_at(rows: pl.DataFrame, columns: Sequence[str], places: pl.DataFrame) -
     documents = np.unique(groups.document)
     where = (groups.place, np.searchsorted(documents, groups.document))
     found = _Sums(documents, *np.zeros((2, len(columns), places.height, len(documents))))
-    values = {name: rows[name].cast(pl.Float64).to_numpy() for name in columns}
-    for number, (weights, totals) in enumerate(groups.weights_and_totals(values, rows[WEIGHT].to_numpy())):
+    sums = groups.weights_and_totals(values_of(rows, columns), rows[WEIGHT].to_numpy())
+    for number, (weights, totals) in enumerate(sums):
         found.weights[number][where], found.totals[number][where] = weights, totals
     return found
 

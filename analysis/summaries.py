@@ -7,26 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from attlas.analysis.dataset import Dataset
-from attlas.extract.tables import Table
-from attlas.extract.tables.document_sums import HEAVY_SHARE, POOLED, sum_documents
+from attlas.extract.tables import TABLES, Table
+from attlas.extract.tables.document_sums import POOLED, SUMS, documents_listed, sum_documents
+from attlas.extract.tables.merged_sums import MergedSums, listed_in_total
 
-SUMS = ("documents", "weight", "mean", "deviation_squares", "deviation_products", "weight_squares")
 WEIGHT = "weight"
-# each is decoded by several threads already: one is decoded while another is added up
 _PARTS_AT_ONCE = 2
 RowFilter = Callable[[pl.LazyFrame], pl.LazyFrame]
 
 
 def averaged_columns(dataset: Dataset, table: str) -> list[str]:
     """The statistics of a table that this dataset has and that have means, in the dictionary's order."""
-    if table not in dataset.tables:
-        return []
     present = set(dataset.scan(table).collect_schema().names())
     return [c.name for c in dataset.table(table).facts if c.is_averaged and c.name in present]
 
@@ -40,18 +38,30 @@ def places(dataset: Dataset, table: str) -> pl.DataFrame:
 def summaries(dataset: Dataset, table: str, columns: Sequence[str] | None = None) -> pl.LazyFrame:
     """Sums over documents of the statistics of `heads`, `residual` or `layers`, at each of its places.
 
-    A row for each place, `column` and listed document (`document_id` null: the others of a shard, together), with SUMS.
-    columns: all that the dataset has by default. Datasets without `summaries` give the same from their rows.
+    A row for each place, `column` and listed document (`document_id` null: all others together), with SUMS. columns: all that the
+    dataset has by default. Datasets without `totals` give the same from their rows.
     """
     names = averaged_columns(dataset, table) if columns is None else list(columns)
-    if "summaries" not in dataset.tables or table not in dataset.tables:
+    if "totals" not in dataset.tables or table not in dataset.tables:
         return summarize_rows(dataset, table, names, dataset.table(table).places)
     is_of_table = pl.lit(True)
     for key in ("head", "site"):
         has_key = key in dataset.table(table).places
         is_of_table &= pl.col(key).is_not_null() if has_key else pl.col(key).is_null()
-    rows = dataset.scan("summaries").filter(is_of_table & pl.col("column").is_in(names))
+    rows = dataset.scan("totals").filter(is_of_table & pl.col("column").is_in(names))
     return rows.select(*dataset.table(table).places, "column", "document_id", *SUMS)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """What to sum up, and by what. prepare: filters the rows, or adds columns to group by; it sees keys, `weight` and the columns."""
+
+    columns: Sequence[str]
+    by: Sequence[str]
+    prepare: RowFilter = lambda rows: rows
+
+    def of(self, rows: pl.LazyFrame) -> pl.LazyFrame:
+        return self.prepare(rows).select(*self.by, "document_id", WEIGHT, *self.columns)
 
 
 def summarize_rows(
@@ -62,17 +72,28 @@ def summarize_rows(
     *,
     prepare: RowFilter = lambda rows: rows,
 ) -> pl.LazyFrame:
-    """The same from the rows of a table, by any of its columns.
+    """The same from the rows of a table, by any of its columns."""
+    return summarize_together(dataset, table, [Grouping(columns, by, prepare)])[0]
 
-    prepare: filters the rows, or adds columns to group by. It sees the table's rows with `weight`.
-    """
-    listed = listed_documents(dataset)
+
+def summarize_together(dataset: Dataset, table: str, groupings: Sequence[Grouping]) -> list[pl.LazyFrame]:
+    """The same by several groupings, in one pass over the rows."""
+    in_shards, in_total = listed_documents(dataset)
+    merged = [MergedSums([*grouping.by, "column"], in_total) for grouping in groupings]
+
+    needed = {c.name for c in TABLES[table].keys} | {WEIGHT} | {name for g in groupings for name in g.columns}
+
+    def summarize(rows: pl.LazyFrame) -> list[pl.DataFrame]:
+        part = rows.select(needed).collect().lazy()
+        return [summarize_frame(g.of(part).collect(), g.columns, g.by, in_shards) for g in groupings]
+
+    # one part is decoded while another is added up
     with ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
-        frames = threads.map(
-            lambda rows: summarize_frame(rows.collect(), columns, by, listed),
-            weighted_parts(dataset, table, columns, by, prepare),
-        )
-        return pl.concat(frames).lazy()
+        for frames in threads.map(summarize, weighted_parts(dataset, table)):
+            for sums, frame in zip(merged, frames, strict=True):
+                sums.add(frame.to_arrow())
+    found = [pl.from_arrow(sums.to_arrow()) for sums in merged]
+    return [frame.lazy() for frame in found if isinstance(frame, pl.DataFrame)]
 
 
 def document_sums(
@@ -84,19 +105,18 @@ def document_sums(
     prepare: RowFilter = lambda rows: rows,
 ) -> Iterator[pl.DataFrame]:
     """The same part by part, with all documents listed."""
-    for rows in weighted_parts(dataset, table, columns, by, prepare):
-        yield summarize_frame(rows.collect(), columns, by)
+    grouping = Grouping(columns, by, prepare)
+    for rows in weighted_parts(dataset, table):
+        yield summarize_frame(grouping.of(rows).collect(), columns, by)
 
 
-def weighted_parts(
-    dataset: Dataset, table: str, columns: Sequence[str], by: Sequence[str], prepare: RowFilter
-) -> Iterator[pl.LazyFrame]:
-    """The parts of a table with what sums are made of; of a table that was not written, one without rows."""
+def weighted_parts(dataset: Dataset, table: str) -> Iterator[pl.LazyFrame]:
+    """The parts of a table with `weight`; of a table that was not written, one without rows."""
     measured = dataset.table(table)
     # a join of sequences to each part would read them again and again
     sequences = dataset.scan("sequences").select("sequence_id", pl.col("tokens").cast(pl.Float64)).collect().lazy()
-    for rows in dataset.scan_parts(table):
-        yield prepare(_weighted(rows, measured, sequences)).select(*by, "document_id", WEIGHT, *columns)
+    for rows in dataset.scan_parts(table, finite=False):  # sums leave out what is not finite
+        yield _weighted(rows, measured, sequences)
 
 
 def summarize_frame(
@@ -109,7 +129,7 @@ def summarize_frame(
     keys, places = places_of(rows.select(by))
     documents = rows["document_id"].to_numpy()
     sums = sum_documents(
-        {name: rows[name].cast(pl.Float64).to_numpy() for name in columns},
+        values_of(rows, columns),
         rows[WEIGHT].to_numpy(),
         places,
         documents,
@@ -121,6 +141,14 @@ def summarize_frame(
         document.set(document == POOLED, None),
         *(pl.Series(name, getattr(sums, name)) for name in SUMS),
     )
+
+
+def values_of(rows: pl.DataFrame, columns: Sequence[str]) -> dict[str, NDArray[np.floating]]:
+    """Columns as arrays, NaN where null."""
+    return {
+        name: rows[name].to_numpy() if rows[name].dtype.is_float() else rows[name].cast(pl.Float64).to_numpy()
+        for name in columns
+    }
 
 
 def places_of(keys: pl.DataFrame) -> tuple[pl.DataFrame, NDArray[np.int64]]:
@@ -143,15 +171,16 @@ def _weighted(rows: pl.LazyFrame, table: Table, sequences: pl.LazyFrame) -> pl.L
     return rows.with_columns(pl.col(table.weight).cast(pl.Float64).alias(WEIGHT))
 
 
-def listed_documents(dataset: Dataset) -> NDArray[np.int64]:
-    """The documents that `summaries` lists by themselves: those with sequences in several shards, and heavy ones."""
-    of_shards = (
-        dataset.scan("sequences")
-        .group_by("shard", "document_id")
-        .agg(pl.col("tokens").sum(), pl.len().alias("here"))
-        .join(dataset.scan("documents").select("document_id", "sequences"), on="document_id", how="left")
+def listed_documents(dataset: Dataset) -> tuple[NDArray[np.int64], set[int]]:
+    """The documents that `summaries` lists by themselves, and those of them that `totals` lists."""
+    documents = dataset.scan("documents").select("document_id", "sequences").collect()
+    sequences_of = dict(zip(documents["document_id"], documents["sequences"], strict=True))
+    sequences = dataset.scan("sequences").select("shard", "document_id", "tokens").collect()
+    shards = [
+        (rows["document_id"].to_numpy(), rows["tokens"].to_numpy())
+        for rows in sequences.partition_by("shard", maintain_order=True)
+    ]
+    in_shards = [documents_listed(*shard, sequences_of) for shard in shards]
+    return np.unique(np.concatenate(in_shards)) if shards else np.zeros(0, np.int64), listed_in_total(
+        shards, sequences_of
     )
-    is_whole = pl.col("here") == pl.col("sequences")
-    is_heavy = pl.col("tokens") >= HEAVY_SHARE * pl.col("tokens").sum().over("shard")
-    listed = of_shards.filter(~is_whole.fill_null(False) | is_heavy).select(pl.col("document_id").unique().sort())
-    return listed.collect()["document_id"].to_numpy()

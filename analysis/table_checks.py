@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 
 import polars as pl
 import polars.selectors as cs
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.integrity import Finding
 from attlas.analysis.manifest import section
 from attlas.analysis.report.numbers import plural
 from attlas.analysis.row_checks import scan_rows
-from attlas.extract.store import MANIFEST, Part, name_of
+from attlas.extract.store import MANIFEST, Part, name_of, read_part
 from attlas.extract.tables import TABLES, Agreement, Table
 
 _ROUNDING = 1e-6  # of sums of squares, which differ by the order of their terms
@@ -28,7 +28,7 @@ def check_table(dataset: Dataset, table: Table, intact: Mapping[str, list[Part]]
     for agreement in table.agreements:
         if is_intact(dataset, intact, agreement.table):
             yield from _check_agreement(dataset, table, agreement, intact)
-    if table.derive is not None and all(is_intact(dataset, intact, name) for name in dataset.tables if name in TABLES):
+    if (table.derive or table.conclude) and all(is_intact(dataset, intact, n) for n in dataset.tables if n in TABLES):
         for part in intact[table.name]:
             yield from _check_derived(dataset, table, part)
 
@@ -97,10 +97,26 @@ def _compare(
 
 
 def _check_derived(dataset: Dataset, table: Table, part: Part) -> Iterator[Finding]:
-    """Check that a part is what the other tables of its shard give."""
-    assert table.derive is not None, "the table is derived"
+    """Check that a part is what the other tables give: those of its shard, or all."""
+    try:
+        derived = pl.from_arrow(_concluded(dataset, table) if table.conclude else _derived(dataset, table, part))
+    except (IndexError, KeyError):  # rows that do not belong together, which other checks name
+        return
+    assert isinstance(derived, pl.DataFrame), "a table has columns"
+    expected = derived.lazy().with_columns(cs.categorical().cast(pl.String))
+    keys = [c.name for c in table.keys]
+    both = scan_rows(dataset, [part]).join(expected, on=keys, how="full", nulls_equal=True, suffix="|expected")
+    is_same = pl.all_horizontal(_is_close(pl.col(c.name), pl.col(f"{c.name}|expected")) for c in table.facts)
+    bad = both.select((~is_same.fill_null(False)).sum()).collect().item()
+    if bad:
+        yield Finding(part.path, "derived", f"other than what the rows it is made of give in {plural(bad, 'row')}")
+
+
+def _derived(dataset: Dataset, table: Table, part: Part) -> pa.Table:
+    """A part as it follows from the other parts of its shard."""
+    assert table.derive is not None, "it is derived"
     shard = {
-        name: pq.read_table(dataset.storage.source(other.path))
+        name: read_part(dataset.storage, other)
         for name in dataset.tables
         if name in TABLES and TABLES[name].kind in ("plan", "dense")
         for other in dataset.parts(name)
@@ -110,23 +126,17 @@ def _check_derived(dataset: Dataset, table: Table, part: Part) -> Iterator[Findi
         name: [c for c in dataset.table(name).facts if c.name in rows.column_names] for name, rows in shard.items()
     }
     number = scan_rows(dataset, [part]).select(pl.col("shard").first()).collect().item()
-    try:
-        derived = pl.from_arrow(table.derive(shard, columns, shard=number))
-    except (IndexError, KeyError):  # rows that do not belong together, which other checks name
-        return
-    assert isinstance(derived, pl.DataFrame), "a table has columns"
-    expected = derived.with_columns(cs.categorical().cast(pl.String))
-    keys = [c.name for c in table.keys]
-    both = (
-        scan_rows(dataset, [part])
-        .join(expected.lazy(), on=keys, how="full", nulls_equal=True, suffix="|expected")
-        .collect()
-    )
-    values = [c.name for c in table.facts]
-    is_same = pl.all_horizontal(_is_close(pl.col(name), pl.col(f"{name}|expected")) for name in values)
-    bad = both.select((~is_same.fill_null(False)).sum()).item()
-    if bad:
-        yield Finding(part.path, "derived", f"other than what the rows of its shard give in {plural(bad, 'row')}")
+    return table.derive(shard, columns, shard=number)
+
+
+def _concluded(dataset: Dataset, table: Table) -> pa.Table:
+    """A part as it follows from the parts of all shards."""
+    assert table.conclude is not None, "it is concluded"
+
+    def parts_of(name: str) -> Iterator[pa.Table]:
+        return (read_part(dataset.storage, part) for part in (dataset.parts(name) if name in dataset.tables else ()))
+
+    return table.conclude(parts_of)
 
 
 def _is_close(this: pl.Expr, that: pl.Expr) -> pl.Expr:

@@ -70,7 +70,7 @@ VALUE = {
     "change_from_first": pl.String,
 }
 CHANGE = {**_PAIR, **ROW}
-_PLACE_AND_COLUMN = (*PLACE, "column")
+PLACE_AND_COLUMN = (*PLACE, "column")
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _marked(
     values: pl.DataFrame, changes: pl.DataFrame, members: Sequence[Member], columns: Sequence[str]
 ) -> pl.DataFrame:
     """The values with what changed against the dataset before, and against the first."""
-    on = ["step", *_PLACE_AND_COLUMN]
+    on = ["step", *PLACE_AND_COLUMN]
     before = {member.step: earlier.step for earlier, member in pairwise(members)}
     is_next = pl.col("from_step") == pl.col("step").replace_strict(before, default=None, return_dtype=pl.Int64)
     is_first = pl.col("from_step") == members[0].step

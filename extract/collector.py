@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas.extract.capture.layout import Attention, Layout, Site
-from attlas.extract.capture.runtime.ablation import SequenceAblations
+from attlas.extract.capture.runtime.ablation import Ablating, SequenceAblations
 from attlas.extract.engines import Engine
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.observations import HeadObservation, ResidualObservation
@@ -29,8 +29,10 @@ class Collector:
     A batch counts when it is settled, and as a whole: one that failed half-way leaves nothing behind.
     """
 
-    def __init__(self, recorders: Sequence[Recorder], needs: Needs, *, sequences: int) -> None:
-        self.needs = needs
+    def __init__(
+        self, recorders: Sequence[Recorder], needs: Needs, *, sequences: int, ablating: Ablating | None = None
+    ) -> None:
+        self.needs, self.ablating = needs, ablating
         self._recorders = recorders
         self.begin(range(sequences))
 
@@ -128,6 +130,7 @@ def open_collector(
     document_ids: np.ndarray,
     shard: int = 0,
     edges: int = 8,
+    ablating: Ablating | None = None,
     without: frozenset[str] = frozenset(),
 ) -> Collector:
     """A collector for these columns of tables, as far as the model and the shard have the tables; `without` names others."""
@@ -143,7 +146,7 @@ def open_collector(
         table = with_own_columns(TABLES[name], of_table)
         assert table.recorder is not None, f"{name} is recorded"
         recorders.append(table.recorder(table, scope))
-    return Collector(recorders, needs, sequences=len(sequence_ids))
+    return Collector(recorders, needs, sequences=len(sequence_ids), ablating=ablating)
 
 
 def is_recorded(table: Table, layout: Layout, *, shard: int) -> bool:

@@ -15,6 +15,7 @@ from attlas.extract.options import RunOptions
 from attlas.extract.software import software_version
 from attlas.extract.store import Identity
 from attlas.extract.tables import SCHEMA_VERSION, TABLES, columns_beyond_core
+from attlas.extract.tables.ablations import TABLE as ABLATIONS
 
 # options that do not change the dataset, or are represented by what they stand for
 _NOT_IN_RECIPE = {
@@ -29,6 +30,7 @@ _NOT_IN_RECIPE = {
     "blocks",
     "length",
     "depths",
+    "ablate",
 }
 
 
@@ -45,6 +47,7 @@ def recipe_of(options: RunOptions, instrument: Instrument, *, batch_tokens: int)
     return (
         of_corpus
         | _own_statistics(instrument)
+        | _ablate(options, instrument)
         | {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _NOT_IN_RECIPE}
         | {
             "schema_version": SCHEMA_VERSION,
@@ -61,6 +64,12 @@ def recipe_of(options: RunOptions, instrument: Instrument, *, batch_tokens: int)
             "digest_keyed": options.digest_key is not None,
         }
     )
+
+
+def _ablate(options: RunOptions, instrument: Instrument) -> dict[str, str]:
+    """What ablations leave out, and how, unless it is the default."""
+    text = options.ablation.text if ABLATIONS.name in instrument.columns else ""
+    return {"ablate": text} if text else {}
 
 
 def _own_statistics(instrument: Instrument) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def open_instrument(options: RunOptions, *, images: Path | None, progress: Progr
     images: the folder of an image corpus; None for texts.
     """
     progress("model", 0, None)
-    columns = measured_columns(options.statistics, corpus=options.corpus)
+    columns = options.columns
     encoder = load_encoder(
         options.model,
         device=options.device,
@@ -85,7 +85,7 @@ def instrument_of(
     encoder: Encoder, options: RunOptions, *, images: Path | None = None, progress: Progress | None = None
 ) -> Instrument:
     """Examine a loaded model and make the engine ready. Raises Refusal."""
-    columns = measured_columns(options.statistics, corpus=options.corpus)
+    columns = options.columns
     engine = choose(options.engine, device=encoder.device.type)
     if progress is not None and not engine.is_ready():
         progress("engine", 0, None)

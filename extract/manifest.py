@@ -12,7 +12,7 @@ from attlas.extract.instrument import Instrument
 from attlas.extract.model.token_classes import class_sizes
 from attlas.extract.plan import Plan, planned_schema
 from attlas.extract.software import software_version
-from attlas.extract.store import Identity, ShardRecord
+from attlas.extract.store import Identity, Part, ShardRecord
 from attlas.extract.tables import SCHEMA_VERSION, TABLES, own_facts
 
 if TYPE_CHECKING:
@@ -52,15 +52,20 @@ def draft_manifest(identity: Identity, instrument: Instrument, plan: Plan) -> di
     }
 
 
-def complete_manifest(draft: Mapping[str, Any], records: Iterable[ShardRecord]) -> dict[str, Any]:
-    """The draft with the parts and counts of all shards."""
+def complete_manifest(
+    draft: Mapping[str, Any], records: Iterable[ShardRecord], concluded: Mapping[str, Part]
+) -> dict[str, Any]:
+    """The draft with the parts and counts of all shards, and the parts of the tables that were made of all of them."""
     records = list(records)
     padded, positions = (sum(record.facts[name] for record in records) for name in ("padded", "positions"))
-    written = [name for name in draft["tables"] if any(name in record.parts for record in records)]
+    parts = {name: [r.parts[name] for r in records if name in r.parts] for name in draft["tables"]}
+    parts |= {name: [part] for name, part in concluded.items()}
     return {
         **draft,
         "padding_waste": padded / positions if positions else 0.0,
-        "tables": {name: draft["tables"][name] | _rows_and_parts(name, records) for name in written},
+        "tables": {
+            name: of_draft | _rows_and_parts(parts[name]) for name, of_draft in draft["tables"].items() if parts[name]
+        },
     }
 
 
@@ -70,15 +75,14 @@ def _columns(recipe: Mapping[str, Any], instrument: Instrument) -> dict[str, lis
     for table in TABLES.values():
         if table.kind == "plan":
             names[table.name] = planned_schema(table, tokens=recipe["tokens"]).names
-        elif table.derive is not None:
+        elif table.derive is not None or table.conclude is not None:
             names[table.name] = [c.name for c in table.columns]
         elif table.name in instrument.columns:
             names[table.name] = [c.name for c in (*table.keys, *table.of_facts(instrument.columns[table.name]))]
     return names
 
 
-def _rows_and_parts(table: str, records: Sequence[ShardRecord]) -> dict[str, Any]:
-    parts = [record.parts[table] for record in records if table in record.parts]
+def _rows_and_parts(parts: Sequence[Part]) -> dict[str, Any]:
     return {"rows": sum(part.rows for part in parts), "parts": [asdict(part) for part in parts]}
 
 

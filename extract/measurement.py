@@ -20,10 +20,11 @@ from attlas.extract.capture.discovery.patch_layout import grids_of
 from attlas.extract.capture.discovery.stacks import OF_TEXT
 from attlas.extract.capture.layout import Layout
 from attlas.extract.capture.modes import eval_mode, refuse_training
-from attlas.extract.capture.runtime.ablation import SequenceAblations
+from attlas.extract.capture.runtime.ablation import Ablating, SequenceAblations
 from attlas.extract.capture.runtime.batch import Batch
 from attlas.extract.capture.runtime.instrumented_pass import instrumented_pass
 from attlas.extract.capture.runtime.observer import BatchObserver
+from attlas.extract.capture.runtime.part_means import means_over
 from attlas.extract.capture.runtime.receiver import UnmeasuredRows
 from attlas.extract.collector import Collector, open_collector
 from attlas.extract.engines import Engine, choose
@@ -44,6 +45,8 @@ from attlas.extract.tables import (
     needs_of,
     statistics_named,
 )
+from attlas.extract.tables.ablations import TABLE as ABLATIONS
+from attlas.extract.tables.ablations import AblateOption, ablate_option
 
 
 def measure(
@@ -53,6 +56,7 @@ def measure(
     engine: str = "auto",
     tables: Collection[str] | None = None,
     statistics: str | Collection[str] = CORE,
+    ablate: str | Collection[str] | None = None,
     edges: int = 8,
     **inputs: Any,
 ) -> dict[str, pa.Table]:
@@ -65,6 +69,8 @@ def measure(
     depend on the batch (`weights`, `norms`, `compositions`). Nothing else is computed.
     statistics: `core`, `all`, or the names of columns to measure besides the core, such as `query_norm`, and of .py files with
     columns of your own.
+    ablate: measures the table `ablations`, and says which parts are left out (`heads`, `attention`, `mlp`; all by default) and how:
+    set to `zero`, or to their `mean` over the tokens of the batch.
     edges: how many of the strongest keys of each query the table `edges` has.
 
     `sequence_id` is the row of the batch. Columns that need the tokenizer (the token classes) are absent without one.
@@ -75,14 +81,17 @@ def measure(
     given = bind_inputs(model, arguments, inputs, options=_OPTIONS)
     model = measured_part(model, given)
     device = main_input(model, given).device
-    row_engine, wanted = choose(engine, device=device.type), _columns_of(tables, statistics)
+    row_engine, option = choose(engine, device=device.type), ablate_option(ablate)
+    wanted = _columns_of(tables, statistics, on_request=() if ablate is None else (ABLATIONS.name,))
     classes = None if tokenizer is None else torch.as_tensor(token_classes(tokenizer), device=device)
     batch_of(model, given, classes)  # refuses what can't be measured before the model runs
     refuse_training(model, given)
     with eval_mode(model):
         measured, layout = with_current_layout(
             model,
-            lambda: _measure_batch(model, given, classes, engine=row_engine, columns=wanted, edges=edges),
+            lambda: _measure_batch(
+                model, given, classes, engine=row_engine, columns=wanted, edges=edges, ablate=option
+            ),
         )
     if needs_of(wanted).reads_stream:
         _warn_of_absent_residual(layout)
@@ -96,20 +105,25 @@ def measure(
 _OPTIONS = tuple(n for n, p in inspect.signature(measure).parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
-def _columns_of(tables: Collection[str] | None, statistics: str | Collection[str]) -> Columns:
-    """The columns to measure of the named tables, or of those of every run. Raises Refusal for an unknown name."""
+def _columns_of(
+    tables: Collection[str] | None, statistics: str | Collection[str], *, on_request: tuple[str, ...]
+) -> Columns:
+    """The columns to measure of the named tables, or of those of every run, and of tables on request.
+
+    Raises Refusal for an unknown name.
+    """
+    asked = (*statistics_named(statistics), *on_request)
     if tables is None:
-        asked = statistics_named(statistics)
-        columns = measured_columns(statistics)
+        columns = measured_columns(asked)
         return {name: c for name, c in columns.items() if TABLES[name].kind != "static" or name in asked}
     recorded = [table.name for table in TABLES.values() if table.recorder is not None]
+    tables = [*tables, *on_request]
     for name in tables:
         if name not in recorded:
             raise Refusal(
                 f"the tables that can be measured are {', '.join(recorded)}; {name!r} is not one; choose another"
             )
-    on_request = [name for name in tables if TABLES[name].on_request]
-    columns = measured_columns([*statistics_named(statistics), *on_request])
+    columns = measured_columns([*asked, *(name for name in tables if TABLES[name].on_request)])
     return {name: chosen for name, chosen in columns.items() if name in tables}
 
 
@@ -121,6 +135,7 @@ def _measure_batch(
     engine: Engine,
     columns: Columns,
     edges: int,
+    ablate: AblateOption,
 ) -> tuple[dict[str, pa.Table], Layout]:
     """Run the model on the inputs, in as many parts as it needs, and return the tables."""
     parts = split_batch(model, inputs)
@@ -128,6 +143,10 @@ def _measure_batch(
     layout = layout_of(model, parts[0].inputs)
     refuse_added_mask(model, layout, inputs)
     numbers = np.arange(sum(len(part.places) for part in parts))
+    means = None
+    if ablate.is_mean and ABLATIONS.name in columns:
+        sequences = (inputs for part in parts for inputs in _alone(model, part.inputs, len(part.places)))
+        means = means_over(model, layout, sequences, ablate.parts)
     collector = open_collector(
         columns,
         model,
@@ -135,6 +154,7 @@ def _measure_batch(
         sequence_ids=numbers,
         document_ids=numbers,
         edges=edges,
+        ablating=Ablating(ablate.parts, means),
         without=frozenset(() if classes is not None else CLASS_MASSES),
     )
     is_static = all(TABLES[name].kind == "static" for name in columns)  # then no pass is needed
@@ -233,9 +253,14 @@ def _ablate(model: nn.Module, layout: Layout, inputs: Mapping[str, Any], batch: 
     places = batch.sampled.tolist()
     if not places:
         return
-    parts = split_by_sequence(model, inputs) if batch.sequences > 1 or is_padded(inputs) else [dict(inputs)]
+    alone = _alone(model, inputs, batch.sequences)
     for place in places:
-        collector.ablations(place, SequenceAblations(model, layout, parts[place]))
+        collector.ablations(place, SequenceAblations(model, layout, alone[place], collector.ablating))
+
+
+def _alone(model: nn.Module, inputs: Mapping[str, Any], sequences: int) -> list[dict[str, Any]]:
+    """The inputs of each sequence of a batch, without padding."""
+    return split_by_sequence(model, inputs) if sequences > 1 or is_padded(inputs) else [dict(inputs)]
 
 
 # models of which a pass had to be made again: the next ones most likely would, too

@@ -13,7 +13,9 @@ from attlas.extract.errors import Refusal
 from attlas.extract.model.folder import check_model_name
 from attlas.extract.model.measured_model import Stacks
 from attlas.extract.store import Location, Store
-from attlas.extract.tables import measured_columns
+from attlas.extract.tables import Columns, measured_columns, statistics_named
+from attlas.extract.tables.ablations import TABLE as ABLATIONS
+from attlas.extract.tables.ablations import AblateOption, ablate_option
 
 TokenMode = Literal["none", "classes", "ids", "text"]
 Progress = Callable[[str, int, int | None], None]  # stage, done, total
@@ -33,6 +35,7 @@ class RunOptions:
     statistics: str | Collection[str] = (
         "core"  # core, all, or names of tables, columns and .py files to measure as well
     )
+    ablate: str | Collection[str] | None = None  # the table ablations: which parts are left out, and how
     sample: int = 8  # sequences of each shard for which sampled columns are measured
     edges: int = 8  # strongest keys of each query, if the table edges is asked for
     stacks: Stacks = "encoder"  # of an encoder–decoder model
@@ -53,6 +56,17 @@ class RunOptions:
     strict: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+
+    @property
+    def columns(self) -> Columns:
+        """The columns to measure of each table. Raises Refusal."""
+        ablations = () if self.ablate is None else (ABLATIONS.name,)
+        return measured_columns([*statistics_named(self.statistics), *ablations], corpus=self.corpus)
+
+    @property
+    def ablation(self) -> AblateOption:
+        """What the table ablations leaves out, and how. Raises Refusal."""
+        return ablate_option(self.ablate)
 
     @property
     def generation(self) -> Generation | None:
@@ -77,7 +91,7 @@ def check_options(options: RunOptions, *, is_loaded: bool = False) -> Corpus:
         value = getattr(options, name)
         if value is not None and value < lowest:
             raise Refusal(f"{name} must be at least {lowest}; got {value}; give a larger number")
-    measured_columns(options.statistics, corpus=options.corpus)
+    _ = options.ablation, options.columns  # refused if they can't be
     if not is_loaded:
         check_model_name(options.model, trust_remote_code=options.trust_remote_code)
     read_key(options.digest_key)

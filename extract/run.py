@@ -1,6 +1,7 @@
 """A run: a driver plans and finishes it; workers measure its shards, in any order, in any process, on any machine.
 
     plan_run      checks the options, loads the model, claims the output, writes the plan      driver, once
+                  (and the means that ablations set parts to, if they are asked for)
     open_worker   loads the model, compares it with the planned one                            every worker
     measure_shard measures one shard, writes its parts and then its record                     any worker
     finish        writes card and manifest when every shard has its record                     driver; needs no model
@@ -11,11 +12,12 @@ a cluster — changes no byte of the dataset.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from attlas.extract.capture.runtime.ablation import Ablating
 from attlas.extract.corpus import Corpus, image_folder
 from attlas.extract.dictionary import dataset_card
 from attlas.extract.errors import Damaged, Refusal
@@ -26,6 +28,8 @@ from attlas.extract.model.id_documents import id_documents
 from attlas.extract.options import Progress, RunOptions, check_options, read_key
 from attlas.extract.plan import (
     Plan,
+    StoredMeans,
+    load_means,
     load_plan,
     make_id_plan,
     make_image_plan,
@@ -33,9 +37,12 @@ from attlas.extract.plan import (
     planned_tables,
     read_plan,
     read_shard,
+    write_means,
 )
-from attlas.extract.store import Identity, Location, Lock, ShardRecord, Store, recipe_differences
-from attlas.extract.tables import derived_tables
+from attlas.extract.store import Identity, Location, Lock, Part, ShardRecord, Store, read_part, recipe_differences
+from attlas.extract.store.layout import MEANS
+from attlas.extract.tables import concluded_tables, derived_tables
+from attlas.extract.tables.ablations import TABLE as ABLATIONS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -93,10 +100,21 @@ class Worker:
     batch_tokens: int
     sample: int
     tokens: str  # what the dataset keeps of the tokens themselves
+    ablating: Ablating
+    means: StoredMeans | None = None  # of what ablations set parts to, if not to zero
 
     def rows_of(self, shard: int) -> tuple[pa.Table, pa.Table]:
         """The sequences and documents of a shard, as planned. Raises Damaged."""
         return read_shard(self.store.storage, shard, digest=self.plan.spools[shard])
+
+    def source_of(self, shard: int) -> str:
+        """The SHA-256 of what a shard is measured from."""
+        return source_of(self.plan, self.means, shard)
+
+
+def source_of(plan: Plan, means: StoredMeans | None, shard: int) -> str:
+    """The SHA-256 of what a shard is measured from: its spool, and means if there are any."""
+    return plan.spools[shard] if means is None else means.source_of(plan.spools[shard])
 
 
 def plan_run(
@@ -140,7 +158,15 @@ def open_worker(
             f"a worker measures as planned; {store.storage.place()} was planned otherwise ({'; '.join(differences)}); "
             "give it the same model, options and software"
         )
-    return Worker(store, plan, instrument, batch_tokens, options.sample, options.tokens)
+    means = None
+    if _has_means(options, instrument):
+        means = load_means(store.storage, plan)
+        if means is None:
+            raise Damaged(
+                f"{store.storage.place(MEANS)} is missing or not as it was written; the same command makes it again"
+            )
+    ablating = Ablating(options.ablation.parts, None if means is None else means.vectors)
+    return Worker(store, plan, instrument, batch_tokens, options.sample, options.tokens, ablating, means)
 
 
 def measure_shards(
@@ -172,12 +198,13 @@ def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], 
         shard=shard,
         batch_tokens=worker.batch_tokens,
         sample=worker.sample,
+        ablating=worker.ablating,
         progress=progress,
     )
     tables |= planned_tables(sequences, documents, tokens=worker.tokens)
     tables |= derived_tables(tables, worker.instrument.columns, shard=shard)
     parts = {name: worker.store.write_part(name, shard, table) for name, table in sorted(tables.items())}
-    record = ShardRecord(shard, parts, facts, worker.plan.spools[shard])
+    record = ShardRecord(shard, parts, facts, worker.source_of(shard))
     worker.store.write_record(record)
     return record
 
@@ -189,18 +216,28 @@ def finish(out: Location) -> Location:
         plan = load_plan(store.storage)
         if plan is None:
             raise Damaged(f"{store.storage.place()} holds no plan; the same command plans again")
-        records = [store.read_record(shard) for shard in range(plan.shards)]
-        missing = [str(shard) for shard, record in enumerate(records) if record is None]
+        found = [store.read_record(shard) for shard in range(plan.shards)]
+        missing = [str(shard) for shard, record in enumerate(found) if record is None]
         if missing:
             raise RuntimeError(
                 f"a dataset is finished when all its shards are; missing: {', '.join(missing)}; run it again"
             )
-        manifest = complete_manifest(store.read_draft(), [record for record in records if record is not None])
+        records = [record for record in found if record is not None]
+        manifest = complete_manifest(store.read_draft(), records, _write_concluded(store, records))
         store.finish(manifest, dataset_card(manifest))
     elif store.has_work:
         store.clear_work()
     store.unlock()
     return out
+
+
+def _write_concluded(store: Store, records: Sequence[ShardRecord]) -> dict[str, Part]:
+    """Write the tables that are made of all shards."""
+
+    def parts_of(table: str) -> Iterator[pa.Table]:
+        return (read_part(store.storage, record.parts[table]) for record in records if table in record.parts)
+
+    return {name: store.write_part(name, 0, rows) for name, rows in concluded_tables(parts_of).items()}
 
 
 def _claim_and_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) -> PlannedRun:
@@ -231,7 +268,7 @@ def _claim_and_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) -> 
 
 
 def _read_or_make_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) -> Plan:
-    """The plan; what an earlier run has left is deleted unless it is intact and belongs to this plan."""
+    """The plan, with its means; what an earlier run has left is deleted unless it is intact and belongs to them."""
     store = planned.store
     store.clear_obstacles()
     was_begun = store.has_records
@@ -239,9 +276,10 @@ def _read_or_make_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) 
     if plan is None:
         plan = _make_plan(planned, corpus, lambda documents, _: progress("plan", documents, None))
     progress("plan", plan.documents, plan.documents)
+    means = _read_or_make_means(planned, plan, progress) if _has_means(planned.options, planned.instrument) else None
     store.discard_beyond(plan.shards)
-    for shard, spool in enumerate(plan.spools):
-        store.discard_damaged(shard, spool=spool)
+    for shard in range(plan.shards):
+        store.discard_damaged(shard, spool=source_of(plan, means, shard))
         if was_begun:
             progress("check", shard + 1, plan.shards)
     return plan
@@ -271,6 +309,32 @@ def _make_plan(planned: PlannedRun, corpus: Corpus, progress: Callable[[int, int
         strict=options.strict,
         **common,
     )
+
+
+def _has_means(options: RunOptions, instrument: Instrument) -> bool:
+    """Whether ablations set parts to their means."""
+    return options.ablation.is_mean and ABLATIONS.name in instrument.columns
+
+
+def _read_or_make_means(planned: PlannedRun, plan: Plan, progress: Progress) -> StoredMeans:
+    """The means over the sample of the plan, from the driver, so that every worker has the same."""
+    storage, options = planned.store.storage, planned.options
+    means = load_means(storage, plan)
+    if means is not None:
+        return means
+    from attlas.extract.sample_means import means_of_sample
+
+    last = plan.sequences - (plan.shards - 1) * plan.shard_sequences
+    total = (plan.shards - 1) * min(options.sample, plan.shard_sequences) + min(options.sample, last)
+    progress("means", 0, total)
+    vectors = means_of_sample(
+        planned.instrument,
+        (read_shard(storage, shard, digest=spool)[0] for shard, spool in enumerate(plan.spools)),
+        sample=options.sample,
+        kinds=options.ablation.parts,
+        progress=lambda done: progress("means", done, total),
+    )
+    return write_means(storage, plan, vectors)
 
 
 def _no_progress(_stage: str, _done: int, _total: int | None) -> None:

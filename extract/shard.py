@@ -14,6 +14,7 @@ from torch import Tensor
 from attlas.extract.batch_inputs import SequenceInput, batch_inputs, sequence_inputs
 from attlas.extract.batching import batches, padded_positions
 from attlas.extract.capture.rng import fixed_rng
+from attlas.extract.capture.runtime.ablation import Ablating
 from attlas.extract.capture.runtime.batch import Batch
 from attlas.extract.capture.runtime.instrumented_pass import factors_for
 from attlas.extract.capture.runtime.observer import BatchObserver
@@ -26,7 +27,7 @@ from attlas.extract.model.measured_model import MeasuredModel
 
 Progress = Callable[[int, int], None]
 # one batch keeps a device busy, and may be as large as memory allows
-_one_batch_at_a_time = threading.Lock()
+one_batch_at_a_time = threading.Lock()
 
 
 def measure_sequences(
@@ -36,11 +37,13 @@ def measure_sequences(
     shard: int,
     batch_tokens: int,
     sample: int | None = None,
+    ablating: Ablating | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
     """The measured tables of a shard, and the numbers of its positions and of the padded ones among them.
 
     sample: the number of sequences, from the first on, for which sampled columns are computed; None: all.
+    ablating: what the table ablations leaves out, and how, if it is measured.
     Threads take turns at the model, and do everything before and after it concurrently.
     progress(tokens, documents): called after each batch with its tokens, and the number of documents whose last sequence was
     in it.
@@ -58,9 +61,10 @@ def measure_sequences(
         document_ids=document_ids,
         shard=shard,
         edges=instrument.edges,
+        ablating=ablating,
     )
     report = _batch_progress(progress, lengths, document_ids.tolist()) if progress else (lambda batch: None)
-    with _one_batch_at_a_time:
+    with one_batch_at_a_time:
         _measure_batches(instrument, inputs, planned, collector, report)
         of_parameters = collector.tables_of_parameters()
     # of the planned batches, so that a batch split for lack of memory does not change the manifest
@@ -118,7 +122,7 @@ def _measure_batches(
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                raise _too_long(sequences[batch[0]], instrument, error) from error
+                raise too_long(sequences[batch[0]], instrument, error) from error
             collector.drop()
             release_memory(error, instrument.encoder.device)
             middle = len(batch) // 2
@@ -148,7 +152,8 @@ def observe_batch(
         )
 
 
-def _too_long(sequence: SequenceInput, instrument: Instrument, error: Exception) -> Refusal:
+def too_long(sequence: SequenceInput, instrument: Instrument, error: Exception) -> Refusal:
+    """The refusal of a sequence that does not fit into memory by itself."""
     return Refusal(
         f"a sequence must fit into memory by itself; one of {sequence.tokens} tokens does not, on "
         f"{instrument.encoder.device} ({first_line(error)}); use a smaller --max-length, a --dtype of fewer bytes, or a "

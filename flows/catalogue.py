@@ -67,7 +67,7 @@ def _list_columns(tables: Iterable["Table"]) -> None:
                 typer.echo(f" {group}")
             for column in columns:
                 unit = f"  ({column.unit})" if column.unit else ""
-                request = "" if column.core else "  [on request]"
+                request = "" if column.core else "  [only if named]" if column.by_name else "  [on request]"
                 typer.echo(f"  {column.name:<{width}}  {column.formula}{unit}{request}")
         typer.echo()
 

@@ -76,6 +76,14 @@ class Run(BaseModel, frozen=True, extra="forbid"):
             "your own, separated by commas",
         ),
     ] = "core"
+    ablate: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="measure the table ablations: what changes without heads, attention or mlp (all three by default), each set "
+            "to zero (by default) or to its mean over the sample, separated by commas",
+        ),
+    ] = None
     sample: Annotated[
         Count, Field(description="sequences of each shard for which statistics that need whole rows are measured")
     ] = 8

@@ -17,6 +17,7 @@ STAGES = {
     "model": "loading the model",
     "engine": "compiling the engine, once per machine (about half a minute)",
     "plan": "splitting documents into sequences",
+    "means": "averaging what heads and sublayers give over the sample",
     "check": "checking the results of an earlier run",
     "finish": "writing the manifest",
     "report": "writing the report",

@@ -325,11 +325,18 @@ def sample_columns(
         "keys_for_half_mass": mean(keys_for_mass(p[i, visible[i]], 0.5) for i in rows),
         "keys_for_90_mass": mean(keys_for_mass(p[i, visible[i]], 0.9) for i in rows),
         "gini": mean(gini(p[i, visible[i]]) for i in rows),
+        "pattern_effective_rank": pattern_rank(p[rows]),
         **{f"mass_top_{k}": mean(math.fsum(sorted(p[i], reverse=True)[:k]) for i in rows) for k in (4, 16, 64)},
         "mass_streaming": mean(
             math.fsum(float(p[i, j]) for j in range(p.shape[1]) if j < 4 or i - 64 < j <= i) for i in rows
         ),
     }
+
+
+def pattern_rank(p: Floats) -> float | None:
+    """exp of the entropy of the normalised squared singular values of some rows of a pattern."""
+    squares = np.linalg.svd(p, compute_uv=False) ** 2
+    return math.exp(entropy(squares / squares.sum())) if squares.sum() > 0 else None
 
 
 def norm_columns(p: Floats, visible: Bools, rows: list[int], *, v: Floats | None, w_o: Floats | None) -> Columns:

@@ -95,6 +95,11 @@ def _previous_received_entropy(n: int) -> float:
     return 0.0 if n == 1 else math.log(n) - 2 / n * math.log(2)
 
 
+def _previous_rank(n: int) -> float:
+    # σ² is 2 once, for rows 0 and 1 that both attend to token 0, 1 for n − 2 rows and 0 once: exp(ln n − 2/n · ln 2)
+    return 1.0 if n == 1 else n * 4 ** (-1 / n)
+
+
 def _uniform_spread(n: int) -> float:
     return math.sqrt((n**2 - 1) / 12)
 
@@ -154,6 +159,7 @@ CLOSED_FORMS: dict[str, dict[str, ClosedForm]] = {
         "P": _zero,  # of row 0 alone
         "F": _zero,
     },
+    "pattern_effective_rank": {"U": _one, "I": float, "P": _previous_rank, "F": _one},
     "received_max_key": {"C": _zero, "P": _zero, "F": _zero},
 }
 

@@ -92,7 +92,7 @@ def test_discovery_and_runtime_share_only_interception_and_what_stands_beside_th
 
 STORED = (
     *(f"extract/{n}.py" for n in ("identity", "manifest", "run", "shard")),
-    *(f"extract/plan/{n}.py" for n in ("images", "spool", "stored", "texts")),
+    *(f"extract/plan/{n}.py" for n in ("images", "means", "spool", "stored", "texts")),
     *(
         f"analysis/{n}.py"
         for n in (

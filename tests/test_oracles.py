@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import linalg, stats
 from scipy.spatial.distance import cosine, jensenshannon
 
 from tests import oracles, patterns
@@ -38,7 +38,7 @@ def same(first: oracles.Columns, second: oracles.Columns) -> None:
 @pytest.mark.parametrize("letter", patterns.PATTERNS)
 def test_closed_forms_hold(letter, n):
     p, visible = patterns.PATTERNS[letter](n)
-    columns = oracles.head_columns(p, visible=visible)
+    columns = oracles.head_columns(p, visible=visible) | oracles.sample_columns(p, visible=visible)
     expected = {c: patterns.closed_form(c, letter, n) for c, forms in patterns.CLOSED_FORMS.items() if letter in forms}
     same(expected, {column: columns[column] for column in expected})
 
@@ -57,6 +57,7 @@ def test_only_the_cells_that_the_catalogue_leaves_blank_have_no_closed_form():
         ("received_max_key", "U"),  # a tie, see below
         ("received_max_key", "I"),
         ("sink_keys", "C"),
+        ("pattern_effective_rank", "C"),
     }
 
 
@@ -83,7 +84,8 @@ def test_a_causal_mask_alone_gives_mutual_information(n):
 
 
 def test_one_token_has_no_normalised_entropy_and_no_distance_to_compare_with():
-    columns = oracles.head_columns(*patterns.uniform(1)[:1])
+    (one, _) = patterns.uniform(1)
+    columns = oracles.head_columns(one) | oracles.sample_columns(one)
     assert {c for c in patterns.CLOSED_FORMS if columns[c] is None} == patterns.UNDEFINED_FOR_ONE_TOKEN
 
 
@@ -309,6 +311,16 @@ def test_one_key_holds_everything_in_a_one_hot_pattern(letter):
 def test_gini_counts_visible_keys_only():
     p, visible = patterns.causal_uniform(6)
     assert oracles.sample_columns(p, visible=visible)["gini"] == near(0)
+
+
+def test_the_rank_of_a_pattern_agrees_with_scipy_and_counts_its_measured_rows():
+    p, s, visible = random_scores(12, seed=16, causal=True)
+    squares = np.square(linalg.svdvals(p))
+    rank = oracles.sample_columns(p, s, visible)["pattern_effective_rank"]
+    assert rank == near(math.exp(stats.entropy(squares / squares.sum())))
+    s[5, 2] = np.inf
+    others = np.delete(p, 5, axis=0)
+    assert oracles.sample_columns(p, s, visible)["pattern_effective_rank"] == near(oracles.pattern_rank(others))
 
 
 def test_gini_agrees_with_the_lorenz_curve():

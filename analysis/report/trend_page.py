@@ -17,7 +17,7 @@ from attlas.analysis.report.numbers import THIN, count
 from attlas.analysis.report.page import page_environment
 from attlas.analysis.trend import Trend
 from attlas.analysis.trend_charts import trend_charts
-from attlas.analysis.trend_output import can_alert, changed_places, largest_changes, sparkline
+from attlas.analysis.trend_overview import can_alert, column_overviews, largest_changes, sparkline
 
 _HERE = Path(__file__).parent
 _CHANGES = 300
@@ -90,14 +90,6 @@ def _alerts(trend: Trend) -> dict[str, Any]:
 
 
 def _columns(trend: Trend) -> dict[str, Any]:
-    means = trend.rows.group_by("column", "step").agg(pl.col("estimate").mean()).sort("step")
-    totals = dict(trend.rows.filter(step=trend.steps[-1]).group_by("column").len().iter_rows())
-    since = [changed_places(trend, name) for name in ("change", "change_from_first")]
-    rows = []
-    for name in trend.columns:
-        series = means.filter(column=name)["estimate"].to_list()
-        changed = [f"{found.get(name, 0)} of {totals.get(name, 0)}" for found in since]
-        rows.append((name, sparkline(series), rounded(series[0]), rounded(series[-1]), *changed))
     header = [
         ("column", False),
         ("series", False),
@@ -105,6 +97,17 @@ def _columns(trend: Trend) -> dict[str, Any]:
         ("last", True),
         ("changed since the one before", True),
         ("since the first", True),
+    ]
+    rows = [
+        (
+            of.column,
+            sparkline(of.means),
+            rounded(of.means[0]),
+            rounded(of.means[-1]),
+            f"{of.changed} of {of.places}",
+            f"{of.changed_from_first} of {of.places}",
+        )
+        for of in column_overviews(trend)
     ]
     return {"header": header, "rows": rows}
 

@@ -137,8 +137,6 @@ def _asked(wanted: frozenset[str], facts: frozenset[Fact]) -> _Asked:
 
 def _add_sampled(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, names: frozenset[str]) -> Rows:
     """Add quantities of the sample's sequences, computed by the reference engine; NaN for the others."""
-    import torch
-
     from attlas.extract.engines import reference
 
     if not names:
@@ -147,13 +145,21 @@ def _add_sampled(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, n
         made = reference.rows_of(call, output, names, measured=rows.measured).quantities
         return rows.with_quantities(made)
     chosen = call.sample.nonzero().flatten()
-    quantities = dict.fromkeys(names, torch.full(rows.measured.shape, torch.nan, device=output.device))
+    quantities = {name: _unknown(name, rows) for name in names}
     if len(chosen):
         made = reference.rows_of(call.of_sequences(chosen), output[chosen], names, measured=rows.measured[chosen])
         for name, values in made.quantities.items():
-            quantities[name] = torch.full(rows.measured.shape, torch.nan, dtype=values.dtype, device=output.device)
+            quantities[name] = quantities[name].to(values.dtype)
             quantities[name][chosen] = values
     return rows.with_quantities(quantities)
+
+
+def _unknown(name: str, rows: Rows) -> Tensor:
+    """A quantity of the sample where nothing is in the sample."""
+    import torch
+
+    shape = rows.measured.shape[:2] if ROW_QUANTITIES[name].axis == "head" else rows.measured.shape
+    return torch.full(shape, torch.nan, device=rows.measured.device)
 
 
 def _without(call: Call, fields: Sequence[str]) -> Call:

@@ -132,6 +132,12 @@ ROW_QUANTITIES: dict[str, RowQuantity] = {
         _of_sample(name="norm_entropy", formula="−Σ q ln q, q = p ‖v W_O^h‖ / Σ p ‖v W_O^h‖", needs=_WRITTEN),
         _of_sample(name="norm_distance", formula="Σ q·|d|", needs=(*_WRITTEN, "positions")),
         _of_sample(name="norm_max_weight", formula="max q", needs=_WRITTEN),
+        _of_sample(
+            name="pattern_rank",
+            formula="exp of the entropy of σ²/Σσ², σ the singular values of the pattern",
+            axis="head",
+            merge=None,
+        ),
         _of_sample(name="norm_rows", formula="1 if Σ p ‖v W_O^h‖ > 0", needs=_WRITTEN),
         RowQuantity(name="reading_rows", formula="rows that read the answer", axis="head", needs=("reading",)),
         RowQuantity(

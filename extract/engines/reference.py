@@ -16,7 +16,7 @@ from attlas.extract.engines.block import Block, exact_dtype, value_norms
 from attlas.extract.engines.profiles import LARGEST_DOUBLING_BIN, OFFSET_BINS, doubling_bins
 from attlas.extract.engines.quantities import ROW_QUANTITIES
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
-from attlas.extract.engines.sampled import SAMPLED
+from attlas.extract.engines.sampled import SAMPLED, effective_rank
 from attlas.extract.engines.visibility import diagonal_sums, rows_per_block
 
 Call = AttentionCall | ScoredCall
@@ -254,6 +254,26 @@ def _at(values: Tensor, keys: Int[Tensor, "batch head row"]) -> Shaped[Tensor, "
     return values[:, None].expand(-1, keys.shape[1], -1).gather(-1, keys)
 
 
+def _pattern_rank(call: Call, output: Tensor, measured: Tensor) -> Float[Tensor, "batch head"]:
+    """Of one sequence after the other, so that only its whole pattern is in memory."""
+    each = [_ranks_of_sequence(call, measured, number) for number in range(len(measured))]
+    return torch.stack(each) if each else output.new_zeros(measured.shape[:2])
+
+
+def _ranks_of_sequence(call: Call, measured: Tensor, number: int) -> Float[Tensor, " head"]:
+    chosen = torch.tensor([number], device=measured.device)
+    alone, of_rows, heads = call.of_sequences(chosen), measured[chosen], measured.shape[1]
+    queries, keys = alone.visibility.queries, alone.visibility.keys
+    pattern: Tensor | None = None
+    for block in blocks_of(alone, heads, of_rows):
+        if pattern is None:
+            pattern = block.pattern.new_zeros(heads, queries.tokens, keys.tokens)
+        pattern[:, block.rows, block.keys] = block.pattern[0]
+    assert pattern is not None, "a call has queries"
+    of_tokens = pattern[:, queries.real[0]][..., keys.real[0]]
+    return torch.stack([effective_rank(head) for head in of_tokens]).to(pattern.dtype)
+
+
 OF_CALLS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
     "class_rows": _class_rows,
     "context_norm": _context_norm,
@@ -261,6 +281,7 @@ OF_CALLS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
     "value_norm": lambda call, output, _measured: value_norms(call, output.shape[1]),
     "query_norm": _query_norm,
     "key_norm": _key_norm,
+    "pattern_rank": _pattern_rank,
     "reading_rows": _reading_rows,
     "retrieved": _retrieved,
     "copied": _copied,

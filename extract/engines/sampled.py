@@ -1,4 +1,5 @@
-"""Row quantities that need whole rows of the pattern at once: sorted weights, and the pattern weighted by values' norms.
+"""Row quantities that need whole rows of the pattern at once: sorted weights, and the pattern weighted by values' norms; or all of
+its rows: its singular values.
 
 They cost more than a pass over the keys, so a run computes them for a sample of its sequences only.
 """
@@ -54,6 +55,19 @@ def norm_entropy(block: Block) -> Float[Tensor, "batch head row"]:
 
 def norm_distance(block: Block) -> Float[Tensor, "batch head row"]:
     return (block.norm_weighted * block.distances.abs()).sum(-1)
+
+
+def effective_rank(pattern: Float[Tensor, "query key"]) -> Float[Tensor, ""]:
+    """exp of the entropy of the normalised squares of the singular values; 0 of a pattern without any weight.
+
+    They are the eigenvalues of the smaller Gram matrix. In float32 their rounding would add up to 1e-4 over hundreds of keys.
+    """
+    exact = pattern.double()
+    gram = exact @ exact.T if len(exact) < exact.shape[1] else exact.T @ exact
+    squares = torch.linalg.eigvalsh(gram).clamp_min(0)
+    total = squares.sum()
+    shares = squares / total.where(total > 0, 1)
+    return (-shares.xlogy(shares).sum()).clamp_min(0).exp().where(total > 0, 0)
 
 
 SAMPLED: dict[str, Callable[[Block], Tensor]] = {

@@ -293,6 +293,12 @@ def written(o: HeadObservation) -> Tensor:
     return (o.received * o.rows["value_norm"]).sum(-1)
 
 
+@_quantity("pattern_rank", name="pattern_rank", merge=None)
+def rank_of_pattern(o: HeadObservation) -> Tensor:
+    """Effective rank of the measured rows."""
+    return o.rows["pattern_rank"].double().where(o.count > 0, torch.nan)
+
+
 @_quantity("received", facts=("stream",), merge=None)
 def massive(o: HeadObservation) -> Tensor:
     """Σ p on massive keys. The stream may be seen after its attention call: recorders add it, with `massive_mass`."""

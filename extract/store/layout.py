@@ -4,7 +4,8 @@ manifest.json            written last: without it there is no dataset
 README.md                the dataset card
 report.html              the report, if written beside the tables
 heads/shard-00000.parquet …
-_work/                   plan, spools, draft of the manifest and shard records of an unfinished run; gone when it is finished
+_work/                   plan, spools, means that ablations use, draft of the manifest and shard records of an unfinished run; gone
+                         when it is finished
 
 _work/run.json says which run the dataset belongs to; it is created once and never changed. A lock keeps all but one run from
 writing. Everything else in _work can be made again, and is, if it is damaged.
@@ -17,6 +18,8 @@ WORK = "_work"
 RUN = f"{WORK}/run.json"
 LOCK = f"{WORK}/lock"
 PLAN = f"{WORK}/plan.json"
+MEANS = f"{WORK}/means.json"  # the SHA-256 of the means, and of the plan that they are of
+MEAN_VECTORS = f"{WORK}/means.arrow"
 DRAFT = f"{WORK}/manifest.json"  # the manifest without the parts
 RECORDS = f"{WORK}/records"
 SPOOL = "shard-"  # prefix of the names of spools

@@ -22,7 +22,9 @@ class ShardRecord:
     shard: int
     parts: Mapping[str, Part]
     facts: Mapping[str, Any]  # counts that the manifest adds up
-    spool: str  # SHA-256 of what was measured: a shard planned otherwise is another shard
+    spool: (
+        str  # SHA-256 of what was measured, the spool and means if there are any: planned otherwise it is another shard
+    )
 
 
 _RECORD = record(

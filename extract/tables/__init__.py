@@ -6,7 +6,7 @@ A new table is a module with a `TABLE`, and a line here. The pipeline, `measure`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from attlas.extract.tables import (
     sequences,
     summaries,
     tokens,
+    totals,
     weights,
 )
 from attlas.extract.tables.column import Column as Column
@@ -65,6 +66,7 @@ TABLES: dict[str, Table] = {
         profiles,
         residual_profiles,
         summaries,
+        totals,
         pairs,
         weights,
         norms,
@@ -93,6 +95,11 @@ def measured_columns(statistics: str | Collection[str] = CORE, *, corpus: str | 
 def derived_tables(tables: Mapping[str, pa.Table], columns: Columns, *, shard: int) -> dict[str, pa.Table]:
     """The tables that are made of a shard's other tables, given the columns that were measured of these."""
     return {t.name: t.derive(tables, columns, shard=shard) for t in TABLES.values() if t.derive is not None}
+
+
+def concluded_tables(parts_of: Callable[[str], Iterator[pa.Table]]) -> dict[str, pa.Table]:
+    """The tables that are made once all shards are done, given the parts of each table in the order of shards."""
+    return {t.name: t.conclude(parts_of) for t in TABLES.values() if t.conclude is not None}
 
 
 def needs_of(columns: Columns) -> Needs:

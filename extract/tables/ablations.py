@@ -1,25 +1,64 @@
 """`ablations`, on request: what changes in a model's result when a head or a sublayer is left out, of the sequences of the sample.
 
-A head is left out by clearing its contexts, a sublayer by clearing what it adds to the residual stream.
+A head is left out by setting its contexts to zero or to their mean, a sublayer by setting what it adds to the residual stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from attlas.extract.engines.needs import Needs
+from attlas.extract.errors import Refusal
 from attlas.extract.tables.column import Column
 from attlas.extract.tables.patterns import OF_SAMPLE
 from attlas.extract.tables.recording import Arrays, RaggedRecorder
+from attlas.extract.tables.selection import statistics_named
 from attlas.extract.tables.table import DOCUMENT_ID, LAYER, SEQUENCE_ID, STACK, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PARTS = ("head", "attention", "mlp")
+Part = Literal["head", "attention", "mlp"]
+_PARTS: tuple[Part, ...] = ("head", "attention", "mlp")
+# the words of the option --ablate: parts, and what their vectors are set to
+_WORDS: Mapping[Part, str] = {"head": "heads", "attention": "attention", "mlp": "mlp"}
+_VALUES = ("zero", "mean")
+
+
+@dataclass(frozen=True)
+class AblateOption:
+    """Which parts are left out, and whether their vectors are set to their mean over the sample instead of zero."""
+
+    parts: tuple[Part, ...] = _PARTS
+    is_mean: bool = False
+
+    @property
+    def text(self) -> str:
+        """The option as a run records it; empty for the default."""
+        words = [_WORDS[part] for part in self.parts if self.parts != _PARTS]
+        return ",".join([*words, *(("mean",) if self.is_mean else ())])
+
+
+def ablate_option(ablate: str | Collection[str] | None) -> AblateOption:
+    """The option --ablate, of words in a comma-separated text or in a collection; the default for None. Raises Refusal."""
+    if ablate is None:
+        return AblateOption()
+    words = statistics_named(ablate)
+    known = (*_WORDS.values(), *_VALUES)
+    for word in words or ("",):
+        if word not in known:
+            nearest = difflib.get_close_matches(word, known, n=2)
+            hint = f"did you mean {' or '.join(nearest)}?" if nearest else "use one or several of these"
+            raise Refusal(f"ablate takes {', '.join(known)}, separated by commas; got {word!r}; {hint}")
+    if set(_VALUES) <= set(words):
+        raise Refusal("a part is set to zero or to its mean; ablate has both; leave one out, or make two runs")
+    parts: tuple[Part, ...] = tuple(part for part in _PARTS if _WORDS[part] in words)
+    return AblateOption(parts or _PARTS, "mean" in words)
 
 
 class AblationRecorder(RaggedRecorder):
@@ -29,10 +68,10 @@ class AblationRecorder(RaggedRecorder):
         import torch
 
         rows: list[Tensor] = []
-        for ablations, outcome in sequence.outcomes():
+        for parts, outcome in sequence.outcomes():
             changes = _changes(sequence.plain, outcome, sequence.repeated)
-            for number, ablation in enumerate(ablations):
-                keys = (place, ablation.attention, _PARTS.index(ablation.part), ablation.head)
+            for number, part in enumerate(parts):
+                keys = (place, part.attention, _PARTS.index(part.part), part.head)
                 rows.append(torch.cat((changes.new_tensor(keys), changes[number])))
         return {"rows": torch.stack(rows)} if rows else {"rows": sequence.plain.states.new_zeros(0, 8).double()}
 
@@ -127,5 +166,10 @@ TABLE = Table(
     example="SELECT stack, layer, head, AVG({column}) AS {column} FROM ablations WHERE part = 'head' GROUP BY ALL ORDER BY {column} DESC LIMIT 5",
     needs=lambda columns: Needs(ablations=True),
     recorder=AblationRecorder,
-    notes=f"{OF_SAMPLE} Heads whose contexts can't be reached have no rows.",
+    notes=f"""\
+{OF_SAMPLE} `--ablate` chooses the parts (`heads`, `attention`, `mlp`) and what they are set to at every token: `zero`, or with `mean`
+a head's contexts and a sublayer's update are set to their mean over all tokens of the sample of all shards (of `measure`: of the
+batch), padding left out. So `--ablate mean` says what hangs on how a part differs from token to token, and not on what it always
+adds. Heads whose contexts can't be reached have no rows. With `mean`, neither have parts that show other positions than the
+sequence's tokens, such as heads over padded windows, or in a model that pads a text to a multiple of its blocks.""",
 )

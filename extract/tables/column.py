@@ -36,6 +36,7 @@ class Column(Generic[Observation, Values]):
     corpus: str = ""  # the corpus on which alone it can be measured
     sample: bool = False  # measured for the sequences of the sample only
     averaged: bool = False  # an integer whose mean over sequences says something; that of a float always does
+    by_name: bool = False  # measured only if it is named itself, because it costs many times a pass
     group: str = ""  # under which heading of its table readers find it
     known: Mapping[str, str] = field(
         default_factory=dict
@@ -98,6 +99,7 @@ def column(
     corpus: str = "",
     sample: bool = False,
     averaged: bool = False,
+    by_name: bool = False,
     group: str = "",
     known: Mapping[str, str] | None = None,
     elsewhere: str = "",
@@ -119,6 +121,7 @@ def column(
             corpus=corpus,
             sample=sample,
             averaged=averaged,
+            by_name=by_name,
             group=group,
             known=known or {},
             elsewhere=elsewhere,

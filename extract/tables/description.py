@@ -55,6 +55,8 @@ def measured_when(table: Table, column: Column[Any, Any]) -> str:
     option = f"--statistics {table.name if table.on_request else column.name}"
     if column.corpus:
         return f"on request, on the corpus {column.corpus} alone: {option}"
+    if column.by_name:
+        return f"only if named, for the first sequences of each shard (--sample): {option}"
     if column.sample:
         return f"on request, for the first sequences of each shard (--sample): {option}"
     return "by every run" if column.core and not table.on_request else f"on request: {option}"

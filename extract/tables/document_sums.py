@@ -36,17 +36,27 @@ class DocumentSums:
     weight_squares: Float[np.ndarray, " row"]
 
 
-def documents_listed(
+# the fields that add up
+SUMS = ("documents", "weight", "mean", "deviation_squares", "deviation_products", "weight_squares")
+
+
+def is_listed_in_shard(
     documents: Int[np.ndarray, " sequence"], tokens: Num[np.ndarray, " sequence"], sequences_of: Mapping[int, int]
-) -> Int[np.ndarray, " listed"]:
-    """The documents of a shard that are listed by themselves, given its sequences' documents and lengths.
+) -> Bool[np.ndarray, " document"]:
+    """Which documents of a shard, in ascending order, are listed by themselves, given its sequences' documents and lengths.
 
     They lie partly in another shard, or are heavy. sequences_of: the number of all sequences of documents that begin in the shard.
     """
     numbers, places, counts = np.unique(documents, return_inverse=True, return_counts=True)
     is_whole = np.array([sequences_of.get(number) for number in numbers.tolist()]) == counts
-    is_heavy = np.bincount(places, weights=tokens) >= HEAVY_SHARE * tokens.sum()
-    return numbers[~is_whole | is_heavy]
+    return ~is_whole | (np.bincount(places, weights=tokens) >= HEAVY_SHARE * tokens.sum())
+
+
+def documents_listed(
+    documents: Int[np.ndarray, " sequence"], tokens: Num[np.ndarray, " sequence"], sequences_of: Mapping[int, int]
+) -> Int[np.ndarray, " listed"]:
+    """The documents of a shard that are listed by themselves."""
+    return np.unique(documents)[is_listed_in_shard(documents, tokens, sequences_of)]
 
 
 def sum_documents(

@@ -25,8 +25,8 @@ def select_columns(
     """The columns to measure of each recorded table. Raises Refusal for an unknown name.
 
     The core is always measured. `all` adds all columns of the tables that every run writes; the name of a table adds all of
-    its columns, also if it is on request; a column is added by its name, or as TABLE.COLUMN. A column of another corpus than
-    this one is refused by its name, and left out otherwise.
+    its columns, also if it is on request; a column is added by its name, or as TABLE.COLUMN. A costly column is added by its own
+    name alone. A column of another corpus than this one is refused by its name, and left out otherwise.
     """
     recorded = [table for table in tables if table.recorder is not None]
     chosen = {table.name: set(_core(table)) for table in recorded if not table.on_request}
@@ -72,8 +72,8 @@ def _find(recorded: list[Table], name: str, corpus: str | None) -> dict[str, lis
 
 
 def _measurable(table: Table, corpus: str | None) -> list[str]:
-    """The columns that can be measured on this corpus."""
-    return [c.name for c in table.statistics if c.corpus in ("", corpus)]
+    """The columns that can be measured on this corpus, but for those that are measured by their own name alone."""
+    return [c.name for c in table.statistics if c.corpus in ("", corpus) and not c.by_name]
 
 
 def _named(table: Table, name: str, corpus: str | None) -> list[str]:

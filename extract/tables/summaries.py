@@ -7,19 +7,18 @@ shards reads this small table instead of all rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
 from attlas.extract.tables import heads, layers, residual
 from attlas.extract.tables.column import Column
-from attlas.extract.tables.document_sums import HEAVY_SHARE, POOLED, DocumentSums, documents_listed, sum_documents
+from attlas.extract.tables.document_sums import HEAVY_SHARE, POOLED, SUMS, documents_listed, sum_documents
 from attlas.extract.tables.table import DOCUMENT_ID, HEAD, LAYER, SHARD, STACK, Rule, Table
 
 _SUMMARIZED = (heads.TABLE, residual.TABLE, layers.TABLE)
 _PLACE = {"stack": pa.string(), "layer": pa.int16(), "head": pa.int16(), "site": pa.string()}
-_SUMS = tuple(field.name for field in fields(DocumentSums) if field.name not in ("place", "column", "document"))
 
 
 def summarize_shard(tables: Mapping[str, pa.Table], columns: Mapping[str, Sequence[Column]], *, shard: int) -> pa.Table:
@@ -54,7 +53,7 @@ def _summarize(rows: pa.Table, table: Table, names: Sequence[str], sequences: pa
     }
     columns["column"] = pa.array(names, pa.string()).take(pa.array(sums.column))
     columns["document_id"] = pa.array(sums.document, pa.int64(), mask=sums.document == POOLED)
-    return pa.table(columns | {name: pa.array(getattr(sums, name)) for name in _SUMS})
+    return pa.table(columns | {name: pa.array(getattr(sums, name)) for name in SUMS})
 
 
 def weights_of(rows: pa.Table, table: Table, sequences: pa.Table) -> np.ndarray:
@@ -89,60 +88,63 @@ def _sum(name: str, formula: str, meaning: str = "", *, low: float | None = 0) -
     return Column(name=name, dtype="float64", formula=formula, meaning=meaning, bounds=(low, None))
 
 
+SUM_KEYS = (
+    STACK,
+    LAYER,
+    replace(HEAD, nullable=True, formula=f"{HEAD.formula}; null for columns of `residual` and `layers`"),
+    Column(
+        name="site",
+        dtype="stack",
+        formula=f"{residual.SITE.formula}; null for columns of `heads` and `layers`",
+        nullable=True,
+    ),
+    Column(name="column", dtype="string", formula="the statistic: a column of `heads`, `residual` or `layers`"),
+    replace(
+        DOCUMENT_ID,
+        nullable=True,
+        formula="number of a document that is listed by itself; null for the other documents together",
+    ),
+)
+SUM_FACTS = (
+    Column(
+        name="documents",
+        dtype="int64",
+        formula="number of documents that have a value",
+        bounds=(1, None),
+    ),
+    _sum("weight", "Σ_d W_d, W_d = Σ w over the rows of document d that have a value", "Rows that the mean is over."),
+    _sum("mean", "θ = Σ_d Y_d ÷ Σ_d W_d, Y_d = Σ w·y", "The row-weighted mean.", low=None),
+    _sum("deviation_squares", "Σ_d (Y_d − θ W_d)²", "How much documents differ."),
+    _sum("deviation_products", "Σ_d (Y_d − θ W_d) W_d", low=None),
+    _sum("weight_squares", "Σ_d W_d²", "How unequal documents are: they count as (Σ W_d)² ÷ Σ W_d²."),
+)
+
+
+SUM_RULES = (
+    Rule("weights", "weight <= 0", "a weight is not above 0"),
+    Rule("documents", "document_id IS NOT NULL AND documents <> 1", "a listed document counts as several"),
+    Rule(
+        "documents",
+        "weight_squares > weight * weight * 1.0000001 OR weight_squares * documents * 1.0000001 < weight * weight",
+        "squared weights that no documents of this number and weight have",
+    ),
+    Rule("places", "head IS NOT NULL AND site IS NOT NULL", "both a head and a site"),
+)
+
 TABLE = Table(
     name="summaries",
     row="shard × stack × layer × head or site × column × listed document",
     kind="additive",
     is_newer=True,
     derive=summarize_shard,
-    keys=(
-        SHARD,
-        STACK,
-        LAYER,
-        replace(HEAD, nullable=True, formula=f"{HEAD.formula}; null for columns of `residual` and `layers`"),
-        Column(
-            name="site",
-            dtype="stack",
-            formula=f"{residual.SITE.formula}; null for columns of `heads` and `layers`",
-            nullable=True,
-        ),
-        Column(name="column", dtype="string", formula="the statistic: a column of `heads`, `residual` or `layers`"),
-        replace(
-            DOCUMENT_ID,
-            nullable=True,
-            formula="number of a document that is listed by itself; null for the other documents of the shard together",
-        ),
-    ),
-    facts=(
-        Column(
-            name="documents",
-            dtype="int64",
-            formula="number of documents that have a value in the shard",
-            bounds=(1, None),
-        ),
-        _sum(
-            "weight", "Σ_d W_d, W_d = Σ w over the rows of document d that have a value", "Rows that the mean is over."
-        ),
-        _sum("mean", "θ = Σ_d Y_d ÷ Σ_d W_d, Y_d = Σ w·y", "The row-weighted mean.", low=None),
-        _sum("deviation_squares", "Σ_d (Y_d − θ W_d)²", "How much documents differ."),
-        _sum("deviation_products", "Σ_d (Y_d − θ W_d) W_d", low=None),
-        _sum("weight_squares", "Σ_d W_d²", "How unequal documents are: they count as (Σ W_d)² ÷ Σ W_d²."),
-    ),
+    keys=(SHARD, *SUM_KEYS),
+    facts=SUM_FACTS,
     order=("stack", "layer", "head", "site", "column", "document_id"),
     example=(
         'SELECT stack, layer, head, "column", SUM(weight * mean) / SUM(weight) AS mean, SUM(weight) AS rows '
         "FROM summaries WHERE head IS NOT NULL GROUP BY ALL ORDER BY ALL LIMIT 5"
     ),
-    rules=(
-        Rule("weights", "weight <= 0", "a weight is not above 0"),
-        Rule("documents", "document_id IS NOT NULL AND documents <> 1", "a listed document counts as several"),
-        Rule(
-            "documents",
-            "weight_squares > weight * weight * 1.0000001 OR weight_squares * documents * 1.0000001 < weight * weight",
-            "squared weights that no documents of this number and weight have",
-        ),
-        Rule("places", "head IS NOT NULL AND site IS NOT NULL", "both a head and a site"),
-    ),
+    rules=SUM_RULES,
     notes=f"""\
 w is `query_rows` for columns of `heads` and the sequence's `tokens` for those of `residual` and `layers`. A document is listed by
 itself if it has sequences in another shard too, or at least a {1 / HEAVY_SHARE:.0f}th of the shard's tokens; for it the deviations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,6 +101,7 @@ class Table:
     needs: Callable[[Sequence[Column]], Needs] = lambda columns: Needs()  # of these columns
     recorder: Callable[[Table, Scope], Recorder] | None = None
     derive: Callable[..., pa.Table] | None = None
+    conclude: Callable[[Callable[[str], Iterator[pa.Table]]], pa.Table] | None = None
     weight: str = ""
     rules: tuple[Rule, ...] = ()
     agreements: tuple[Agreement, ...] = ()

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,25 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from attlas.extract.store import Part, Store
-from attlas.extract.tables import SCHEMA_VERSION, TABLES, derived_tables
+from attlas.extract.tables import SCHEMA_VERSION, TABLES, concluded_tables, derived_tables
 from tests import oracles
 from tests.files import file_sha256, read_json, write_json
 
 Floats = NDArray[np.float64]
 WIDTH = 16
 # the tables that the synthetic datasets have
-WRITTEN = ("compositions", "documents", "heads", "norms", "profiles", "residual", "sequences", "summaries", "weights")
+WRITTEN = (
+    "compositions",
+    "documents",
+    "heads",
+    "norms",
+    "profiles",
+    "residual",
+    "sequences",
+    "summaries",
+    "totals",
+    "weights",
+)
 PROFILES = ("offset", "entropy", "max_weight", "entropy_by_position", "distance_by_position", "received_by_position")
 
 
@@ -90,7 +101,7 @@ def write_dataset(
     document_rows, sequence_rows = _corpus(random, documents, lengths, shard_sequences)
     shards = max(row["shard"] for row in sequence_rows) + 1
     store = Store.at(root)
-    parts: dict[str, list[Part]] = {name: [] for name in WRITTEN if summaries or name != "summaries"}
+    parts: dict[str, list[Part]] = {name: [] for name in WRITTEN if summaries or name not in ("summaries", "totals")}
     for shard in range(shards):
         shard_rows = [row for row in sequence_rows if row["shard"] == shard]
         tables = _measure(random, shard_rows, layers=layers, heads=heads)
@@ -103,10 +114,19 @@ def write_dataset(
         written |= derived_tables(written, columns, shard=shard) if summaries else {}
         for name, rows in written.items():
             parts[name].append(store.write_part(name, shard, rows))
+    if summaries:
+        parts |= _write_totals(root, store)
     store.finish(
         _manifest(parts, document_rows, sequence_rows, layers, heads, model_name, corpus_name), "# known patterns\n"
     )
     return root
+
+
+def _write_totals(root: Path, store: Store) -> dict[str, list[Part]]:
+    def parts_of(name: str) -> Iterator[pa.Table]:
+        return (pq.ParquetFile(part).read() for part in sorted((root / name).iterdir()))
+
+    return {name: [store.write_part(name, 0, rows)] for name, rows in concluded_tables(parts_of).items()}
 
 
 def rewrite(root: Path, part: str, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -135,6 +155,8 @@ def changed_copy(root: Path, copy: Path, change: Callable[[pl.DataFrame], pl.Dat
         columns = {name: [c for c in TABLES[name].facts if c.core] for name in ("heads", "residual")}
         (derived,) = derived_tables(shard, columns, shard=int(part.stem[-5:])).values()
         rewrite(copy, f"summaries/{part.name}", lambda _, derived=derived: derived)
+    _write_totals(copy, Store.at(copy))
+    write_json(copy / "manifest.json", with_new_checksums(copy, read_json(copy / "manifest.json") or {}))
     return copy
 
 

@@ -23,6 +23,7 @@ from attlas.analysis.inference import (
 )
 from attlas.analysis.summaries import averaged_columns, document_sums, summaries, summarize_frame, summarize_rows
 from attlas.extract.tables.document_sums import documents_listed
+from attlas.extract.tables.merged_sums import MergedSums, listed_in_total
 from tests import oracles
 
 # the estimator of analysis/inference.py, from the rows alone: every document is left out once
@@ -153,17 +154,30 @@ def test_summaries_of_shards_give_what_the_rows_give(folder: Path, table: str) -
 
 def test_merged_shards_equal_all_rows_at_once_with_documents_across_borders() -> None:
     frame = _simulate(_demo_weights(), datasets=3, seed=2)
-    shards = frame.with_columns(shard=pl.int_range(pl.len()).over("dataset") // 64)
-    parts = [_shard_summary(shard) for _, shard in shards.group_by("shard", maintain_order=True)]
-    listed = np.unique(np.concatenate([part["document_id"].drop_nulls().unique() for part in parts]))
+    shards = [
+        rows
+        for _, rows in frame.with_columns(shard=pl.int_range(pl.len()).over("dataset") // 64).group_by(
+            "shard", maintain_order=True
+        )
+    ]
+    of_one = [rows.filter(dataset=0) for rows in shards]
+    sequences_of = {row["document_id"]: row["sequences"] for rows in of_one for row in rows.iter_rows(named=True)}
+    listed = listed_in_total(
+        ((rows["document_id"].to_numpy(), rows["weight"].to_numpy()) for rows in of_one), sequences_of
+    )
+    merged = MergedSums(["dataset", "column"], listed)
+    for rows in shards:
+        merged.add(_shard_summary(rows).to_arrow())
+    sums = pl.DataFrame(pl.from_arrow(merged.to_arrow()))
     assert 0 < len(listed) < frame["document_id"].n_unique()
-    merged = estimates(pl.concat(parts).lazy(), ["dataset"]).collect()
-    at_once = estimates(summarize_frame(frame, ["y"], ["dataset"], listed).lazy(), ["dataset"]).collect()
+    assert set(sums["document_id"].drop_nulls()) == listed
+    found = estimates(sums.lazy(), ["dataset"]).collect()
+    at_once = estimates(summarize_frame(frame, ["y"], ["dataset"], sorted(listed)).lazy(), ["dataset"]).collect()
     for name in ("estimate", "low", "high", "se", "effective_documents", "documents", "rows"):
-        assert merged[name].to_numpy() == pytest.approx(at_once[name].to_numpy(), rel=1e-9)
+        assert found[name].to_numpy() == pytest.approx(at_once[name].to_numpy(), rel=1e-9)
     # leaving out light documents one by one changes the error by little
     each = _estimates(frame, ["dataset"])
-    assert merged["se"].to_numpy() == pytest.approx(each["se"].to_numpy(), rel=0.01)
+    assert found["se"].to_numpy() == pytest.approx(each["se"].to_numpy(), rel=0.01)
 
 
 def _shard_summary(shard: pl.DataFrame) -> pl.DataFrame:

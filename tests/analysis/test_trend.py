@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+from polars.testing import assert_frame_equal
 
 import attlas
 from attlas.analysis.compare import CHANGED, UNCHANGED, compare
@@ -16,7 +17,7 @@ from attlas.analysis.heads import head_means
 from attlas.analysis.inference import benjamini_hochberg
 from attlas.analysis.series import open_series
 from attlas.analysis.trend import CHANGE, VALUE, Trend, trend
-from attlas.analysis.trend_output import sparkline
+from attlas.analysis.trend_overview import sparkline
 from attlas.extract.store import Refusal
 from attlas.flows.cli import exit_code
 from tests.analysis.synthetic import changed_copy, rewrite, write_dataset
@@ -335,7 +336,7 @@ def test_every_format_has_the_rows(runs: Path, found: Trend, tmp_path: Path, run
     assert len(run_command(f"{runs}/*", "--format", "csv")[1].splitlines()) == found.rows.height + 1
     out = tmp_path / "rows.parquet"
     assert run_command(f"{runs}/*", "--format", "parquet", "--output", str(out))[0] == 0
-    assert pl.read_parquet(out).equals(found.rows)
+    assert_frame_equal(pl.read_parquet(out), found.rows, rel_tol=1e-12, abs_tol=1e-12)
 
 
 def test_what_is_left_out_is_said_beside_rows_too(runs: Path, tmp_path: Path, run_command: RunCommand) -> None:

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ RESULTS = Path(__file__).parents[2] / "data" / "bench.json"
 
 def benchmarks() -> tuple[Benchmark, ...]:
     """All benchmarks in the order in which they run; those with short passes are repeated more often."""
-    from tests.benchmarks import run
+    from tests.benchmarks import answers, run
     from tests.benchmarks.forward import compare_forward
     from tests.benchmarks.memory import compare_peak_memory
     from tests.benchmarks.usual import minilm_usual
@@ -45,6 +46,17 @@ def benchmarks() -> tuple[Benchmark, ...]:
         Benchmark("memory/bert-base-8192", lambda _: compare_peak_memory(8192, 12), 1),
         Benchmark("memory/one-layer-32768", lambda _: compare_peak_memory(32768, 1), 1, by_name_only=True),
         Benchmark("bytes-per-row/heads", run.minilm_heads_bytes, 1),
+        Benchmark("bytes-read/one-head-256", lambda _: answers.one_head_bytes(256), 1),
+        Benchmark("bytes-read/one-head-4096", lambda _: answers.one_head_bytes(4096), 1),
+        *(
+            Benchmark(f"answers/{name}-{size}", partial(measure, rows), repeats, by_name_only=size == "100m")
+            for size, rows, repeats in (("10m", 10**7, 3), ("100m", 10**8, 1))
+            for name, measure in (
+                ("means", answers.means),
+                ("means-of-source", answers.means_of_source),
+                ("compare", answers.paired_comparison),
+            )
+        ),
     )
 
 

@@ -25,7 +25,10 @@ run/*      tokens/s from tokenisation to Parquet and manifest, against plain pas
 usual/*    tokens/s from a batch to Parquet, against eager patterns, hooks and the same statistics in torch, in a separate
            process with torch's default allocator; usual-by-one gives its model one sequence at a time
 memory/*   peak growth of the process, against the plain pass, and the difference
-bytes/*    bytes of a `heads` row on disk, against pyarrow's defaults"""
+bytes/*    bytes of a `heads` row on disk, against pyarrow's defaults
+bytes-read/*  of a `heads` part, by a reader of one head, against the whole part; in shards of 256 or 4,096 sequences
+answers/*  seconds, less is better: analyses of 10 or 100 million rows of `heads`, 35 columns, against a bare scan and mean of
+           the same columns by Polars (compare: against two); with the peak growth of the process"""
 
 
 def machine() -> str:

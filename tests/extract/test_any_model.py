@@ -23,7 +23,7 @@ from tests.extract.test_heads import assert_columns
 from tests.extract.test_torch_modules import Heads, Kept, assert_heads, exact, linear
 
 BATCH, TOKENS, WIDTH, HEADS, HEAD_WIDTH = 3, 7, 16, 4, 4
-measure = partial(attlas.measure, statistics="all")
+measure = partial(attlas.measure, statistics="all,pattern_effective_rank")
 SDPA = functional.scaled_dot_product_attention
 
 

@@ -22,6 +22,7 @@ from tests.patterns import CLOSED_FORMS, PATTERNS, closed_form, harmonic
 
 HEADS = [(c.name, letter) for c in TABLES["heads"].facts for letter in c.known]
 RESIDUAL = [(c.name, state) for c in TABLES["residual"].facts for state in c.known]
+BY_NAME = [c.name for table in TABLES.values() for c in table.statistics if c.by_name]
 WIDTH = 8
 
 
@@ -30,7 +31,7 @@ def value_of(formula: str, **symbols: float) -> float:
     over = re.fullmatch(r"mean of (.+) over m = 1…n", formula)
     if over:
         return math.fsum(value_of(over[1], m=m) for m in range(1, int(symbols["n"]) + 1)) / symbols["n"]
-    code = formula.replace("−", "-").replace("²", "**2").replace("·", "*")
+    code = formula.replace("−", "-").replace("²", "**2").replace("·", "*").replace("^", "**")
     code = re.sub(r"ln\(n!\)", "lgamma(n+1)", code)
     code = re.sub(r"ln (\w+)", r"log(\1)", code)
     code = re.sub(r"√(\w)", r"sqrt(\1)", code).replace("√(", "sqrt(")
@@ -43,6 +44,7 @@ def test_formulas_of_the_catalogue_are_read_as_people_read_them() -> None:
     assert value_of("3n/(2(n+1))", n=5) == 15 / 12
     assert value_of("ln n − 2·ln 2/n", n=8) == math.log(8) - math.log(2) / 4
     assert value_of("√((n²−1)/12)", n=5) == math.sqrt(2) and value_of("√d", d=9) == 3
+    assert value_of("n·4^(−1/n)", n=2) == 1
     assert value_of("mean of √((m²−1)/12) over m = 1…n", n=2) == math.sqrt(3 / 12) / 2
 
 
@@ -119,7 +121,7 @@ def dataset(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
         blocks=1,
         length=40,
         tokens="text",
-        statistics=["all", *on_request],
+        statistics=["all", *BY_NAME, *on_request],
         engine="reference",
     )
     complete_run(asked)

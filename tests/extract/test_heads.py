@@ -64,7 +64,7 @@ def observed(demo, demo_texts):
     patterns = eager_patterns(demo.model, **inputs)
     for handle in handles:
         handle.remove()
-    tables = measure(demo.model, tokenizer=demo.tokenizer, statistics="all", **inputs)
+    tables = measure(demo.model, tokenizer=demo.tokenizer, statistics="all,pattern_effective_rank", **inputs)
     return inputs, patterns, seen, tables
 
 
@@ -172,7 +172,7 @@ def test_pattern_columns_equal_the_oracle_in_every_family(family, padding):
     if padding == "left":
         mask[1, :5] = mask[2, :13] = 0
     patterns = eager_patterns(model, input_ids=ids, attention_mask=mask)
-    tables = measure(model, statistics="all", input_ids=ids, attention_mask=mask)
+    tables = measure(model, statistics="all,pattern_effective_rank", input_ids=ids, attention_mask=mask)
     got = {(r["sequence_id"], r["layer"], r["head"]): r for r in tables["heads"].to_pylist()}
     assert len(got) == 3 * len(patterns) * 4
     for (sequence, layer, head), row in got.items():

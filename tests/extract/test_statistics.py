@@ -27,7 +27,9 @@ from attlas.extract.tables import TABLES, columns_beyond_core, measured_columns
 from tests.extract.runs import complete_run
 from tests.files import read_json, write_json
 
-MEASURABLE = {name: tuple(c for c in table.statistics if not c.corpus) for name, table in TABLES.items()}
+MEASURABLE = {
+    name: tuple(c for c in table.statistics if not c.corpus and not c.by_name) for name, table in TABLES.items()
+}
 EXTRA = sorted(c.name for c in MEASURABLE["heads"] if not c.core)
 
 
@@ -68,6 +70,15 @@ def test_the_core_is_always_measured_and_names_add_to_it() -> None:
     assert measured_columns("heads")["heads"] == MEASURABLE["heads"]
 
 
+def test_a_costly_column_is_measured_by_its_own_name_alone() -> None:
+    costly = {c.name for c in TABLES["heads"].facts if c.by_name}
+    assert costly == {"pattern_effective_rank"}
+    for statistics in ("core", "all", "heads", "all,heads"):
+        assert not names(measured_columns(statistics)["heads"]) & costly
+    for statistics in ("pattern_effective_rank", "heads.pattern_effective_rank", "all,pattern_effective_rank"):
+        assert costly <= names(measured_columns(statistics)["heads"])
+
+
 @pytest.mark.parametrize(
     ("statistics", "message"),
     [
@@ -104,12 +115,16 @@ def test_a_dataset_has_the_columns_that_were_asked_for_and_lists_them(demo, tmp_
     assert core.equals(everything), "asking for more changes no number"
 
 
-SAMPLED = ("gini", "keys_for_half_mass", "mass_top_16", "mass_streaming", "norm_entropy_nats")
+SAMPLED = (
+    *("gini", "keys_for_half_mass", "mass_top_16", "mass_streaming", "norm_entropy_nats"),
+    "pattern_effective_rank",
+)
+WITH_COSTLY = "all,pattern_effective_rank"
 
 
 def test_sampled_columns_are_those_of_the_first_sequences_of_each_shard(demo, tmp_path: Path) -> None:
-    few = replace(options(tmp_path, "all", "few"), sample=2, shard_sequences=4)
-    every = replace(options(tmp_path, "all", "every"), sample=4, shard_sequences=4)
+    few = replace(options(tmp_path, WITH_COSTLY, "few"), sample=2, shard_sequences=4)
+    every = replace(options(tmp_path, WITH_COSTLY, "every"), sample=4, shard_sequences=4)
     tables = []
     for asked in (few, every):
         out = Path(str(complete_run(asked).options.out))

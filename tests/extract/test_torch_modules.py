@@ -30,7 +30,7 @@ WITHIN_ONE_SEQUENCE = (
     *("mean_log_self", "mass_streaming", "norm_distance_tokens"),
 )
 
-measure = partial(attlas.measure, statistics="all")
+measure = partial(attlas.measure, statistics="all,pattern_effective_rank")
 
 
 # --- by hand -------------------------------------------------------------------------------------------------------

@@ -214,6 +214,10 @@ def test_the_readme_shows_what_stats_prints(attlas: Callable[..., Ended]) -> Non
     ("name", "words"),
     [
         ("gini", "on request, for the first sequences of each shard (--sample): --statistics gini"),
+        (
+            "pattern_effective_rank",
+            "only if named, for the first sequences of each shard (--sample): --statistics pattern_effective_rank",
+        ),
         ("query_norm", "on request: --statistics query_norm"),
         ("retrieval_score", "on request, on the corpus needle alone: --statistics retrieval_score"),
         ("token_ids", "if the tokens themselves are asked for: --tokens ids or text"),
@@ -247,6 +251,13 @@ def test_stats_of_a_file_are_its_columns(attlas: Callable[..., Ended], tmp_path:
     (column,) = json.loads(attlas("stats", file, "--format", "json")[1])
     assert column["name"] == "twice" and column["bounds"] == [0, None]
     refused(attlas("stats", tmp_path / "other.py"), "are in a Python file; there is none at", "other.py")
+
+
+def test_a_run_that_ablates_something_unknown_is_refused_at_once(attlas: Callable[..., Ended], tmp_path: Path) -> None:
+    asked = ("run", "--model", "demo", "--corpus", "demo", "--out", tmp_path / "out")
+    refused(attlas(*asked, "--ablate", "head"), "ablate takes heads, attention, mlp, zero, mean", "did you mean heads")
+    refused(attlas(*asked, "--ablate", "zero,mean"), "ablate has both; leave one out, or make two runs")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_with_a_missing_file_of_statistics_is_refused_at_once(

@@ -73,6 +73,15 @@ def test_files_of_statistics_in_a_run_file_are_relative_to_its_folder(tmp_path: 
     assert read_run(file, {"statistics": "mine.py"}).statistics == "mine.py"
 
 
+def test_what_is_ablated_reaches_extraction_from_the_run_file_and_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "demo"\ncorpus = "demo"\nout = "data"\nablate = "heads,mean"\n')
+    assert read_run(file, {}).options().ablation.text == "heads,mean"
+    overridden = read_run(file, {"ablate": "mlp"}).options()
+    assert overridden.ablation.text == "mlp" and "ablations" in overridden.columns
+    assert read_run(None, REQUIRED).options().ablate is None
+
+
 def test_options_of_a_generated_corpus_reach_extraction() -> None:
     options = read_run(None, {**REQUIRED, "corpus": "needle", "seed": 3, "depths": "0,100"}).options()
     assert options.generation is not None

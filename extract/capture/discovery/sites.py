@@ -17,11 +17,11 @@ from itertools import groupby
 
 from torch import nn
 
-from attlas.extract.capture.discovery.module_tree import LayerLists
 from attlas.extract.capture.discovery.state_graph import StateGraph
 from attlas.extract.capture.discovery.stream_sites import NoStream, StreamSites, name_some
 from attlas.extract.capture.discovery.sublayers import Sublayer, stream_width, sublayers_by_stack
 from attlas.extract.capture.discovery.trace import Trace
+from attlas.extract.capture.layer_lists import LayerLists
 from attlas.extract.capture.layout import Attention, Site
 
 # a site and the moment at which its last point has been read
@@ -32,7 +32,7 @@ def find_sites(
     trace: Trace, attentions: Sequence[Attention], modules: Mapping[str, nn.Module]
 ) -> tuple[tuple[Site, ...], dict[str, str]]:
     """Return the sites of all stacks in the order in which they are complete, and why a stack is left out, or part of one."""
-    lists = LayerLists(trace.calls, modules)
+    lists = LayerLists((name for call in trace.calls for name in call.modules), modules)
     graphs: dict[int, StateGraph] = {}
     sites: list[_TimedSite] = []
     refusals: dict[str, str] = {}

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attlas.extract.capture.discovery.module_tree import lineage
 from attlas.extract.capture.discovery.norms import is_leaf, norms_in
 from attlas.extract.capture.discovery.trace import Trace
+from attlas.extract.capture.layer_lists import lineage
 from attlas.extract.capture.layout import HookPoint, Norm
 
 # rows and columns of the sample on which sums are searched; candidates are then checked on the whole state

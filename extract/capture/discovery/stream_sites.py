@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 
 from attlas.extract.capture.discovery.derivations import Derivation
-from attlas.extract.capture.discovery.module_tree import LayerLists, common_prefix_length
+from attlas.extract.capture.discovery.module_tree import common_prefix_length
 from attlas.extract.capture.discovery.state_graph import Path, StateGraph
 from attlas.extract.capture.discovery.sublayers import Sublayer
 from attlas.extract.capture.discovery.trace import Event, Trace
+from attlas.extract.capture.layer_lists import LayerLists
 from attlas.extract.capture.layout import HookPoint, Norm, Site, Update
 
 
