@@ -81,10 +81,10 @@ def _size(dataset: Dataset) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to compare of each table, and those that only one dataset has."""
+    """The columns to compare of each table, and those that not every dataset has, by the datasets that do."""
 
     common: Mapping[str, Mapping[str, Column]]
-    only: Mapping[str, Sequence[str]]  # by dataset, a or b
+    only: Mapping[str, Sequence[str]]
 
 
 def columns_to_compare(a: Dataset, b: Dataset, names: Sequence[str] | None = None) -> Columns:
@@ -92,14 +92,25 @@ def columns_to_compare(a: Dataset, b: Dataset, names: Sequence[str] | None = Non
 
     Raises Refusal for a name that the catalogue lacks, and for one that a dataset has not measured.
     """
-    measured = [{table: averaged_columns(d, table) if table in d.tables else [] for table in COMPARED} for d in (a, b)]
+    return common_columns({"a": a, "b": b}, names)
+
+
+def common_columns(datasets: Mapping[str, Dataset], names: Sequence[str] | None = None) -> Columns:
+    """All averaged columns that these datasets have, or those named (COLUMN or TABLE.COLUMN).
+
+    Raises Refusal for a name that the catalogue lacks, and for one that a dataset has not measured.
+    """
+    measured = {
+        letter: {t: averaged_columns(d, t) if t in d.tables else [] for t in COMPARED} for letter, d in datasets.items()
+    }
+    first = next(iter(datasets.values()))
     common = {
-        table: {c.name: c for c in a.table(table).facts if all(c.name in of[table] for of in measured)}
+        table: {c.name: c for c in first.table(table).facts if all(c.name in of[table] for of in measured.values())}
         for table in COMPARED
     }
     only = {
-        letter: [f"{t}.{n}" for t in COMPARED for n in this[t] if n not in that[t]]
-        for letter, this, that in (("a", *measured), ("b", *measured[::-1]))
+        letter: [f"{t}.{n}" for t in COMPARED for n in this[t] if n not in common[t]]
+        for letter, this in measured.items()
     }
     if names is None:
         return Columns(common, only)
@@ -113,13 +124,19 @@ def columns_to_compare(a: Dataset, b: Dataset, names: Sequence[str] | None = Non
     return Columns(chosen, {})
 
 
-def _refuse_column(name: str, measured: Sequence[Mapping[str, Sequence[str]]]) -> Refusal:
-    has = [any(name in (c, f"{t}.{c}") for t in COMPARED for c in of[t]) for of in measured]
+def name_some(names: Sequence[str], *, at_most: int = 3) -> list[str]:
+    """The first names, and the number of the others, for messages."""
+    more = len(names) - at_most
+    return [*names[:at_most], *([f"{more} more"] if more > 0 else [])]
+
+
+def _refuse_column(name: str, measured: Mapping[str, Mapping[str, Sequence[str]]]) -> Refusal:
+    has = {letter: any(name in (c, f"{t}.{c}") for t in COMPARED for c in of[t]) for letter, of in measured.items()}
     known = sorted({c.name for t in COMPARED for c in TABLES[t].facts if c.is_averaged})
-    if any(has) or name.rpartition(".")[2] in known:
-        lacking = " and ".join(letter for letter, is_there in zip("ab", has, strict=True) if not is_there)
+    if any(has.values()) or name.rpartition(".")[2] in known:
+        lacking = " and ".join(name_some([letter for letter in has if not has[letter]]))
         return Refusal(
-            f"a column is compared that both datasets have; {name} was not measured in {lacking}; "
+            f"a column is compared that {'both' if len(has) == 2 else 'all'} datasets have; {name} was not measured in {lacking}; "
             f"measure it with --statistics {name}, or leave it out"
         )
     return Refusal(

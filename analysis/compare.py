@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -57,6 +58,8 @@ ROW = {
 }
 
 
+# of rows before they are corrected together
+TESTED = {**ROW, "p": pl.Float64, "is_within": pl.Boolean}
 # of places that are not the same in both
 OF_MATCH = {"depth": pl.Float64, "other_layer": pl.Int16, "other_head": pl.Int16}
 
@@ -101,10 +104,9 @@ def compare(
     of relative depth of others. Raises Refusal for datasets that can't be compared, unknown columns and bad margins.
     """
     first, second = (d if isinstance(d, Dataset) else Dataset.open(d) for d in (a, b))
-    if not 0 < alpha < 0.5:
-        raise Refusal(f"alpha is a probability below 0.5; got {alpha:g}; use 0.05, for example")
+    check_alpha(alpha)
     chosen = columns_to_compare(first, second, columns)
-    given = _margins(margins, chosen)
+    given = margins_of(margins, chosen)
     used = _match(first, second, match)
     how = same_documents(first, second) if used == "place" else None
     frames = []
@@ -115,14 +117,16 @@ def compare(
             else None
         )
         if found is not None:
-            frames.append(_tested(*found, of_table, given, alpha=alpha))
-    rows = (
-        pl.concat(frames, how="diagonal")
-        if frames
-        else pl.DataFrame(schema={**ROW, "p": pl.Float64, "is_within": pl.Boolean})
-    )
+            frames.append(tested(*found, of_table, given, alpha=alpha))
+    rows = pl.concat(frames, how="diagonal") if frames else pl.DataFrame(schema=TESTED)
     notes = (*descriptions(first, second), *_notes(first, second, chosen, how, match=used))
-    return Comparison(_with_verdicts(rows, alpha), how is not None, notes, alpha)
+    return Comparison(with_verdicts(rows, alpha), how is not None, notes, alpha)
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise Refusal unless it is the level of a test."""
+    if not 0 < alpha < 0.5:
+        raise Refusal(f"alpha is a probability below 0.5; got {alpha:g}; use 0.05, for example")
 
 
 def _match(a: Dataset, b: Dataset, name: str | None) -> Match:
@@ -143,7 +147,8 @@ def _match(a: Dataset, b: Dataset, name: str | None) -> Match:
     return match or ("place" if are_same else "depth")
 
 
-def _margins(margins: Iterable[str] | Mapping[str, float], chosen: Columns) -> dict[str, Margin]:
+def margins_of(margins: Iterable[str] | Mapping[str, float], chosen: Columns) -> dict[str, Margin]:
+    """Margins from numbers in their columns' units, or from texts. Raises Refusal."""
     columns = {name: column for of_table in chosen.common.values() for name, column in of_table.items()}
     texts = [f"{name}={value!r}" for name, value in margins.items()] if isinstance(margins, Mapping) else margins
     return margins_named(texts, columns)
@@ -157,6 +162,13 @@ def _differences(
         return _unpaired(*means_by_depth(a, b, table, columns))
     if match == "heads":
         return _unpaired(*means_of_heads_alike(a, b, columns)) if table == "heads" else None
+    return differences_at_places(a, b, table, columns, is_paired=is_paired)
+
+
+def differences_at_places(
+    a: Dataset, b: Dataset, table: str, columns: Sequence[str], *, is_paired: bool
+) -> tuple[pl.DataFrame, Differences]:
+    """Keys, `a`, `b`, `difference` and `documents` of a table's columns, at the places that both have."""
     if is_paired:
         rows = paired_differences(a, b, table, columns)
         arrays = (rows[name].cast(pl.Float64).to_numpy() for name in ("difference", "se", "freedom"))
@@ -180,7 +192,7 @@ def _unpaired(x: pl.DataFrame, y: pl.DataFrame) -> tuple[pl.DataFrame, Differenc
     return rows, two_sample(x, y)
 
 
-def _tested(
+def tested(
     rows: pl.DataFrame,
     differences: Differences,
     columns: Mapping[str, Column],
@@ -204,8 +216,8 @@ def _tested(
     )
 
 
-def _with_verdicts(rows: pl.DataFrame, alpha: float) -> pl.DataFrame:
-    """The rows of ROW, the largest effect first."""
+def with_verdicts(rows: pl.DataFrame, alpha: float, *, keys: Mapping[str, Any] | None = None) -> pl.DataFrame:
+    """The rows of ROW, the largest effect first, corrected together. keys: columns that are kept in front, with their types."""
     rows = rows.with_columns(
         q=pl.Series(benjamini_hochberg(rows["p"].to_numpy()), nan_to_null=True)
         if rows.height
@@ -223,8 +235,8 @@ def _with_verdicts(rows: pl.DataFrame, alpha: float) -> pl.DataFrame:
     absent = [
         pl.lit(None, kind).alias(name) for name, kind in ROW.items() if name not in rows.columns and name != "verdict"
     ]
-    schema = ROW | {name: kind for name, kind in OF_MATCH.items() if name in rows.columns}
-    order = ("stack", "layer", "head", "site", "column")
+    schema = {**(keys or {}), **ROW} | {name: kind for name, kind in OF_MATCH.items() if name in rows.columns}
+    order = (*(keys or {}), "stack", "layer", "head", "site", "column")
     return (
         rows.with_columns(*absent, verdict=verdict)
         .select(pl.col(name).cast(kind) for name, kind in schema.items())

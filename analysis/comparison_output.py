@@ -53,7 +53,7 @@ def _cases(rows: pl.DataFrame) -> Iterator[Case]:
 
 
 def _sentence(row: Mapping[str, Any]) -> str:
-    return f"{row['verdict']}: {_number(row['a'])} and {_number(row['b'])}, difference {_interval(row)}, margin {_number(row['margin'])}, q {_number(row['q'])}"
+    return f"{row['verdict']}: {rounded(row['a'])} and {rounded(row['b'])}, difference {_interval(row)}, margin {rounded(row['margin'])}, q {rounded(row['q'])}"
 
 
 def _table(comparison: Comparison, stream: IO[Any]) -> bytes:
@@ -80,12 +80,12 @@ def _table(comparison: Comparison, stream: IO[Any]) -> bytes:
 def _changes(rows: pl.DataFrame, confidence: float, *, several_stacks: bool) -> FittedTable:
     named = list(rows.iter_rows(named=True))
     numbers = {
-        "a": [_number(row["a"]) for row in named],
-        "b": [_number(row["b"]) for row in named],
-        "difference": [_number(row["difference"]) for row in named],
-        f"{100 * confidence:g} % interval": [f"{_number(row['low'])} to {_number(row['high'])}" for row in named],
-        "q": [_number(row["q"], digits=2) for row in named],
-        "÷ margin": [_number(row["effect"], digits=3) for row in named],
+        "a": [rounded(row["a"]) for row in named],
+        "b": [rounded(row["b"]) for row in named],
+        "difference": [rounded(row["difference"]) for row in named],
+        f"{100 * confidence:g} % interval": [f"{rounded(row['low'])} to {rounded(row['high'])}" for row in named],
+        "q": [rounded(row["q"], digits=2) for row in named],
+        "÷ margin": [rounded(row["effect"], digits=3) for row in named],
     }
     return FittedTable(
         (
@@ -98,8 +98,9 @@ def _changes(rows: pl.DataFrame, confidence: float, *, several_stacks: bool) -> 
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    return f"{_number(row['difference'])} ({_number(row['low'])} to {_number(row['high'])})"
+    return f"{rounded(row['difference'])} ({rounded(row['low'])} to {rounded(row['high'])})"
 
 
-def _number(value: float | None, *, digits: int = 4) -> str:
+def rounded(value: float | None, *, digits: int = 4) -> str:
+    """A number with a few significant digits."""
     return "null" if value is None else f"{value:.{digits}g}".replace("-", "−")

@@ -1,7 +1,7 @@
 """The atlas of attention: exact statistics of every attention head and every residual update, as Parquet.
 
 `measure` takes one batch through any model, `run` a whole corpus. What a run left is opened with `open_dataset`, asked with `query`, checked with
-`verify`, compared with another by `compare`, and shown with `report`. `view` shows one input and every head.
+`verify`, compared with another by `compare`, followed through a series by `trend`, and shown with `report`. `view` shows one input and every head.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from attlas.analysis.dataset import Dataset as _Dataset
     from attlas.analysis.query import query as query
     from attlas.analysis.report import write_report as report
+    from attlas.analysis.trend import trend as trend
     from attlas.analysis.verify import verify as verify
     from attlas.extract import measure as measure
     from attlas.extract.run import run as run
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     open_dataset = _Dataset.open
     __version__: str
 
-__all__ = ["compare", "measure", "open_dataset", "query", "report", "run", "verify", "view"]
+__all__ = ["compare", "measure", "open_dataset", "query", "report", "run", "trend", "verify", "view"]
 
 _PLACES = {
     "compare": "attlas.analysis.compare:compare",
@@ -28,6 +29,7 @@ _PLACES = {
     "query": "attlas.analysis.query:query",
     "report": "attlas.analysis.report:write_report",
     "run": "attlas.extract.run:run",
+    "trend": "attlas.analysis.trend:trend",
     "verify": "attlas.analysis.verify:verify",
     "view": "attlas.extract.view:view",
 }

@@ -75,16 +75,25 @@ def open_instrument(options: RunOptions, *, images: Path | None, progress: Progr
         modality="texts" if images is None else "images",
         with_head=needs_of(columns).ablations,
     )
+    instrument = instrument_of(encoder, options, images=images, progress=progress)
+    keep_freed_memory(longest=instrument.max_length)
+    progress("model", 1, 1)
+    return instrument
+
+
+def instrument_of(
+    encoder: Encoder, options: RunOptions, *, images: Path | None = None, progress: Progress | None = None
+) -> Instrument:
+    """Examine a loaded model and make the engine ready. Raises Refusal."""
+    columns = options.columns
     engine = choose(options.engine, device=encoder.device.type)
-    if not engine.is_ready():
+    if progress is not None and not engine.is_ready():
         progress("engine", 0, None)
     engine.make_ready()
     measured_model = _measured_model(options, encoder, images)
     max_length = _max_length(options, encoder, measured_model)
-    keep_freed_memory(longest=max_length)
     has_classes = options.tokens != "none" and encoder.tokenizer is not None
     classes = token_classes(encoder.tokenizer) if has_classes else None
-    progress("model", 1, 1)
     return Instrument(encoder, measured_model, engine, max_length, classes, columns, options.edges)
 
 

@@ -74,8 +74,11 @@ class RunOptions:
         return generation_of(self.corpus, seed=self.seed, blocks=self.blocks, length=self.length, depths=self.depths)
 
 
-def check_options(options: RunOptions) -> Corpus:
-    """Check everything that can be checked before the model is loaded; returns the opened corpus. Raises Refusal."""
+def check_options(options: RunOptions, *, is_loaded: bool = False) -> Corpus:
+    """Check everything that can be checked before the model is loaded; returns the opened corpus. Raises Refusal.
+
+    is_loaded: the model is there already, and its name need not lead to it.
+    """
     for name, lowest in (
         ("max_length", 1),
         ("stride", 0),
@@ -89,7 +92,8 @@ def check_options(options: RunOptions) -> Corpus:
         if value is not None and value < lowest:
             raise Refusal(f"{name} must be at least {lowest}; got {value}; give a larger number")
     _ = options.ablation, options.columns  # refused if they can't be
-    check_model_name(options.model, trust_remote_code=options.trust_remote_code)
+    if not is_loaded:
+        check_model_name(options.model, trust_remote_code=options.trust_remote_code)
     read_key(options.digest_key)
     store = Store.at(options.out)
     store.refuse_foreign()

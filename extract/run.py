@@ -125,7 +125,7 @@ def plan_run(
     instrument: the model of these options if it is loaded already. Raises Refusal.
     """
     report = progress or _no_progress
-    corpus = check_options(options)
+    corpus = check_options(options, is_loaded=instrument is not None)
     if instrument is None:
         instrument = open_instrument(options, images=corpus.folder, progress=report)
     store = Store.at(options.out)

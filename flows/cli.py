@@ -272,19 +272,71 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
 ) -> None:
     """Compare two datasets head by head, with intervals: what changed, what did not, and what is undecided."""
-    if fail_on not in (None, "drift"):
-        raise Refusal(f"--fail-on must be drift; got {fail_on!r}; choose that, or leave it out")
+    _refuse_other_failure(fail_on)
     from attlas.analysis.compare import compare as compare_datasets
     from attlas.analysis.comparison_output import FORMATS, write_comparison
     from attlas.analysis.output import answer_file
 
     chosen = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
-    names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
-    comparison = compare_datasets(a, b, columns=names, margins=margin or (), alpha=alpha, match=match)
+    comparison = compare_datasets(a, b, columns=_names(columns), margins=margin or (), alpha=alpha, match=match)
     with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
         write_comparison(comparison, chosen, stream)
     if fail_on and comparison.has_drift:
         raise typer.Exit(FINDING)
+
+
+@app.command()
+def trend(
+    datasets: Annotated[
+        list[str], typer.Argument(metavar="DIR…", help="Finished datasets of the same heads, or a pattern: 'runs/*'.")
+    ],
+    *,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…|all", help="The columns to follow. [default: entropy, logits, mass_first, norms of updates]"
+        ),
+    ] = None,
+    margin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN=VALUE", help="The smallest difference that matters, in the column's unit, or 5%."),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(metavar="P", help="The level of tests and of the false discovery rate.")
+    ] = 0.05,
+    fail_on: Annotated[
+        str | None, typer.Option(metavar="drift", help="Exit with code 3 if anything changed between the last two.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="table|csv|json|parquet|html", help="The output format.")
+    ] = "table",
+    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+) -> None:
+    """Follow columns through training checkpoints or nights, head by head, with what changed marked."""
+    _refuse_other_failure(fail_on)
+    from attlas.analysis.output import answer_file
+    from attlas.analysis.trend import trend as follow
+    from attlas.analysis.trend_output import FORMATS, write_trend
+    from attlas.extract.printable import printable
+
+    chosen = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
+    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+        found = follow(datasets, columns=_names(columns), margins=margin or (), alpha=alpha)
+        for note in found.series.notes if chosen != "table" else ():
+            typer.echo(printable(note), err=True)
+        write_trend(found, chosen, stream)
+    if fail_on and found.has_drift:
+        raise typer.Exit(FINDING)
+
+
+def _refuse_other_failure(fail_on: str | None) -> None:
+    if fail_on not in (None, "drift"):
+        raise Refusal(f"--fail-on must be drift; got {fail_on!r}; choose that, or leave it out")
+
+
+def _names(text: str | None) -> list[str] | None:
+    """Names in a list with commas."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from markupsafe import Markup
@@ -28,6 +28,9 @@ from attlas.analysis.report.panels import (
 from attlas.analysis.residual import SITES
 from attlas.extract.printable import printable
 from attlas.extract.tables import TABLES
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _HERE = Path(__file__).parent
 # stops of the sequential scale, from shallow to deep as on a sea chart; reversed in brightness for the dark page
@@ -98,6 +101,11 @@ TABLE_COLUMNS = (
 
 def render(content: Content) -> str:
     """The report as an HTML page."""
+    return page_environment().get_template("page.html").render(_context(content))
+
+
+def page_environment() -> Environment:
+    """Templates in which everything from the data is escaped, control characters included."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -109,7 +117,7 @@ def render(content: Content) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, name=_isolate_direction)
-    return environment.get_template("page.html").render(_context(content))
+    return environment
 
 
 def _escape_controls(value: object) -> object:

@@ -115,6 +115,13 @@ class Store:
         """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers."""
         work.clear_work(self.storage)
 
+    def discard_unfinished(self) -> None:
+        """Delete an unfinished run, of whatever model; refuses if another process writes it, or it holds something else."""
+        self.refuse_foreign()
+        self.refuse_busy()
+        if self.manifest is None and self.exists:
+            work.discard_run(self.storage)
+
     def write_draft(self, manifest: Mapping[str, Any]) -> None:
         """Write the part of the manifest that is known before any shard is measured."""
         put_sealed(self.storage, DRAFT, manifest)

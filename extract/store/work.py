@@ -34,3 +34,10 @@ def clear_work(storage: Storage) -> None:
     for key in storage.list():
         if key.endswith(TEMPORARY) and key.rpartition("/")[0] in written_to:
             storage.delete(key)
+
+
+def discard_run(storage: Storage) -> None:
+    """Delete an unfinished run: its card and parts, and last its work area, by which it is known as one."""
+    storage.delete(CARD)
+    for folder in (*TABLES, WORK):
+        storage.clear(folder)
