@@ -183,7 +183,7 @@ def query(
         write_result(rows_of(dataset, sql, timeout_s=timeout), output_format, stream)
 
 
-def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool) -> Any:
+def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool = False) -> Any:
     """The one of the formats that has this name."""
     chosen = next((known for known in formats if known == form), None)
     if chosen == "parquet" and to_terminal:
@@ -194,13 +194,22 @@ def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool) -> A
 
 
 @app.command()
-def info(dataset: Dataset) -> None:
+def info(
+    dataset: Dataset,
+    *,
+    form: Annotated[str, typer.Option("--format", metavar="text|json", help="The output format.")] = "text",
+) -> None:
     """Show the contents and provenance of a dataset."""
     from attlas.analysis.dataset import Dataset as Opened
-    from attlas.analysis.info import describe
+    from attlas.analysis.info import FORMATS, describe, facts_as_json
     from attlas.extract.printable import printable
 
-    for title, facts in describe(Opened.open(dataset).manifest):
+    chosen = _output_format(form, FORMATS)
+    manifest = Opened.open(dataset).manifest
+    if chosen == "json":
+        typer.echo(facts_as_json(manifest))
+        return
+    for title, facts in describe(manifest):
         typer.echo(title)
         rows = [(printable(label), printable(value)) for label, value in facts]
         width = max((len(label) for label, _ in rows), default=0)
@@ -254,19 +263,28 @@ def compare(
 
 
 @app.command()
-def verify(dataset: Dataset) -> None:
+def verify(
+    dataset: Dataset,
+    *,
+    form: Annotated[str, typer.Option("--format", metavar="text|json|junit", help="The output format.")] = "text",
+    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+) -> None:
     """Check checksums, schema, invariants and row counts, and list every problem (exit code 3)."""
+    from attlas.analysis.dataset import Dataset as Opened
+    from attlas.analysis.findings_output import FORMATS, write_findings
+    from attlas.analysis.output import answer_file
     from attlas.analysis.report.numbers import plural
-    from attlas.analysis.verify import verify as findings_in
+    from attlas.analysis.verify import findings_in
     from attlas.extract.printable import printable
 
-    findings = findings_in(dataset)
-    for finding in findings:
-        typer.echo(printable(finding))
+    chosen = _output_format(form, FORMATS)
+    opened = Opened.open(dataset)
+    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+        findings = findings_in(opened)
+        write_findings(opened, findings, chosen, stream)
     if findings:
         typer.echo(f"{plural(len(findings), 'finding')} in {printable(dataset)}", err=True)
         raise typer.Exit(FINDING)
-    typer.echo(f"{printable(dataset)} is valid: all parts match the manifest, all invariants hold")
 
 
 @app.command()

@@ -149,3 +149,27 @@ def test_an_answer_that_does_not_fit_fails_and_says_where(
     code, out, err = attlas("query", dataset, SQL, "--format", form, "--output", "/dev/full")
     assert (code, out) == (1, "")
     assert "/dev/full did not take all of it (No space left on device)" in err
+
+
+def test_verify_and_info_answer_to_programs(attlas: Callable[..., Ended], dataset: Path, tmp_path: Path) -> None:
+    code, out, _ = attlas("verify", dataset, "--format", "json")
+    assert (code, json.loads(out)["valid"]) == (0, True)
+    code, out, _ = attlas("verify", dataset, "--format", "junit", "--output", tmp_path / "verify.xml")
+    assert (code, out) == (0, "")
+    assert 'failures="0"' in (tmp_path / "verify.xml").read_text()
+    assert json.loads(attlas("info", dataset, "--format", "json")[1])["model"]["architecture"] == "BertModel"
+    stray = dataset / "heads" / "more.parquet"
+    stray.write_bytes(b"")
+    try:
+        code, out, err = attlas("verify", dataset, "--format", "json")
+    finally:
+        stray.unlink()
+    assert (code, json.loads(out)["findings"][0]["part"]) == (3, "heads/more.parquet")
+    assert "1 finding in" in err
+
+
+@pytest.mark.parametrize("command", ["verify", "info"])
+def test_an_unknown_format_is_refused(attlas: Callable[..., Ended], dataset: Path, command: str) -> None:
+    code, out, err = attlas(command, dataset, "--format", "yaml")
+    assert (code, out) == (2, "")
+    assert "--format must be one of text, json" in err
