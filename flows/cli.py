@@ -160,27 +160,42 @@ def report(
 
 @app.command()
 def query(
-    dataset: Dataset,
-    sql: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT statement; each table is a view.")],
+    dataset: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="a finished dataset: the --out of a run")
+    ] = None,
+    sql: Annotated[
+        str | None, typer.Argument(metavar="SQL", help="One SELECT statement; each table is a view.")
+    ] = None,
     *,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="Show useful queries; with DIR, also which columns it lacks for them.")
+    ] = False,
     form: Annotated[
         str, typer.Option("--format", metavar="table|csv|json|parquet", help="The output format.")
     ] = "table",
     output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The maximum time of the query.")] = 60.0,
 ) -> None:
-    """Query the dataset with SQL, read-only."""
+    """Query the dataset with SQL, read-only. Besides its tables there are the views heads_named and residual_named."""
     from attlas.analysis.result import FORMATS
 
+    if examples == (sql is not None) or (dataset is None and not examples):
+        raise Refusal(
+            "a query is DIR and SQL, or --examples [DIR]; got something else; attlas query --examples has some"
+        )
     output_format = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
     if timeout <= 0:
         raise Refusal(f"--timeout must be more than 0 seconds; got {timeout:g}; use a longer one")
+    from attlas.analysis.example_queries import write_examples
     from attlas.analysis.output import answer_file
     from attlas.analysis.query import query as rows_of
     from attlas.analysis.query import write_result
 
     with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
-        write_result(rows_of(dataset, sql, timeout_s=timeout), output_format, stream)
+        if dataset is None or sql is None:
+            write_examples(dataset, output_format, stream)
+        else:
+            write_result(rows_of(dataset, sql, timeout_s=timeout), output_format, stream)
 
 
 def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool = False) -> Any:

@@ -173,3 +173,17 @@ def test_an_unknown_format_is_refused(attlas: Callable[..., Ended], dataset: Pat
     code, out, err = attlas(command, dataset, "--format", "yaml")
     assert (code, out) == (2, "")
     assert "--format must be one of text, json" in err
+
+
+def test_query_examples_need_no_dataset_and_say_what_one_lacks(attlas: Callable[..., Ended], dataset: Path) -> None:
+    code, out, _ = attlas("query", "--examples")
+    assert code == 0 and "-- sharpest-heads: " in out and "lacks" not in out
+    code, out, _ = attlas("query", dataset, "--examples", "--format", "json")
+    assert code == 0 and {tuple(row["lacks"]) for row in json.loads(out)} == {()}
+
+
+@pytest.mark.parametrize("arguments", [(), ("DIR",), ("DIR", "SELECT 1", "--examples")])
+def test_a_query_without_its_parts_is_refused(attlas: Callable[..., Ended], arguments: tuple[str, ...]) -> None:
+    code, out, err = attlas("query", *arguments)
+    assert (code, out) == (2, "")
+    assert "a query is DIR and SQL, or --examples [DIR]" in err
