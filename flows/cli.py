@@ -232,6 +232,24 @@ def info(
             typer.echo(f"  {label:<{width}}  {value}")
 
 
+@app.command(name="open")
+def open_elsewhere(
+    dataset: Annotated[
+        str, typer.Argument(metavar="DIR", help="a finished dataset: a folder, or the URL of one in an object store")
+    ],
+    *,
+    tool: Annotated[
+        str | None,
+        typer.Option(metavar="polars|duckdb|pandas|datasets|r", help="Only the lines for this one. [default: all]"),
+    ] = None,
+) -> None:
+    """Print the lines of code that open this dataset in Polars, DuckDB, pandas, datasets and R."""
+    from attlas.analysis.opening_lines import opening_lines
+
+    for line in opening_lines(dataset, tool):
+        typer.echo(line)
+
+
 @app.command()
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="A finished dataset.")],

@@ -187,3 +187,11 @@ def test_a_query_without_its_parts_is_refused(attlas: Callable[..., Ended], argu
     code, out, err = attlas("query", *arguments)
     assert (code, out) == (2, "")
     assert "a query is DIR and SQL, or --examples [DIR]" in err
+
+
+def test_open_prints_the_lines_for_all_software_or_for_one(attlas: Callable[..., Ended], dataset: Path) -> None:
+    code, out, _ = attlas("open", dataset)
+    assert code == 0 and "# Polars: lazy frames\nimport polars as pl\n" in out and "library(arrow)" in out
+    code, out, _ = attlas("open", dataset, "--tool", "duckdb")
+    assert code == 0 and out.startswith("CREATE VIEW ") and "import" not in out
+    assert attlas("open", dataset / "nowhere")[0] == 2
