@@ -209,6 +209,32 @@ def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool = Fal
 
 
 @app.command()
+def export(
+    dataset: Dataset,
+    *,
+    output: Annotated[Path, typer.Option(metavar="FILE.csv|FILE.parquet", help="The file to write.")],
+    table: Annotated[str, typer.Option(metavar="heads|residual|layers", help="What to export.")] = "heads",
+    columns: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="The statistics. [default: all that the dataset has]")
+    ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="A column for each statistic instead of a row.")] = False,
+    mixed_model: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="A row per sequence instead, as statsmodels and lme4 take it."),
+    ] = None,
+) -> None:
+    """Write means of documents to CSV or Parquet, a row per document and head, for statistics software."""
+    from attlas.analysis.export import export as export_dataset
+
+    names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    if mixed_model is not None and (names is not None or wide):
+        raise Refusal("--mixed-model has one column; --columns and --wide do not apply; leave them out")
+    form = "wide" if wide else "long"
+    written = export_dataset(dataset, output, table=table, columns=names, form=form, mixed_model=mixed_model)
+    _show_paths(export=written)
+
+
+@app.command()
 def info(
     dataset: Dataset,
     *,

@@ -10,12 +10,10 @@ from typing import Any
 import duckdb
 import polars as pl
 import pytest
-from obstore.store import MemoryStore
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.opening_lines import TOOLS, opening_lines
 from attlas.extract.store import Refusal
-from attlas.extract.store.objects import ObjectStorage
 
 AWKWARD = """it's [1] *a? "b" é"""
 
@@ -103,7 +101,10 @@ def test_only_tables_of_the_dataset_are_opened(folder: Path) -> None:
     ],
 )
 def test_lines_for_an_object_store_have_its_address(folder: Path, address: str, setup: list[str]) -> None:
-    storage = ObjectStorage(MemoryStore(), address)
+    memory = pytest.importorskip("obstore.store")
+    from attlas.extract.store.objects import ObjectStorage
+
+    storage = ObjectStorage(memory.MemoryStore(), address)
     for path in folder.rglob("*"):
         if path.is_file():
             storage.put(path.relative_to(folder).as_posix(), path.read_bytes())

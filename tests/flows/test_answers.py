@@ -195,3 +195,18 @@ def test_open_prints_the_lines_for_all_software_or_for_one(attlas: Callable[...,
     code, out, _ = attlas("open", dataset, "--tool", "duckdb")
     assert code == 0 and out.startswith("CREATE VIEW ") and "import" not in out
     assert attlas("open", dataset / "nowhere")[0] == 2
+
+
+def test_export_writes_what_statistics_software_reads(
+    attlas: Callable[..., Ended], dataset: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "heads.csv"
+    code, out, _ = attlas("export", dataset, "--output", file, "--columns", "entropy_nats, mass_first", "--wide")
+    assert (code, out) == (0, f"export   {file}\n")
+    header, *rows = file.read_text().splitlines()
+    assert header == "document_id,source,sequences,tokens,stack,layer,head,weight,entropy_nats,mass_first"
+    assert len(rows) == 72
+    assert attlas("export", dataset, "--output", tmp_path / "m.parquet", "--mixed-model", "entropy_nats")[0] == 0
+    assert "log_tokens" in pq.read_schema(tmp_path / "m.parquet").names
+    code, _, err = attlas("export", dataset, "--output", file, "--mixed-model", "entropy_nats", "--wide")
+    assert code == 2 and "--columns and --wide do not apply" in err
