@@ -1,7 +1,8 @@
-"""A manifest as sections of text for people to read."""
+"""A manifest as sections of text for people to read, or as JSON for programs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from attlas.analysis.naming import model_title
 from attlas.analysis.report.numbers import plural
 from attlas.extract.printable import shorten
 
+FORMATS = ("text", "json")
 _SHOWN_ABOVE = ("model", "corpus", "engine", "device", "dtype", "schema_version", "own_statistics")
 _MAX_LENGTH = 400
 Section = tuple[str, list[tuple[str, str]]]
@@ -26,6 +28,15 @@ def describe(manifest: Mapping[str, Any]) -> list[Section]:
         ("Software", [(n, format_value(version)) for n, version in sorted(section(manifest, "software").items())]),
     ]
     return [(title, rows) for title, rows in sections if rows]
+
+
+def facts_as_json(manifest: Mapping[str, Any]) -> str:
+    """The manifest as JSON, with the number of parts of each table and their bytes instead of their names and checksums."""
+    tables = {
+        name: {**table, "parts": len(table["parts"]), "bytes": sum(part["bytes"] for part in table["parts"])}
+        for name, table in section(manifest, "tables").items()
+    }
+    return json.dumps({**manifest, "tables": tables}, indent=2)
 
 
 def format_value(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Read-only SQL over the tables of a dataset.
+"""Read-only SQL over the tables of a dataset, and over views with names beside their numbers.
 
 DuckDB is never allowed to open a file. The tables are registered as Arrow datasets over the manifest's parts, and
 external access is disabled and locked. Checking the type of the statement would not be enough: a COPY inside a common
@@ -25,6 +25,7 @@ from attlas.analysis.result import FORMATS as FORMATS
 from attlas.analysis.result import Format as Format
 from attlas.analysis.result import write_result as write_result
 from attlas.analysis.scanning import arrow_dataset
+from attlas.analysis.views import statement, views_of
 from attlas.extract.store import Location, Refusal
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _EXPLAIN = re.compile(r"\s*explain\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE)
 
 
 def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
-    """Run one read-only SQL statement over the tables: SELECT, WITH, FROM, VALUES, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN.
+    """Run one read-only SQL statement over the tables and views: SELECT, WITH, FROM, VALUES, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN.
 
     Raises Refusal for any other statement, SQL that DuckDB rejects, access to files, and queries beyond the time limit.
     """
@@ -62,13 +63,13 @@ def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
             raise
         except duckdb.PermissionException as error:
             raise Refusal(
-                f"a query reads the dataset's tables ({', '.join(dataset.tables)}) and no files; "
+                f"a query reads the dataset's tables ({', '.join(_names(dataset))}) and no files; "
                 f"DuckDB says: {first_line(error)}; name a table instead"
             ) from error
         except duckdb.CatalogException as error:
             raise Refusal(
                 f"the query must be valid DuckDB SQL; it says: {first_line(error)}; "
-                f"the tables are {', '.join(dataset.tables)}"
+                f"the tables are {', '.join(_names(dataset))}"
             ) from error
         except duckdb.Error as error:
             _refuse_damaged_parts(dataset, sql)
@@ -79,7 +80,7 @@ def _refuse_damaged_parts(dataset: Dataset, sql: str) -> None:
     """Raise Refusal if a table that the query reads has a damaged part, which is then why the query failed."""
     from attlas.analysis.integrity import check_file
 
-    for table in filter(partial(_mentions, sql), dataset.tables):
+    for table in filter(partial(_mentions, dataset, sql), dataset.tables):
         for part in dataset.parts(table):
             for finding in check_file(dataset, table, part):
                 raise dataset.refusal(str(finding))
@@ -88,8 +89,15 @@ def _refuse_damaged_parts(dataset: Dataset, sql: str) -> None:
                 raise dataset.refusal(f"{part.path}: its rows cannot be read ({reason})")
 
 
-def _mentions(sql: str, table: str) -> bool:
-    return table.lower() in sql.lower()
+def _names(dataset: Dataset) -> list[str]:
+    """The names that a query can use: tables and views."""
+    return [*dataset.tables, *(view.name for view in views_of(dataset))]
+
+
+def _mentions(dataset: Dataset, sql: str, table: str) -> bool:
+    """Whether a query may read a table, by its name or through a view."""
+    views = [view.name for view in views_of(dataset) if table in view.tables]
+    return any(name in sql.lower() for name in (table, *views))
 
 
 def _refuse_other_statements(sql: str) -> None:
@@ -115,18 +123,23 @@ def _without_comments(sql: str) -> str:
 
 @contextmanager
 def _connection(dataset: Dataset, sql: str) -> Iterator[duckdb.DuckDBPyConnection]:
-    """An in-memory database with the tables, which cannot open files."""
+    """An in-memory database with the tables and views, which cannot open files."""
     import duckdb
 
     threads = min(os.cpu_count() or 1, 8)
     connection = duckdb.connect(":memory:", config={"threads": threads, "memory_limit": _MEMORY_LIMIT})
+    unread: set[str] = set()
     try:
         for table in dataset.tables:
             try:
                 connection.register(table, _table_source(dataset, table))
             except Refusal:
-                if _mentions(sql, table):
+                if _mentions(dataset, sql, table):
                     raise  # tables that the query does not read may be damaged
+                unread.add(table)
+        for view in views_of(dataset):
+            if not unread.intersection(view.tables):
+                connection.execute(statement(view, dataset))
         for setting in ("python_enable_replacements=false", "temp_directory=''", "enable_external_access=false"):
             connection.execute(f"SET {setting}")
         connection.execute("SET lock_configuration=true")

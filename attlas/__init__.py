@@ -1,7 +1,8 @@
 """The atlas of attention: exact statistics of every attention head and every residual update, as Parquet.
 
 `measure` takes one batch through any model, `run` a whole corpus. What a run left is opened with `open_dataset`, asked with `query`, checked with
-`verify`, compared with another by `compare`, followed through a series by `trend`, and shown with `report`. `view` shows one input and every head.
+`verify`, compared with another by `compare`, followed through a series by `trend`, written for statistics software by `export`, and
+shown with `report`. `view` shows one input and every head.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attlas.analysis.compare import compare as compare
     from attlas.analysis.dataset import Dataset as _Dataset
+    from attlas.analysis.export import export as export
     from attlas.analysis.query import query as query
     from attlas.analysis.report import write_report as report
     from attlas.analysis.trend import trend as trend
@@ -20,10 +22,11 @@ if TYPE_CHECKING:
     open_dataset = _Dataset.open
     __version__: str
 
-__all__ = ["compare", "measure", "open_dataset", "query", "report", "run", "trend", "verify", "view"]
+__all__ = ["compare", "export", "measure", "open_dataset", "query", "report", "run", "trend", "verify", "view"]
 
 _PLACES = {
     "compare": "attlas.analysis.compare:compare",
+    "export": "attlas.analysis.export:export",
     "measure": "attlas.extract:measure",
     "open_dataset": "attlas.analysis.dataset:Dataset.open",
     "query": "attlas.analysis.query:query",

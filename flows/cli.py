@@ -160,30 +160,45 @@ def report(
 
 @app.command()
 def query(
-    dataset: Dataset,
-    sql: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT statement; each table is a view.")],
+    dataset: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="a finished dataset: the --out of a run")
+    ] = None,
+    sql: Annotated[
+        str | None, typer.Argument(metavar="SQL", help="One SELECT statement; each table is a view.")
+    ] = None,
     *,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="Show useful queries; with DIR, also which columns it lacks for them.")
+    ] = False,
     form: Annotated[
         str, typer.Option("--format", metavar="table|csv|json|parquet", help="The output format.")
     ] = "table",
     output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The maximum time of the query.")] = 60.0,
 ) -> None:
-    """Query the dataset with SQL, read-only."""
+    """Query the dataset with SQL, read-only. Besides its tables there are the views heads_named and residual_named."""
     from attlas.analysis.result import FORMATS
 
+    if examples == (sql is not None) or (dataset is None and not examples):
+        raise Refusal(
+            "a query is DIR and SQL, or --examples [DIR]; got something else; attlas query --examples has some"
+        )
     output_format = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
     if timeout <= 0:
         raise Refusal(f"--timeout must be more than 0 seconds; got {timeout:g}; use a longer one")
+    from attlas.analysis.example_queries import write_examples
     from attlas.analysis.output import answer_file
     from attlas.analysis.query import query as rows_of
     from attlas.analysis.query import write_result
 
     with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
-        write_result(rows_of(dataset, sql, timeout_s=timeout), output_format, stream)
+        if dataset is None or sql is None:
+            write_examples(dataset, output_format, stream)
+        else:
+            write_result(rows_of(dataset, sql, timeout_s=timeout), output_format, stream)
 
 
-def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool) -> Any:
+def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool = False) -> Any:
     """The one of the formats that has this name."""
     chosen = next((known for known in formats if known == form), None)
     if chosen == "parquet" and to_terminal:
@@ -228,18 +243,71 @@ def findings(
 
 
 @app.command()
-def info(dataset: Dataset) -> None:
+def export(
+    dataset: Dataset,
+    *,
+    output: Annotated[Path, typer.Option(metavar="FILE.csv|FILE.parquet", help="The file to write.")],
+    table: Annotated[str, typer.Option(metavar="heads|residual|layers", help="What to export.")] = "heads",
+    columns: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="The statistics. [default: all that the dataset has]")
+    ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="A column for each statistic instead of a row.")] = False,
+    mixed_model: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="A row per sequence instead, as statsmodels and lme4 take it."),
+    ] = None,
+) -> None:
+    """Write means of documents to CSV or Parquet, a row per document and head, for statistics software."""
+    from attlas.analysis.export import export as export_dataset
+
+    names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    if mixed_model is not None and (names is not None or wide):
+        raise Refusal("--mixed-model has one column; --columns and --wide do not apply; leave them out")
+    form = "wide" if wide else "long"
+    written = export_dataset(dataset, output, table=table, columns=names, form=form, mixed_model=mixed_model)
+    _show_paths(export=written)
+
+
+@app.command()
+def info(
+    dataset: Dataset,
+    *,
+    form: Annotated[str, typer.Option("--format", metavar="text|json", help="The output format.")] = "text",
+) -> None:
     """Show the contents and provenance of a dataset."""
     from attlas.analysis.dataset import Dataset as Opened
-    from attlas.analysis.info import describe
+    from attlas.analysis.info import FORMATS, describe, facts_as_json
     from attlas.extract.printable import printable
 
-    for title, facts in describe(Opened.open(dataset).manifest):
+    chosen = _output_format(form, FORMATS)
+    manifest = Opened.open(dataset).manifest
+    if chosen == "json":
+        typer.echo(facts_as_json(manifest))
+        return
+    for title, facts in describe(manifest):
         typer.echo(title)
         rows = [(printable(label), printable(value)) for label, value in facts]
         width = max((len(label) for label, _ in rows), default=0)
         for label, value in rows:
             typer.echo(f"  {label:<{width}}  {value}")
+
+
+@app.command(name="open")
+def open_elsewhere(
+    dataset: Annotated[
+        str, typer.Argument(metavar="DIR", help="a finished dataset: a folder, or the URL of one in an object store")
+    ],
+    *,
+    tool: Annotated[
+        str | None,
+        typer.Option(metavar="polars|duckdb|pandas|datasets|r", help="Only the lines for this one. [default: all]"),
+    ] = None,
+) -> None:
+    """Print the lines of code that open this dataset in Polars, DuckDB, pandas, datasets and R."""
+    from attlas.analysis.opening_lines import opening_lines
+
+    for line in opening_lines(dataset, tool):
+        typer.echo(line)
 
 
 @app.command()
@@ -340,19 +408,28 @@ def _names(text: str | None) -> list[str] | None:
 
 
 @app.command()
-def verify(dataset: Dataset) -> None:
+def verify(
+    dataset: Dataset,
+    *,
+    form: Annotated[str, typer.Option("--format", metavar="text|json|junit", help="The output format.")] = "text",
+    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+) -> None:
     """Check checksums, schema, invariants and row counts, and list every problem (exit code 3)."""
+    from attlas.analysis.dataset import Dataset as Opened
+    from attlas.analysis.findings_output import FORMATS, write_findings
+    from attlas.analysis.output import answer_file
     from attlas.analysis.report.numbers import plural
-    from attlas.analysis.verify import verify as findings_in
+    from attlas.analysis.verify import findings_in
     from attlas.extract.printable import printable
 
-    findings = findings_in(dataset)
-    for finding in findings:
-        typer.echo(printable(finding))
+    chosen = _output_format(form, FORMATS)
+    opened = Opened.open(dataset)
+    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+        findings = findings_in(opened)
+        write_findings(opened, findings, chosen, stream)
     if findings:
         typer.echo(f"{plural(len(findings), 'finding')} in {printable(dataset)}", err=True)
         raise typer.Exit(FINDING)
-    typer.echo(f"{printable(dataset)} is valid: all parts match the manifest, all invariants hold")
 
 
 @app.command()

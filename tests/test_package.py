@@ -30,7 +30,7 @@ def test_importing_attlas_loads_none_of_its_packages() -> None:
     assert {module for module in modules_after("import attlas") if module.startswith("attlas.")} == set()
 
 
-@pytest.mark.parametrize("name", ["open_dataset", "query", "report", "verify"])
+@pytest.mark.parametrize("name", ["export", "open_dataset", "query", "report", "verify"])
 def test_what_reads_a_dataset_loads_neither_torch_nor_prefect(name: str) -> None:
     loaded = {module.partition(".")[0] for module in modules_after(f"import attlas; attlas.{name}")}
     assert loaded & {"torch", "transformers", "prefect"} == set()

@@ -222,3 +222,64 @@ def test_an_answer_that_does_not_fit_fails_and_says_where(
     code, out, err = attlas("query", dataset, SQL, "--format", form, "--output", "/dev/full")
     assert (code, out) == (1, "")
     assert "/dev/full did not take all of it (No space left on device)" in err
+
+
+def test_verify_and_info_answer_to_programs(attlas: Callable[..., Ended], dataset: Path, tmp_path: Path) -> None:
+    code, out, _ = attlas("verify", dataset, "--format", "json")
+    assert (code, json.loads(out)["valid"]) == (0, True)
+    code, out, _ = attlas("verify", dataset, "--format", "junit", "--output", tmp_path / "verify.xml")
+    assert (code, out) == (0, "")
+    assert 'failures="0"' in (tmp_path / "verify.xml").read_text()
+    assert json.loads(attlas("info", dataset, "--format", "json")[1])["model"]["architecture"] == "BertModel"
+    stray = dataset / "heads" / "more.parquet"
+    stray.write_bytes(b"")
+    try:
+        code, out, err = attlas("verify", dataset, "--format", "json")
+    finally:
+        stray.unlink()
+    assert (code, json.loads(out)["findings"][0]["part"]) == (3, "heads/more.parquet")
+    assert "1 finding in" in err
+
+
+@pytest.mark.parametrize("command", ["verify", "info"])
+def test_an_unknown_format_is_refused(attlas: Callable[..., Ended], dataset: Path, command: str) -> None:
+    code, out, err = attlas(command, dataset, "--format", "yaml")
+    assert (code, out) == (2, "")
+    assert "--format must be one of text, json" in err
+
+
+def test_query_examples_need_no_dataset_and_say_what_one_lacks(attlas: Callable[..., Ended], dataset: Path) -> None:
+    code, out, _ = attlas("query", "--examples")
+    assert code == 0 and "-- sharpest-heads: " in out and "lacks" not in out
+    code, out, _ = attlas("query", dataset, "--examples", "--format", "json")
+    assert code == 0 and {tuple(row["lacks"]) for row in json.loads(out)} == {()}
+
+
+@pytest.mark.parametrize("arguments", [(), ("DIR",), ("DIR", "SELECT 1", "--examples")])
+def test_a_query_without_its_parts_is_refused(attlas: Callable[..., Ended], arguments: tuple[str, ...]) -> None:
+    code, out, err = attlas("query", *arguments)
+    assert (code, out) == (2, "")
+    assert "a query is DIR and SQL, or --examples [DIR]" in err
+
+
+def test_open_prints_the_lines_for_all_software_or_for_one(attlas: Callable[..., Ended], dataset: Path) -> None:
+    code, out, _ = attlas("open", dataset)
+    assert code == 0 and "# Polars: lazy frames\nimport polars as pl\n" in out and "library(arrow)" in out
+    code, out, _ = attlas("open", dataset, "--tool", "duckdb")
+    assert code == 0 and out.startswith("CREATE VIEW ") and "import" not in out
+    assert attlas("open", dataset / "nowhere")[0] == 2
+
+
+def test_export_writes_what_statistics_software_reads(
+    attlas: Callable[..., Ended], dataset: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "heads.csv"
+    code, out, _ = attlas("export", dataset, "--output", file, "--columns", "entropy_nats, mass_first", "--wide")
+    assert (code, out) == (0, f"export   {file}\n")
+    header, *rows = file.read_text().splitlines()
+    assert header == "document_id,source,sequences,tokens,stack,layer,head,weight,entropy_nats,mass_first"
+    assert len(rows) == 72
+    assert attlas("export", dataset, "--output", tmp_path / "m.parquet", "--mixed-model", "entropy_nats")[0] == 0
+    assert "log_tokens" in pq.read_schema(tmp_path / "m.parquet").names
+    code, _, err = attlas("export", dataset, "--output", file, "--mixed-model", "entropy_nats", "--wide")
+    assert code == 2 and "--columns and --wide do not apply" in err
