@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import polars as pl
@@ -30,8 +30,10 @@ def refuse_if_damaged(dataset: Dataset) -> Iterator[None]:
         raise dataset.refusal(f"{findings[0]}{more}") from error
 
 
-def notes_on_rows(dataset: Dataset, tables: Sequence[str]) -> list[str]:
-    """Notes on NaN and infinite values, which every analysis leaves out.
+def notes_on_rows(
+    dataset: Dataset, tables: Sequence[str], *, only: Mapping[str, Sequence[str]] | None = None
+) -> list[str]:
+    """Notes on NaN and infinite values, which every analysis leaves out. only: by table, the columns that are read, if not all.
 
     Raises Refusal for rows with an invalid key: null or negative in a column that cannot be.
     """
@@ -39,6 +41,8 @@ def notes_on_rows(dataset: Dataset, tables: Sequence[str]) -> list[str]:
     for name in tables:
         rows = dataset.scan(name, finite=False)
         floats = rows.select(cs.float()).collect_schema().names()
+        if only is not None and name in only:
+            floats = [column for column in floats if column in only[name]]
         counts = rows.select(
             _has_invalid_key(TABLES[name]).sum().alias(""), *(pl.col(c).is_finite().not_().sum() for c in floats)
         ).collect(engine="streaming")

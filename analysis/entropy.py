@@ -7,10 +7,11 @@ import polars as pl
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.heads import HEAD, head_means
 from attlas.analysis.inference import estimates, wide
-from attlas.analysis.summaries import RowFilter, summarize_rows
+from attlas.analysis.summaries import Grouping, summarize_together
 from attlas.extract.tables import doubling_bin_edges
 
 COLUMNS = ("entropy_nats", "entropy_normalized", "attended_keys", "max_weight")
+_LAYER, _STRATUM = ("stack", "layer"), ("stack", "layer", "stratum")
 _SHORTEST, _LONGEST = 3, 24  # length strata are (2^k, 2^(k+1)]; sequences of up to 8 tokens form one
 
 
@@ -21,9 +22,18 @@ def entropy_by_head(dataset: Dataset) -> pl.DataFrame:
 
 def entropy_by_layer(dataset: Dataset, heads: pl.DataFrame | None = None) -> pl.DataFrame:
     """Entropy columns with intervals, a row per layer, pooled over its heads. heads: those to pool, all by default."""
+    (sums,) = summarize_together(dataset, "heads", [layer_grouping(heads)])
+    return means_by_layer(sums)
+
+
+def layer_grouping(heads: pl.DataFrame | None = None) -> Grouping:
+    """What `means_by_layer` needs."""
     chosen = None if heads is None else heads.select(HEAD).lazy()
-    by = ("stack", "layer")
-    return _wide_means(dataset, by, lambda rows: rows if chosen is None else rows.join(chosen, on=HEAD, how="semi"))
+    return Grouping(COLUMNS, _LAYER, lambda rows: rows if chosen is None else rows.join(chosen, on=HEAD, how="semi"))
+
+
+def means_by_layer(sums: pl.LazyFrame) -> pl.DataFrame:
+    return wide(estimates(sums, _LAYER).collect(), _LAYER, COLUMNS)
 
 
 def entropy_by_length(dataset: Dataset) -> pl.DataFrame:
@@ -31,18 +41,22 @@ def entropy_by_length(dataset: Dataset) -> pl.DataFrame:
 
     The length of a sequence bounds its entropy, so means are only comparable between sequences of similar length.
     """
+    (sums,) = summarize_together(dataset, "heads", [length_grouping(dataset)])
+    return means_by_length(sums)
+
+
+def length_grouping(dataset: Dataset) -> Grouping:
+    """What `means_by_length` needs."""
     stratum = pl.sum_horizontal([pl.col("tokens") > 2**k for k in range(_SHORTEST, _LONGEST)]).cast(pl.Int32)
     lengths = dataset.scan("sequences").select("sequence_id", stratum=stratum).collect().lazy()
-    means = _wide_means(dataset, ("stack", "layer", "stratum"), lambda rows: rows.join(lengths, on="sequence_id"))
+    return Grouping(COLUMNS, _STRATUM, lambda rows: rows.join(lengths, on="sequence_id"))
+
+
+def means_by_length(sums: pl.LazyFrame) -> pl.DataFrame:
     upper = pl.lit(2).pow(pl.col("stratum") + _SHORTEST).cast(pl.Int64)
-    return means.with_columns(
+    return wide(estimates(sums, _STRATUM).collect(), _STRATUM, COLUMNS).with_columns(
         tokens_low=pl.when(pl.col("stratum") == 0).then(1).otherwise(upper // 2 + 1), tokens_high=upper
     )
-
-
-def _wide_means(dataset: Dataset, by: tuple[str, ...], prepare: RowFilter = lambda rows: rows) -> pl.DataFrame:
-    sums = summarize_rows(dataset, "heads", COLUMNS, by, prepare=prepare)
-    return wide(estimates(sums, by).collect(), by, COLUMNS)
 
 
 def entropy_by_position(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFrame:

@@ -11,7 +11,14 @@ import polars as pl
 from attlas.analysis.damage import notes_on_rows
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.distance import offset_profile
-from attlas.analysis.entropy import entropy_by_layer, entropy_by_length, entropy_by_position
+from attlas.analysis.entropy import COLUMNS as ENTROPY_COLUMNS
+from attlas.analysis.entropy import (
+    entropy_by_position,
+    layer_grouping,
+    length_grouping,
+    means_by_layer,
+    means_by_length,
+)
 from attlas.analysis.evidence import Evidence
 from attlas.analysis.heads import HEAD, head_estimates, label
 from attlas.analysis.inference import estimates, wide
@@ -19,7 +26,7 @@ from attlas.analysis.judge import Judgement, judge
 from attlas.analysis.kinds import head_kinds
 from attlas.analysis.manifest import section
 from attlas.analysis.residual import residual_through_depth
-from attlas.analysis.summaries import averaged_columns, summarize_rows
+from attlas.analysis.summaries import Grouping, averaged_columns, summarize_together
 from attlas.extract.tables import CLASS_MASSES, TABLES
 
 LAYER = ("stack", "layer")
@@ -87,16 +94,21 @@ def _nulls_for_absent_classes(means: pl.DataFrame) -> list[pl.Expr]:
     return [pl.lit(None, pl.Float64).alias(name + suffix) for name in absent for suffix in ("", "_low", "_high", "_se")]
 
 
-def _class_masses(dataset: Dataset, heads: pl.DataFrame) -> pl.DataFrame:
-    """The mass of each token class over these heads, a row per stack."""
-    by, chosen = ("stack",), heads.select(HEAD).lazy()
-    sums = summarize_rows(dataset, "heads", CLASSES, by, prepare=lambda rows: rows.join(chosen, on=HEAD, how="semi"))
-    return wide(estimates(sums, by).collect(), by, CLASSES)
+def _means_from_rows(dataset: Dataset, awake: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """What takes rows, in one pass: class masses over heads that are not at rest, and entropy by layer and by length."""
+    chosen, stack = awake.select(HEAD).lazy(), ("stack",)
+    classes = Grouping(CLASSES, stack, lambda rows: rows.join(chosen, on=HEAD, how="semi"))
+    groupings = [classes, layer_grouping(awake), length_grouping(dataset)]
+    of_classes, of_layers, of_lengths = summarize_together(dataset, "heads", groupings)
+    overall = wide(estimates(of_classes, stack).collect(), stack, CLASSES)
+    return overall, means_by_layer(of_layers), means_by_length(of_lengths)
 
 
 def gather(dataset: Dataset) -> Content:
     """Run the analyses of the report. Raises Refusal for a dataset with damaged parts or keys."""
-    damage = notes_on_rows(dataset, tuple(TABLES))
+    # the other columns of heads are read from totals
+    only = {"heads": (*CLASSES, *ENTROPY_COLUMNS, "score_max")} if "totals" in dataset.tables else None
+    damage = notes_on_rows(dataset, tuple(TABLES), only=only)
 
     def sort_stacks(frame: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
         return _sort_stacks(frame.lazy().collect(), dataset.manifest)
@@ -117,13 +129,14 @@ def gather(dataset: Dataset) -> Content:
         .with_columns(label(several_stacks=several), pl.col("kind").fill_null(NO_KIND), *nulls)
     )
     awake = heads.filter(~pl.col("is_at_rest"))
+    overall, layers, by_length = _means_from_rows(dataset, awake)
     lengths = dataset.scan("sequences").select(low=pl.col("tokens").min(), high=pl.col("tokens").max()).collect()
     return Content(
         manifest=dataset.manifest,
         heads=heads,
-        overall=sort_stacks(_class_masses(dataset, awake)).with_columns(*nulls),
-        layers=sort_stacks(entropy_by_layer(dataset, awake)),
-        lengths=sort_stacks(entropy_by_length(dataset)),
+        overall=sort_stacks(overall).with_columns(*nulls),
+        layers=sort_stacks(layers),
+        lengths=sort_stacks(by_length),
         positions=sort_stacks(entropy_by_position(dataset, by=LAYER)),
         offsets=sort_stacks(offset_profile(dataset)).join(
             heads.select(*HEAD, "id", "label", "kind"), on=HEAD, how="inner", maintain_order="left"
