@@ -70,8 +70,12 @@ def _text(value: Any) -> str:
 
 def descriptions(a: Dataset, b: Dataset) -> list[str]:
     """What each dataset is of."""
-    names = [f"{model_title(d.manifest)} on {corpus_title(d.manifest)}" for d in (a, b)]
-    return [f"{letter}: {name}, {_size(d)}" for letter, name, d in zip("ab", names, (a, b), strict=True)]
+    return [f"{letter}: {' on '.join(model_and_corpus(d))}, {_size(d)}" for letter, d in zip("ab", (a, b), strict=True)]
+
+
+def model_and_corpus(dataset: Dataset) -> tuple[str, str]:
+    """The names of the model and the corpus."""
+    return model_title(dataset.manifest), corpus_title(dataset.manifest)
 
 
 def _size(dataset: Dataset) -> str:

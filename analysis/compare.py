@@ -20,6 +20,7 @@ from attlas.analysis.comparability import (
     Columns,
     columns_to_compare,
     descriptions,
+    model_and_corpus,
     same_documents,
     setting_differences,
 )
@@ -33,10 +34,6 @@ from attlas.analysis.summaries import places, summaries
 from attlas.extract.store import Location, Refusal
 from attlas.extract.tables import Column
 
-_MATCHED_AS_SAMPLES = {
-    "depth": "The models have other layers or heads, or this was asked for: compared in bands of relative depth, over all heads, as two samples.",
-    "heads": "Every head of a is compared with the head of b that it is most like, as two samples.",
-}
 CHANGED, UNCHANGED, UNDECIDED = "changed", "unchanged", "undecided"
 VERDICTS = (CHANGED, UNDECIDED, UNCHANGED)
 ROW = {
@@ -70,11 +67,13 @@ class Comparison:
 
     Compared by depth, rows have `depth` in place of a layer; heads that are alike have `other_layer` and `other_head`, those of b.
 
-    Intervals have the confidence 1 − alpha. notes: what is compared, how, and what can't be, as sentences.
+    Intervals have the confidence 1 − alpha. names: of model and corpus, of a and of b. notes: what is compared, how, and what can't
+    be, as sentences.
     """
 
     rows: pl.DataFrame
     is_paired: bool
+    names: tuple[tuple[str, str], tuple[str, str]]
     notes: tuple[str, ...]
     alpha: float
 
@@ -120,7 +119,8 @@ def compare(
             frames.append(tested(*found, of_table, given, alpha=alpha))
     rows = pl.concat(frames, how="diagonal") if frames else pl.DataFrame(schema=TESTED)
     notes = (*descriptions(first, second), *_notes(first, second, chosen, how, match=used))
-    return Comparison(with_verdicts(rows, alpha), how is not None, notes, alpha)
+    names = (model_and_corpus(first), model_and_corpus(second))
+    return Comparison(with_verdicts(rows, alpha), how is not None, names, notes, alpha)
 
 
 def check_alpha(alpha: float) -> None:
@@ -246,17 +246,21 @@ def with_verdicts(rows: pl.DataFrame, alpha: float, *, keys: Mapping[str, Any] |
 
 def _notes(a: Dataset, b: Dataset, chosen: Columns, how: str | None, *, match: Match) -> list[str]:
     """How the datasets are compared, and what can't be."""
-    pairing = (
-        _MATCHED_AS_SAMPLES[match]
-        if match != "place"
-        else (
-            f"Compared document by document: both have {how}."
-            if how
-            else "Compared as two samples: they are not known to be of the same documents."
-        )
-    )
-    notes = [pairing, *(f"They differ in {difference}." for difference in setting_differences(a, b))]
+    notes = [_how(a, b, how, match), *(f"They differ in {difference}." for difference in setting_differences(a, b))]
     for letter, names in chosen.only.items():
         if names:
             notes.append(f"Not compared, because only {letter} has {plural(len(names), 'column')}: {', '.join(names)}.")
     return notes
+
+
+def _how(a: Dataset, b: Dataset, documents: str | None, match: Match) -> str:
+    """How the datasets are compared, as a sentence; `documents`: how it is known that they are of the same ones."""
+    if match == "depth":
+        have_other = not places(a, "heads").equals(places(b, "heads"))
+        why = ": the models have other layers or heads" if have_other else ""
+        return f"Compared in bands of relative depth, over all heads, as two samples{why}."
+    if match == "heads":
+        return "Every head of a is compared with the head of b that it is most like, as two samples."
+    if documents is not None:
+        return f"Compared document by document: both have {documents}."
+    return "Compared as two samples: they are not known to be of the same documents."

@@ -17,8 +17,8 @@ from attlas.analysis.report.numbers import plural
 from attlas.analysis.result import write_result
 from attlas.extract.printable import printable
 
-Format = Literal["table", "csv", "json", "parquet", "junit"]
-FORMATS: tuple[Format, ...] = ("table", "csv", "json", "parquet", "junit")
+Format = Literal["table", "csv", "json", "parquet", "html", "junit"]
+FORMATS: tuple[Format, ...] = ("table", "csv", "json", "parquet", "html", "junit")
 _SHOWN = 40
 
 
@@ -26,6 +26,10 @@ def write_comparison(comparison: Comparison, form: Format, stream: IO[Any]) -> N
     """Write a comparison. Raises OutputError if the stream does not take everything."""
     if form == "junit":
         write_whole([junit_xml("attlas compare", _cases(comparison.rows))], stream)
+    elif form == "html":
+        from attlas.analysis.report.comparison_page import render_comparison
+
+        write_whole([render_comparison(comparison).encode()], stream)
     elif form == "table":
         write_whole([_table(comparison, stream)], stream)
     else:

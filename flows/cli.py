@@ -335,7 +335,7 @@ def compare(
     ] = 0.05,
     fail_on: Annotated[str | None, typer.Option(metavar="drift", help="Exit with code 3 if anything changed.")] = None,
     form: Annotated[
-        str, typer.Option("--format", metavar="table|csv|json|parquet|junit", help="The output format.")
+        str, typer.Option("--format", metavar="table|csv|json|parquet|html|junit", help="The output format.")
     ] = "table",
     output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
 ) -> None:
