@@ -23,7 +23,7 @@ def refused(ended: Ended, *words: str) -> None:
 def test_help_lists_the_commands(attlas: Callable[..., Ended]) -> None:
     code, out, _ = attlas("--help")
     assert code == 0
-    for command in ("run", "report", "query", "open", "export", "info", "verify", "stats", "view", "serve"):
+    for command in ("run", "report", "query", "open", "export", "push", "info", "verify", "stats", "view", "serve"):
         assert f"  {command} " in out
 
 
