@@ -247,3 +247,18 @@ def test_sizes_have_the_categories_of_the_hub(rows: int, category: str) -> None:
     from attlas.extract.card import size_category
 
     assert size_category(rows) == category
+
+
+def test_a_finished_run_whose_file_has_another_card_gets_it(options: RunOptions) -> None:
+    from attlas.flows.config import CardSettings, Run
+    from attlas.flows.measure import write_card
+
+    complete_run(options)
+    run = Run(model=options.model, corpus=options.corpus, out=Path(str(options.out)))
+    readme = Path(str(options.out), "README.md")
+    before = readme.read_text()
+    write_card(run)
+    assert readme.read_text() == before
+    write_card(run.model_copy(update={"card": CardSettings(license="apache-2.0", language="en, de")}))
+    facts = front_matter(readme.read_text())
+    assert (facts["license"], facts["language"]) == ("apache-2.0", ["en", "de"])
