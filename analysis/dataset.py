@@ -27,7 +27,12 @@ class Dataset:
 
     @classmethod
     def open(cls, location: Location) -> Dataset:
-        """Open a finished dataset. Raises Refusal if the run is unfinished, the folder is not a dataset, or the manifest is damaged."""
+        """Open a finished dataset: a folder, or the URL of one in an object store.
+
+        Its `tables` are names, `manifest` is what was measured and how, and `scan("heads")` is a Polars LazyFrame: a row for each
+        sequence × stack × layer × head, numbered from 0, with float32 columns whose units are in their names or `attlas stats`.
+        Raises Refusal if the run is unfinished, the folder is not a dataset, or the manifest is damaged.
+        """
         return cls(*open_dataset(location))
 
     @property

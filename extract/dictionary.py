@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attlas.extract.card import Card, front_matter
 from attlas.extract.tables import TABLES, Column, Table
 from attlas.extract.tables.description import OTHER, PATTERNS, example_of, grouped, known_text, measured_when
 
@@ -63,13 +63,12 @@ def data_dictionary() -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def dataset_card(manifest: Mapping[str, Any]) -> str:
-    """The dataset card: front matter for the hub's viewer and `load_dataset(folder, "heads")`, then facts and tables."""
-    configs = [
-        f"- config_name: {name}\n  data_files: {json.dumps(f'{name}/*.parquet')}"
-        + ("\n  default: true" if name == "heads" else "")
-        for name in manifest["tables"]
-    ]
+def dataset_card(manifest: Mapping[str, Any], card: Card | None = None) -> str:
+    """The dataset card: front matter for the hub's viewer and `load_dataset(folder, "heads")`, then facts and tables.
+
+    card: what the user says of the dataset.
+    """
+    card = card or Card()
     model, corpus = manifest["model"], manifest["corpus"]
     facts = [
         (
@@ -84,12 +83,13 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
         ("engine", f"{manifest['engine']} on {manifest['device']}, {manifest['dtype']}"),
         ("residual", _escape(model["residual"])),
     ]
+    facts += [("source", _escape(card.source))] if card.source is not None else []
     facts += [
         (f"{own['table']}.{own['name']}", f"{_escape(own['formula'])} (by {_escape(own['origin'])})")
         for own in manifest.get("own_statistics", ())
     ]
     parts = [
-        "---\nconfigs:\n" + "\n".join(configs) + "\ntags:\n- attention\n- interpretability\n---",
+        front_matter(card, manifest),
         "# Attention statistics",
         "Statistics of every attention head and every residual update, one row per sequence, written by attlas.",
         _markdown_table(("what", "which"), facts),

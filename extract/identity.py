@@ -31,6 +31,7 @@ _NOT_IN_RECIPE = {
     "length",
     "depths",
     "ablate",
+    "card",
 }
 
 

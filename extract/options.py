@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from attlas.extract.card import Card
 from attlas.extract.corpus import Corpus, open_corpus
 from attlas.extract.corpus.generated import Generation, generation_of
 from attlas.extract.errors import Refusal
@@ -56,6 +57,7 @@ class RunOptions:
     strict: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+    card: Card | None = None  # for the dataset card
 
     @property
     def columns(self) -> Columns:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from attlas.extract.capture.runtime.ablation import Ablating
+from attlas.extract.card import Card
 from attlas.extract.corpus import Corpus, image_folder
 from attlas.extract.dictionary import dataset_card
 from attlas.extract.errors import Damaged, Refusal
@@ -39,7 +40,7 @@ from attlas.extract.plan import (
     read_shard,
     write_means,
 )
-from attlas.extract.store import Identity, Location, Lock, Part, ShardRecord, Store, read_part, recipe_differences
+from attlas.extract.store import CARD, Identity, Location, Lock, Part, ShardRecord, Store, read_part, recipe_differences
 from attlas.extract.store.layout import MEANS
 from attlas.extract.tables import concluded_tables, derived_tables
 from attlas.extract.tables.ablations import TABLE as ABLATIONS
@@ -61,7 +62,7 @@ def run(*, progress: Progress | None = None, **options: Any) -> Location:
     planned = plan_run(RunOptions(**options), progress=progress)
     if not planned.is_complete:
         measure_shards(planned.open_worker(), planned.remaining)
-    return finish(planned.options.out)
+    return finish(planned.options.out, card=planned.options.card)
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,11 @@ def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], 
     return record
 
 
-def finish(out: Location) -> Location:
-    """Write card and manifest once every shard has its record; a finished dataset stays as it is. Returns `out`."""
+def finish(out: Location, *, card: Card | None = None) -> Location:
+    """Write card and manifest once every shard has its record. Returns `out`.
+
+    card: what the user says of the dataset. Of a finished dataset only the card is written again, if it is given.
+    """
     store = Store.at(out)
     if store.manifest is None:
         plan = load_plan(store.storage)
@@ -224,9 +228,12 @@ def finish(out: Location) -> Location:
             )
         records = [record for record in found if record is not None]
         manifest = complete_manifest(store.read_draft(), records, _write_concluded(store, records))
-        store.finish(manifest, dataset_card(manifest))
-    elif store.has_work:
-        store.clear_work()
+        store.finish(manifest, dataset_card(manifest, card))
+    else:
+        if card is not None:
+            store.storage.put(CARD, dataset_card(store.manifest, card).encode())
+        if store.has_work:
+            store.clear_work()
     store.unlock()
     return out
 
@@ -250,7 +257,7 @@ def _claim_and_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) -> 
     try:
         is_new = store.claim(planned.identity)
         if store.manifest is not None:
-            finish(planned.options.out)
+            finish(planned.options.out, card=planned.options.card)
             return planned
         try:
             plan = _read_or_make_plan(planned, corpus, progress)

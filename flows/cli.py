@@ -433,6 +433,28 @@ def verify(
 
 
 @app.command()
+def push(
+    dataset: Dataset,
+    name: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="The dataset on the hub; created if there is none.")
+    ],
+    *,
+    private: Annotated[bool, typer.Option("--private", help="Create it private.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="NAME", help="The branch. [default: main]")] = None,
+    with_text: Annotated[bool, typer.Option("--with-text", help="Also if it holds text or token ids.")] = False,
+) -> None:
+    """Verify a dataset and upload it to the Hugging Face hub."""
+    from attlas.extract.printable import printable
+    from attlas.flows.push import push as push_dataset
+
+    def show(stage: str) -> None:
+        typer.echo({"verify": f"verifying {printable(dataset)}", "upload": f"uploading to {name}"}[stage], err=True)
+
+    address = push_dataset(dataset, name, private=private, revision=revision, with_text=with_text, progress=show)
+    _show_paths(pushed=address)
+
+
+@app.command()
 def stats(
     name: Annotated[
         str | None,

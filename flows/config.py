@@ -15,8 +15,11 @@ from attlas.extract.python_files import is_python_file
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+    from attlas.extract.card import Card
     from attlas.extract.options import RunOptions
 
+# options that only the run file has
+FILE_ONLY = ("card",)
 BUILT_IN = ("demo", "random-repeats", "needle")
 
 # strict, so that TOML's `true` and a quoted "3" are not valid counts
@@ -39,6 +42,22 @@ def _readable(name: Any) -> Any:
 
 def _unescaped_tab(delimiter: Any) -> Any:
     return "\t" if delimiter == r"\t" else delimiter  # shells do not expand it
+
+
+class CardSettings(BaseModel, frozen=True, extra="forbid"):
+    """What the run file says of the dataset in its table [card]."""
+
+    license: Annotated[str, Field(strict=True)] | None = None
+    language: Annotated[str, Field(strict=True)] | tuple[Annotated[str, Field(strict=True)], ...] | None = None
+    source: Annotated[str, Field(strict=True)] | None = None
+
+    def card(self) -> "Card":
+        """The same for `attlas.extract`. Raises Refusal for a value that the hub does not take."""
+        from attlas.extract.card import Card
+
+        languages = self.language or ()
+        codes = tuple(code.strip() for code in languages.split(",")) if isinstance(languages, str) else languages
+        return Card(license=self.license, language=codes, source=self.source)
 
 
 class Run(BaseModel, frozen=True, extra="forbid"):
@@ -158,12 +177,16 @@ class Run(BaseModel, frozen=True, extra="forbid"):
     strict: Annotated[Switch, Field(description="stop at the first invalid document instead of dropping it")] = False
     trust_remote_code: Annotated[Switch, Field(description="run the Python code that comes with the model")] = False
     revision: Annotated[str | None, Field(min_length=1, description="the hub revision of the model")] = None
+    card: Annotated[
+        CardSettings | None, Field(description="license, language and source of the dataset, for its card")
+    ] = None
 
     def options(self) -> "RunOptions":
         """The options for `attlas.extract.run`."""
         from attlas.extract.options import RunOptions
 
-        return RunOptions(**{**self.model_dump(), "corpus": self.corpus_to_open})
+        card = None if self.card is None else self.card.card()
+        return RunOptions(**{**self.model_dump(), "corpus": self.corpus_to_open, "card": card})
 
     @property
     def corpus_to_open(self) -> str:
@@ -202,10 +225,13 @@ def read_run(file: Path | None, options: Mapping[str, Any]) -> Run:
 def validate_run(values: Mapping[str, Any], *, where: str) -> Run:
     """Validate the values of a run. Raises Refusal with a message for each invalid one."""
     try:
-        return Run.model_validate(dict(values))
+        run = Run.model_validate(dict(values))
     except ValidationError as error:
-        messages = (_message(detail, where=where) for detail in error.errors())
+        messages = dict.fromkeys(_message(detail, where=where) for detail in error.errors())
         raise Refusal("; ".join(messages)) from None
+    if run.card is not None:
+        run.card.card()  # raises Refusal
+    return run
 
 
 def _file_values(file: Path) -> dict[str, Any]:
@@ -242,6 +268,9 @@ def _relative_to_run_file(name: str, value: Any, folder: Path) -> Any:
 
 def _message(detail: "ErrorDetails", *, where: str) -> str:
     name, value, context = str(detail["loc"][0]), detail["input"], detail.get("ctx", {})
+    if name == "card":
+        given = f"{detail['loc'][1]} = {value!r}" if len(detail["loc"]) > 1 else repr(value)
+        return f"[card] has license, language and source, each a text (language also a list); {where} has {given}; correct it"
     match detail["type"]:
         case "extra_forbidden":
             return f"{where} has no option {name!r}; {_suggestion(name)}"

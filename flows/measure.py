@@ -107,8 +107,16 @@ def write_manifest(run: Run) -> Path:
     from attlas.extract.run import finish
 
     display.get().stage("finish", 0, None)
-    finish(run.out)
+    finish(run.out, card=run.options().card)
     return run.out
+
+
+def write_card(run: Run) -> None:
+    """Write the card of a finished dataset again, if the run file says what is on it."""
+    from attlas.extract.run import finish
+
+    if run.card is not None:
+        finish(run.out, card=run.options().card)
 
 
 @lru_cache(maxsize=1)
@@ -181,7 +189,9 @@ def measure_locally(run: Run, *, show: Display) -> Path | str:
             for note in (*planned.instrument.encoder.settings.notes, *notes):
                 show.note(note)
             if planned.is_complete:
-                show.note(f"{run.out} already contains this run, complete; only its report is written again")
+                again = "report is" if run.card is None else "report and its card are"
+                show.note(f"{run.out} already contains this run, complete; only its {again} written again")
+                write_card(run)
                 return report.fn(run.out)
             with prefect_connected(server):
                 if server:

@@ -7,15 +7,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from attlas.flows.config import Run, choices
+from attlas.flows.config import FILE_ONLY, Run, choices
 
 
 def with_run_options(command: Any) -> Any:
-    """Give the command an option for each field of `Run`; options that are not set leave the run file's values."""
+    """Give the command an option for each field of `Run` but those of the file alone; options that are not set leave the run file's values."""
     file = inspect.signature(command).parameters["run_file"]
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name))
         for name in Run.model_fields
+        if name not in FILE_ONLY
     ]
     command.__signature__ = inspect.Signature([file, *options])
     command.__annotations__ = {"run_file": file.annotation} | {o.name: o.annotation for o in options}

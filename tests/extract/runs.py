@@ -11,7 +11,7 @@ def complete_run(options: RunOptions) -> PlannedRun:
     planned = plan_run(options)
     if not planned.is_complete:
         measure_shards(planned.open_worker(), planned.remaining)
-    finish(options.out)
+    finish(options.out, card=options.card)
     return planned
 
 

@@ -10,7 +10,7 @@ import typer.main
 
 from attlas.extract.errors import Refusal
 from attlas.flows.cli import app
-from attlas.flows.config import Run, read_run
+from attlas.flows.config import FILE_ONLY, CardSettings, Run, read_run
 from tests.flows.conftest import ROOT
 
 DEMO = ROOT / "flows" / "runs" / "demo.toml"
@@ -20,13 +20,15 @@ REQUIRED = {"model": "demo", "corpus": "demo", "out": "out"}
 def test_the_command_has_exactly_the_options_of_a_run() -> None:
     command = typer.main.get_group(app).commands["run"]
     options = {p.name for p in command.params if p.param_type_name == "option"} - {"help"}
-    assert options == set(Run.model_fields)
+    assert options == set(Run.model_fields) - set(FILE_ONLY)
 
 
 def test_the_example_lists_every_option_with_its_default() -> None:
     text = DEMO.read_text()
-    assert set(re.findall(r"^(?:# )?(\w+) = ", text, re.M)) == set(Run.model_fields)
-    for name, value in re.findall(r"^# (\w+) = (\"[^\"]*\"|\S+)", text, re.M):
+    options, card = text.split("# [card]\n")
+    assert set(re.findall(r"^(?:# )?(\w+) = ", options, re.M)) == set(Run.model_fields) - set(FILE_ONLY)
+    assert set(re.findall(r"^# (\w+) = ", card, re.M)) == set(CardSettings.model_fields)
+    for name, value in re.findall(r"^# (\w+) = (\"[^\"]*\"|\S+)", options, re.M):
         default = Run.model_fields[name].default
         if default not in (None, False):
             assert str(default) == value.strip('"')
@@ -184,3 +186,39 @@ def test_an_invalid_run_file_is_refused(tmp_path: Path, content: bytes | None, m
 def test_a_folder_instead_of_a_run_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="Is a directory"):
         read_run(tmp_path, {})
+
+
+def with_card(tmp_path: Path, card: str) -> Path:
+    file = tmp_path / "run.toml"
+    file.write_text(f'model = "demo"\ncorpus = "demo"\nout = "data"\n{card}\n')
+    return file
+
+
+def test_the_card_of_a_run_file_reaches_extraction(tmp_path: Path) -> None:
+    from attlas.extract.card import Card
+
+    file = with_card(tmp_path, '[card]\nlicense = "cc-by-4.0"\nlanguage = ["en", "no"]\nsource = "a manual"')
+    run = read_run(file, {"limit": 2})
+    assert run.options().card == Card(license="cc-by-4.0", language=("en", "no"), source="a manual")
+    assert Run.model_validate_json(run.model_dump_json()) == run and hash(run)
+    assert read_run(with_card(tmp_path, '[card]\nlanguage = "en, de"'), {}).options().card == Card(
+        language=("en", "de")
+    )
+    assert read_run(with_card(tmp_path, ""), {}).options().card is None
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ('[card]\nlicence = "mit"', "[card] has license, language and source, each a text (language also a list); "),
+        ("[card]\nlicense = 3", "has license = 3; correct it"),
+        ('card = "mit"', "run.toml has 'mit'; correct it"),
+        ('[card]\nlicense = "MIT License"', "a card's license is an identifier of the hub such as mit"),
+        ('[card]\nlanguage = "English"', "a card's language is a code such as en, or a list of them; got 'English'"),
+        ('[card]\nlanguage = ["en", 1]', "each a text (language also a list)"),
+        ('[card]\nsource = "a\\nb"', "a card's source is one line of at most 500 characters"),
+    ],
+)
+def test_an_invalid_card_is_refused_in_plain_words(tmp_path: Path, card: str, message: str) -> None:
+    with pytest.raises(Refusal, match=re.escape(message)):
+        read_run(with_card(tmp_path, card), {})
