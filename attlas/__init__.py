@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from attlas.analysis.dataset import Dataset as _Dataset
     from attlas.analysis.export import export as export
     from attlas.analysis.query import query as query
-    from attlas.analysis.report import write_report as report
+    from attlas.analysis.report import report as report
     from attlas.analysis.trend import trend as trend
     from attlas.analysis.verify import verify as verify
     from attlas.extract import measure as measure
@@ -30,7 +30,7 @@ _PLACES = {
     "measure": "attlas.extract:measure",
     "open_dataset": "attlas.analysis.dataset:Dataset.open",
     "query": "attlas.analysis.query:query",
-    "report": "attlas.analysis.report:write_report",
+    "report": "attlas.analysis.report:report",
     "run": "attlas.extract.run:run",
     "trend": "attlas.analysis.trend:trend",
     "verify": "attlas.analysis.verify:verify",

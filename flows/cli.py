@@ -148,14 +148,57 @@ app.command(name="run")(with_run_options(run))
 @app.command()
 def report(
     dataset: Dataset,
-    output: Annotated[Path | None, typer.Option(help="The page to write. [default: DIR/report.html]")] = None,
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[B]", help="Another dataset: the page compares it with the first.")
+    ] = None,
+    *,
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write. [default: DIR/report.html, or comparison.html in B]")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", metavar="html|json", help="The page, or its numbers.")] = "html",
 ) -> None:
-    """Write the analyses to one self-contained HTML page, and show the key tables."""
-    from attlas.analysis.report import write_report
+    """Write the analyses to one self-contained HTML page, and show the key tables; or a page that compares two datasets."""
+    chosen = _output_format(form, ("html", "json"))
+    if other is not None:
+        _report_comparison(dataset, other, output, form=chosen)
+        return
+    from attlas.analysis.columns import console_for
+    from attlas.analysis.report import refuse_page
+    from attlas.analysis.report import report as open_report
 
-    page = write_report(dataset, output)
-    _show_summary(dataset)
+    if chosen == "json":
+        _write_json(open_report(dataset).numbers(), output)
+        return
+    refuse_page(dataset, output)
+    found = open_report(dataset)
+    page = found.save(output)
+    console_for(sys.stdout).print(found.terminal(), crop=False)
     _show_paths(report=page)
+
+
+def _report_comparison(a: Path, b: Path, output: Path | None, *, form: str) -> None:
+    from attlas.analysis.compare import compare as compare_datasets
+    from attlas.analysis.comparison_output import write_comparison
+    from attlas.analysis.output import answer_file
+
+    comparison = compare_datasets(a, b)
+    if form == "json":
+        _write_json({"notes": comparison.notes, "rows": comparison.rows.to_dicts()}, output)
+        return
+    page = output or b / "comparison.html"
+    with answer_file(page) as stream:
+        write_comparison(comparison, "html", stream)
+    write_comparison(comparison, "table", sys.stdout)
+    _show_paths(report=page)
+
+
+def _write_json(value: Any, output: Path | None) -> None:
+    import json
+
+    from attlas.analysis.output import answer_file, write_whole
+
+    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+        write_whole([json.dumps(value, ensure_ascii=False, allow_nan=False).encode(), b"\n"], stream)
 
 
 @app.command()

@@ -34,7 +34,7 @@ dataset = attlas.open_dataset("data")
 assert dataset.scan("documents").collect().height == 2
 assert attlas.query("data", "SELECT count(*) AS n FROM documents").to_pylist() == [{"n": 2}]
 assert attlas.verify("data") == []
-assert "<html" in attlas.report("data", "page.html").read_text()
+assert "<html" in attlas.report("data").save("page.html").read_text()
 """
 
 

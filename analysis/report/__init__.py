@@ -1,14 +1,79 @@
-"""The report of a dataset: a self-contained HTML page, and a summary for the terminal."""
+"""The report of a dataset: a self-contained HTML page, its numbers, and a summary for the terminal."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from attlas.analysis.dataset import Dataset
+    from attlas.analysis.report.content import Content
     from attlas.extract.store import Location
+
+
+@dataclass(frozen=True)
+class Report:
+    """The analyses of a dataset. A notebook shows the page."""
+
+    dataset: Dataset
+    content: Content
+
+    @cached_property
+    def html(self) -> str:
+        """The page, with everything that it needs."""
+        from attlas.analysis.report.page import render
+
+        return render(self.content)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f'<iframe srcdoc="{escape(self.html)}" style="width: 100%; height: 80vh; border: 0"></iframe>'
+
+    def save(self, out: Path | str | None = None) -> Path | str:
+        """Write the page, by default to report.html in the dataset's folder. Returns its path, or its URL in an object store."""
+        from attlas.extract.store import REPORT, LocalFolder, write_atomically
+
+        page = self.html.encode()
+        if out is not None:
+            write_atomically(Path(out), page)
+            return Path(out)
+        storage = self.dataset.storage
+        storage.put(REPORT, page)
+        place = storage.place(REPORT)
+        return Path(place) if isinstance(storage, LocalFolder) else place
+
+    def terminal(self) -> RenderableType:
+        """The key tables, for a terminal."""
+        from attlas.analysis.report.terminal import tables
+
+        return tables(self.content)
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers of the page, as JSON has them: lists of rows by what they are of."""
+        from attlas.analysis.report.content import numbers_of
+
+        return numbers_of(self.content)
+
+
+def report(location: Location) -> Report:
+    """Run the analyses of a finished dataset. `.save()` writes them as a page; a notebook shows it.
+
+    Raises Refusal for a damaged dataset.
+    """
+    from attlas.analysis.damage import refuse_if_damaged
+    from attlas.analysis.dataset import Dataset
+    from attlas.analysis.report.content import gather
+
+    dataset = Dataset.open(location)
+    with refuse_if_damaged(dataset):
+        found = Report(dataset, gather(dataset))
+        assert found.html, "damage may show only when the page is made"
+        return found
 
 
 def write_report(location: Location, out: Path | str | None = None) -> Path | str:
@@ -16,35 +81,21 @@ def write_report(location: Location, out: Path | str | None = None) -> Path | st
 
     Returns the path of the page, or its URL in an object store.
     """
-    from attlas.analysis.damage import refuse_if_damaged
-    from attlas.analysis.dataset import Dataset
-    from attlas.analysis.report.content import gather
-    from attlas.analysis.report.page import render
-    from attlas.extract.store import REPORT, LocalFolder, Refusal, write_atomically
+    refuse_page(location, out)
+    return report(location).save(out)
 
-    dataset = Dataset.open(location)
-    storage = dataset.storage
+
+def refuse_page(location: Location, out: Path | str | None) -> None:
+    """Raise Refusal if the page can't be written there."""
+    from attlas.analysis.dataset import Dataset
+    from attlas.extract.store import REPORT, Refusal
+
     if out is None:
-        storage.refuse_obstacle(REPORT)
+        Dataset.open(location).storage.refuse_obstacle(REPORT)
     elif Path(out).is_dir():
         raise Refusal(f"a report is a file; {out} is a folder; give the name of a file in it")
-    with refuse_if_damaged(dataset):
-        page = render(gather(dataset)).encode()
-    if out is not None:
-        write_atomically(Path(out), page)
-        return Path(out)
-    storage.put(REPORT, page)
-    place = storage.place(REPORT)
-    return Path(place) if isinstance(storage, LocalFolder) else place
 
 
 def summary(location: Location) -> RenderableType:
     """The key tables of the report, for a terminal."""
-    from attlas.analysis.damage import refuse_if_damaged
-    from attlas.analysis.dataset import Dataset
-    from attlas.analysis.report.content import gather
-    from attlas.analysis.report.terminal import tables
-
-    dataset = Dataset.open(location)
-    with refuse_if_damaged(dataset):
-        return tables(gather(dataset))
+    return report(location).terminal()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
+import polars.selectors as cs
 
 from attlas.analysis.damage import notes_on_rows
 from attlas.analysis.dataset import Dataset
@@ -25,6 +26,7 @@ from attlas.analysis.inference import estimates, wide
 from attlas.analysis.judge import Judgement, judge
 from attlas.analysis.kinds import head_kinds
 from attlas.analysis.manifest import section
+from attlas.analysis.naming import corpus_title, model_title
 from attlas.analysis.residual import residual_through_depth
 from attlas.analysis.summaries import Grouping, averaged_columns, summarize_together
 from attlas.extract.tables import CLASS_MASSES, TABLES
@@ -148,3 +150,26 @@ def gather(dataset: Dataset) -> Content:
         sequence_tokens=(lengths["low"][0] or 0, lengths["high"][0] or 0),
         damage=damage,
     )
+
+
+def numbers_of(content: Content) -> dict[str, Any]:
+    """The frames of a report as lists of rows, and what is said of them, for JSON."""
+    frames = {
+        "heads": content.heads,
+        "class_masses": content.overall,
+        "layers": content.layers,
+        "lengths": content.lengths,
+        "positions": content.positions,
+        "offsets": content.offsets,
+        "residual": content.residual,
+        "rules": content.judgement.rules,
+        "found": content.judgement.found,
+    }
+    facts = {
+        "model": model_title(content.manifest),
+        "corpus": corpus_title(content.manifest),
+        "documents": content.documents,
+    }
+    # JSON has no NaN and no infinity
+    finite = pl.when(cs.float().is_finite()).then(cs.float())
+    return facts | {name: frame.with_columns(finite).to_dicts() for name, frame in frames.items()}

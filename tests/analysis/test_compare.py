@@ -274,6 +274,14 @@ def test_junit_has_a_test_for_each_head_and_column(base: Path, moved: Path, run_
     assert sum(int(suite.get("tests", 0)) for suite in root) == compare(base, moved).rows.height
 
 
+def test_report_of_two_datasets_is_the_page_of_their_comparison(base: Path, moved: Path, tmp_path: Path) -> None:
+    page, rows = tmp_path / "page.html", tmp_path / "rows.json"
+    assert exit_code(["report", str(base), str(moved), "--output", str(page)]) == 0
+    assert "L1H2" in page.read_text()
+    assert exit_code(["report", str(base), str(moved), "--format", "json", "--output", str(rows)]) == 0
+    assert json.loads(rows.read_text())["rows"] == compare(base, moved).rows.to_dicts()
+
+
 def test_compare_is_a_function_of_the_package(base: Path) -> None:
     assert attlas.compare(base, base).rows.height
 

@@ -1,4 +1,5 @@
 import io
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -13,7 +14,7 @@ from rich.console import Console
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.heads import HEAD
 from attlas.analysis.kinds import head_kinds
-from attlas.analysis.report import summary, write_report
+from attlas.analysis.report import report, summary, write_report
 from attlas.analysis.report.content import gather
 from attlas.analysis.report.figures import nice_ticks, step
 from attlas.analysis.report.numbers import THIN, estimate, format_number, half_width, interval, percent
@@ -317,3 +318,18 @@ def _rename_some_rows(root: Path, stack: str) -> None:
             ).to_arrow()
             columns = [renamed[n].cast(rows.schema.field(n).type) for n in rows.column_names]
             Store.at(root).write_part(table, int(path.stem[-5:]), type(rows).from_arrays(columns, schema=rows.schema))
+
+
+def test_the_numbers_of_the_page_are_json(folder: Path) -> None:
+    found = report(folder)
+    numbers = json.loads(json.dumps(found.numbers(), allow_nan=False))
+    assert numbers["model"] == "known patterns"
+    assert [row["entropy_nats"] for row in numbers["heads"]] == found.content.heads["entropy_nats"].to_list()
+    assert {"heads", "layers", "residual", "offsets", "rules", "found"} <= numbers.keys()
+
+
+def test_a_notebook_shows_the_page_and_it_can_be_saved(folder: Path, tmp_path: Path) -> None:
+    found = report(folder)
+    assert found._repr_html_().startswith("<iframe srcdoc=")
+    assert "<script>" not in found._repr_html_()  # it is escaped
+    assert found.save(tmp_path / "page.html").read_text() == found.html
