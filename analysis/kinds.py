@@ -266,7 +266,7 @@ class HeadShares:
         return kind, awake
 
 
-_COLUMNS = (*{k.column: None for k in KINDS}, *CLASS_MASSES, *COPIES)
+_COLUMNS = tuple(dict.fromkeys([*(k.column for k in KINDS), *CLASS_MASSES, *COPIES]))
 
 
 def _wide(estimates: pl.DataFrame, heads: pl.DataFrame, field: str) -> pl.DataFrame:
@@ -277,7 +277,7 @@ def _wide(estimates: pl.DataFrame, heads: pl.DataFrame, field: str) -> pl.DataFr
 
 
 def _arrays(frame: pl.DataFrame) -> dict[str, Floats]:
-    return {name: frame[name].cast(pl.Float64).to_numpy() for name in dict.fromkeys(_COLUMNS)}
+    return {name: frame[name].cast(pl.Float64).to_numpy() for name in _COLUMNS}
 
 
 def _series(name: str, values: Floats) -> pl.Series:

@@ -74,7 +74,7 @@ def write_part(storage: Storage, table: str, shard: int, rows: pa.Table) -> Part
 
 def _group_rows(table: str, rows: pa.Table) -> int:
     """Rows of a row group: whole heads (or sites), as many as have _GROUP_ROWS rows, where rows are sorted by them."""
-    if TABLES[table].kind != "dense" or len(rows) == 0:
+    if TABLES[table].kind != "dense" or "sequence_id" not in rows.column_names or len(rows) == 0:
         return 1 << 17
     sequences = rows["sequence_id"].to_numpy()
     of_one = 1 + int(np.argmax(np.append(np.diff(sequences) <= 0, True)))
