@@ -100,7 +100,7 @@ def _check_derived(dataset: Dataset, table: Table, part: Part) -> Iterator[Findi
     """Check that a part is what the other tables give: those of its shard, or all."""
     try:
         derived = pl.from_arrow(_concluded(dataset, table) if table.conclude else _derived(dataset, table, part))
-    except (IndexError, KeyError):  # rows that do not belong together, which other checks name
+    except (IndexError, KeyError, ValueError):  # rows that do not belong together, which other checks name
         return
     assert isinstance(derived, pl.DataFrame), "a table has columns"
     expected = derived.lazy().with_columns(cs.categorical().cast(pl.String))
@@ -125,8 +125,7 @@ def _derived(dataset: Dataset, table: Table, part: Part) -> pa.Table:
     columns = {
         name: [c for c in dataset.table(name).facts if c.name in rows.column_names] for name, rows in shard.items()
     }
-    number = scan_rows(dataset, [part]).select(pl.col("shard").first()).collect().item()
-    return table.derive(shard, columns, shard=number)
+    return table.derive(shard, columns, shard=shard["sequences"]["shard"][0].as_py())
 
 
 def _concluded(dataset: Dataset, table: Table) -> pa.Table:
