@@ -48,7 +48,8 @@ def massive_activations(dataset: Dataset) -> pl.DataFrame:
         return pl.DataFrame(schema=SCHEMA)
     ordered = in_order(sites, before=("dimension",))
     is_new = (pl.col("layer") - pl.col("layer").shift(1) > 1).fill_null(True).over("stack", "dimension")
-    runs = ordered.with_columns(run=is_new.cum_sum().over("stack", "dimension"))
+    begins = ordered.with_columns(is_new=is_new)
+    runs = begins.with_columns(run=pl.col("is_new").cum_sum().over("stack", "dimension"))
     largest = pl.col("size").arg_max()
     merged = runs.group_by("stack", "dimension", "run", maintain_order=True).agg(
         pl.col("layer", "site").first(),
