@@ -15,6 +15,7 @@ from attlas.analysis.junit import Case, junit_xml
 from attlas.analysis.output import write_whole
 from attlas.analysis.report.numbers import plural
 from attlas.analysis.result import write_result
+from attlas.analysis.row_texts import place_name, rounded
 from attlas.extract.printable import printable
 
 Format = Literal["table", "csv", "json", "parquet", "html", "junit"]
@@ -34,19 +35,6 @@ def write_comparison(comparison: Comparison, form: Format, stream: IO[Any]) -> N
         write_whole([_table(comparison, stream)], stream)
     else:
         write_result(comparison.rows.to_arrow(), form, stream)
-
-
-def place_name(row: Mapping[str, Any], *, several_stacks: bool) -> str:
-    """The name of a head, a site, a layer, or a band of depth."""
-    depth = row.get("depth")
-    where = f"L{row['layer']}" if depth is None else f"depth {depth:.0%}"
-    if row["head"] is not None:
-        where += f"H{row['head']}"
-    if row["site"] is not None:
-        where += f" {row['site'].replace('_', ' ')}"
-    if row.get("other_head") is not None:
-        where += f" and L{row['other_layer']}H{row['other_head']}"
-    return f"{row['stack']} {where}" if several_stacks else where
 
 
 def _cases(rows: pl.DataFrame) -> Iterator[Case]:
@@ -103,8 +91,3 @@ def _changes(rows: pl.DataFrame, confidence: float, *, several_stacks: bool) -> 
 
 def _interval(row: Mapping[str, Any]) -> str:
     return f"{rounded(row['difference'])} ({rounded(row['low'])} to {rounded(row['high'])})"
-
-
-def rounded(value: float | None, *, digits: int = 4) -> str:
-    """A number with a few significant digits."""
-    return "null" if value is None else f"{value:.{digits}g}".replace("-", "−")

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from attlas.analysis.columns import Column, FittedTable, WrappedText, console_for
 from attlas.analysis.compare import VERDICTS
-from attlas.analysis.comparison_output import place_name, rounded
 from attlas.analysis.output import write_whole
 from attlas.analysis.report.numbers import plural
 from attlas.analysis.result import write_result
+from attlas.analysis.row_texts import place_name, rounded
 from attlas.analysis.trend import PLACE_AND_COLUMN, Trend
 from attlas.analysis.trend_overview import can_alert, column_overviews, largest_changes, sparkline
 from attlas.extract.printable import printable

@@ -10,11 +10,11 @@ import polars as pl
 from markupsafe import Markup
 
 from attlas.analysis.compare import CHANGED, UNCHANGED, UNDECIDED, Comparison
-from attlas.analysis.comparison_output import place_name, rounded
 from attlas.analysis.report.charts import NOTICE, chart_fragment, chart_style, content_security_policy, runtime
 from attlas.analysis.report.numbers import THIN, count
 from attlas.analysis.report.page import page_environment
 from attlas.analysis.residual import SITES
+from attlas.analysis.row_texts import place_name, rounded
 
 if TYPE_CHECKING:
     import altair as alt

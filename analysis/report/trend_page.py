@@ -10,11 +10,11 @@ from markupsafe import Markup
 
 from attlas.analysis.alerts import RULES
 from attlas.analysis.compare import CHANGED
-from attlas.analysis.comparison_output import place_name, rounded
 from attlas.analysis.naming import model_title
 from attlas.analysis.report.charts import NOTICE, chart_style, content_security_policy, runtime
 from attlas.analysis.report.numbers import THIN, count
 from attlas.analysis.report.page import page_environment
+from attlas.analysis.row_texts import place_name, rounded
 from attlas.analysis.trend import Trend
 from attlas.analysis.trend_charts import trend_charts
 from attlas.analysis.trend_overview import can_alert, column_overviews, largest_changes, sparkline
