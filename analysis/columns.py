@@ -6,6 +6,7 @@ columns are dropped. A table that still does not fit is printed wider than the t
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -132,3 +133,12 @@ def console_for(stream: object) -> Console:
     """A console as wide as the terminal, or of unlimited width if the stream is not a terminal."""
     is_terminal = bool(getattr(stream, "isatty", lambda: False)())
     return Console(file=stream, width=None if is_terminal else UNLIMITED, highlight=False)  # pyright: ignore[reportArgumentType]
+
+
+def printed(pieces: Iterable[RenderableType], stream: object) -> bytes:
+    """What a stream shows of pieces one below the other, in its encoding."""
+    console = console_for(stream if isinstance(stream, io.TextIOBase) else io.StringIO())
+    with console.capture() as capture:
+        for piece in pieces:
+            console.print(piece, crop=False)
+    return capture.get().encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")

@@ -84,7 +84,12 @@ class Comparison:
 
     def counts(self) -> dict[str, int]:
         """The number of rows with each verdict."""
-        return {verdict: int((self.rows["verdict"] == verdict).sum()) for verdict in VERDICTS}
+        return count_verdicts(self.rows)
+
+
+def count_verdicts(rows: pl.DataFrame) -> dict[str, int]:
+    """The number of rows with each verdict, in the order of VERDICTS."""
+    return {verdict: int((rows["verdict"] == verdict).sum()) for verdict in VERDICTS}
 
 
 def compare(

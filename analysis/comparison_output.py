@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, Literal
 
 import polars as pl
+from rich.console import RenderableType
 from rich.text import Text
 
-from attlas.analysis.columns import Column, FittedTable, WrappedText, console_for
-from attlas.analysis.compare import CHANGED, UNCHANGED, VERDICTS, Comparison
+from attlas.analysis.columns import Column, FittedTable, WrappedText, printed
+from attlas.analysis.compare import CHANGED, UNCHANGED, Comparison
 from attlas.analysis.junit import Case, junit_xml
 from attlas.analysis.output import write_whole
 from attlas.analysis.report.numbers import plural
 from attlas.analysis.result import write_result
-from attlas.analysis.row_texts import place_name, rounded
+from attlas.analysis.row_texts import difference_cells, interval_text, place_name, rounded
 from attlas.extract.printable import printable
 
 Format = Literal["table", "csv", "json", "parquet", "html", "junit"]
@@ -32,7 +32,7 @@ def write_comparison(comparison: Comparison, form: Format, stream: IO[Any]) -> N
 
         write_whole([render_comparison(comparison).encode()], stream)
     elif form == "table":
-        write_whole([_table(comparison, stream)], stream)
+        write_whole([printed(_pieces(comparison), stream)], stream)
     else:
         write_result(comparison.rows.to_arrow(), form, stream)
 
@@ -45,49 +45,34 @@ def _cases(rows: pl.DataFrame) -> Iterator[Case]:
 
 
 def _sentence(row: Mapping[str, Any]) -> str:
-    return f"{row['verdict']}: {rounded(row['a'])} and {rounded(row['b'])}, difference {_interval(row)}, margin {rounded(row['margin'])}, q {rounded(row['q'])}"
+    return f"{row['verdict']}: {rounded(row['a'])} and {rounded(row['b'])}, difference {rounded(row['difference'])} ({interval_text(row)}), margin {rounded(row['margin'])}, q {rounded(row['q'])}"
 
 
-def _table(comparison: Comparison, stream: IO[Any]) -> bytes:
+def _pieces(comparison: Comparison) -> Iterator[RenderableType]:
     """Notes, counts and the largest changes."""
     rows = comparison.rows
-    changed = rows.filter(pl.col("verdict") == CHANGED)
-    console = console_for(stream if isinstance(stream, io.TextIOBase) else io.StringIO())
-    with console.capture() as capture:
-        for note in comparison.notes:
-            console.print(WrappedText(Text(printable(note))), crop=False)
-        counts = ", ".join(f"{comparison.counts()[verdict]} {verdict}" for verdict in VERDICTS)
-        console.print()
-        console.print(WrappedText(Text(f"{plural(rows.height, 'difference')}: {counts}", style="bold")), crop=False)
-        if changed.height:
-            console.print(
-                _changes(changed.head(_SHOWN), 1 - comparison.alpha, several_stacks=rows["stack"].n_unique() > 1),
-                crop=False,
-            )
-        if changed.height > _SHOWN:
-            console.print(f"{changed.height - _SHOWN} more changed: --format csv or json has them all")
-    return capture.get().encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
+    for note in comparison.notes:
+        yield WrappedText(Text(printable(note)))
+    yield ""
+    counts = ", ".join(f"{number} {verdict}" for verdict, number in comparison.counts().items())
+    yield WrappedText(Text(f"{plural(rows.height, 'difference')}: {counts}", style="bold"))
+    changed = rows.filter(verdict=CHANGED)
+    if changed.height:
+        shown = changed.head(_SHOWN)
+        yield _changes(shown, 1 - comparison.alpha, several_stacks=rows["stack"].n_unique() > 1)
+    if changed.height > _SHOWN:
+        yield f"{changed.height - _SHOWN} more changed: --format csv or json has them all"
 
 
 def _changes(rows: pl.DataFrame, confidence: float, *, several_stacks: bool) -> FittedTable:
-    named = list(rows.iter_rows(named=True))
-    numbers = {
-        "a": [rounded(row["a"]) for row in named],
-        "b": [rounded(row["b"]) for row in named],
-        "difference": [rounded(row["difference"]) for row in named],
-        f"{100 * confidence:g} % interval": [f"{rounded(row['low'])} to {rounded(row['high'])}" for row in named],
-        "q": [rounded(row["q"], digits=2) for row in named],
-        "÷ margin": [rounded(row["effect"], digits=3) for row in named],
+    cells = difference_cells(rows, several_stacks=several_stacks)
+    texts = [Column(name, [printable(row[name]) for row in cells]) for name in ("where", "column")]
+    means = [Column(name, [rounded(mean) for mean in rows[name]], right=True) for name in ("a", "b")]
+    names = {
+        "difference": "difference",
+        "interval": f"{100 * confidence:g} % interval",
+        "q": "q",
+        "÷ margin": "÷ margin",
     }
-    return FittedTable(
-        (
-            Column("where", [printable(place_name(row, several_stacks=several_stacks)) for row in named]),
-            Column("column", [printable(row["column"]) for row in named]),
-            *(Column(name, cells, right=True) for name, cells in numbers.items()),
-        ),
-        title="Changed, the largest effects first",
-    )
-
-
-def _interval(row: Mapping[str, Any]) -> str:
-    return f"{rounded(row['difference'])} ({rounded(row['low'])} to {rounded(row['high'])})"
+    numbers = [Column(shown, [row[name] for row in cells], right=True) for name, shown in names.items()]
+    return FittedTable((*texts, *means, *numbers), title="Changed, the largest effects first")

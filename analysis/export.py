@@ -12,6 +12,7 @@ from typing import Literal
 
 import polars as pl
 
+from attlas.analysis.comparability import COMPARED
 from attlas.analysis.damage import refuse_if_damaged
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.frames_output import refuse_other_suffix, write_frames
@@ -19,7 +20,6 @@ from attlas.analysis.summaries import WEIGHT, Grouping, averaged_columns, docume
 from attlas.extract.store import Location, Refusal
 
 Form = Literal["long", "wide"]
-TABLES = ("heads", "residual", "layers")
 
 
 def export(
@@ -148,8 +148,8 @@ def _last_parts(dataset: Dataset, table: str) -> pl.DataFrame:
 
 def _columns(dataset: Dataset, table: str, names: Sequence[str] | None) -> list[str]:
     """The names of the statistics, checked. Raises Refusal."""
-    if table not in TABLES:
-        raise Refusal(f"--table must be one of {', '.join(TABLES)}; got {table!r}; choose one of them")
+    if table not in COMPARED:
+        raise Refusal(f"--table must be one of {', '.join(COMPARED)}; got {table!r}; choose one of them")
     dataset.parts(table)  # raises Refusal if there is no such table
     available = averaged_columns(dataset, table)
     for name in names or ():
@@ -163,7 +163,7 @@ def _columns(dataset: Dataset, table: str, names: Sequence[str] | None) -> list[
 
 
 def _suggestion(dataset: Dataset, name: str, available: Sequence[str]) -> str:
-    for table in TABLES:
+    for table in COMPARED:
         if table in dataset.tables and name in averaged_columns(dataset, table):
             return f"{table} has it: use --table {table}"
     near = difflib.get_close_matches(name, available, n=3, cutoff=0.5)

@@ -92,7 +92,7 @@ def _table_chunks(table: pa.Table, stream: IO[Any], to_shorten: str) -> Iterator
     """The first rows as a table; in a terminal that is too narrow, text is wrapped."""
     from rich.text import Text
 
-    from attlas.analysis.columns import Column, FittedTable, WrappedText, console_for
+    from attlas.analysis.columns import Column, FittedTable, WrappedText, printed
 
     shown = table.slice(0, _MAX_ROWS)
     columns = [
@@ -106,11 +106,8 @@ def _table_chunks(table: pa.Table, stream: IO[Any], to_shorten: str) -> Iterator
     ]
     omitted = table.num_rows - _MAX_ROWS
     hint = f"; {omitted} more not shown: {to_shorten}choose --format csv, json or parquet" if omitted > 0 else ""
-    console = console_for(stream if isinstance(stream, io.TextIOBase) else io.StringIO())
-    with console.capture() as capture:
-        console.print(FittedTable(columns), crop=False)
-        console.print(WrappedText(Text(f"{plural(table.num_rows, 'row')}{hint}")), crop=False)
-    yield capture.get().encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
+    pieces = (FittedTable(columns), WrappedText(Text(f"{plural(table.num_rows, 'row')}{hint}")))
+    yield printed(pieces, stream)
 
 
 def _cell(value: Any) -> str:

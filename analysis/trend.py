@@ -18,8 +18,8 @@ from attlas.analysis.compare import (
     CHANGED,
     ROW,
     TESTED,
-    VERDICTS,
     check_alpha,
+    count_verdicts,
     differences_at_places,
     margins_of,
     tested,
@@ -109,7 +109,7 @@ class Trend:
 
     def counts(self, changes: pl.DataFrame) -> dict[str, int]:
         """The number of tests with each verdict."""
-        return {verdict: int((changes["verdict"] == verdict).sum()) for verdict in VERDICTS}
+        return count_verdicts(changes)
 
 
 def trend(
@@ -149,8 +149,7 @@ def _columns(series: Series, names: str | Sequence[str] | None) -> Columns:
     if names is not None:
         return common_columns(datasets, [names] if isinstance(names, str) else names)
     found = common_columns(datasets)
-    in_order = sorted(DEFAULT_COLUMNS, key=DEFAULT_COLUMNS.index)
-    common = {t: {n: of_table[n] for n in in_order if n in of_table} for t, of_table in found.common.items()}
+    common = {t: {n: of_table[n] for n in DEFAULT_COLUMNS if n in of_table} for t, of_table in found.common.items()}
     only = {d: [n for n in names if n.rpartition(".")[2] in DEFAULT_COLUMNS] for d, names in found.only.items()}
     return Columns(common, only)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import IO, Any, Literal
 
@@ -10,12 +9,11 @@ import polars as pl
 from rich.console import RenderableType
 from rich.text import Text
 
-from attlas.analysis.columns import Column, FittedTable, WrappedText, console_for
-from attlas.analysis.compare import VERDICTS
+from attlas.analysis.columns import Column, FittedTable, WrappedText, printed
 from attlas.analysis.output import write_whole
 from attlas.analysis.report.numbers import plural
 from attlas.analysis.result import write_result
-from attlas.analysis.row_texts import place_name, rounded
+from attlas.analysis.row_texts import difference_cells, interval_text, place_name, rounded
 from attlas.analysis.trend import PLACE_AND_COLUMN, Trend
 from attlas.analysis.trend_overview import can_alert, column_overviews, largest_changes, sparkline
 from attlas.extract.printable import printable
@@ -28,21 +26,13 @@ _SHOWN = 30
 def write_trend(trend: Trend, form: Format, stream: IO[Any]) -> None:
     """Write a trend. Raises OutputError if the stream does not take everything."""
     if form == "table":
-        write_whole([_table(trend, stream)], stream)
+        write_whole([printed(_pieces(trend), stream)], stream)
     elif form == "html":
         from attlas.analysis.report.trend_page import render_trend
 
         write_whole([render_trend(trend).encode()], stream)
     else:
         write_result(trend.rows.to_arrow(), form, stream)
-
-
-def _table(trend: Trend, stream: IO[Any]) -> bytes:
-    console = console_for(stream if isinstance(stream, io.TextIOBase) else io.StringIO())
-    with console.capture() as capture:
-        for piece in _pieces(trend):
-            console.print(piece, crop=False)
-    return capture.get().encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
 
 
 def _pieces(trend: Trend) -> Iterator[RenderableType]:
@@ -61,8 +51,7 @@ def _pieces(trend: Trend) -> Iterator[RenderableType]:
 
 
 def _verdicts(trend: Trend, changes: pl.DataFrame) -> str:
-    counts = trend.counts(changes)
-    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+    return ", ".join(f"{number} {verdict}" for verdict, number in trend.counts(changes).items())
 
 
 def _columns(trend: Trend) -> FittedTable:
@@ -94,7 +83,7 @@ def _alerts(trend: Trend) -> Iterator[RenderableType]:
             Column("from", [printable(row["dataset"]) for row in named]),
             Column("column", [row["column"] for row in named]),
             Column("first", [rounded(row["first"]) for row in named], right=True),
-            Column("then", [f"{rounded(row['low'])} to {rounded(row['high'])}" for row in named], right=True),
+            Column("then", [interval_text(row) for row in named], right=True),
             Column("in the last", ["still" if row["lasts"] else "no more" for row in named]),
         ),
         title=f"{plural(len(named), 'alert')}",
@@ -104,23 +93,18 @@ def _alerts(trend: Trend) -> Iterator[RenderableType]:
 def _changes(trend: Trend, changes: pl.DataFrame) -> FittedTable:
     lines = trend.rows.join(changes.select(PLACE_AND_COLUMN), on=PLACE_AND_COLUMN, how="semi", nulls_equal=True)
     series = {key: rows["estimate"].to_list() for key, rows in lines.sort("step").group_by(PLACE_AND_COLUMN)}
-    named = list(changes.iter_rows(named=True))
-    several = trend.rows["stack"].n_unique() > 1
+    cells = difference_cells(changes, several_stacks=trend.rows["stack"].n_unique() > 1)
     return FittedTable(
         (
-            Column("where", [printable(place_name(row, several_stacks=several)) for row in named]),
-            Column("column", [printable(row["column"]) for row in named]),
-            Column("series", [sparkline(series[tuple(row[name] for name in PLACE_AND_COLUMN)]) for row in named]),
-            Column("from", [printable(row["from_dataset"]) for row in named]),
-            Column("to", [printable(row["dataset"]) for row in named]),
-            Column("difference", [rounded(row["difference"]) for row in named], right=True),
-            Column(
-                f"{100 * (1 - trend.alpha):g} % interval",
-                [f"{rounded(row['low'])} to {rounded(row['high'])}" for row in named],
-                right=True,
-            ),
-            Column("q", [rounded(row["q"], digits=2) for row in named], right=True, optional=True),
-            Column("÷ margin", [rounded(row["effect"], digits=3) for row in named], right=True),
+            Column("where", [printable(row["where"]) for row in cells]),
+            Column("column", [printable(row["column"]) for row in cells]),
+            Column("series", [sparkline(series[key]) for key in changes.select(PLACE_AND_COLUMN).rows()]),
+            Column("from", [printable(name) for name in changes["from_dataset"]]),
+            Column("to", [printable(name) for name in changes["dataset"]]),
+            Column("difference", [row["difference"] for row in cells], right=True),
+            Column(f"{100 * (1 - trend.alpha):g} % interval", [row["interval"] for row in cells], right=True),
+            Column("q", [row["q"] for row in cells], right=True, optional=True),
+            Column("÷ margin", [row["÷ margin"] for row in cells], right=True),
         ),
         title="Changed, the largest effect of each place first",
     )

@@ -4,9 +4,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -192,12 +192,19 @@ def _report_comparison(a: Path, b: Path, output: Path | None, *, form: str) -> N
     _show_paths(report=page)
 
 
+def _answer(output: Path | None) -> AbstractContextManager[IO[Any]]:
+    """Standard output, or a file that appears whole or not at all."""
+    from attlas.analysis.output import answer_file
+
+    return nullcontext(sys.stdout) if output is None else answer_file(output)
+
+
 def _write_json(value: Any, output: Path | None) -> None:
     import json
 
-    from attlas.analysis.output import answer_file, write_whole
+    from attlas.analysis.output import write_whole
 
-    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+    with _answer(output) as stream:
         write_whole([json.dumps(value, ensure_ascii=False, allow_nan=False).encode(), b"\n"], stream)
 
 
@@ -230,11 +237,10 @@ def query(
     if timeout <= 0:
         raise Refusal(f"--timeout must be more than 0 seconds; got {timeout:g}; use a longer one")
     from attlas.analysis.example_queries import write_examples
-    from attlas.analysis.output import answer_file
     from attlas.analysis.query import query as rows_of
     from attlas.analysis.query import write_result
 
-    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+    with _answer(output) as stream:
         if dataset is None or sql is None:
             write_examples(dataset, output_format, stream)
         else:
@@ -269,14 +275,13 @@ def findings(
         raise Refusal(f"--fail-on must be defects or findings; got {fail_on!r}; choose one of them")
     from attlas.analysis.dataset import Dataset as Opened
     from attlas.analysis.judge import judge, write_judgement
-    from attlas.analysis.output import answer_file
     from attlas.analysis.result import FORMATS
 
     output_format = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
     from attlas.extract.printable import printable
 
     judgement = judge(Opened.open(dataset))
-    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+    with _answer(output) as stream:
         write_judgement(judgement, output_format, stream)
     for name, reason in judgement.not_checked:
         typer.echo(f"not checked: {name}: {printable(reason)}", err=True)
@@ -303,7 +308,7 @@ def export(
     """Write means of documents to CSV or Parquet, a row per document and head, for statistics software."""
     from attlas.analysis.export import export as export_dataset
 
-    names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    names = _names(columns)
     if mixed_model is not None and (names is not None or wide):
         raise Refusal("--mixed-model has one column; --columns and --wide do not apply; leave them out")
     form = "wide" if wide else "long"
@@ -386,11 +391,10 @@ def compare(
     _refuse_other_failure(fail_on)
     from attlas.analysis.compare import compare as compare_datasets
     from attlas.analysis.comparison_output import FORMATS, write_comparison
-    from attlas.analysis.output import answer_file
 
     chosen = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
     comparison = compare_datasets(a, b, columns=_names(columns), margins=margin or (), alpha=alpha, match=match)
-    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+    with _answer(output) as stream:
         write_comparison(comparison, chosen, stream)
     if fail_on and comparison.has_drift:
         raise typer.Exit(FINDING)
@@ -425,13 +429,12 @@ def trend(
 ) -> None:
     """Follow columns through training checkpoints or nights, head by head, with what changed marked."""
     _refuse_other_failure(fail_on)
-    from attlas.analysis.output import answer_file
     from attlas.analysis.trend import trend as follow
     from attlas.analysis.trend_output import FORMATS, write_trend
     from attlas.extract.printable import printable
 
     chosen = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
-    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+    with _answer(output) as stream:
         found = follow(datasets, columns=_names(columns), margins=margin or (), alpha=alpha)
         for note in found.series.notes if chosen != "table" else ():
             typer.echo(printable(note), err=True)
@@ -460,14 +463,13 @@ def verify(
     """Check checksums, schema, invariants and row counts, and list every problem (exit code 3)."""
     from attlas.analysis.dataset import Dataset as Opened
     from attlas.analysis.findings_output import FORMATS, write_findings
-    from attlas.analysis.output import answer_file
     from attlas.analysis.report.numbers import plural
     from attlas.analysis.verify import findings_in
     from attlas.extract.printable import printable
 
     chosen = _output_format(form, FORMATS)
     opened = Opened.open(dataset)
-    with nullcontext(sys.stdout) if output is None else answer_file(output) as stream:
+    with _answer(output) as stream:
         findings = findings_in(opened)
         write_findings(opened, findings, chosen, stream)
     if findings:

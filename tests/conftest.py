@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import is_hypothesis_test, settings
 
+from tests.chromium import started_browser
 from tests.properties import QUICK, THOROUGH
 from tests.shapes import check_shapes
 
@@ -96,6 +97,13 @@ def demo():
     from attlas.extract.model.encoder import load_encoder
 
     return load_encoder("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's chromium."""
+    with started_browser() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,12 @@ class Report:
 
     @cached_property
     def html(self) -> str:
-        """The page, with everything that it needs."""
+        """The page, with everything that it needs. Raises Refusal for a damaged dataset."""
+        from attlas.analysis.damage import refuse_if_damaged
         from attlas.analysis.report.page import render
 
-        return render(self.content)
+        with refuse_if_damaged(self.dataset):
+            return render(self.content)
 
     def _repr_html_(self) -> str:
         from html import escape
@@ -48,10 +50,12 @@ class Report:
         return Path(place) if isinstance(storage, LocalFolder) else place
 
     def terminal(self) -> RenderableType:
-        """The key tables, for a terminal."""
+        """The key tables, for a terminal. Raises Refusal for a damaged dataset."""
+        from attlas.analysis.damage import refuse_if_damaged
         from attlas.analysis.report.terminal import tables
 
-        return tables(self.content)
+        with refuse_if_damaged(self.dataset):
+            return tables(self.content)
 
     def numbers(self) -> dict[str, Any]:
         """The numbers of the page, as JSON has them: lists of rows by what they are of."""
@@ -71,9 +75,7 @@ def report(location: Location) -> Report:
 
     dataset = Dataset.open(location)
     with refuse_if_damaged(dataset):
-        found = Report(dataset, gather(dataset))
-        assert found.html, "damage may show only when the page is made"
-        return found
+        return Report(dataset, gather(dataset))
 
 
 def write_report(location: Location, out: Path | str | None = None) -> Path | str:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from markupsafe import Markup
 
 from attlas.analysis.compare import CHANGED, UNCHANGED, UNDECIDED, Comparison
-from attlas.analysis.report.charts import NOTICE, chart_fragment, chart_style, content_security_policy, runtime
+from attlas.analysis.report.chart_page import render_chart_page
+from attlas.analysis.report.charts import chart_fragment
 from attlas.analysis.report.numbers import THIN, count
-from attlas.analysis.report.page import page_environment
 from attlas.analysis.residual import SITES
-from attlas.analysis.row_texts import place_name, rounded
+from attlas.analysis.row_texts import difference_cells, place_name, rounded
 
 if TYPE_CHECKING:
     import altair as alt
 
-_HERE = Path(__file__).parent
 _CHANGES = 300
 _CELL = 26  # pixels
 _FARTHEST = 5  # multiples of the margin at which the colours end
@@ -33,10 +31,6 @@ def render_comparison(comparison: Comparison) -> str:
     changed = rows.filter(verdict=CHANGED)
     models, corpora = zip(*comparison.names, strict=True)
     context = {
-        "policy": Markup(content_security_policy()),
-        "style": Markup((_HERE / "style.css").read_text("utf-8") + chart_style()),
-        "runtime": runtime(),
-        "notice": NOTICE,
         "models": models if models[0] != models[1] else [" on ".join(name) for name in comparison.names],
         "lead": f"{_on(corpora)}. {comparison.notes[2]}",
         "tiles": [(count(number), verdict) for verdict, number in verdicts.items()],
@@ -47,7 +41,7 @@ def render_comparison(comparison: Comparison) -> str:
         "notes": comparison.notes,
         "alpha": f"{comparison.alpha:g}",
     }
-    return page_environment().get_template("comparison.html").render(context)
+    return render_chart_page("comparison.html", context)
 
 
 def _on(corpora: tuple[str, str]) -> str:
@@ -73,21 +67,23 @@ def _columns(rows: pl.DataFrame) -> dict[str, Any]:
 
 
 def _changes(changed: pl.DataFrame, comparison: Comparison) -> dict[str, Any]:
-    several = comparison.rows["stack"].n_unique() > 1
+    cells = difference_cells(changed, several_stacks=comparison.rows["stack"].n_unique() > 1)
     interval = f"{100 * (1 - comparison.alpha):g}{THIN}% interval"
     names = ("where", "column", "a", "b", "difference", interval, "q", "÷ margin")
-    cells = [
+    rows = [
         (
-            place_name(row, several_stacks=several),
+            row["where"],
             row["column"],
-            *(rounded(row[name]) for name in ("a", "b", "difference")),
-            f"{rounded(row['low'])} to {rounded(row['high'])}",
-            rounded(row["q"], digits=2),
-            rounded(row["effect"], digits=3),
+            rounded(a),
+            rounded(b),
+            row["difference"],
+            row["interval"],
+            row["q"],
+            row["÷ margin"],
         )
-        for row in changed.iter_rows(named=True)
+        for row, a, b in zip(cells, changed["a"], changed["b"], strict=True)
     ]
-    return {"header": [(name, number > 1) for number, name in enumerate(names)], "rows": cells}
+    return {"header": [(name, number > 1) for number, name in enumerate(names)], "rows": rows}
 
 
 def _maps(rows: pl.DataFrame) -> Iterator[tuple[str, Markup]]:

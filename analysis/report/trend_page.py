@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import polars as pl
-from markupsafe import Markup
 
 from attlas.analysis.alerts import RULES
 from attlas.analysis.compare import CHANGED
 from attlas.analysis.naming import model_title
-from attlas.analysis.report.charts import NOTICE, chart_style, content_security_policy, runtime
+from attlas.analysis.report.chart_page import render_chart_page
 from attlas.analysis.report.numbers import THIN, count
-from attlas.analysis.report.page import page_environment
-from attlas.analysis.row_texts import place_name, rounded
+from attlas.analysis.row_texts import difference_cells, interval_text, place_name, rounded
 from attlas.analysis.trend import Trend
 from attlas.analysis.trend_charts import trend_charts
 from attlas.analysis.trend_overview import can_alert, column_overviews, largest_changes, sparkline
 
-_HERE = Path(__file__).parent
 _CHANGES = 300
 
 
 def render_trend(trend: Trend) -> str:
     """The page of a trend, with its charts."""
-    return page_environment().get_template("trend.html").render(_context(trend))
+    return render_chart_page("trend.html", _context(trend))
 
 
 def _context(trend: Trend) -> dict[str, Any]:
@@ -33,10 +29,6 @@ def _context(trend: Trend) -> dict[str, Any]:
     changed = largest_changes(trend)
     confidence = f"{100 * (1 - trend.alpha):g}{THIN}%"
     return {
-        "policy": Markup(content_security_policy()),
-        "style": Markup((_HERE / "style.css").read_text("utf-8") + chart_style()),
-        "runtime": runtime(),
-        "notice": NOTICE,
         "model": model_title(last.dataset.manifest),
         "count": len(trend.steps),
         "span": trend.notes[0],
@@ -81,7 +73,7 @@ def _alerts(trend: Trend) -> dict[str, Any]:
             row["dataset"],
             row["column"],
             rounded(row["first"]),
-            f"{rounded(row['low'])} to {rounded(row['high'])}",
+            interval_text(row),
             "still" if row["lasts"] else "no more",
         )
         for row in trend.alerts.iter_rows(named=True)
@@ -116,17 +108,10 @@ def _changes(trend: Trend, changes: pl.DataFrame, confidence: str) -> dict[str, 
     several = trend.rows["stack"].n_unique() > 1
     names = ["column", "from", "to", "difference", f"{confidence} interval", "q", "÷ margin"]
     header = [("where", False), *((name, number > 2) for number, name in enumerate(names))]
+    changed = changes.filter(verdict=CHANGED)
+    datasets = changed.select("from_dataset", "dataset").rows()
     rows = [
-        (
-            place_name(row, several_stacks=several),
-            row["column"],
-            row["from_dataset"],
-            row["dataset"],
-            rounded(row["difference"]),
-            f"{rounded(row['low'])} to {rounded(row['high'])}",
-            rounded(row["q"], digits=2),
-            rounded(row["effect"], digits=3),
-        )
-        for row in changes.filter(verdict=CHANGED).iter_rows(named=True)
+        (row["where"], row["column"], *between, *(row[name] for name in ("difference", "interval", "q", "÷ margin")))
+        for row, between in zip(difference_cells(changed, several_stacks=several), datasets, strict=True)
     ]
     return {"header": header, "rows": rows}

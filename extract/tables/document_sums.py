@@ -86,11 +86,11 @@ class DocumentGroups:
 
     def __init__(self, places: Int[np.ndarray, " row"], documents: Int[np.ndarray, " row"]) -> None:
         # rows of a document mostly lie together, so runs of them are added up first
-        self._runs = _starts(places, documents)
+        self._runs = run_starts(places, documents)
         place, document = places[self._runs], documents[self._runs]
         self._order = np.lexsort((document, place))
         place, document = place[self._order], document[self._order]
-        self._groups = _starts(place, document)
+        self._groups = run_starts(place, document)
         self.place, self.document = place[self._groups], document[self._groups]
 
     def weights_and_totals(
@@ -116,8 +116,8 @@ class _Pool:
     def __init__(self, groups: DocumentGroups, listed: np.ndarray) -> None:
         self.place, self.document = groups.place, groups.document
         self.is_listed: Bool[np.ndarray, " group"] = np.isin(self.document, listed)
-        self._of_places = _starts(self.place)
-        self._place_numbers = np.searchsorted(self._of_places, np.arange(len(self.place)), side="right") - 1
+        self._of_places = run_starts(self.place)
+        self._place_numbers = run_numbers(self._of_places, len(self.place))
 
     def rows(self, weights: np.ndarray, totals: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
         """The fields of DocumentSums but for `column`: of pooled documents, and of listed ones, from W_d and Y_d."""
@@ -143,10 +143,15 @@ class _Pool:
         return lambda values: np.add.reduceat(np.where(chosen, values, 0), self._of_places)
 
 
-def _starts(*keys: np.ndarray) -> Int[np.ndarray, " run"]:
+def run_starts(*keys: np.ndarray) -> Int[np.ndarray, " run"]:
     """Where runs of equal keys begin."""
     changes = np.zeros(len(keys[0]), dtype=bool)
     changes[:1] = True
     for key in keys:
         changes[1:] |= key[1:] != key[:-1]
     return np.flatnonzero(changes)
+
+
+def run_numbers(starts: Int[np.ndarray, " run"], rows: int) -> Int[np.ndarray, " row"]:
+    """The number of the run that each row is in."""
+    return np.repeat(np.arange(len(starts)), np.diff(starts, append=rows))

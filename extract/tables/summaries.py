@@ -14,7 +14,15 @@ import pyarrow as pa
 
 from attlas.extract.tables import heads, layers, residual
 from attlas.extract.tables.column import Column
-from attlas.extract.tables.document_sums import HEAVY_SHARE, POOLED, SUMS, documents_listed, sum_documents
+from attlas.extract.tables.document_sums import (
+    HEAVY_SHARE,
+    POOLED,
+    SUMS,
+    documents_listed,
+    run_numbers,
+    run_starts,
+    sum_documents,
+)
 from attlas.extract.tables.table import DOCUMENT_ID, HEAD, LAYER, SHARD, STACK, Rule, Table
 
 _SUMMARIZED = (heads.TABLE, residual.TABLE, layers.TABLE)
@@ -38,11 +46,11 @@ def summarize_shard(tables: Mapping[str, pa.Table], columns: Mapping[str, Sequen
 
 def _summarize(rows: pa.Table, table: Table, names: Sequence[str], sequences: pa.Table, listed: np.ndarray) -> pa.Table:
     """The summaries of columns of a table. Its rows are sorted by place."""
-    place, firsts = _places([rows[name] for name in table.places])
+    firsts = run_starts(*(_codes(rows[name]) for name in table.places))
     sums = sum_documents(
         {name: _numbers(rows[name]) for name in names},
         weights_of(rows, table, sequences),
-        place,
+        run_numbers(firsts, len(rows)),
         _numbers(rows["document_id"]),
         listed=listed,
     )
@@ -67,16 +75,6 @@ def weights_of(rows: pa.Table, table: Table, sequences: pa.Table) -> np.ndarray:
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     """Values, NaN where null."""
     return column.to_numpy()
-
-
-def _places(keys: Sequence[pa.ChunkedArray]) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each row's place, and the first row of each place."""
-    changes = np.zeros(len(keys[0]), dtype=bool)
-    changes[:1] = True
-    for key in keys:
-        codes = _codes(key)
-        changes[1:] |= codes[1:] != codes[:-1]
-    return np.cumsum(changes) - 1, np.flatnonzero(changes)
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:
@@ -105,6 +103,7 @@ SUM_KEYS = (
         formula="number of a document that is listed by itself; null for the other documents together",
     ),
 )
+SUM_ORDER = tuple(column.name for column in SUM_KEYS)
 SUM_FACTS = (
     Column(
         name="documents",
@@ -120,6 +119,10 @@ SUM_FACTS = (
 )
 
 
+SUM_EXAMPLE = (
+    'SELECT stack, layer, head, "column", SUM(weight * mean) / SUM(weight) AS mean, SUM(weight) AS rows '
+    "FROM {table} WHERE head IS NOT NULL GROUP BY ALL ORDER BY ALL LIMIT 5"
+)
 SUM_RULES = (
     Rule("weights", "weight <= 0", "a weight is not above 0"),
     Rule("documents", "document_id IS NOT NULL AND documents <> 1", "a listed document counts as several"),
@@ -139,11 +142,8 @@ TABLE = Table(
     derive=summarize_shard,
     keys=(SHARD, *SUM_KEYS),
     facts=SUM_FACTS,
-    order=("stack", "layer", "head", "site", "column", "document_id"),
-    example=(
-        'SELECT stack, layer, head, "column", SUM(weight * mean) / SUM(weight) AS mean, SUM(weight) AS rows '
-        "FROM summaries WHERE head IS NOT NULL GROUP BY ALL ORDER BY ALL LIMIT 5"
-    ),
+    order=SUM_ORDER,
+    example=SUM_EXAMPLE,
     rules=SUM_RULES,
     notes=f"""\
 w is `query_rows` for columns of `heads` and the sequence's `tokens` for those of `residual` and `layers`. A document is listed by

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 
 from attlas.extract.tables.merged_sums import TOTAL_SHARE, MergedSums, listed_in_total
-from attlas.extract.tables.summaries import SUM_FACTS, SUM_KEYS, SUM_RULES
+from attlas.extract.tables.summaries import SUM_EXAMPLE, SUM_FACTS, SUM_KEYS, SUM_ORDER, SUM_RULES
 from attlas.extract.tables.table import Table
 
 
@@ -20,7 +20,7 @@ def add_up_shards(parts: Callable[[str], Iterator[pa.Table]]) -> pa.Table:
     for documents in parts("documents"):
         sequences_of |= zip(documents["document_id"].to_pylist(), documents["sequences"].to_pylist(), strict=True)
     shards = ((rows["document_id"].to_numpy(), rows["tokens"].to_numpy()) for rows in parts("sequences"))
-    merged = MergedSums([c.name for c in SUM_KEYS if c.name != "document_id"], listed_in_total(shards, sequences_of))
+    merged = MergedSums([name for name in SUM_ORDER if name != "document_id"], listed_in_total(shards, sequences_of))
     schema = TABLE.schema()
     merged.add(schema.empty_table())
     for rows in parts("summaries"):
@@ -36,11 +36,8 @@ TABLE = Table(
     conclude=add_up_shards,
     keys=SUM_KEYS,
     facts=SUM_FACTS,
-    order=("stack", "layer", "head", "site", "column", "document_id"),
-    example=(
-        'SELECT stack, layer, head, "column", SUM(weight * mean) / SUM(weight) AS mean, SUM(weight) AS rows '
-        "FROM totals WHERE head IS NOT NULL GROUP BY ALL ORDER BY ALL LIMIT 5"
-    ),
+    order=SUM_ORDER,
+    example=SUM_EXAMPLE,
     rules=SUM_RULES,
     notes=f"""\
 The same sums as in `summaries`, over all shards, in a single part. Documents that lie in several shards are put together; those

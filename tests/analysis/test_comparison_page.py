@@ -11,7 +11,7 @@ import pytest
 from attlas.analysis.compare import compare
 from attlas.analysis.report.comparison_page import render_comparison
 from tests.analysis.synthetic import changed_copy, write_dataset
-from tests.chromium import BROWSER_TESTS, opened_page, started_browser
+from tests.chromium import BROWSER_TESTS, opened_page
 
 HOSTILE = "<script>window.hacked = 1</script>"
 L1H2 = (pl.col("layer") == 1) & (pl.col("head") == 2)
@@ -45,12 +45,6 @@ def test_a_comparison_by_depth_has_a_page_too(tmp_path: Path) -> None:
         in html
     )
     shutil.rmtree(b)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with started_browser() as browser:
-        yield browser
 
 
 @pytest.fixture(params=["light", "dark"])

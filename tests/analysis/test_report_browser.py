@@ -8,15 +8,9 @@ import pytest
 
 from attlas.analysis.report import write_report
 from tests.analysis.synthetic import write_dataset
-from tests.chromium import BROWSER_TESTS, opened_page, started_browser
+from tests.chromium import BROWSER_TESTS, opened_page
 
 pytestmark = BROWSER_TESTS
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with started_browser() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,10 @@ import pytest
 from attlas.analysis.report.trend_page import render_trend
 from attlas.analysis.trend import trend
 from tests.analysis.synthetic import changed_copy, write_dataset
-from tests.chromium import BROWSER_TESTS, opened_page, started_browser
+from tests.chromium import BROWSER_TESTS, opened_page
 
 pytestmark = BROWSER_TESTS
 L1H2 = (pl.col("layer") == 1) & (pl.col("head") == 2)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with started_browser() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,13 @@ import transformers
 from PIL import Image
 
 from attlas.extract.view import View, view, view_named
-from tests.chromium import BROWSER_TESTS, opened_page, started_browser
+from tests.chromium import BROWSER_TESTS, opened_page
 from tests.extract.test_images import PREPROCESSOR, vision_model
 from tests.extract.test_view import HOSTILE, weights_of
 
 pytestmark = BROWSER_TESTS
 
 TEXT = "Attention heads look around, unbelievably often; </script><img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with started_browser() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
