@@ -26,14 +26,9 @@ from attlas.extract.store import Store
 from attlas.extract.tables.ablations import ablate_option
 from tests.extract.models import save_with_tokenizer, tiny
 from tests.extract.runs import complete_run, contents
-from tests.extract.test_ablations import change, ids_of, rows_of
+from tests.extract.test_ablations import PLACES, change, grouped_language_model, ids_of, rows_of
 from tests.extract.test_workers import WORKER
 
-# where each family's heads are read side by side, and what its MLP writes
-PLACES = {
-    "bert": ("encoder.layer.{}.attention.output.dense", "encoder.layer.{}.output.dense"),
-    "llama": ("layers.{}.self_attn.o_proj", "layers.{}.mlp.down_proj"),
-}
 Replace = Callable[[torch.Tensor], None]
 
 
@@ -93,7 +88,7 @@ def parts_of(layers: int) -> list[tuple[int, str, int]]:
     ]
 
 
-@pytest.mark.parametrize("family", PLACES)
+@pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_part_at_its_mean_is_what_hooks_that_set_it_give(family):
     model = tiny(family)
     ids, mask = ids_of(), torch.ones(2, 11, dtype=torch.long)
@@ -113,12 +108,7 @@ def test_a_part_at_its_mean_is_what_hooks_that_set_it_give(family):
 
 
 def test_the_loss_of_a_model_of_grouped_heads_changes_as_with_hooks():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    model, ids = transformers.LlamaForCausalLM(config).eval(), ids_of()
+    model, ids = grouped_language_model(), ids_of()
     rows = rows_of(measure(model, ablate="heads,mean", input_ids=ids))
     places = Places(model.model, "llama")
     sequences = [{"input_ids": ids[:1]}, {"input_ids": ids[1:]}]

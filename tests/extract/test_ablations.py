@@ -22,6 +22,16 @@ def ids_of(n: int = 11, batch: int = 2) -> torch.Tensor:
     return torch.randint(2, 60, (batch, n), generator=torch.Generator().manual_seed(3))
 
 
+def grouped_language_model() -> nn.Module:
+    """A causal language model of two layers, whose four query heads share two key–value heads."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def change(y: torch.Tensor, z: torch.Tensor) -> tuple[float, float]:
     cosine = nn.functional.cosine_similarity(y.double(), z.double(), dim=-1).mean()
     return float(1 - cosine), float((z.double().norm(dim=-1) / y.double().norm(dim=-1) - 1).mean())
@@ -48,6 +58,7 @@ def without(model: nn.Module, *modules: str) -> nn.Module:
     return changed
 
 
+# where each family's heads are read side by side, and what its MLP writes
 PLACES = {
     "bert": ("encoder.layer.{}.attention.output.dense", "encoder.layer.{}.output.dense"),
     "llama": ("layers.{}.self_attn.o_proj", "layers.{}.mlp.down_proj"),
@@ -145,12 +156,7 @@ def test_torch_modules_with_tokens_first_have_ablations():
 
 
 def test_a_causal_language_model_has_the_change_of_its_loss():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    model, ids = transformers.LlamaForCausalLM(config).eval(), ids_of()
+    model, ids = grouped_language_model(), ids_of()
     rows = rows_of(measure(model, tables=("ablations",), input_ids=ids))
 
     def loss(of: nn.Module, sequence: int) -> float:
