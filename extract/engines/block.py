@@ -119,6 +119,13 @@ class Block:
         return (self.usable_scores - self.largest[..., None]).where(self.usable, 0).exp() * self.usable
 
     @cached_property
+    def log_share_of_keys(self) -> Float[Tensor, "batch head row"]:
+        """ln of a row's sum over its keys: 0 without a learned sink, and finite where one takes nearly all of the row."""
+        if self.sinks is None:
+            return torch.zeros_like(self.total)
+        return self.key_weights.sum(-1).where(self.measured, 1).log() + self.largest - self.shift - self.total.log()
+
+    @cached_property
     def descending(self) -> Float[Tensor, "batch head row key"]:
         """The weights of each row's keys, the largest first; the largest is 1."""
         if self.key_weights.device.type != "cpu":

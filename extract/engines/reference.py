@@ -261,15 +261,21 @@ def _pattern_rank(call: Call, output: Tensor, measured: Tensor) -> Float[Tensor,
 
 
 def _ranks_of_sequence(call: Call, measured: Tensor, number: int) -> Float[Tensor, " head"]:
+    """Of the pattern times the factor that makes its largest row sum to 1, so that a learned sink leaves no pattern of zeros."""
     chosen = torch.tensor([number], device=measured.device)
     alone, of_rows, heads = call.of_sequences(chosen), measured[chosen], measured.shape[1]
     queries, keys = alone.visibility.queries, alone.visibility.keys
+    log_shares: list[Tensor] = []
     pattern: Tensor | None = None
     for block in blocks_of(alone, heads, of_rows):
         if pattern is None:
             pattern = block.pattern.new_zeros(heads, queries.tokens, keys.tokens)
-        pattern[:, block.rows, block.keys] = block.pattern[0]
+        weights = block.key_weights[0]
+        pattern[:, block.rows, block.keys] = weights / weights.sum(-1, keepdim=True).where(block.measured[0, ..., None], 1)
+        log_shares.append(block.log_share_of_keys[0].where(block.measured[0], -torch.inf))
     assert pattern is not None, "a call has queries"
+    log_share = torch.cat(log_shares, -1)
+    pattern *= (log_share - log_share.amax(-1, keepdim=True).nan_to_num(neginf=0))[..., None].exp()
     of_tokens = pattern[:, queries.real[0]][..., keys.real[0]]
     return torch.stack([effective_rank(head) for head in of_tokens]).to(pattern.dtype)
 

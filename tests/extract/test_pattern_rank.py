@@ -11,7 +11,7 @@ import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
 from attlas.analysis.verify import verify
 from attlas.extract import measure
@@ -116,6 +116,22 @@ def test_a_run_has_the_ranks_of_the_sample_if_they_are_named(demo, tmp_path: Pat
     manifest = Store.at(tmp_path / "out").manifest
     assert manifest is not None and manifest["run"]["statistics"] == [f"heads.{NAME}"]
     assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+@pytest.mark.parametrize("logit", [0.5, 90.0, 200.0, 1e4])
+def test_a_learned_sink_that_takes_nearly_all_leaves_a_pattern_with_a_rank(engine: str, logit: float) -> None:
+    """Float32 has no weight below e^-104: the pattern times any factor has the same rank."""
+    call = call_of(0, batch=1, heads=2, grouped=False, tokens=9, width=4, causal=False, size=3.0)
+    _, rows = choose(engine).attend(
+        replace(call, sinks=torch.tensor([logit, -1.0])), lambda: own_output(call).float(), {"pattern_rank"}
+    )
+    keys = call.visibility.keys.real[0]
+    scores = own_scores(call)[0][..., keys].numpy()
+    for head, sink in enumerate((logit, -1.0)):
+        of_rows = scores[head][rows.measured[0, head].numpy()]
+        logs = of_rows - np.logaddexp(special.logsumexp(of_rows, axis=1), sink)[:, None]
+        assert float(rows["pattern_rank"][0, head]) == pytest.approx(by_scipy(np.exp(logs - logs.max())), rel=1e-4)
 
 
 def test_a_batch_without_a_sequence_of_the_sample_has_no_ranks() -> None:
