@@ -271,7 +271,9 @@ def _ranks_of_sequence(call: Call, measured: Tensor, number: int) -> Float[Tenso
         if pattern is None:
             pattern = block.pattern.new_zeros(heads, queries.tokens, keys.tokens)
         weights = block.key_weights[0]
-        pattern[:, block.rows, block.keys] = weights / weights.sum(-1, keepdim=True).where(block.measured[0, ..., None], 1)
+        pattern[:, block.rows, block.keys] = weights / weights.sum(-1, keepdim=True).where(
+            block.measured[0, ..., None], 1
+        )
         log_shares.append(block.log_share_of_keys[0].where(block.measured[0], -torch.inf))
     assert pattern is not None, "a call has queries"
     log_share = torch.cat(log_shares, -1)
