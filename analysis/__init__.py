@@ -1,18 +1,38 @@
 """Parquet to answers: what the heads and the residual stream of a measured model do, with intervals.
 
-`find_defects`, `find_findings` and `head_kinds` take a dataset, as `attlas.open_dataset` gives it, and return Polars frames.
+Every function here takes a dataset, as `attlas.open_dataset` gives it, and returns a Polars frame. The module of each says what it
+answers, by which formula, and how to read it.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attlas.analysis.defects import find_defects as find_defects
+    from attlas.analysis.documents import dropped_documents as dropped_documents
+    from attlas.analysis.documents import outlying_documents as outlying_documents
     from attlas.analysis.findings import find_findings as find_findings
     from attlas.analysis.kinds import head_kinds as head_kinds
+    from attlas.analysis.similarity import head_clusters as head_clusters
+    from attlas.analysis.similarity import head_similarity as head_similarity
 
-__all__ = ["find_defects", "find_findings", "head_kinds"]
-
-_PLACES = {"find_defects": "defects", "find_findings": "findings", "head_kinds": "kinds"}
+_PLACES = {
+    "dropped_documents": "documents",
+    "find_defects": "defects",
+    "find_findings": "findings",
+    "head_clusters": "similarity",
+    "head_kinds": "kinds",
+    "head_similarity": "similarity",
+    "outlying_documents": "documents",
+}
+__all__ = [
+    "dropped_documents",
+    "find_defects",
+    "find_findings",
+    "head_clusters",
+    "head_kinds",
+    "head_similarity",
+    "outlying_documents",
+]
 
 
 def __getattr__(name: str) -> Any:

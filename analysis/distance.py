@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.entropy import bin_edges, position_means
 from attlas.analysis.heads import HEAD, head_means
 
+_BINS = range(-32, 33)  # of the profile offset
 COLUMNS = ("distance_tokens", "distance_vs_uniform", "offset_tokens", "offset_std_tokens")
 
 
@@ -48,6 +51,15 @@ def offset_profile(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFr
         )
         .sort(*by, "bin")
     )
+
+
+def offset_shares(dataset: Dataset, heads: pl.DataFrame) -> NDArray[np.float64]:
+    """The share of the attention of each of the heads, rows of HEAD, at each signed distance: [head, bin]; 0 if nothing is known."""
+    shares = np.zeros((heads.height, len(_BINS)))
+    numbers = heads.select(HEAD).with_row_index("|head")
+    rows = offset_profile(dataset).collect().join(numbers, on=HEAD).filter(pl.col("mass").is_not_null())
+    shares[rows["|head"].to_numpy(), rows["bin"].to_numpy() - _BINS[0]] = rows["mass"].to_numpy()
+    return shares
 
 
 def distance_by_position(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFrame:

@@ -10,7 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.distance import offset_profile
+from attlas.analysis.distance import offset_shares
 from attlas.analysis.heads import HEAD, head_means
 from attlas.analysis.inference import jackknife
 from attlas.analysis.summaries import averaged_columns, places, summaries, summarize_rows
@@ -101,23 +101,14 @@ def match_heads(a: Dataset, b: Dataset) -> pl.DataFrame:
 class _Heads:
     """What the heads of a stack look at, as distributions: Float64[head, outcome]."""
 
-    _BINS = range(-32, 33)
-
     def __init__(self, dataset: Dataset, stack: str) -> None:
         present = averaged_columns(dataset, "heads")
         names = [name for name in (*CLASS_MASSES, "entropy_normalized") if name in present]
         means = head_means(dataset, names).filter(stack=stack)
         self.keys = means.select(HEAD)
         masses = means.select(pl.col([n for n in names if n != "entropy_normalized"]).fill_null(0)).to_numpy()
-        self._distributions = (self._offsets(dataset), masses)
+        self._distributions = (offset_shares(dataset, self.keys), masses)
         self._entropy = means["entropy_normalized"].cast(pl.Float64).fill_null(0).to_numpy()
-
-    def _offsets(self, dataset: Dataset) -> NDArray[np.float64]:
-        profile = offset_profile(dataset).collect()
-        shares = np.zeros((self.keys.height, len(self._BINS)))
-        rows = profile.join(self.keys.with_row_index("|head"), on=HEAD).filter(pl.col("mass").is_not_null())
-        shares[rows["|head"].to_numpy(), rows["bin"].to_numpy() - self._BINS[0]] = rows["mass"].to_numpy()
-        return shares
 
     def cost(self, others: _Heads) -> NDArray[np.float64]:
         cost = np.abs(self._entropy[:, None] - others._entropy)

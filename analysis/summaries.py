@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from attlas.analysis.dataset import Dataset
@@ -54,11 +55,15 @@ def summaries(dataset: Dataset, table: str, columns: Sequence[str] | None = None
 
 @dataclass(frozen=True)
 class Grouping:
-    """What to sum up, and by what. prepare: filters the rows, or adds columns to group by; it sees keys, `weight` and the columns."""
+    """What to sum up, and by what. prepare: filters the rows, or adds columns to group by; it sees keys, `weight` and the columns.
+
+    is_by_document: no documents are pooled, however light; there are as many rows as documents.
+    """
 
     columns: Sequence[str]
     by: Sequence[str]
     prepare: RowFilter = lambda rows: rows
+    is_by_document: bool = False
 
     def of(self, rows: pl.LazyFrame) -> pl.LazyFrame:
         return self.prepare(rows).select(*self.by, "document_id", WEIGHT, *self.columns)
@@ -79,13 +84,19 @@ def summarize_rows(
 def summarize_together(dataset: Dataset, table: str, groupings: Sequence[Grouping]) -> list[pl.LazyFrame]:
     """The same by several groupings, in one pass over the rows."""
     in_shards, in_total = listed_documents(dataset)
-    merged = [MergedSums([*grouping.by, "column"], in_total) for grouping in groupings]
+    merged = [
+        _DocumentSums([*g.by, "column"]) if g.is_by_document else MergedSums([*g.by, "column"], in_total)
+        for g in groupings
+    ]
 
     needed = {c.name for c in TABLES[table].keys} | {WEIGHT} | {name for g in groupings for name in g.columns}
 
     def summarize(rows: pl.LazyFrame) -> list[pl.DataFrame]:
         part = rows.select(needed).collect().lazy()
-        return [summarize_frame(g.of(part).collect(), g.columns, g.by, in_shards) for g in groupings]
+        return [
+            summarize_frame(g.of(part).collect(), g.columns, g.by, None if g.is_by_document else in_shards)
+            for g in groupings
+        ]
 
     # one part is decoded while another is added up
     with ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
@@ -94,6 +105,32 @@ def summarize_together(dataset: Dataset, table: str, groupings: Sequence[Groupin
                 sums.add(frame.to_arrow())
     found = [pl.from_arrow(sums.to_arrow()) for sums in merged]
     return [frame.lazy() for frame in found if isinstance(frame, pl.DataFrame)]
+
+
+class _DocumentSums:
+    """Adds sums of parts in which no document is pooled; of MergedSums' form."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = [*keys, "document_id"]
+        self._parts: list[pa.Table] = []
+
+    def add(self, rows: pa.Table) -> None:
+        self._parts.append(rows.select([*self._keys, "weight", "mean"]))
+
+    def to_arrow(self) -> pa.Table:
+        """A row for each key and document, sorted by them; a document that lies in several parts is put together."""
+        rows = pl.from_arrow(pa.concat_tables(self._parts))
+        assert isinstance(rows, pl.DataFrame), "a table has columns"
+        weight = pl.col("weight").sum()
+        alone = {"documents": pl.lit(1, pl.Int64), "deviation_squares": 0.0, "deviation_products": 0.0}
+        return (
+            rows.group_by(self._keys)
+            .agg(weight, mean=(pl.col("weight") * pl.col("mean")).sum() / weight)
+            .with_columns(weight_squares=pl.col("weight") ** 2, **alone)
+            .select(*self._keys, *SUMS)
+            .sort(self._keys)
+            .to_arrow()
+        )
 
 
 def document_sums(

@@ -174,6 +174,16 @@ def rewrite(root: Path, part: str, change: Callable[[pa.Table], pa.Table]) -> No
     write_json(root / "manifest.json", manifest)
 
 
+def add_table(root: Path, name: str, shards: Sequence[list[dict[str, Any]]]) -> None:
+    """Add a table that the synthetic datasets lack, from the rows of each shard."""
+    store, manifest = Store.at(root), read_json(root / "manifest.json")
+    assert manifest is not None
+    parts = [store.write_part(name, shard, _table(name, rows)) for shard, rows in enumerate(shards)]
+    entry = {"rows": sum(part.rows for part in parts), "parts": [asdict(part) for part in parts]}
+    manifest["tables"] = dict(sorted({**manifest["tables"], name: entry}.items()))
+    write_json(root / "manifest.json", manifest)
+
+
 def changed_copy(root: Path, copy: Path, change: Callable[[pl.DataFrame], pl.DataFrame]) -> Path:
     """A copy of a dataset with other values in `heads`, summarized again."""
     shutil.copytree(root, copy)
