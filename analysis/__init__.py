@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from attlas.analysis.documents import outlying_documents as outlying_documents
     from attlas.analysis.findings import find_findings as find_findings
     from attlas.analysis.kinds import head_kinds as head_kinds
+    from attlas.analysis.pruning import proxy_correlations as proxy_correlations
+    from attlas.analysis.pruning import pruning_candidates as pruning_candidates
+    from attlas.analysis.pruning import removal_effects as removal_effects
+    from attlas.analysis.redundancy import head_redundancy as head_redundancy
     from attlas.analysis.similarity import head_clusters as head_clusters
     from attlas.analysis.similarity import head_similarity as head_similarity
 
@@ -21,8 +25,12 @@ _PLACES = {
     "find_findings": "findings",
     "head_clusters": "similarity",
     "head_kinds": "kinds",
+    "head_redundancy": "redundancy",
     "head_similarity": "similarity",
     "outlying_documents": "documents",
+    "proxy_correlations": "pruning",
+    "pruning_candidates": "pruning",
+    "removal_effects": "pruning",
 }
 __all__ = [
     "dropped_documents",
@@ -30,8 +38,12 @@ __all__ = [
     "find_findings",
     "head_clusters",
     "head_kinds",
+    "head_redundancy",
     "head_similarity",
     "outlying_documents",
+    "proxy_correlations",
+    "pruning_candidates",
+    "removal_effects",
 ]
 
 

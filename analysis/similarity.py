@@ -111,11 +111,16 @@ def head_clusters(
     between their heads is at least this. Pairs that were not compared count as 0. similarities: if they are at hand.
     Raises Refusal for another threshold than one from 0 to 1, and if there is nothing to compare.
     """
-    if not 0 <= threshold <= 1:
-        raise Refusal(f"a threshold of similarity is from 0 to 1; got {threshold:g}; use {SAME_CLUSTER:g}, for example")
+    check_similarity(threshold)
     stacks = stack_similarities(dataset, by=by) if similarities is None else similarities
     schema = {name: SCHEMA[name] for name in HEAD} | {"order": pl.Int64, "cluster": pl.Int64}
     return pl.concat([pl.DataFrame(schema=schema), *(_clusters(stack, threshold) for stack in stacks)])
+
+
+def check_similarity(threshold: float) -> None:
+    """Raise Refusal for a threshold that no similarity can have."""
+    if not 0 <= threshold <= 1:
+        raise Refusal(f"a threshold of similarity is from 0 to 1; got {threshold:g}; use {SAME_CLUSTER:g}, for example")
 
 
 def _check(dataset: Dataset, by: str) -> None:

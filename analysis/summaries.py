@@ -124,7 +124,7 @@ class _DocumentSums:
         weight = pl.col("weight").sum()
         alone = {"documents": pl.lit(1, pl.Int64), "deviation_squares": 0.0, "deviation_products": 0.0}
         return (
-            rows.group_by(self._keys)
+            rows.group_by(self._keys, maintain_order=True)
             .agg(weight, mean=(pl.col("weight") * pl.col("mean")).sum() / weight)
             .with_columns(weight_squares=pl.col("weight") ** 2, **alone)
             .select(*self._keys, *SUMS)
