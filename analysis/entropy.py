@@ -32,8 +32,9 @@ def layer_grouping(heads: pl.DataFrame | None = None) -> Grouping:
     return Grouping(COLUMNS, _LAYER, lambda rows: rows if chosen is None else rows.join(chosen, on=HEAD, how="semi"))
 
 
-def means_by_layer(sums: pl.LazyFrame) -> pl.DataFrame:
-    return wide(estimates(sums, _LAYER).collect(), _LAYER, COLUMNS)
+def means_by_layer(sums: pl.LazyFrame, *, comparisons: int = 1) -> pl.DataFrame:
+    """Of sums by `layer_grouping`. comparisons: how many of the intervals of a column hold together (Bonferroni)."""
+    return wide(estimates(sums, _LAYER, comparisons=comparisons).collect(), _LAYER, COLUMNS)
 
 
 def entropy_by_length(dataset: Dataset) -> pl.DataFrame:

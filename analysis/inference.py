@@ -36,14 +36,23 @@ def estimates(
     or tokens. Intervals are null, with a note, for documents that count as fewer than 2.
     """
     found = jackknife(summaries, [*by, "column"])
-    margin = _margin(1 - (1 - confidence) / max(1, comparisons))
     few = pl.col("documents") < 2
     note = pl.when(few).then(pl.lit(NOTE_FEW)).when(pl.col("se").is_null()).then(pl.lit(NOTE_UNEQUAL))
     return (
-        found.with_columns(low=pl.col("estimate") - margin, high=pl.col("estimate") + margin, note=note)
+        found.with_columns(*_interval(confidence, comparisons), note=note)
         .select(*by, "column", *ESTIMATES)
         .sort(*by, "column")
     )
+
+
+def simultaneous(found: pl.DataFrame, *, comparisons: int, confidence: float = CONFIDENCE) -> pl.DataFrame:
+    """The same estimates with intervals of which so many hold together (Bonferroni): for the extreme of that many."""
+    return found.with_columns(_interval(confidence, comparisons))
+
+
+def _interval(confidence: float, comparisons: int) -> list[pl.Expr]:
+    margin = _margin(1 - (1 - confidence) / max(1, comparisons))
+    return [(pl.col("estimate") - margin).alias("low"), (pl.col("estimate") + margin).alias("high")]
 
 
 def wide(found: pl.DataFrame, by: Sequence[str], columns: Sequence[str]) -> pl.DataFrame:

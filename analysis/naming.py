@@ -12,6 +12,7 @@ from attlas.extract.printable import printable
 
 _MAX_LENGTH = 60
 _DIGEST = re.compile(r"[0-9a-f]{16,}")  # the folder of a revision in the hub's cache
+_BUILT_IN = re.compile(r"demo \((.+)\)")
 _CORPUS_TITLES = {"demo": "demo (Python's reference manual)"}
 
 
@@ -23,6 +24,12 @@ def model_title(manifest: Mapping[str, Any]) -> str:
     if name and ((name != "demo" and not _DIGEST.fullmatch(name)) or not architecture):
         return name
     return f"{name} ({architecture})" if name else architecture or "a model"
+
+
+def heading(title: str) -> str:
+    """A title for a heading: of `demo (name)`, which the built-in model and corpus have, the name."""
+    found = _BUILT_IN.fullmatch(title)
+    return found[1] if found else title
 
 
 def corpus_title(manifest: Mapping[str, Any]) -> str:

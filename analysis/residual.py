@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import polars as pl
 
 from attlas.analysis.dataset import Dataset
@@ -12,14 +14,21 @@ SITES = ("embedding", "attention", "cross_attention", "mlp", "final_norm")  # in
 SITE = ("stack", "layer", "site")
 
 
-def residual_through_depth(dataset: Dataset, columns: tuple[str, ...] | None = None) -> pl.DataFrame:
+def residual_through_depth(
+    dataset: Dataset, columns: tuple[str, ...] | None = None, *, found: pl.DataFrame | None = None
+) -> pl.DataFrame:
     """Token-weighted means with intervals, a row per stack, layer and site, in the order in which the model runs them.
 
-    `depth` counts the sites of a stack from 0.
+    `depth` counts the sites of a stack from 0. found: the estimates of `site_estimates`, if they are at hand.
     """
     names = averaged_columns(dataset, "residual") if columns is None else list(columns)
-    means = wide(estimates(summaries(dataset, "residual", names), SITE).collect(), SITE, names)
+    means = wide(site_estimates(dataset, names) if found is None else found, SITE, names)
     return in_order(means).with_columns(depth=pl.int_range(pl.len()).over("stack"))
+
+
+def site_estimates(dataset: Dataset, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """The same means, a row for each site and column: `stack, layer, site, column` and ESTIMATES."""
+    return estimates(summaries(dataset, "residual", columns), SITE).collect()
 
 
 def in_order(sites: pl.DataFrame, *, before: tuple[str, ...] = ()) -> pl.DataFrame:

@@ -4,9 +4,9 @@
     page += chart_fragment(chart, {"rows": frame}, label="…") + …
     page += runtime()                                  # once, behind the last chart
 
-A chart names its data (`alt.NamedData("rows")`), which stand beside it in a compact form. Vega runs as an interpreter of expressions,
-so the policy needs no 'unsafe-eval'; CSV and TSV data would need it, and are not for these charts. Colours are CSS variables, which
-follow the page from light to dark.
+A chart names its data (`alt.NamedData("rows")`), which stand beside it in a compact form, or once for all charts of a page
+(`shared_data`). Vega runs as an interpreter of expressions, so the policy needs no 'unsafe-eval'; CSV and TSV data would need it, and
+are not for these charts. Colours are CSS variables, which follow the page from light to dark.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 from markupsafe import Markup
 
+from attlas.extract.printable import printable
 from attlas.extract.store import Refusal
 
 if TYPE_CHECKING:
     import altair as alt
 
 _SCRIPT = Path(__file__).with_name("charts.js")
-_DIGITS = 5
+_DIGITS = 7
+_FEW = 32  # longer columns of numbers are written as float32 in base64
 NOTICE = (
     "Charts: Vega, Vega-Lite and Vega-Embed, © University of Washington Interactive Data Lab and contributors, BSD 3-Clause; "
     "D3, © Mike Bostock, ISC."
@@ -54,18 +57,44 @@ _CONFIG: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def chart_fragment(chart: alt.TopLevelMixin, data: Mapping[str, pl.DataFrame], *, label: str) -> Markup:
-    """A chart as an HTML figure. data: the frames that it names. label: what it shows, for those who do not see it."""
+def chart_fragment(
+    chart: alt.TopLevelMixin,
+    data: Mapping[str, pl.DataFrame],
+    *,
+    label: str,
+    name: str = "chart",
+    shared: Sequence[str] = (),
+    on_canvas: bool = False,
+) -> Markup:
+    """A chart as an HTML figure, with buttons for its data and its picture.
+
+    data: the frames that it names; shared: those of `shared_data` that it names. label: what it shows, for those who do not see it.
+    name: of the files that it is saved as. on_canvas: for tens of thousands of marks.
+    """
     spec = chart.to_dict(validate=False)
     given = spec.get("config", {})
     spec["config"] = given | _TOP | {name: given.get(name, {}) | of for name, of in _CONFIG.items()}
-    content = {"spec": spec, "data": {name: _columns(frame) for name, frame in data.items()}}
-    # in a script, only `<` could end it or begin a comment
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    content = {"spec": spec, "data": {name: _columns(frame) for name, frame in data.items()}, "shared": list(shared)}
     return Markup(
-        '<figure class="chart" role="group" aria-label="{}"><div class="controls"></div><div class="scroll-x" tabindex="0"><div class="view"></div></div>'
+        '<figure class="chart" role="group" aria-label="{}" data-name="{}" data-renderer="{}"><div class="controls"></div>'
+        '<div class="scroll-x" tabindex="0"><div class="view"></div></div>'
+        '<div class="saving"><button type="button" data-save="csv">Data (CSV)</button>'
+        '<button type="button" data-save="png">Picture (PNG)</button></div>'
         '<script type="application/json">{}</script></figure>'
-    ).format(label, Markup(text))
+    ).format(label, name, "canvas" if on_canvas else "svg", _json(content))
+
+
+def shared_data(frames: Mapping[str, pl.DataFrame]) -> Markup:
+    """Frames that several charts and the scripts of a page use, for before its first chart."""
+    return Markup('<script type="application/json" id="data">{}</script>').format(
+        _json({name: _columns(frame) for name, frame in frames.items()})
+    )
+
+
+def _json(content: Any) -> Markup:
+    """JSON inside a script, where only `<` could end it or begin a comment."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
 
 
 def chart_style() -> str:
@@ -73,15 +102,17 @@ def chart_style() -> str:
     return _SCRIPT.with_suffix(".css").read_text("utf-8")
 
 
-def runtime() -> Markup:
-    """The script that draws all charts of a page, with Vega, and its licences."""
-    return Markup("<!-- {} -->\n<script>{}</script>").format(Markup(NOTICE), Markup(_runtime()))
+def runtime(*scripts: str) -> Markup:
+    """The script that draws all charts of a page, with Vega, its licences, and the page's own scripts."""
+    own = (Markup("<script>{}</script>").format(Markup(script)) for script in scripts)
+    return Markup("<!-- {} -->\n<script>{}</script>{}").format(Markup(NOTICE), Markup(_runtime()), Markup("").join(own))
 
 
-def content_security_policy() -> str:
-    """The policy of a page with charts: nothing is loaded, and no script runs but the runtime."""
-    digest = base64.b64encode(hashlib.sha256(_runtime().encode()).digest()).decode()
-    return f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+def content_security_policy(*scripts: str) -> str:
+    """The policy of a page with charts: nothing is loaded, and no script runs but the runtime and the page's own."""
+    digests = [base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in (_runtime(), *scripts)]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 @cache
@@ -111,8 +142,11 @@ def _values(column: pl.Series) -> Any:
     if column.dtype == pl.String:
         words = column.drop_nulls().unique(maintain_order=True)
         codes = column.replace_strict(words, pl.Series(range(len(words)), dtype=pl.Int32), default=None)
-        return {"words": words.to_list(), "codes": codes.to_list()}
-    if column.dtype.is_float():
-        finite = column.to_frame().select(pl.when(pl.first().is_finite()).then(pl.first())).to_series()
-        return [None if v is None else int(v) if v == int(v) else v for v in finite.round_sig_figs(_DIGITS).to_list()]
-    return column.to_list()
+        return {"words": [printable(word) for word in words], "codes": codes.to_list()}
+    if not column.dtype.is_float():
+        return column.to_list()
+    finite = column.to_frame().select(pl.when(pl.first().is_finite()).then(pl.first())).to_series()
+    if len(finite) > _FEW:
+        floats = finite.cast(pl.Float64).fill_null(np.nan).to_numpy().astype("<f4")
+        return {"floats": base64.b64encode(floats.tobytes()).decode()}
+    return [None if v is None else int(v) if v == int(v) else v for v in finite.round_sig_figs(_DIGITS).to_list()]

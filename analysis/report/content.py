@@ -12,6 +12,8 @@ import polars.selectors as cs
 from attlas.analysis.damage import notes_on_rows
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.distance import offset_profile
+from attlas.analysis.documents import COLUMNS as DOCUMENT_COLUMNS
+from attlas.analysis.documents import document_grouping, dropped_documents, outliers_of
 from attlas.analysis.entropy import COLUMNS as ENTROPY_COLUMNS
 from attlas.analysis.entropy import (
     entropy_by_position,
@@ -27,7 +29,10 @@ from attlas.analysis.judge import Judgement, judge
 from attlas.analysis.kinds import head_kinds
 from attlas.analysis.manifest import section
 from attlas.analysis.naming import corpus_title, model_title
-from attlas.analysis.residual import residual_through_depth
+from attlas.analysis.pruning import proxy_correlations, pruning_candidates, reason_not_ablated
+from attlas.analysis.residual import residual_through_depth, site_estimates
+from attlas.analysis.similarity import By, StackSimilarity, head_clusters, stack_similarities
+from attlas.analysis.similarity import reason_unknown as similarity_unknown
 from attlas.analysis.summaries import Grouping, averaged_columns, summarize_together
 from attlas.extract.tables import CLASS_MASSES, TABLES
 
@@ -40,18 +45,31 @@ CLASSES = (*CLASS_MASSES, "mass_self")
 class Content:
     """The analyses of one dataset.
 
-    `heads` has a row per head with `id`, `label`, its kinds and every mean. `overall` and `layers` are of heads that are not at rest.
-    `no_kinds`: why heads have no kinds, if they have none. `chance`: how chance levels are known.
+    `heads` has a row per head with `id`, `label`, its kinds and every mean. `estimates` and `site_estimates` have the same of heads and
+    of sites by column. `overall` and `layers` are of heads that are not at rest; the intervals of layers hold together.
+    `no_kinds`: why heads have no kinds, if they have none. `chance`: how chance levels are known. `similarities`: by patterns, or by
+    offsets where these were not compared. `candidates`: for pruning;
+    `correlations`: of their proxies with what removing heads changes, None if that was not measured. `documents_scored`: how far each
+    document is from the others.
     """
 
     manifest: Mapping[str, Any]
     heads: pl.DataFrame
+    estimates: pl.DataFrame
     overall: pl.DataFrame
     layers: pl.DataFrame
     lengths: pl.DataFrame
     positions: pl.DataFrame
     offsets: pl.DataFrame
     residual: pl.DataFrame
+    site_estimates: pl.DataFrame
+    similarities: Sequence[StackSimilarity]
+    similarity_by: By
+    clusters: pl.DataFrame
+    candidates: pl.DataFrame
+    correlations: pl.DataFrame | None
+    documents_scored: pl.DataFrame
+    dropped: pl.DataFrame
     judgement: Judgement
     no_kinds: str | None
     chance: pl.DataFrame
@@ -96,20 +114,32 @@ def _nulls_for_absent_classes(means: pl.DataFrame) -> list[pl.Expr]:
     return [pl.lit(None, pl.Float64).alias(name + suffix) for name in absent for suffix in ("", "_low", "_high", "_se")]
 
 
-def _means_from_rows(dataset: Dataset, awake: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """What takes rows, in one pass: class masses over heads that are not at rest, and entropy by layer and by length."""
+def _means_from_rows(
+    dataset: Dataset, awake: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """What takes rows, in one pass: class masses over heads that are not at rest, entropy by layer and by length, and documents."""
     chosen, stack = awake.select(HEAD).lazy(), ("stack",)
     classes = Grouping(CLASSES, stack, lambda rows: rows.join(chosen, on=HEAD, how="semi"))
-    groupings = [classes, layer_grouping(awake), length_grouping(dataset)]
-    of_classes, of_layers, of_lengths = summarize_together(dataset, "heads", groupings)
+    groupings = [classes, layer_grouping(awake), length_grouping(dataset), document_grouping(dataset)]
+    of_classes, of_layers, of_lengths, of_documents = summarize_together(dataset, "heads", groupings)
     overall = wide(estimates(of_classes, stack).collect(), stack, CLASSES)
-    return overall, means_by_layer(of_layers), means_by_length(of_lengths)
+    layers = means_by_layer(of_layers, comparisons=awake.select(LAYER).n_unique())
+    return overall, layers, means_by_length(of_lengths), outliers_of(dataset, of_documents)
+
+
+def _similarities(dataset: Dataset) -> tuple[list[StackSimilarity], By, pl.DataFrame]:
+    """How alike heads are, by what, and their clusters."""
+    by: By = "pattern" if similarity_unknown(dataset) is None else "offset"
+    found = stack_similarities(dataset, by=by)
+    return found, by, head_clusters(dataset, by=by, similarities=found)
 
 
 def gather(dataset: Dataset) -> Content:
     """Run the analyses of the report. Raises Refusal for a dataset with damaged parts or keys."""
     # the other columns of heads are read from totals
-    only = {"heads": (*CLASSES, *ENTROPY_COLUMNS, "score_max")} if "totals" in dataset.tables else None
+    only = (
+        {"heads": (*CLASSES, *ENTROPY_COLUMNS, *DOCUMENT_COLUMNS, "score_max")} if "totals" in dataset.tables else None
+    )
     damage = notes_on_rows(dataset, tuple(TABLES), only=only)
 
     def sort_stacks(frame: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
@@ -122,7 +152,8 @@ def gather(dataset: Dataset) -> Content:
         raise dataset.refusal("heads has no rows to report on")
     nulls = _nulls_for_absent_classes(means)
     several = means["stack"].n_unique() > 1
-    residual = sort_stacks(residual_through_depth(dataset))
+    sites = site_estimates(dataset, averaged_columns(dataset, "residual"))
+    residual = sort_stacks(residual_through_depth(dataset, found=sites))
     evidence = Evidence(dataset, found, residual)
     kinds = head_kinds(dataset, shares=evidence.shares)
     heads = (
@@ -131,11 +162,17 @@ def gather(dataset: Dataset) -> Content:
         .with_columns(label(several_stacks=several), pl.col("kind").fill_null(NO_KIND), *nulls)
     )
     awake = heads.filter(~pl.col("is_at_rest"))
-    overall, layers, by_length = _means_from_rows(dataset, awake)
+    overall, layers, by_length, documents = _means_from_rows(dataset, awake)
+    similarities, by, clusters = _similarities(dataset)
+    candidates = pruning_candidates(
+        dataset, shares=evidence.shares, similarities=similarities if by == "pattern" else None
+    )
+    is_ablated = reason_not_ablated(dataset) is None
     lengths = dataset.scan("sequences").select(low=pl.col("tokens").min(), high=pl.col("tokens").max()).collect()
     return Content(
         manifest=dataset.manifest,
         heads=heads,
+        estimates=found,
         overall=sort_stacks(overall).with_columns(*nulls),
         layers=sort_stacks(layers),
         lengths=sort_stacks(by_length),
@@ -144,6 +181,14 @@ def gather(dataset: Dataset) -> Content:
             heads.select(*HEAD, "id", "label", "kind"), on=HEAD, how="inner", maintain_order="left"
         ),
         residual=residual,
+        site_estimates=sites,
+        similarities=similarities,
+        similarity_by=by,
+        clusters=clusters,
+        candidates=candidates,
+        correlations=proxy_correlations(dataset, candidates=candidates) if is_ablated else None,
+        documents_scored=documents,
+        dropped=dropped_documents(dataset),
         judgement=judge(dataset, evidence),
         no_kinds=evidence.shares.refusal,
         chance=evidence.shares.chance.sources,
@@ -162,6 +207,10 @@ def numbers_of(content: Content) -> dict[str, Any]:
         "positions": content.positions,
         "offsets": content.offsets,
         "residual": content.residual,
+        "clusters": content.clusters,
+        "pruning_candidates": content.candidates,
+        "outlying_documents": content.documents_scored.filter("is_outlier"),
+        "dropped_documents": content.dropped,
         "rules": content.judgement.rules,
         "found": content.judgement.found,
     }

@@ -8,6 +8,8 @@ from typing import Any
 
 import polars as pl
 
+from attlas.analysis.heads import HEAD
+from attlas.analysis.inference import simultaneous
 from attlas.analysis.kinds import FIRM_AGREEMENT, KINDS, MIXED
 from attlas.analysis.manifest import section
 from attlas.analysis.report.content import NO_KIND, Content, has_values
@@ -56,9 +58,15 @@ def _estimate_and_interval(row: dict, column: str, *, share: bool = False) -> tu
     return estimate(row[column], low, high, share=share), interval(low, high, share=share)
 
 
-def _extreme_head(content: Content, column: str, *, largest: bool) -> dict | None:
+def _extreme_head(content: Content, column: str, *, largest: bool) -> dict[str, Any] | None:
+    """The head with the extreme mean among those that are not at rest, with an interval that holds for all of these together."""
     heads = content.awake.filter(pl.col(column).is_not_null())
-    return heads.sort(column, descending=largest).row(0, named=True) if heads.height else None
+    if not heads.height:
+        return None
+    found = simultaneous(content.estimates.filter(pl.col("column") == column), comparisons=heads.height)
+    intervals = found.select(*HEAD, pl.col("low").alias(f"{column}_low"), pl.col("high").alias(f"{column}_high"))
+    ordered = heads.drop(f"{column}_low", f"{column}_high").sort(column, descending=largest, maintain_order=True)
+    return ordered.head(1).join(intervals, on=HEAD, how="left").row(0, named=True) | {"of": heads.height}
 
 
 def _entropy_extremes(content: Content) -> Iterator[Highlight]:
@@ -70,10 +78,15 @@ def _entropy_extremes(content: Content) -> Iterator[Highlight]:
         yield Highlight(
             topic,
             head["label"],
-            f"Its entropy is {value} of what the visible keys permit ({range_}): "
+            f"Its entropy is {value} of what the visible keys permit ({range_}{_together(head['of'], 'head')}): "
             f"as if it attended evenly to {format_number(head['attended_keys'])} keys.",
             head["id"],
         )
+
+
+def _together(number: int, noun: str) -> str:
+    """That an interval holds together with those of the others, among which it is the extreme."""
+    return f", simultaneous over {plural(number, noun)}" if number > 1 else ""
 
 
 def _distance_extremes(content: Content) -> Iterator[Highlight]:
@@ -89,7 +102,7 @@ def _distance_extremes(content: Content) -> Iterator[Highlight]:
         yield Highlight(
             topic,
             head["label"],
-            f"It looks {value} {unit} away on average ({range_}){against}.",
+            f"It looks {value} {unit} away on average ({range_}{_together(head['of'], 'head')}){against}.",
             head["id"],
         )
 
@@ -122,7 +135,7 @@ def _sharpest_layer(content: Content) -> Iterator[Highlight]:
         yield Highlight(
             f"sharpest layer{where}",
             f"Layer {low['layer']}",
-            f"Its heads, without those at rest, use {value} of the entropy they could ({range_}); "
+            f"Its heads, without those at rest, use {value} of the entropy they could ({range_}{_together(layers.height, 'layer')}); "
             f"layer {high['layer']} is the broadest with {percent(high['entropy_normalized'])}.",
         )
 
@@ -152,13 +165,14 @@ def _largest_update(content: Content) -> Iterator[Highlight]:
     updates = content.residual.filter(pl.col(column).is_not_null()) if column in content.residual.columns else None
     if updates is None or not updates.height:
         return
-    row = updates.sort(column).row(-1, named=True)
-    value, range_ = _estimate_and_interval(row, column)
+    found = simultaneous(content.site_estimates.filter(pl.col("column") == column), comparisons=updates.height)
+    row = found.filter(pl.col("estimate").is_not_null()).sort("estimate", maintain_order=True).row(-1, named=True)
+    value = estimate(row["estimate"], row["low"], row["high"])
     where = f", {row['stack']}" if updates["stack"].n_unique() > 1 else ""
     yield Highlight(
         f"largest update{where}",
         f"L{row['layer']} {row['site'].replace('_', ' ')}",
-        f"It writes {value} times the norm of {of} ({range_}).",
+        f"It writes {value} times the norm of {of} ({interval(row['low'], row['high'])}{_together(updates.height, 'site')}).",
     )
 
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from attlas.analysis.documents import OUTLIER_SCORE
+from attlas.analysis.heads import HEAD
 from attlas.analysis.info import describe
-from attlas.analysis.kinds import kinds_table
+from attlas.analysis.kinds import MIN_TOKENS, kinds_table
 from attlas.analysis.manifest import section
-from attlas.analysis.naming import corpus_title, model_title
+from attlas.analysis.naming import corpus_title, heading, model_title
 from attlas.analysis.report import highlights
-from attlas.analysis.report.content import NO_KIND, Content, has_values
-from attlas.analysis.report.figures import RAMP, Cell, atlas, heat_map
-from attlas.analysis.report.numbers import MISSING, count, estimate, format_number, half_width, interval, percent
-from attlas.analysis.report.panels import (
-    distance_panels,
-    entropy_panels,
-    layer_legend,
-    residual_columns,
-    residual_panels,
-)
-from attlas.analysis.residual import SITES
+from attlas.analysis.report.charts import NOTICE, chart_style, content_security_policy, runtime, shared_data
+from attlas.analysis.report.content import Content
+from attlas.analysis.report.figure import STEPS, palette_styles
+from attlas.analysis.report.head_columns import first_column, heads_frame, shown_columns
+from attlas.analysis.report.head_figures import distance_figures, kind_maps, maps, rest_figures
+from attlas.analysis.report.layer_figures import entropy_figures, residual_columns, residual_figures
+from attlas.analysis.report.numbers import count, format_number, interval, plural
+from attlas.analysis.report.pruning_figures import pruning_section
+from attlas.analysis.report.similarity_figures import similarity_figures, similarity_sentence
 from attlas.extract.printable import printable
 from attlas.extract.tables import TABLES
 
@@ -33,70 +31,22 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _HERE = Path(__file__).parent
-# stops of the sequential scale, from shallow to deep as on a sea chart; reversed in brightness for the dark page
-_LIGHT = ("#f3ead8", "#cfe0cf", "#8dc3b8", "#4795a6", "#235f8a", "#12325f")
-_DARK = ("#1d2733", "#1f4257", "#20667a", "#35928f", "#86c39a", "#f2ecc6")
-
-
-@dataclass(frozen=True)
-class Map:
-    """A column that the report shows as a heat map of heads."""
-
-    column: str
-    title: str
-    subtitle: str
-    unit: str
-    highest: float | None = None  # upper end of the scale; None for the largest value
-
-
-MAPS = (
-    Map(
-        "entropy_normalized",
-        "Entropy",
-        "how evenly a head spreads over the keys it may see",
-        "of the maximum",
-        1.0,
-    ),
-    Map("attended_keys", "Attended keys", "how many evenly attended keys would have that entropy", "keys"),
-    Map("distance_patches", "Distance over the image", "how far the head looks, in patches", "patches"),
-    Map("distance_tokens", "Distance", "how far the head looks, either way", "tokens"),
-    Map("distance_vs_uniform", "Distance against an even head", "below 1 the head stays near", "times"),
-    Map("mass_self", "Itself", "weight on the token itself", "share"),
-    Map("mass_previous", "Previous token", "weight on the token before", "share"),
-    Map("mass_next", "Next token", "weight on the token after", "share"),
-    Map("mass_first", "First token", "weight on the sequence's first token", "share"),
-    Map("mass_separator", "Separators", "weight on tokens that end or separate sequences", "share"),
-    Map("mass_whitespace", "White space", "weight on line ends, tabs and runs of spaces", "share"),
-    Map("mass_punctuation", "Punctuation", "weight on punctuation and symbols", "share"),
-    Map("mass_word_start", "Words", "weight on words, or on their first pieces", "share"),
-    Map("mass_subword", "Word pieces", "weight on the later pieces of words", "share"),
-    Map("mass_same_token", "Same token", "weight on other copies of the query's token", "share"),
-    Map("mass_induction", "Induction", "weight on what followed an earlier copy", "share"),
-    Map("mutual_information_nats", "Mutual information", "how much the query decides where the head looks", "nats"),
-    Map("received_max", "Strongest key", "largest mean weight that one key receives", "share"),
-    Map("mass_massive", "Massive tokens", "weight on tokens with massive activations", "share"),
-    Map("output_norm", "Write", "norm of what the head adds to the stream", "norm"),
-    Map("value_ratio_first", "What the first token writes", "below 1: less than other tokens would", "times"),
-)
-TABLE_COLUMNS = (
-    "entropy_normalized",
-    "attended_keys",
-    "distance_patches",
-    "distance_tokens",
-    "distance_vs_uniform",
-    "mass_self",
-    "mass_previous",
-    "mass_next",
-    "mass_first",
-    "mass_separator",
-    "mass_punctuation",
-    "mass_same_token",
-    "mass_induction",
-    "value_ratio_first",
-    "mutual_information_nats",
-    "output_norm",
-    "retrieval_score",
-)
+_MOST_DOCUMENTS = 40
+_SECTIONS = {
+    "highlights": "Highlights",
+    "map": "Map",
+    "kinds": "Kinds",
+    "distance": "Distance",
+    "entropy": "Entropy",
+    "residual": "Residual",
+    "similarity": "Similarity",
+    "pruning": "Pruning",
+    "documents": "Documents",
+    "table": "All heads",
+    "defects": "Defects",
+    "findings": "Findings",
+    "how": "How",
+}
 
 
 def render(content: Content) -> str:
@@ -116,7 +66,7 @@ def page_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, name=_isolate_direction)
+    environment.filters.update(name=_isolate_direction, lines=escape)
     return environment
 
 
@@ -131,37 +81,48 @@ def _isolate_direction(text: object) -> Markup:
 
 
 def _context(content: Content) -> dict[str, Any]:
+    columns = shown_columns(content.heads, content.manifest)
+    script = (_HERE / "page.js").read_text("utf-8")
+    style = (_HERE / "style.css").read_text("utf-8") + chart_style() + palette_styles()
+    parts = {
+        "residual": list(residual_figures(content)),
+        "likeness": list(similarity_figures(content)),
+        "pruning": pruning_section(content),
+    }
+    absent = {"residual": not parts["residual"], "similarity": not parts["likeness"], "pruning": not parts["pruning"]}
     return {
-        "model": model_title(content.manifest),
-        "corpus": corpus_title(content.manifest),
+        **parts,
+        "model": heading(model_title(content.manifest)),
+        "corpus": heading(corpus_title(content.manifest)),
+        "policy": Markup(content_security_policy(script)),
+        "style": Markup(style),
+        "runtime": runtime(script),
+        "notice": NOTICE,
+        "sections": [(id, name) for id, name in _SECTIONS.items() if not absent.get(id)],
         "tiles": _tiles(content),
         "facts": _facts(content),
         "notes": highlights.notes(content),
         "highlights": highlights.highlights(content),
+        "data": shared_data({"heads": heads_frame(content.heads, columns["name"].to_list()), "columns": columns}),
+        "picker": _picker(columns),
+        "first": first_column(columns),
+        "likeness_sentence": similarity_sentence(content),
+        "steps": STEPS,
+        "maps": list(maps(content, columns)),
         "kind_sentence": highlights.kind_sentence(content),
         "kind_counts": highlights.kind_counts(content),
-        "kinds": kinds_table().rows(named=True),
-        "atlases": [
-            (stack, _stack_atlas(content, stack), _missing_shape_reason(content, stack)) for stack in content.stacks
-        ],
-        "maps": list(_maps(content)),
-        "steps": range(RAMP),
-        "distance": list(distance_panels(content)),
-        "charts": list(entropy_panels(content)),
-        "residual": list(residual_panels(content)),
-        "sites": [s for s in SITES if s in set(content.residual["site"])],
-        "layer_steps": layer_legend(content),
-        "table": _heads_table(content),
+        "kinds": list(kind_maps(content)),
+        "kinds_table": kinds_table().rows(named=True),
         "chance": content.chance.rows(named=True),
+        "rest": list(rest_figures(content)),
+        "distance": list(distance_figures(content)),
+        "without_distance": [s for s in content.stacks if s not in set(content.offsets["stack"])],
+        "entropy": list(entropy_figures(content)),
+        "documents": _documents(content),
         "defects": _rule_sections(content, "defect"),
         "findings": _rule_sections(content, "finding"),
-        "formulas": _formulas(content),
+        "formulas": _formulas(content, columns),
         "provenance": describe(content.manifest),
-        "several": len(content.stacks) > 1,
-        "light": _color_ramp(_LIGHT),
-        "dark": _color_ramp(_DARK),
-        "style": Markup((_HERE / "style.css").read_text("utf-8")),
-        "script": Markup((_HERE / "page.js").read_text("utf-8")),
     }
 
 
@@ -185,109 +146,21 @@ def _facts(content: Content) -> str:
     return " · ".join([str(p) for p in parts if p] + ([f"engine {engine}"] if engine else []))
 
 
-def _maps(content: Content) -> list[dict[str, Any]]:
-    maps = []
-    for item in MAPS:
-        if not has_values(content.heads, item.column):
-            continue
-        top = content.heads[item.column].max()
-        high = item.highest or (float(top) if isinstance(top, (int, float)) and top > 0 else 1.0)
-        figures = []
-        for stack in content.stacks:
-            cells = [_cell(row, item.column) for row in _stack_rows(content.heads, stack)]
-            figures.append(
-                (stack, heat_map(cells, title=f"{item.title} by layer and head, {stack}", low=0.0, high=high))
-            )
-        maps.append({"map": item, "low": "0", "high": format_number(high), "figures": figures})
-    return maps
-
-
-def _stack_rows(frame: pl.DataFrame, stack: str) -> list[dict[str, Any]]:
-    return frame.filter(pl.col("stack") == stack).rows(named=True)
-
-
-def _cell(row: dict[str, Any], column: str) -> Cell:
-    value = row[column]
-    text = (
-        f"{format_number(value)} ({interval(row[f'{column}_low'], row[f'{column}_high'])})"
-        if value is not None
-        else "undefined"
-    )
-    return Cell(row["id"], row["label"], row["layer"], row["head"], value, f"{row['label']}: {column} {text}")
-
-
-def _stack_atlas(content: Content, stack: str) -> Markup:
-    profiles = {
-        key[0]: list(zip(rows["bin"].to_list(), rows["mass"].fill_null(0).to_list(), strict=True))
-        for key, rows in content.offsets.filter(pl.col("stack") == stack).group_by("id", maintain_order=True)
-    }
-    cells = [
-        Cell(
-            row["id"],
-            row["label"],
-            row["layer"],
-            row["head"],
-            row["entropy_normalized"],
-            f"{row['label']}: {_kinds_of(row)}, "
-            f"entropy {percent(row['entropy_normalized'])}, distance {format_number(row['distance_tokens'])} tokens",
-            row["kind"],
-            profiles.get(row["id"], ()),
-        )
-        for row in _stack_rows(content.heads, stack)
-    ]
-    return atlas(cells, title=f"Every head of {stack} as the shape of its attention over signed distance")
-
-
-def _kinds_of(row: dict[str, Any]) -> str:
-    """A head's labels in words."""
-    kind = f"{row['kind']} ({percent(row['agreement'])} of replicates agree)"
-    return f"{kind}, awake {row['awake'] or MISSING}" if row["is_at_rest"] and row["kind"] != NO_KIND else kind
-
-
-def _missing_shape_reason(content: Content, stack: str) -> str:
-    """Why the plates of a stack show no shape; empty if they do."""
-    if (content.offsets["stack"] == stack).any():
-        return ""
-    return "Queries and keys come from different sequences: there is no distance between them, hence no shape."
-
-
-def _heads_table(content: Content) -> dict[str, Any]:
-    own = [c for c in content.manifest.get("own_statistics", ()) if c["table"] == "heads"]
-    units = {c.name: c.unit for c in TABLES["heads"].facts} | {c["name"]: c["unit"] for c in own}
-    columns = [c for c in (*TABLE_COLUMNS, *(c["name"] for c in own)) if has_values(content.heads, c)]
-    rows = [
-        {
-            "id": row["id"],
-            "label": row["label"],
-            "kind": row["kind"],
-            "agreement": row["agreement"],
-            "rest": row["rest"],
-            "awake": row["awake"] or "",
-            "cells": [_table_cell(row, column) for column in columns],
-        }
-        for row in content.heads.iter_rows(named=True)
-    ]
-    header = [(c, c.removesuffix("_nats").removesuffix("_tokens").replace("_", " "), units.get(c, "")) for c in columns]
-    return {"columns": header, "rows": rows}
-
-
-def _table_cell(row: dict[str, Any], column: str) -> dict[str, Any]:
-    value, low, high = row[column], row[f"{column}_low"], row[f"{column}_high"]
-    return {
-        "sort": "" if value is None else f"{value:.9g}",
-        "value": estimate(value, low, high),
-        "half": "" if value is None else half_width(low, high),
-        "title": "undefined" if value is None else interval(low, high),
-    }
+def _picker(columns: pl.DataFrame) -> list[tuple[str, list[str]]]:
+    """Columns by their group in the dictionary."""
+    groups = columns.group_by("group", maintain_order=True).agg("name")
+    return groups.rows()
 
 
 def _rule_sections(content: Content, type_: str) -> list[dict[str, Any]]:
     """The rules for defects or findings with what they found, those that found something first."""
     judgement = content.judgement
+    ids = content.heads.select(*HEAD, "id")
     sections = []
     for rule in judgement.rules.filter(pl.col("type") == type_).iter_rows(named=True):
-        rows = judgement.found.filter(pl.col("name") == rule["name"]).iter_rows(named=True)
-        places = [(row["place"], row["evidence"], _interval_or_nothing(row)) for row in rows]
+        found = judgement.found.filter(pl.col("name") == rule["name"])
+        rows = found.join(ids, on=HEAD, how="left", maintain_order="left").iter_rows(named=True)
+        places = [(row["place"], row["evidence"], _interval_or_nothing(row), row["id"]) for row in rows]
         sections.append({**rule, "places": places})
     return sorted(sections, key=lambda d: (d["found"] is None, not d["found"]))
 
@@ -296,23 +169,49 @@ def _interval_or_nothing(row: dict[str, Any]) -> str:
     return "" if row["low"] is None else interval(row["low"], row["high"])
 
 
-def _formulas(content: Content) -> list[tuple[str, str, str, str, str]]:
-    used = {m.column for m in MAPS} | set(TABLE_COLUMNS)
-    heads = [("heads", c) for c in TABLES["heads"].facts if c.name in used and has_values(content.heads, c.name)]
+def _documents(content: Content) -> dict[str, Any]:
+    """Documents that are outliers, a row for each, and what is said of those that were dropped."""
+    scored = content.documents_scored.filter(pl.col("score").is_not_null())
+    outliers = scored.filter("is_outlier")
+    checked = scored["document_id"].n_unique()
+    documents = outliers["document_id"].n_unique()
+    sentences = [
+        f"Of {plural(checked, 'document')}, {count(documents)} {'is' if documents == 1 else 'are'} unlike the others in a mean over all heads: their modified z-score is "
+        f"beyond ±{OUTLIER_SCORE:g} (Iglewicz & Hoaglin 1993). Compare lengths first: entropy and masses depend on them."
+        if checked
+        else f"No document has {MIN_TOKENS} tokens or more, so none is compared with the others."
+    ]
+    reasons = section(content.manifest, "corpus").get("dropped") or {}
+    dropped = ", ".join(f"{count(number)} {reason}" for reason, number in sorted(reasons.items()))
+    sentences.append(f"Dropped before measuring: {dropped}." if dropped else "No document was dropped.")
+    shown = outliers.unique(["stack", "document_id"], keep="first", maintain_order=True).head(_MOST_DOCUMENTS)
+    several = len(content.stacks) > 1
+    header = [("document", False), *([("stack", False)] if several else []), ("tokens", True), ("column", False)]
+    header += [("mean", True), ("median of documents", True), ("score", True)]
+    rows = [
+        (
+            row["source"] or f"document {row['document_id']}",
+            *([row["stack"]] if several else []),
+            count(row["content_tokens"]),
+            row["column"],
+            *(format_number(row[name]) for name in ("mean", "median", "score")),
+        )
+        for row in shown.iter_rows(named=True)
+    ]
+    caption = f"The farthest column of each, {count(len(rows))} of {count(documents)}." if rows else ""
+    return {"sentences": sentences, "header": header, "rows": rows, "caption": caption}
+
+
+def _formulas(content: Content, columns: pl.DataFrame) -> list[tuple[str, str, str, str, str]]:
+    heads = [
+        (f"heads.{name}", *rest)
+        for name, *rest in columns.select("name", "formula", "unit", "meaning", "reference").rows()
+    ]
     panels = {column for column, _, _ in residual_columns(content)}
-    residual = [("residual", c) for c in TABLES["residual"].facts if c.name in panels]
-    formulas = [(f"{table}.{c.name}", c.formula, c.unit, c.meaning, c.reference) for table, c in heads + residual]
-    own = content.manifest.get("own_statistics", ())
-    return formulas + [(f"{c['table']}.{c['name']}", c["formula"], c["unit"], c["meaning"], c["origin"]) for c in own]
-
-
-def _color_ramp(stops: Sequence[str]) -> list[str]:
-    """The sequential scale: RAMP colours, evenly spaced along the stops."""
-    stops_rgb = [tuple(int(stop[i : i + 2], 16) for i in (1, 3, 5)) for stop in stops]
-    ramp = []
-    for i in range(RAMP):
-        place = i / (RAMP - 1) * (len(stops_rgb) - 1)
-        at = min(int(place), len(stops_rgb) - 2)
-        mixed = [round(a + (b - a) * (place - at)) for a, b in zip(stops_rgb[at], stops_rgb[at + 1], strict=True)]
-        ramp.append("#{:02x}{:02x}{:02x}".format(*mixed))
-    return ramp
+    stream = [c for c in TABLES["residual"].facts if c.name in panels]
+    own = [c for c in content.manifest.get("own_statistics", ()) if c["table"] != "heads"]
+    return [
+        *heads,
+        *((f"residual.{c.name}", c.formula, c.unit, c.meaning, c.reference) for c in stream),
+        *((f"{c['table']}.{c['name']}", c["formula"], c["unit"], c["meaning"], c["origin"]) for c in own),
+    ]

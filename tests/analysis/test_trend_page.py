@@ -80,7 +80,7 @@ def test_a_chart_takes_little_more_than_its_numbers() -> None:
     content = json.loads(fragment.partition('application/json">')[2].partition("</script>")[0])
     assert content["data"]["rows"] == {
         "names": ["x", "word"],
-        "values": [[0.12346, 2, None, None], {"words": ["a", "b"], "codes": [0, 1, 0, None]}],
+        "values": [[0.1234568, 2, None, None], {"words": ["a", "b"], "codes": [0, 1, 0, None]}],
     }
     assert content["spec"]["config"]["view"]["stroke"] == "var(--line)"
 
