@@ -24,33 +24,68 @@ const withColours = text => text.replace(/var\((--[\w-]+)\)/g, (_, name) => colo
 async function draw(figure) {
   const { element, spec, frames } = figure;
   const renderer = element.dataset.renderer;
-  const [view, bind] = [".view", ".controls"].map(name => element.querySelector(name));
+  const [place, bind] = [".view", ".controls"].map(name => element.querySelector(name));
   const drawn = renderer === "canvas" ? JSON.parse(withColours(JSON.stringify(spec))) : { ...spec };
   drawn.datasets = frames;
+  const groups = figure.part && Map.groupBy(frames.rows, row => row[figure.part]);
+  const valueOf = name => figure.view?.signal(name) ?? spec.params.find(param => param.name === name).value;
+  if (groups) drawn.datasets = { ...frames, rows: groups.get(valueOf(figure.part)) ?? [] };
   if (figure.view) {
     drawn.params = drawn.params?.map(param => "value" in param ? { ...param, value: figure.view.signal(param.name) } : param);
     figure.view.finalize();
     bind.replaceChildren();
   }
   try {
-    const options = { ast: true, renderer, actions: false, tooltip: { theme: "page" }, bind, logLevel: ERRORS };
-    figure.view = (await vegaEmbed(view, drawn, options)).view;
+    const tooltip = { theme: "page", ...(figure.tips ? { formatTooltip: row => tipOf(row, figure.tips) } : {}) };
+    const options = { ast: true, renderer, actions: false, tooltip, bind, logLevel: ERRORS };
+    figure.view = (await vegaEmbed(place, drawn, options)).view;
+    const { view } = figure;
+    // a listener runs within a run, after which the next can begin
+    if (groups) view.addSignalListener(figure.part, (_, value) => queueMicrotask(() => view.data("rows", groups.get(value) ?? []).runAsync()));
     figure.drawn?.();
     element.classList.add("drawn");
   } catch (error) {
-    view.textContent = `This chart can't be drawn: ${error.message}`;
+    place.textContent = `This chart can't be drawn: ${error.message}`;
   }
 }
 
+// what a tip shows of a row: its fields by their titles; made when it is wanted, because a chart may have tens of thousands of marks
+const numberOf = value => String(Number(value.toPrecision(4))).replaceAll("-", "−");
+function tipOf(row, tips) {
+  const table = document.createElement("table");
+  for (const [field, title] of Object.entries(tips)) {
+    const [line, value] = [table.insertRow(), row[field]];
+    Object.assign(line.insertCell(), { className: "key", textContent: title });
+    line.insertCell().textContent = value === null || value === undefined ? "–" : typeof value === "number" ? numberOf(value) : value;
+  }
+  return table.outerHTML;
+}
+
+// rows that are of all pairs of other rows, the second running fastest, get the fields of both: `name`, and `other_name`
+const crossed = (rows, of) => rows.map((row, n) => {
+  const other = Object.entries(of[n % of.length]).map(([name, value]) => [`other_${name}`, value]);
+  return { ...row, ...of[Math.floor(n / of.length)], ...Object.fromEntries(other) };
+});
+
 const shared = framesOf(JSON.parse(document.querySelector("#data")?.textContent ?? "{}"));
 const figures = [...document.querySelectorAll(".chart")].map(element => {
-  const { spec, data, shared: names } = JSON.parse(element.querySelector("script").textContent);
+  const { spec, data, shared: names, tips, cross, part } = JSON.parse(element.querySelector("script").textContent);
   const frames = { ...framesOf(data), ...Object.fromEntries(names.map(name => [name, shared[name]])) };
-  return { element, spec, frames };
+  if (cross) frames.rows = crossed(frames.rows, frames[cross]);
+  return { element, spec, frames, tips, part };
 });
 // only a canvas keeps the colours that it was drawn with
-const redraw = () => figures.filter(({ element }) => element.dataset.renderer === "canvas").forEach(draw);
+const redraw = () => figures.filter(({ element, view }) => view && element.dataset.renderer === "canvas").forEach(draw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+
+// one after the other, from the top, while the page can be used
+const pause = () => new Promise(done => setTimeout(done));
+async function drawAll() {
+  for (const figure of figures) {
+    await pause();
+    await draw(figure);
+  }
+}
 
 function save(name, blob) {
   const link = document.createElement("a");
@@ -91,4 +126,4 @@ document.addEventListener("click", async ({ target }) => {
   save(`${figure.element.dataset.name}.${format}`, blob);
 });
 
-globalThis.charts = { frames: shared, figures, redraw, save, csvOf, ready: Promise.all(figures.map(draw)) };
+globalThis.charts = { frames: shared, figures, redraw, save, csvOf, ready: drawAll().then(() => document.body.classList.add("drawn")) };

@@ -36,6 +36,7 @@ NOTICE = (
     "Charts: Vega, Vega-Lite and Vega-Embed, © University of Washington Interactive Data Lab and contributors, BSD 3-Clause; "
     "D3, © Mike Bostock, ISC."
 )
+TIP = {"content": "data"}  # of a mark, for `tooltip`: Vega would write the texts of all marks at once
 _FONT = 'system-ui, "DejaVu Sans", sans-serif'
 _TOP = {"background": "transparent", "font": _FONT}
 _CONFIG: Mapping[str, Mapping[str, Any]] = {
@@ -64,17 +65,23 @@ def chart_fragment(
     label: str,
     name: str = "chart",
     shared: Sequence[str] = (),
+    tips: Mapping[str, str] | None = None,
+    cross: str | None = None,
+    part: str | None = None,
     on_canvas: bool = False,
 ) -> Markup:
     """A chart as an HTML figure, with buttons for its data and its picture.
 
     data: the frames that it names; shared: those of `shared_data` that it names. label: what it shows, for those who do not see it.
-    name: of the files that it is saved as. on_canvas: for tens of thousands of marks.
+    name: of the files that it is saved as. on_canvas: for tens of thousands of marks. tips: what the tip of a mark with TIP shows, titles by
+    field. cross: the frame of which `rows` has all pairs of rows, the second running fastest; it gets their fields, `name` and `other_name`.
+    part: the column of `rows` and the parameter whose value chooses the rows that are drawn.
     """
     spec = chart.to_dict(validate=False)
     given = spec.get("config", {})
     spec["config"] = given | _TOP | {name: given.get(name, {}) | of for name, of in _CONFIG.items()}
     content = {"spec": spec, "data": {name: _columns(frame) for name, frame in data.items()}, "shared": list(shared)}
+    content |= {"tips": dict(tips) if tips else None, "cross": cross, "part": part}
     return Markup(
         '<figure class="chart" role="group" aria-label="{}" data-name="{}" data-renderer="{}"><div class="controls"></div>'
         '<div class="scroll-x" tabindex="0"><div class="view"></div></div>'

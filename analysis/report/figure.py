@@ -6,10 +6,9 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import polars as pl
 from markupsafe import Markup
-
-from attlas.analysis.report.numbers import format_number
 
 if TYPE_CHECKING:
     import altair as alt
@@ -22,6 +21,7 @@ _SIGNED_LIGHT = ("#8c4a12", "#d99a4e", "#f3ead8", "#5c9ac0", "#174a7c")
 _SIGNED_DARK = ("#f5b56c", "#a8672a", "#1d2733", "#3878a8", "#a5d4f5")
 STEPS = 20
 _PALETTES = {"r": (_LIGHT, _DARK), "d": (_SIGNED_LIGHT, _SIGNED_DARK)}
+_UNEQUAL = 30
 NARROW, WIDE = 300, 620  # of charts, in pixels
 
 
@@ -111,27 +111,7 @@ def reach_of(bins: pl.Series) -> int:
     return int(largest) if isinstance(largest, int) else 1
 
 
-def tips(**titles: str) -> list[alt.Tooltip]:
-    """What a tip shows: titles by field, as `name="title"`; numbers get four digits. Vega escapes names from the data."""
-    import altair as alt
-
-    return [
-        alt.Tooltip(f"{name}:N", title=title.removesuffix(":N"))
-        if title.endswith(":N")
-        else alt.Tooltip(f"{name}:Q", title=title, format=".4~g")
-        for name, title in titles.items()
-    ]
-
-
 def needs_logarithm(values: pl.Series) -> bool:
-    """Whether values are so unequal that on a linear scale the largest would flatten the others."""
-    known = values.drop_nulls()
-    if not len(known):
-        return False
-    smallest, median, largest = known.min(), known.median(), known.max()
-    assert isinstance(smallest, float) and isinstance(median, float) and isinstance(largest, float)
-    return smallest > 0 and largest > 20 * median
-
-
-def short(value: float) -> str:
-    return format_number(value)
+    """Whether values are so unequal that on a linear scale the largest would flatten most others."""
+    known = values.drop_nulls().to_numpy()
+    return len(known) > 0 and known.min() > 0 and known.max() > _UNEQUAL * np.quantile(known, 0.1)

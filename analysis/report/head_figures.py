@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from attlas.analysis.kinds import REST_KINDS
-from attlas.analysis.report.charts import chart_fragment
+from attlas.analysis.report.charts import TIP, chart_fragment
 from attlas.analysis.report.content import Content
 from attlas.analysis.report.figure import (
     WIDE,
@@ -19,7 +19,6 @@ from attlas.analysis.report.figure import (
     doubling_axis,
     python,
     reach_of,
-    tips,
 )
 from attlas.analysis.report.head_columns import first_column
 
@@ -32,6 +31,7 @@ _WIDTH, _HEIGHT = 600, 680  # that a map keeps to, if its cells are not too smal
 _LETTERS = 20  # cells of this size have room for letters
 _OCTAVES = 6  # the scale of attention over opportunity reaches from 2^−6 to 2^6
 NO_HEAD = -1
+_KIND_TIPS = {"label": "head", "kind": "kind", "agreement": "agreement", "rest": "share at rest", "awake": "awake"}
 KIND_COLOUR = "'var(--' + (datum.kind == 'none' ? 'mixed' : datum.kind) + ')'"  # an expression
 
 
@@ -56,6 +56,7 @@ def maps(content: Content, columns: pl.DataFrame) -> Iterator[Figure]:
                 shared=[SHARED],
                 label=f"heads by layer{where}: the mean of the chosen column as colour",
                 name=name,
+                tips={"label": "head", "kind": "kind", "value": "mean", "half": "±"},
             ),
             python("from attlas.analysis.heads import head_estimates", rows='head_estimates(dataset, ["{column}"])'),
             dedent("""
@@ -75,9 +76,8 @@ def _map(content: Content, stack: str, row: dict[str, Any]) -> alt.TopLevelMixin
     ]
     colour = colour_steps("datum.value", "low", "high", letter="palette")
     base = _grid(content, stack).transform_calculate(value=value, half="datum[column + '_half']", colour=colour)
-    cells = base.mark_rect(stroke="var(--card)", strokeWidth=0.5).encode(
-        color=alt.Color("colour:N", scale=None),
-        tooltip=[*tips(label="head:N", kind="kind:N"), *tips(value="mean", half="±")],
+    cells = base.mark_rect(stroke="var(--card)", strokeWidth=0.5, tooltip=TIP).encode(
+        color=alt.Color("colour:N", scale=None)
     )
     missing = base.transform_filter("!isValid(datum.value)").mark_text(color="var(--soft)", text="–")
     known = cells.transform_filter("isValid(datum.value)")
@@ -133,12 +133,8 @@ def kind_maps(content: Content) -> Iterator[Figure]:
 
     for stack, where, name in of_stacks(content, "kinds"):
         base = _grid(content, stack).transform_calculate(colour=KIND_COLOUR, letters="slice(datum.kind, 0, 2)")
-        cells = base.mark_rect(stroke="var(--card)", strokeWidth=0.5).encode(
-            color=alt.Color("colour:N", scale=None),
-            tooltip=[
-                *tips(label="head:N", kind="kind:N", awake="awake:N"),
-                *tips(agreement="agreement", rest="share at rest"),
-            ],
+        cells = base.mark_rect(stroke="var(--card)", strokeWidth=0.5, tooltip=TIP).encode(
+            color=alt.Color("colour:N", scale=None)
         )
         layers = [cells, _chosen(base)]
         if min(_cells(content, stack)) >= _LETTERS:
@@ -154,6 +150,7 @@ def kind_maps(content: Content) -> Iterator[Figure]:
                 shared=[SHARED],
                 label=f"the kind of each head{where}",
                 name=name,
+                tips=_KIND_TIPS,
             ),
             python("from attlas.analysis.kinds import head_kinds", rows="head_kinds(dataset)"),
         )
@@ -175,6 +172,7 @@ def rest_figures(content: Content) -> Iterator[Figure]:
                 shared=[SHARED],
                 label=f"the share of attention at rest by layer{where}, a dot for each head",
                 name=name,
+                tips=_KIND_TIPS,
             ),
             python("from attlas.analysis.kinds import head_kinds", rows="head_kinds(dataset)"),
         )
@@ -195,10 +193,9 @@ def _rest_chart(content: Content, stack: str) -> alt.TopLevelMixin:
                 nice=False, padding=12
             ),
             y=alt.Y("rest:Q", title="share at rest").scale(domain=[0, 1]),
-            tooltip=[*tips(label="head:N", kind="kind:N", awake="awake:N"), *tips(rest="share at rest")],
         )
     )
-    dots = base.mark_circle(size=30, opacity=0.8, color="var(--previous)")
+    dots = base.mark_circle(size=30, opacity=0.8, color="var(--previous)", tooltip=TIP)
     chosen = base.transform_filter("datum.id == chosen").mark_point(size=140, stroke="var(--accent)", strokeWidth=2.5)
     threshold = (
         alt.Chart(alt.NamedData("threshold")).mark_rule(stroke="var(--soft)", strokeDash=[4, 3]).encode(y="at:Q")
@@ -221,6 +218,15 @@ def distance_figures(content: Content) -> Iterator[Figure]:
                 {"rows": _distance_frame(rows), "even": pl.DataFrame({"octaves": [0]})},
                 label=f"attention over opportunity by signed distance{where}, a line for each head of a layer",
                 name=name,
+                tips={
+                    "label": "head",
+                    "kind": "kind",
+                    "distance": "distance",
+                    "ratio": "attention ÷ opportunity",
+                    "mass": "share of attention",
+                    "opportunity": "share of pairs",
+                },
+                part="layer",
             ),
             python("from attlas.analysis.distance import offset_profile", rows="offset_profile(dataset).collect()"),
             dedent("""
@@ -261,7 +267,7 @@ def _distance_chart(rows: pl.DataFrame) -> alt.TopLevelMixin:
     times = "datum.value == 0 ? '1' : datum.value > 0 ? pow(2, datum.value) + '×' : '1/' + pow(2, -datum.value)"
     base = (
         alt.Chart(alt.NamedData("rows"))
-        .transform_filter("datum.layer == layer && isValid(datum.octaves)")
+        .transform_filter("isValid(datum.octaves)")
         .transform_calculate(colour=KIND_COLOUR)
         .encode(
             x=alt.X(
@@ -283,11 +289,6 @@ def _distance_chart(rows: pl.DataFrame) -> alt.TopLevelMixin:
         .mark_line(strokeWidth=4)
         .encode(color=alt.Color("colour:N", scale=None))
     )
-    points = base.mark_circle(size=50, opacity=0).encode(
-        tooltip=[
-            *tips(label="head:N", kind="kind:N", distance="distance:N"),
-            *tips(ratio="attention ÷ opportunity", mass="share of attention", opportunity="share of pairs"),
-        ]
-    )
+    points = base.mark_circle(size=50, opacity=0, tooltip=TIP)
     even = alt.Chart(alt.NamedData("even")).mark_rule(stroke="var(--soft)").encode(y=alt.Y("octaves:Q"))
     return alt.layer(even, lines, chosen, points).properties(width=WIDE, height=300).add_params(layer, chosen_head())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from attlas.analysis.report.charts import chart_fragment
+from attlas.analysis.report.charts import TIP, chart_fragment
 from attlas.analysis.report.content import Content, has_values
 from attlas.analysis.report.figure import (
     NARROW,
@@ -19,7 +19,6 @@ from attlas.analysis.report.figure import (
     needs_logarithm,
     python,
     reach_of,
-    tips,
 )
 from attlas.analysis.report.head_figures import of_stacks
 from attlas.analysis.residual import SITES
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 _HEIGHT = 190
 _LEGEND_LAYERS = 12
+_INTERVAL = {"low": "from", "high": "to"}
 # one massive token makes a mean of norms say nothing about the others: medians over tokens where these were measured
 _MEDIANS = {
     "stream_norm_median": ("stream_norm", "Stream norm", "size of the stream before the sublayer"),
@@ -69,11 +69,11 @@ def entropy_figures(content: Content) -> Iterator[Figure]:
                         x_title="position of the query",
                         y_title="entropy in nats",
                         axis=doubling_axis(reach_of(rows["bin"]), signed=False),
-                        of=tips(layer="layer:N", position="position:N", entropy_nats="entropy, nats", rows="rows"),
                     ),
                     {"rows": frame},
                     label=f"entropy by position{where}, a line for each layer",
                     name=name,
+                    tips={"layer": "layer", "position": "position", "entropy_nats": "entropy, nats", "rows": "rows"},
                 ),
                 python(
                     "from attlas.analysis.entropy import entropy_by_position",
@@ -109,18 +109,11 @@ def entropy_figures(content: Content) -> Iterator[Figure]:
                         x_title="tokens in the sequence, up to",
                         y_title="normalised entropy",
                         axis=_length_axis(frame),
-                        of=tips(
-                            layer="layer:N",
-                            tokens="tokens:N",
-                            entropy_normalized="normalised entropy",
-                            low="from",
-                            high="to",
-                            documents="documents",
-                        ),
                     ),
                     {"rows": frame},
                     label=f"normalised entropy by length{where}, a line for each layer",
                     name=name,
+                    tips={"layer": "layer", "tokens": "tokens", "entropy_normalized": "normalised entropy"} | _INTERVAL,
                 ),
                 python("from attlas.analysis.entropy import entropy_by_length", rows="entropy_by_length(dataset)"),
             )
@@ -135,9 +128,7 @@ def _length_axis(frame: pl.DataFrame) -> alt.Axis:
     return alt.Axis(values=[stratum for stratum, _ in strata], labelExpr=label, labelOverlap=True, grid=False)
 
 
-def _by_layer(
-    frame: pl.DataFrame, x: str, y: str, *, x_title: str, y_title: str, axis: alt.Axis, of: list[alt.Tooltip]
-) -> alt.TopLevelMixin:
+def _by_layer(frame: pl.DataFrame, x: str, y: str, *, x_title: str, y_title: str, axis: alt.Axis) -> alt.TopLevelMixin:
     """A line for each layer; a layer that has one point only has a dot."""
     import altair as alt
 
@@ -151,7 +142,7 @@ def _by_layer(
         y=alt.Y(f"{y}:Q", title=y_title, axis=alt.Axis(tickCount=5)).scale(zero=False),
         color=colour,
     )
-    points = base.mark_circle(size=22, opacity=1).encode(tooltip=of)
+    points = base.mark_circle(size=22, opacity=1, tooltip=TIP)
     return alt.layer(base.mark_line(strokeWidth=1.6), points).properties(width=NARROW, height=_HEIGHT)
 
 
@@ -190,6 +181,7 @@ def residual_figures(content: Content) -> Iterator[Figure]:
                         {"rows": frame},
                         label=f"{title} by layer{where}, a line for each site, with 95 % intervals",
                         name=name,
+                        tips={"layer": "layer", "site": "site", "estimate": "mean"} | _INTERVAL,
                     ),
                     python(
                         "from attlas.analysis.residual import residual_through_depth",
@@ -211,7 +203,7 @@ def _through_depth(frame: pl.DataFrame) -> alt.TopLevelMixin:
     colour = alt.Color("site:N", title=None, legend=legend).scale(
         domain=[site.replace("_", " ") for site in present], range=[_SITE_COLOURS[site] for site in present]
     )
-    axis = alt.Axis(tickCount=3, format=".3~s", grid=False) if logarithmic else alt.Axis(tickCount=5)
+    axis = alt.Axis(tickCount=3, format="~g", grid=False) if logarithmic else alt.Axis(tickCount=5)
     base = alt.Chart(alt.NamedData("rows")).encode(
         x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, tickCount=8, format="d", grid=False)).scale(
             nice=False, padding=8
@@ -222,10 +214,9 @@ def _through_depth(frame: pl.DataFrame) -> alt.TopLevelMixin:
     area = base.transform_filter("isValid(datum.low)" + (" && datum.low > 0" if logarithmic else "")).mark_area(
         opacity=0.18
     )
-    points = base.mark_point(size=18, filled=True).encode(
+    points = base.mark_point(size=18, filled=True, tooltip=TIP).encode(
         y=y,
         shape=alt.Shape("site:N", title=None, legend=legend).scale(domain=[site.replace("_", " ") for site in present]),
-        tooltip=tips(layer="layer:N", site="site:N", estimate="mean", low="from", high="to"),
     )
     return alt.layer(
         area.encode(y=alt.Y("low:Q", title=None, axis=axis, scale=scale), y2="high:Q"),

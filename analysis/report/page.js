@@ -117,7 +117,7 @@ function showTable() {
   $("#counted").textContent = `${shown.length.toLocaleString("en").replaceAll(",", THIN)} of ${rows.length.toLocaleString("en").replaceAll(",", THIN)} heads`;
   $("#more").hidden = shown.length === rows.length;
 }
-const percent = value => value === null ? MISSING : `${Math.round(100 * value)}${THIN}%`;
+const percent = value => value === null ? MISSING : `${Math.round(100 * value) || 0}${THIN}%`.replace("-", "−");
 function kindCell(kind) {
   const cell = make("td", "");
   if (!kind) cell.textContent = MISSING;
@@ -178,14 +178,15 @@ for (const grid of document.querySelectorAll("#map .scroll-x, #kinds .grid-chart
   });
 }
 for (const figure of charts.figures) {
-  figure.drawn = () => figure.view.addEventListener("click", (_, item) => {
-    if (byId.has(item?.datum?.id)) choose(item.datum.id);
-  });
-  if (figure.view) figure.drawn(); // it was drawn before this script ran
+  figure.drawn = () => {
+    figure.view.addEventListener("click", (_, item) => {
+      if (byId.has(item?.datum?.id)) choose(item.datum.id);
+    });
+    signal(figure, { ...columnSignals(), ...headSignals() });
+  };
+  if (figure.view) figure.drawn(); // before this script ran
 }
-charts.ready.then(() => {
-  pick(column);
-  showTable();
-  document.body.classList.add("ready");
-});
+pick(column);
+showTable();
+document.body.classList.add("ready");
 })();

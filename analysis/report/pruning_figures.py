@@ -9,9 +9,9 @@ import polars as pl
 
 from attlas.analysis.heads import HEAD
 from attlas.analysis.pruning import EFFECTS, PROXIES
-from attlas.analysis.report.charts import chart_fragment
+from attlas.analysis.report.charts import TIP, chart_fragment
 from attlas.analysis.report.content import Content, has_values
-from attlas.analysis.report.figure import NARROW, Figure, python, tips
+from attlas.analysis.report.figure import NARROW, Figure, python
 from attlas.analysis.report.head_figures import KIND_COLOUR, chosen_head, of_stacks
 from attlas.analysis.report.numbers import estimate, format_number, half_width, percent
 
@@ -89,7 +89,11 @@ def _figures(content: Content, candidates: pl.DataFrame, known: list[str]) -> It
                     title[0].upper() + title[1:],
                     "",
                     chart_fragment(
-                        _scatter(across, up), {"rows": frame}, label=f"{title}, a dot for each head", name=name
+                        _scatter(across, up),
+                        {"rows": frame},
+                        label=f"{title}, a dot for each head",
+                        name=name,
+                        tips={"label": "head", "kind": "kind"} | {of: _NAMES[of] for of in (across, up, "mean_rank")},
                     ),
                     python(
                         "from attlas.analysis.pruning import pruning_candidates", rows="pruning_candidates(dataset)"
@@ -106,9 +110,8 @@ def _scatter(across: str, up: str) -> alt.TopLevelMixin:
         .encode(
             x=alt.X(f"{across}:Q", title=_NAMES[across], axis=alt.Axis(tickCount=5)).scale(zero=False, padding=8),
             y=alt.Y(f"{up}:Q", title=_NAMES[up], axis=alt.Axis(tickCount=5)).scale(zero=False, padding=8),
-            tooltip=[*tips(label="head:N", kind="kind:N"), *tips(**{n: _NAMES[n] for n in (across, up, "mean_rank")})],
         )
     )
-    dots = base.mark_circle(size=36, opacity=0.85).encode(color=alt.Color("colour:N", scale=None))
+    dots = base.mark_circle(size=36, opacity=0.85, tooltip=TIP).encode(color=alt.Color("colour:N", scale=None))
     chosen = base.transform_filter("datum.id == chosen").mark_point(size=150, stroke="var(--accent)", strokeWidth=2.5)
     return alt.layer(dots, chosen).properties(width=NARROW, height=220).add_params(chosen_head())

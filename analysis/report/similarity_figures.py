@@ -10,9 +10,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from attlas.analysis.heads import HEAD
-from attlas.analysis.report.charts import chart_fragment
+from attlas.analysis.report.charts import TIP, chart_fragment
 from attlas.analysis.report.content import Content
-from attlas.analysis.report.figure import Figure, python, tips
+from attlas.analysis.report.figure import Figure, python
 from attlas.analysis.report.head_figures import of_stacks
 from attlas.analysis.report.numbers import count, plural
 from attlas.analysis.similarity import SAME_CLUSTER, StackSimilarity
@@ -24,7 +24,15 @@ _MOST_HEADS = 320  # of larger models the matrix is one of layers
 _SIDE = 600  # of a matrix, in pixels
 _LARGEST_CELL = 24
 _SVG_CELLS = 2000
-_STRIP = 3  # the width of the strip of kinds, in cells
+_TIPS_OF_HEADS = {
+    "label": "head",
+    "kind": "kind",
+    "other_label": "and",
+    "other_kind": "kind",
+    "similarity": "similarity",
+}
+_TIPS_OF_LAYERS = {"layer": "layer", "other_layer": "and layer", "similarity": "mean similarity"}
+_STRIP = 14  # the width of the strip of kinds, in pixels
 
 
 def similarity_figures(content: Content) -> Iterator[Figure]:
@@ -45,6 +53,8 @@ def similarity_figures(content: Content) -> Iterator[Figure]:
                 data,
                 label=f"similarity of {'heads' if of_heads else 'layers'}{where}",
                 name=name,
+                tips=_TIPS_OF_HEADS if of_heads else _TIPS_OF_LAYERS,
+                cross="order" if of_heads else None,
                 on_canvas=data["rows"].height > _SVG_CELLS,
             ),
             python(
@@ -92,49 +102,40 @@ def _matrix_of_heads(
     places = order["|row"].to_numpy()
     matrix = similarity.matrix[np.ix_(places, places)]
     size = len(places)
-    names = order.select("order", "id", "label", "kind", "cluster")
-    lookup = {
-        axis: alt.LookupData(alt.NamedData("order"), key="order", fields=["label", "id", "kind"]) for axis in ("x", "y")
-    }
-    base = (
-        alt.Chart(alt.NamedData("rows"))
-        .transform_window(row="row_number()")
-        .transform_calculate(x=f"(datum.row - 1) % {size}", y=f"floor((datum.row - 1) / {size})")
-        .transform_lookup("x", lookup["x"], as_=["other", "other_id", "other_kind"])
-        .transform_lookup("y", lookup["y"], as_=["label", "id", "kind"])
-    )
+    names = order.select("order", "id", "label", "kind", "cluster", end=pl.col("order") + 1)
+    cell = max(1, min(_LARGEST_CELL, _SIDE // size))  # whole pixels, without seams between cells
+    strip = -(-_STRIP // cell)
     axis = alt.Axis(labels=False, ticks=False, domain=False, grid=False)
-    scale = alt.Scale(domain=[-_STRIP, size], nice=False)
-    cells = base.mark_rect().encode(
-        x=alt.X("x:Q", title=None, axis=axis, scale=scale),
-        x2="x_end:Q",
-        y=alt.Y("y:Q", title=None, axis=axis, scale=alt.Scale(domain=[size, 0], nice=False)),
-        y2="y_end:Q",
-        color=_colour(),
-        tooltip=tips(label="head:N", other="and:N", kind="kind:N", other_kind="and kind:N", similarity="similarity"),
+    cells = (
+        alt.Chart(alt.NamedData("rows"))
+        .mark_rect(tooltip=TIP)
+        .encode(
+            x=alt.X("other_order:Q", title=None, axis=axis, scale=alt.Scale(domain=[-strip, size], nice=False)),
+            x2="other_end:Q",
+            y=alt.Y("order:Q", title=None, axis=axis, scale=alt.Scale(domain=[size, 0], nice=False)),
+            y2="end:Q",
+            color=_colour(),
+        )
     )
-    cells = cells.transform_calculate(x_end="datum.x + 1", y_end="datum.y + 1")
     kinds = (
         alt.Chart(alt.NamedData("order"))
-        .transform_calculate(start=f"-{_STRIP}", stop="-1", y_end="datum.order + 1")
-        .mark_rect()
+        .transform_calculate(start=f"-{strip}", stop=f"-{strip * 0.2}")
+        .mark_rect(tooltip=TIP)
         .encode(
             x="start:Q",
             x2="stop:Q",
             y="order:Q",
-            y2="y_end:Q",
+            y2="end:Q",
             color=alt.Color("kind:N", legend=None).scale(
                 domain=(kinds := sorted(names["kind"].unique())),
                 range=[f"var(--{'mixed' if kind == 'none' else kind})" for kind in kinds],
             ),
-            tooltip=tips(label="head:N", kind="kind:N", cluster="cluster"),
         )
     )
-    cell = max(1, min(_LARGEST_CELL, _SIDE // size))  # whole pixels, without seams between cells
     chart = (
         alt.layer(cells, kinds)
         .resolve_scale(color="independent")
-        .properties(width=cell * (size + _STRIP), height=cell * size)
+        .properties(width=cell * (size + strip), height=cell * size)
     )
     return chart, {"rows": pl.DataFrame({"similarity": matrix.ravel()}), "order": names}
 
@@ -157,12 +158,11 @@ def _matrix_of_layers(
     axis = alt.Axis(labelAngle=0, labelExpr=f"datum.value % {every} == 0 ? 'L' + datum.value : ''", ticks=False)
     chart = (
         alt.Chart(alt.NamedData("rows"))
-        .mark_rect()
+        .mark_rect(tooltip=TIP)
         .encode(
             x=alt.X("other_layer:O", title=None, axis=axis),
             y=alt.Y("layer:O", title=None, axis=axis),
             color=_colour(),
-            tooltip=tips(layer="layer:N", other_layer="and layer:N", similarity="mean similarity"),
         )
         .properties(width=_SIDE, height=_SIDE)
     )

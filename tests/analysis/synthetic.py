@@ -200,6 +200,42 @@ def changed_copy(root: Path, copy: Path, change: Callable[[pl.DataFrame], pl.Dat
     return copy
 
 
+def enlarged(root: Path, copy: Path, *, layers: int, heads: int) -> Path:
+    """A copy of a dataset without summaries for a model with more heads: each has the rows of one of the dataset's, nearly."""
+    shutil.copytree(root, copy)
+    random = np.random.default_rng(layers)
+    few = pl.read_parquet(root / "heads" / "*.parquet").select("layer", "head").unique().sort("layer", "head")
+    many = pl.DataFrame({"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)})
+    alike = few.rename({"layer": "of_layer", "head": "of_head"})[np.arange(many.height) % few.height]
+    places = pl.concat([many.cast(pl.Int16), alike], how="horizontal")
+    levels = pl.DataFrame({"layer": np.arange(layers)}).select(
+        pl.col("layer").cast(pl.Int16), of_layer=(pl.col("layer") % few["layer"].n_unique()).cast(pl.Int16)
+    )
+
+    def enlarge(rows: pa.Table, of: pl.DataFrame) -> pa.Table:
+        frame = pl.from_arrow(rows)
+        assert isinstance(frame, pl.DataFrame)
+        keys = {"layer": "of_layer"} | ({"head": "of_head"} if "of_head" in of.columns else {})
+        joined = frame.rename(keys).join(of, on=list(keys.values()))
+        near = [
+            pl.col(name) * pl.Series(random.uniform(0.9, 1, joined.height), dtype=pl.Float32)
+            for name, dtype in joined.schema.items()
+            if dtype == pl.Float32
+        ]
+        found = joined.with_columns(near).sort(*of.columns[: len(keys)], maintain_order=True).to_arrow()
+        return pa.table([found[f.name].cast(f.type) for f in rows.schema], schema=rows.schema)
+
+    for table, of in (("heads", places), ("profiles", places), ("residual", levels)):
+        for part in sorted((copy / table).iterdir()):
+            rewrite(copy, f"{table}/{part.name}", lambda rows, of=of: enlarge(rows, of))
+    manifest = read_json(copy / "manifest.json") or {}
+    size = {"layers": layers, "heads": heads}
+    manifest["model"] |= size
+    manifest["model"]["stacks"] = [stack | size for stack in manifest["model"]["stacks"]]
+    write_json(copy / "manifest.json", manifest)
+    return copy
+
+
 def _change_values(rows: pa.Table, change: Callable[[pl.DataFrame], pl.DataFrame]) -> pa.Table:
     frame = pl.from_arrow(rows)
     assert isinstance(frame, pl.DataFrame)

@@ -12,7 +12,7 @@ import pytest
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.heads import head_means
 from attlas.analysis.report import write_report
-from tests.analysis.synthetic import write_dataset
+from tests.analysis.synthetic import enlarged, write_dataset
 from tests.chromium import BROWSER_TESTS, opened_page
 
 pytestmark = BROWSER_TESTS
@@ -32,7 +32,7 @@ def report(dataset: Path) -> Path:
 @pytest.fixture(params=["light", "dark"])
 def page(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator[Any]:
     with opened_page(browser, report, scheme=request.param) as page:
-        page.wait_for_selector("body.ready")
+        page.wait_for_selector("body.ready.drawn")
         yield page
 
 
@@ -58,7 +58,7 @@ def test_it_opens_with_its_name_escaped_and_all_charts_drawn(page: Any) -> None:
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_wider_than_the_window(browser: Any, report: Path, width: int) -> None:
     with opened_page(browser, report, scheme="light", width=width) as page:
-        page.wait_for_selector("body.ready")
+        page.wait_for_selector("body.ready.drawn")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -168,3 +168,26 @@ def test_a_point_tells_its_numbers(page: Any) -> None:
     page.wait_for_selector("#vg-tooltip-element.visible")
     text = page.locator("#vg-tooltip-element").inner_text()
     assert "L0H3" in text and "mean" in text and "±" in text
+
+
+@pytest.mark.parametrize(("layers", "heads", "megabytes"), [(6, 12, 3), (30, 9, 3), (80, 64, 10)])
+def test_a_page_of_any_size_is_drawn_and_answers(
+    browser: Any, tmp_path: Path, layers: int, heads: int, megabytes: int
+) -> None:
+    small = write_dataset(tmp_path / "small", lengths=(16, 34), summaries=False)
+    page_file = Path(write_report(enlarged(small, tmp_path / "large", layers=layers, heads=heads)))
+    assert page_file.stat().st_size < megabytes * 1e6
+    with opened_page(browser, page_file, scheme="light") as page:
+        page.wait_for_selector("body.ready.drawn", timeout=120_000)
+        assert page.locator(".chart").count() == page.locator(".chart.drawn").count()
+        assert page.locator("#map .chart svg .mark-rect.role-mark path").count() >= layers * heads
+        page.locator("#filter").fill(f"L{layers - 1}H{heads - 1}")
+        page.locator("#heads tbody button").click()
+        assert page.locator("#head h3").inner_text() == f"L{layers - 1}H{heads - 1}"
+        # its layer is the one that the chart of distances shows
+        page.wait_for_function(
+            f"charts.figures.find(f => f.part).view.data('rows').every(row => row.layer === {layers - 1})"
+        )
+        page.locator("#column").select_option("mass_previous")
+        page.wait_for_function("document.querySelector('#meaning').textContent.includes('token before')")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1200
