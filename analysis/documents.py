@@ -6,7 +6,7 @@ documents may be outliers before the median and the MAD, unlike a mean and a sta
 
 An outlier is often in another language, code, a table, boilerplate or damaged text; look at its `source`. Entropy and masses depend on
 the length of a document, so compare `content_tokens` before anything else: documents under 16 tokens have no score. Of normal
-values one in 2,149 is beyond 3.5 by chance.
+values one in 2,149 is beyond 3.5 by chance; of fewer than about ten documents the MAD is too rough to go by.
 
     import attlas
     from attlas.analysis import dropped_documents, outlying_documents
