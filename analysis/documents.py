@@ -1,12 +1,12 @@
 """Documents that attention treats unlike the others, and those that were dropped.
 
 For each document d and column, the mean over all rows and heads of a stack, x_d = Σ w·y / Σ w, and its modified z-score
-0.6745 · (x_d − median) / MAD over documents, where MAD is the median of |x_d − median|. An outlier has a score beyond ±3.5. Half of the
-documents may be outliers before the median and the MAD, unlike a mean and a standard deviation, move with them.
+0.6745 · (x_d − median) / MAD over documents, where MAD is the median of |x_d − median|. An outlier has a score beyond ±3.5. Unlike a
+mean and a standard deviation, the median and the MAD hold as long as fewer than half of the documents are outliers.
 
-An outlier is often in another language, code, a table, boilerplate or damaged text; look at its `source`. Entropy and masses depend on
-the length of a document, so compare `content_tokens` before anything else: documents under 16 tokens have no score. Of normal
-values one in 2,149 is beyond 3.5 by chance.
+Look at the `source` of an outlier: it may be in another language, code, a table or damaged text. Entropy and masses depend on the length of
+a document, and means of few rows vary more, so compare `content_tokens` first; documents under 16 tokens have no score. Of normal
+values one in 2,149 is beyond 3.5 by chance; of fewer than about ten documents the MAD is too rough to go by.
 
     import attlas
     from attlas.analysis import dropped_documents, outlying_documents
@@ -15,7 +15,7 @@ values one in 2,149 is beyond 3.5 by chance.
     outlying_documents(dataset).filter("is_outlier")
     dropped_documents(dataset)
 
-Source: Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers, §3.3.
+Source: Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def outlying_documents(dataset: Dataset) -> pl.DataFrame:
 
     Columns: `stack, column, document_id, source, content_tokens, mean`; `median`, of the documents' means; `score`, the modified
     z-score, null for documents under MIN_TOKENS tokens, which do not count for the median, and where at least half of the
-    documents have the same mean; `is_outlier`; `rows`, the measured rows of all heads together. Reads the rows of `heads` once, part by part.
+    documents have the same mean; `is_outlier`; `rows`, the measured rows of all heads together. Reads the rows of
+    `heads` once, part by part.
     """
     (sums,) = summarize_together(dataset, "heads", [document_grouping(dataset)])
     return outliers_of(dataset, sums)

@@ -1,14 +1,16 @@
 """Pruning candidates: heads without which little seems to be lost, and how far that agrees with what is lost.
 
 Proxies, of which each says that less is lost:
-* `output_share`, ‖output_norm‖ of the head over the sum of its layer's heads, if it is small: the head writes little;
+* `output_share`, the head's `output_norm` over the sum of its layer's heads, if it is small: the head writes little;
 * `rest`, the share of attention at rest, corrected for chance (`attlas.analysis.kinds`), if it is large: the head is mostly idle;
 * `redundancy`, the similarity to the nearest other head (`attlas.analysis.redundancy`), if it is large: another head looks where it looks.
 
-`mean_rank` is the mean of the head's ranks by the proxies that are known of it, 1 for the head of the stack of which least is lost; equal
-ranks for ties. A proxy is not an effect: what heads do together, and what later layers make of them, is in none of them (Michel 2019 and
-Voita 2019 measure by removing heads). Where the table `ablations` was measured (`--statistics ablations --ablate heads`), `final_change` is
-what removing this head alone changes, and `proxy_correlations` says how well each proxy ranks the heads by it.
+`mean_rank` is the mean of the head's ranks by the proxies that are known of it, 1 for the head of the stack without which
+least seems to be lost; ties share a rank. A proxy is not an effect: what heads do together, and what later layers make of them, is in none of them
+(Michel 2019 and Voita 2019 measure by removing heads). Where the table `ablations` was measured (`--statistics ablations --ablate heads`), `final_change` is
+what removing this head alone changes, and `proxy_correlations` says how well each proxy ranks the heads by it. In MiniLM on 12 documents of
+Python's reference manual Spearman's ρ is 0.63 for `output_share`, −0.21 for `rest` and 0.26 for `redundancy`, which there points the
+wrong way, so that `mean_rank`, 0.36, is worse than `output_share` alone.
 
     import attlas
     from attlas.analysis import proxy_correlations, pruning_candidates

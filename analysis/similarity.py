@@ -69,8 +69,8 @@ def head_similarity(dataset: Dataset, *, by: By = "pattern") -> pl.DataFrame:
     """How alike each two heads of a stack are: a row per pair, the head that comes first in the model first.
 
     by: `pattern` compares the keys that heads look at row by row (the table `pairs`); `offset` compares only how their attention is
-    distributed over signed distance (`profiles`), which every dataset has. Columns: PAIR; `bhattacharyya`, the mean coefficient, 1 if equal;
-    `cosine`, Σ p q / √(Σ p² · Σ q²); `jensen_shannon_nats`, the mean divergence, 0 if equal and ln 2 at most, null between layers; `rows`,
+    distributed over signed distance (`profiles`), which every dataset has, but for cross-attention.
+    Columns: PAIR; `bhattacharyya`, the mean coefficient, 1 if equal; `cosine`, Σ p q / √(Σ p² · Σ q²); `jensen_shannon_nats`, the mean divergence, 0 if equal and ln 2 at most, null between layers; `rows`,
     how many rows were compared. With `offset` the last three are null. Raises Refusal if there is nothing to compare.
     """
     _check(dataset, by)

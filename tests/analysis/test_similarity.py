@@ -212,6 +212,31 @@ def test_a_run_has_what_duckdb_computes_from_its_parts(encoder_run: Path) -> Non
         assert row == pytest.approx(other, rel=1e-12)
 
 
+def test_only_heads_of_one_stack_are_compared(tmp_path: Path) -> None:
+    from attlas.extract.options import RunOptions
+    from tests.extract.checkpoints import TEXT, model_of, save
+    from tests.extract.runs import complete_run
+
+    (tmp_path / "text.txt").write_text(TEXT)
+    model, out = save(model_of("bart"), tmp_path / "bart"), tmp_path / "out"
+    options = RunOptions(model=str(model), corpus=str(tmp_path / "text.txt"), out=out, max_length=16, stacks="all")
+    complete_run(options)
+    dataset = Dataset.open(out)
+    heads = dataset.scan("heads").select("stack", "layer", "head").unique().collect()
+    sizes = dict(heads["stack"].value_counts().rows())
+    assert len(sizes) == 3
+    for by in ("pattern", "offset"):
+        pairs = dict(head_similarity(dataset, by=by)["stack"].value_counts().rows())
+        # cross-attention has no offsets
+        compared = {stack: n for stack, n in sizes.items() if by == "pattern" or stack != "cross"}
+        assert pairs == {stack: n * (n - 1) // 2 for stack, n in compared.items()}
+        clusters = head_clusters(dataset, by=by)
+        assert clusters.drop("order", "cluster").sort(pl.all()).equals(heads.sort("stack", "layer", "head"))
+        assert clusters.group_by("stack").agg(pl.col("order").min(), pl.col("cluster").min()).drop(
+            "stack"
+        ).unique().rows() == [(0, 0)]
+
+
 def test_a_dataset_without_pairs_is_refused_with_what_measures_them(folder: Path) -> None:
     dataset = Dataset.open(folder)
     with pytest.raises(Refusal, match=r'not measured: pairs.* every run writes .* measure again, or .* by="offset"'):
