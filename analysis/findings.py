@@ -10,8 +10,8 @@ from attlas.analysis.heads import HEAD
 from attlas.analysis.kinds import AWAKE_KINDS, POSITIONAL, REST_KINDS
 from attlas.analysis.massive import HALF_NORMAL_MEDIAN, MASSIVE_SIZE, MASSIVE_TIMES, reason_unknown
 from attlas.analysis.rules import Rule, apply, figures, is_measured, not_measured
+from attlas.analysis.sinks import WRITES, with_rest
 
-SINK_WRITES = 1.0
 MIN_INFORMATION_NATS = 0.02
 GROWTH_TIMES = 10.0
 _AT_REST = REST_KINDS[0].threshold
@@ -32,7 +32,7 @@ def _no_kinds(evidence: Evidence) -> str | None:
 
 def _attention_sinks(evidence: Evidence) -> pl.DataFrame:
     """A row for each stack with heads at rest: how many of them, and whether the first token writes."""
-    heads = _with_rest(evidence)
+    heads = with_rest(evidence)
     is_at_rest = pl.col("is_at_rest")
     stacks = heads.group_by("stack", maintain_order=True).agg(
         value=pl.col("at_rest").mean(),
@@ -40,7 +40,7 @@ def _attention_sinks(evidence: Evidence) -> pl.DataFrame:
         resting=is_at_rest.sum(),
         on_first=(is_at_rest & pl.col("is_first")).sum(),
         ratio=pl.col("value_ratio_first").filter(is_at_rest & pl.col("is_first")).median(),
-        writing=(pl.col("value_ratio_first").filter(is_at_rest & pl.col("is_first")) >= SINK_WRITES).sum(),
+        writing=(pl.col("value_ratio_first").filter(is_at_rest & pl.col("is_first")) >= WRITES).sum(),
     )
     counts = pl.format(
         "{} of {} heads are at rest, {} of them on the first token; over all heads {} % of the attention is at rest",
@@ -60,27 +60,10 @@ def _attention_sinks(evidence: Evidence) -> pl.DataFrame:
     return stacks.filter(pl.col("resting") > 0).select("stack", "value", evidence=pl.concat_str(counts, writes))
 
 
-def _with_rest(evidence: Evidence) -> pl.DataFrame:
-    """The heads with `at_rest`, the attention on the first token or on massive ones, with its interval."""
-    heads = evidence.heads
-    missing = [
-        pl.lit(None, pl.Float64).alias(name + suffix)
-        for name in ("mass_massive", "value_ratio_first")
-        for suffix in ("", "_low", "_high")
-        if name not in heads.columns
-    ]
-    is_massive = pl.col("mass_massive").fill_null(-1) > pl.col("mass_first").fill_null(-1)
-    rest = {
-        f"at_rest{suffix}": pl.when(is_massive).then(f"mass_massive{suffix}").otherwise(f"mass_first{suffix}")
-        for suffix in ("", "_low", "_high")
-    }
-    return heads.with_columns(missing).with_columns(**rest)
-
-
 def _heads_at_rest(evidence: Evidence) -> pl.DataFrame:
     where = pl.when("is_first").then(pl.lit("the first token")).otherwise(pl.lit("massive tokens"))
     return (
-        _with_rest(evidence)
+        with_rest(evidence)
         .filter("is_at_rest")
         .select(
             *HEAD,
@@ -93,7 +76,7 @@ def _heads_at_rest(evidence: Evidence) -> pl.DataFrame:
 
 
 def _writing_sinks(evidence: Evidence) -> pl.DataFrame:
-    writes = pl.col("value_ratio_first") >= SINK_WRITES
+    writes = pl.col("value_ratio_first") >= WRITES
     return evidence.heads.filter(pl.col("is_at_rest") & pl.col("is_first") & writes).select(
         *HEAD,
         value="value_ratio_first",
@@ -203,7 +186,7 @@ FINDINGS = (
     Rule(
         "sink that writes",
         "normal",
-        f"head at rest on the first token, and value_ratio_first ≥ {SINK_WRITES:g}",
+        f"head at rest on the first token, and value_ratio_first ≥ {WRITES:g}",
         "resting adds the value of the first token to every position; most sinks write little (value drain)",
         "Kobayashi 2020, Gu 2025",
         ("heads.value_ratio_first",),

@@ -4,6 +4,12 @@ An entry is massive if its size is at least 100, and at least 1,000 times the me
 dataset has no median of entries. It is taken to be 0.6745·m/√d, where m is the median norm of the tokens at that site, after the update
 (from the counts `token_norm` of `residual_profiles`), and d the width: the median size of a normal variable with the stream's norm. The
 profile `massive` counts tokens by another ratio, that to the token's own median, which a massive token raises itself.
+
+    import attlas
+    from attlas.analysis import massive_activations
+
+    massive_activations(attlas.open_dataset("data/demo"))
+
 Source: Sun et al. 2024, Massive Activations in Large Language Models, §2.
 """
 

@@ -1,4 +1,16 @@
-"""The residual stream through depth."""
+"""The residual stream through depth: how large it is, and how sublayers write into it.
+
+Token-weighted means at each site with intervals clustered by document: `stream_norm`, the norm before the sublayer; `update_ratio`, ‖F(x)‖/‖x‖;
+`update_cosine`, whether the update is new (0), sharpens what is there (+) or erases it (−). One massive token makes a mean of norms say nothing
+about the others: measure `stream_norm_median` and `update_ratio_median` (`--statistics`) where `massive_activations` finds any.
+
+    import attlas
+    from attlas.analysis import residual_through_depth
+
+    residual_through_depth(attlas.open_dataset("data/demo"), ("stream_norm", "update_ratio"))
+
+Source: Elhage 2021; Xiong 2020 (growth with pre-norm); Sun 2024 (massive activations).
+"""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SHARED = "heads"
 _SMALLEST, _LARGEST = 8, 40  # cells of a map, in pixels
 _WIDTH, _HEIGHT = 600, 680  # that a map keeps to, if its cells are not too small
+_LABEL_WIDTH, _LABEL_HEIGHT = 26, 12  # of H10 and L10, in pixels
 _LETTERS = 20  # cells of this size have room for letters
 _OCTAVES = 6  # the scale of attention over opportunity reaches from 2^−6 to 2^6
 NO_HEAD = -1
@@ -87,13 +88,15 @@ def _map(content: Content, stack: str, row: dict[str, Any]) -> alt.TopLevelMixin
 def _grid(content: Content, stack: str) -> alt.Chart:
     import altair as alt
 
-    across = content.heads.filter(pl.col("stack") == stack)["head"].n_unique()
-    every = max(1, 14 // _cells(content, stack)[0]) if across > 12 else 1
-    labels = alt.Axis(
-        labelAngle=0, orient="top", labelExpr=f"datum.value % {every} == 0 ? 'H' + datum.value : ''", ticks=False
-    )
-    down = alt.Axis(
-        labelExpr=f"datum.value % {max(1, 12 // _cells(content, stack)[1])} == 0 ? 'L' + datum.value : ''", ticks=False
+    width, height = _cells(content, stack)
+    labels, down = (
+        alt.Axis(
+            labelAngle=0,
+            orient="top" if letter == "H" else "left",
+            labelExpr=f"datum.value % {-(-room // size)} == 0 ? '{letter}' + datum.value : ''",
+            ticks=False,
+        )
+        for letter, size, room in (("H", width, _LABEL_WIDTH), ("L", height, _LABEL_HEIGHT))
     )
     return (
         alt.Chart(alt.NamedData(SHARED))

@@ -170,7 +170,7 @@ function move([down, across]) {
   const next = from ? heads.find(({ stack, layer, head }) => stack === from.stack && layer === from.layer + down && head === from.head + across) : heads[0];
   if (next && next.id !== chosen) choose(next.id);
 }
-for (const grid of document.querySelectorAll("#map .scroll-x, #kinds .grid-charts .scroll-x")) {
+for (const grid of document.querySelectorAll("#map .scroll-x, #kinds .plates .scroll-x")) {
   grid.addEventListener("keydown", event => {
     if (!(event.key in STEPS_OF)) return;
     event.preventDefault();

@@ -18,6 +18,7 @@ from attlas.analysis.compare import compare
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.heads import HEAD, head_estimates
 from attlas.analysis.inference import estimates
+from attlas.analysis.report import report
 from attlas.analysis.summaries import averaged_columns, summarize_rows
 from tests.benchmarks.harness import Result, time_alternately
 from tests.benchmarks.large import HEADS, LAYERS, write_large
@@ -64,6 +65,11 @@ def _estimates_of_source(dataset: Dataset) -> pl.DataFrame:
 def paired_comparison(rows: int, repeats: int) -> Result:
     """A paired comparison of all heads and columns, against two bare scans."""
     return _timed(rows, lambda dataset: compare(dataset, dataset), repeats, scans=2)
+
+
+def report_page(rows: int, repeats: int) -> Result:
+    """The report: all its analyses, and the page."""
+    return _timed(rows, lambda dataset: report(dataset.storage.place()).html, repeats)
 
 
 def _timed(rows: int, ours: Callable[[Dataset], object], repeats: int, *, scans: int = 1) -> Result:

@@ -55,6 +55,7 @@ def benchmarks() -> tuple[Benchmark, ...]:
                 ("means", answers.means),
                 ("means-of-source", answers.means_of_source),
                 ("compare", answers.paired_comparison),
+                ("report", answers.report_page),
             )
         ),
     )
