@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import polars as pl
@@ -10,9 +10,12 @@ import polars.selectors as cs
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.report.numbers import plural
+from attlas.analysis.summaries import Aside
 from attlas.analysis.verify import findings_in
 from attlas.extract.store import Refusal
 from attlas.extract.tables import TABLES, Table
+
+_INVALID = "|invalid key"
 
 
 @contextmanager
@@ -30,10 +33,8 @@ def refuse_if_damaged(dataset: Dataset) -> Iterator[None]:
         raise dataset.refusal(f"{findings[0]}{more}") from error
 
 
-def notes_on_rows(
-    dataset: Dataset, tables: Sequence[str], *, only: Mapping[str, Sequence[str]] | None = None
-) -> list[str]:
-    """Notes on NaN and infinite values, which every analysis leaves out. only: by table, the columns that are read, if not all.
+def notes_on_rows(dataset: Dataset, tables: Sequence[str]) -> list[str]:
+    """Notes on NaN and infinite values, which every analysis leaves out.
 
     Raises Refusal for rows with an invalid key: null or negative in a column that cannot be.
     """
@@ -41,18 +42,37 @@ def notes_on_rows(
     for name in tables:
         rows = dataset.scan(name, finite=False)
         floats = rows.select(cs.float()).collect_schema().names()
-        if only is not None and name in only:
-            floats = [column for column in floats if column in only[name]]
-        counts = rows.select(
-            _has_invalid_key(TABLES[name]).sum().alias(""), *(pl.col(c).is_finite().not_().sum() for c in floats)
-        ).collect(engine="streaming")
-        if invalid := counts[""][0]:
-            keys = " × ".join(c.name for c in TABLES[name].keys)
-            raise dataset.refusal(f"{plural(invalid, 'row')} of {name} without a valid key ({keys})")
-        affected = [f"{plural(counts[column][0], 'value')} of {column}" for column in floats if counts[column][0]]
-        if affected:
-            notes.append(f"NaN and infinities in {name} are left out of every number here: {', '.join(affected)}.")
+        notes += note_on_counts(dataset, name, rows.select(_counts(name, floats)).collect(engine="streaming"))
     return notes
+
+
+def damage_in_parts(dataset: Dataset, table: str, columns: Sequence[str]) -> Aside:
+    """The counts that `note_on_counts` takes, from a pass over rows; raises Refusal at a part with rows with an invalid key."""
+
+    def count(rows: pl.DataFrame) -> pl.DataFrame:
+        counts = rows.select(_counts(table, columns))
+        note_on_counts(dataset, table, counts)
+        return counts
+
+    return Aside(columns, count)
+
+
+def note_on_counts(dataset: Dataset, table: str, counts: pl.DataFrame) -> list[str]:
+    """A note on values that are left out, if there are any, from counts of all parts. Raises Refusal for rows with an invalid key."""
+    total = counts.sum().row(0, named=True)
+    if invalid := total.pop(_INVALID):
+        keys = " × ".join(c.name for c in TABLES[table].keys)
+        raise dataset.refusal(f"{plural(invalid, 'row')} of {table} without a valid key ({keys})")
+    affected = [f"{plural(number, 'value')} of {column}" for column, number in total.items() if number]
+    return (
+        [f"NaN and infinities in {table} are left out of every number here: {', '.join(affected)}."] if affected else []
+    )
+
+
+def _counts(table: str, columns: Sequence[str]) -> list[pl.Expr]:
+    """How many rows have an invalid key, and of each column how many values are NaN or infinite."""
+    invalid = _has_invalid_key(TABLES[table]).sum().alias(_INVALID)
+    return [invalid, *(pl.col(c).is_finite().not_().sum() for c in columns)]
 
 
 def _has_invalid_key(table: Table) -> pl.Expr:

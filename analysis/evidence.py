@@ -15,19 +15,34 @@ from attlas.analysis.inference import wide
 from attlas.analysis.kinds import MIN_TOKENS, HeadShares
 from attlas.analysis.massive import massive_activations
 from attlas.analysis.residual import residual_through_depth
-from attlas.analysis.summaries import averaged_columns
+from attlas.analysis.summaries import Aside, averaged_columns, scan_once
 
 HEAD_COLUMNS = ("output_norm", "mass_first", "mass_massive", "value_ratio_first", "mutual_information_nats")
 RESIDUAL_COLUMNS = ("stream_norm_median", "max_abs")
 
 
+def _extremes_of_part(rows: pl.DataFrame) -> pl.DataFrame:
+    finite = {name: pl.col(name).filter(pl.col(name).is_finite()) for name in ("score_max", "entropy_nats")}
+    is_long = pl.col("query_rows").filter(pl.col("entropy_nats").is_finite()) >= MIN_TOKENS
+    return rows.group_by(HEAD).agg(
+        pl.col("nonfinite_rows", "query_rows").cast(pl.Int64).sum(),
+        finite["score_max"].cast(pl.Float64).max(),
+        entropy_largest=finite["entropy_nats"].filter(is_long).cast(pl.Float64).max(),
+    )
+
+
+# what sums over documents cannot tell: counts and largest values
+EXTREMES = Aside(("nonfinite_rows", "query_rows", "score_max", "entropy_nats"), _extremes_of_part)
+
+
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a dataset. `estimates` and `through_depth`: of all statistics, where these are at hand."""
+    """What is known of a dataset. `estimates`, `through_depth` and `extremes` (of a pass with EXTREMES): where these are at hand."""
 
     dataset: Dataset
     estimates: pl.DataFrame | None = None
     through_depth: pl.DataFrame | None = None
+    extremes: pl.DataFrame | None = None
 
     @property
     def manifest(self) -> Mapping[str, Any]:
@@ -49,19 +64,11 @@ class Evidence:
         return means.join(shares, on=HEAD, how="left").join(self._extremes(), on=HEAD, how="left").sort(HEAD)
 
     def _extremes(self) -> pl.DataFrame:
-        """What sums over documents cannot tell: counts and largest values, of one pass over the rows."""
-        is_long = pl.col("query_rows") >= MIN_TOKENS
-        return (
-            self.dataset.scan("heads")
-            .group_by(HEAD)
-            .agg(
-                pl.col("nonfinite_rows").cast(pl.Int64).sum(),
-                pl.col("query_rows").cast(pl.Int64).sum(),
-                pl.col("score_max").cast(pl.Float64).max(),
-                entropy_largest=pl.col("entropy_nats").filter(is_long).cast(pl.Float64).max(),
-            )
-            .collect(engine="streaming")
-        )
+        frame = self.extremes
+        if frame is None:
+            _, (frame,) = scan_once(self.dataset, "heads", [], [EXTREMES])
+        counts = pl.col("nonfinite_rows", "query_rows").sum()
+        return frame.group_by(HEAD).agg(counts, pl.col("score_max", "entropy_largest").max())
 
     @cached_property
     def residual(self) -> pl.DataFrame:

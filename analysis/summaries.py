@@ -83,28 +83,51 @@ def summarize_rows(
 
 def summarize_together(dataset: Dataset, table: str, groupings: Sequence[Grouping]) -> list[pl.LazyFrame]:
     """The same by several groupings, in one pass over the rows."""
-    in_shards, in_total = listed_documents(dataset)
+    return scan_once(dataset, table, groupings)[0]
+
+
+@dataclass(frozen=True)
+class Aside:
+    """What else a pass over rows finds.
+
+    columns: what it needs, besides keys and `weight`. of: gives a small frame of the rows of a part, in which NaN and infinities are.
+    """
+
+    columns: Sequence[str]
+    of: Callable[[pl.DataFrame], pl.DataFrame]
+
+
+def scan_once(
+    dataset: Dataset, table: str, groupings: Sequence[Grouping], asides: Sequence[Aside] = ()
+) -> tuple[list[pl.LazyFrame], list[pl.DataFrame]]:
+    """Sums over documents by several groupings, and of each aside the frames of all parts, in one pass over the rows."""
+    in_shards, in_total = listed_documents(dataset) if groupings else (np.zeros(0, np.int64), set())
     merged = [
         _DocumentSums([*g.by, "column"]) if g.is_by_document else MergedSums([*g.by, "column"], in_total)
         for g in groupings
     ]
+    needed = {c.name for c in TABLES[table].keys} | {WEIGHT}
+    needed |= {name for wanted in (*groupings, *asides) for name in wanted.columns}
 
-    needed = {c.name for c in TABLES[table].keys} | {WEIGHT} | {name for g in groupings for name in g.columns}
-
-    def summarize(rows: pl.LazyFrame) -> list[pl.DataFrame]:
-        part = rows.select(needed).collect().lazy()
-        return [
-            summarize_frame(g.of(part).collect(), g.columns, g.by, None if g.is_by_document else in_shards)
+    def summarize(rows: pl.LazyFrame) -> tuple[list[pl.DataFrame], list[pl.DataFrame]]:
+        part = rows.select(needed).collect()
+        found = [aside.of(part) for aside in asides]
+        sums = [
+            summarize_frame(g.of(part.lazy()).collect(), g.columns, g.by, None if g.is_by_document else in_shards)
             for g in groupings
         ]
+        return sums, found
 
+    beside: list[list[pl.DataFrame]] = []
     # one part is decoded while another is added up
     with ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
-        for frames in threads.map(summarize, weighted_parts(dataset, table)):
+        for frames, found in threads.map(summarize, weighted_parts(dataset, table)):
+            beside.append(found)
             for sums, frame in zip(merged, frames, strict=True):
                 sums.add(frame.to_arrow())
     found = [pl.from_arrow(sums.to_arrow()) for sums in merged]
-    return [frame.lazy() for frame in found if isinstance(frame, pl.DataFrame)]
+    together = [pl.concat(frames) for frames in zip(*beside, strict=True)]
+    return [frame.lazy() for frame in found if isinstance(frame, pl.DataFrame)], together
 
 
 class _DocumentSums:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
 import polars.selectors as cs
 
-from attlas.analysis.damage import notes_on_rows
+from attlas.analysis.damage import damage_in_parts, note_on_counts, notes_on_rows
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.distance import offset_profile
-from attlas.analysis.documents import COLUMNS as DOCUMENT_COLUMNS
 from attlas.analysis.documents import document_grouping, dropped_documents, outliers_of
-from attlas.analysis.entropy import COLUMNS as ENTROPY_COLUMNS
 from attlas.analysis.entropy import (
     entropy_by_position,
     layer_grouping,
@@ -22,7 +20,7 @@ from attlas.analysis.entropy import (
     means_by_layer,
     means_by_length,
 )
-from attlas.analysis.evidence import Evidence
+from attlas.analysis.evidence import EXTREMES, Evidence
 from attlas.analysis.heads import HEAD, head_estimates, label
 from attlas.analysis.inference import estimates, wide
 from attlas.analysis.judge import Judgement, judge
@@ -33,7 +31,7 @@ from attlas.analysis.pruning import proxy_correlations, pruning_candidates, reas
 from attlas.analysis.residual import residual_through_depth, site_estimates
 from attlas.analysis.similarity import By, StackSimilarity, head_clusters, stack_similarities
 from attlas.analysis.similarity import reason_unknown as similarity_unknown
-from attlas.analysis.summaries import Grouping, averaged_columns, summarize_together
+from attlas.analysis.summaries import Grouping, averaged_columns, scan_once
 from attlas.extract.tables import CLASS_MASSES, TABLES
 
 LAYER = ("stack", "layer")
@@ -114,17 +112,36 @@ def _nulls_for_absent_classes(means: pl.DataFrame) -> list[pl.Expr]:
     return [pl.lit(None, pl.Float64).alias(name + suffix) for name in absent for suffix in ("", "_low", "_high", "_se")]
 
 
-def _means_from_rows(
-    dataset: Dataset, awake: pl.DataFrame
-) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """What takes rows, in one pass: class masses over heads that are not at rest, entropy by layer and by length, and documents."""
+@dataclass(frozen=True)
+class _OfRows:
+    """What takes the rows of `heads`: class masses over heads that are not at rest, entropy by layer and by length, and documents."""
+
+    overall: pl.DataFrame
+    layers: pl.DataFrame
+    lengths: pl.DataFrame
+    documents: pl.DataFrame
+    extremes: pl.DataFrame
+    damage: Sequence[str]
+
+
+def _of_rows(dataset: Dataset, awake: pl.DataFrame) -> _OfRows:
+    """All of it in one pass."""
     chosen, stack = awake.select(HEAD).lazy(), ("stack",)
     classes = Grouping(CLASSES, stack, lambda rows: rows.join(chosen, on=HEAD, how="semi"))
     groupings = [classes, layer_grouping(awake), length_grouping(dataset), document_grouping(dataset)]
-    of_classes, of_layers, of_lengths, of_documents = summarize_together(dataset, "heads", groupings)
-    overall = wide(estimates(of_classes, stack).collect(), stack, CLASSES)
-    layers = means_by_layer(of_layers, comparisons=awake.select(LAYER).n_unique())
-    return overall, layers, means_by_length(of_lengths), outliers_of(dataset, of_documents)
+    read = sorted({"score_max", *(name for grouping in groupings for name in grouping.columns)})
+    asides = [EXTREMES, damage_in_parts(dataset, "heads", read)]
+    (of_classes, of_layers, of_lengths, of_documents), (extremes, counts) = scan_once(
+        dataset, "heads", groupings, asides
+    )
+    return _OfRows(
+        overall=wide(estimates(of_classes, stack).collect(), stack, CLASSES),
+        layers=means_by_layer(of_layers, comparisons=awake.select(LAYER).n_unique()),
+        lengths=means_by_length(of_lengths),
+        documents=outliers_of(dataset, of_documents),
+        extremes=extremes,
+        damage=note_on_counts(dataset, "heads", counts),
+    )
 
 
 def _similarities(dataset: Dataset) -> tuple[list[StackSimilarity], By, pl.DataFrame]:
@@ -136,11 +153,8 @@ def _similarities(dataset: Dataset) -> tuple[list[StackSimilarity], By, pl.DataF
 
 def gather(dataset: Dataset) -> Content:
     """Run the analyses of the report. Raises Refusal for a dataset with damaged parts or keys."""
-    # the other columns of heads are read from totals
-    only = (
-        {"heads": (*CLASSES, *ENTROPY_COLUMNS, *DOCUMENT_COLUMNS, "score_max")} if "totals" in dataset.tables else None
-    )
-    damage = notes_on_rows(dataset, tuple(TABLES), only=only)
+    has_totals = "totals" in dataset.tables  # without them, all columns are read from rows
+    damage = notes_on_rows(dataset, [name for name in TABLES if name != "heads" or not has_totals])
 
     def sort_stacks(frame: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
         return _sort_stacks(frame.lazy().collect(), dataset.manifest)
@@ -162,7 +176,7 @@ def gather(dataset: Dataset) -> Content:
         .with_columns(label(several_stacks=several), pl.col("kind").fill_null(NO_KIND), *nulls)
     )
     awake = heads.filter(~pl.col("is_at_rest"))
-    overall, layers, by_length, documents = _means_from_rows(dataset, awake)
+    of_rows = _of_rows(dataset, awake)
     similarities, by, clusters = _similarities(dataset)
     candidates = pruning_candidates(
         dataset, shares=evidence.shares, similarities=similarities if by == "pattern" else None
@@ -173,9 +187,9 @@ def gather(dataset: Dataset) -> Content:
         manifest=dataset.manifest,
         heads=heads,
         estimates=found,
-        overall=sort_stacks(overall).with_columns(*nulls),
-        layers=sort_stacks(layers),
-        lengths=sort_stacks(by_length),
+        overall=sort_stacks(of_rows.overall).with_columns(*nulls),
+        layers=sort_stacks(of_rows.layers),
+        lengths=sort_stacks(of_rows.lengths),
         positions=sort_stacks(entropy_by_position(dataset, by=LAYER)),
         offsets=sort_stacks(offset_profile(dataset)).join(
             heads.select(*HEAD, "id", "label", "kind"), on=HEAD, how="inner", maintain_order="left"
@@ -187,13 +201,13 @@ def gather(dataset: Dataset) -> Content:
         clusters=clusters,
         candidates=candidates,
         correlations=proxy_correlations(dataset, candidates=candidates) if is_ablated else None,
-        documents_scored=documents,
+        documents_scored=of_rows.documents,
         dropped=dropped_documents(dataset),
-        judgement=judge(dataset, evidence),
+        judgement=judge(dataset, replace(evidence, extremes=of_rows.extremes)),
         no_kinds=evidence.shares.refusal,
         chance=evidence.shares.chance.sources,
         sequence_tokens=(lengths["low"][0] or 0, lengths["high"][0] or 0),
-        damage=damage,
+        damage=[*(of_rows.damage if has_totals else ()), *damage],
     )
 
 
