@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+COLLAPSE = "entropy collapse"
 COLLAPSE_SHARE = 0.05  # of the largest entropy: sequences of any length have the same threshold
 LARGE_LOGIT = 100.0
 _PLACE = ("stack", "layer", "head", "site")
@@ -43,10 +44,10 @@ class Rule:
 
 RULES = (
     Rule(
-        "entropy collapse",
+        COLLAPSE,
         "entropy_normalized",
-        f"changed from the first dataset, and the interval lies below {COLLAPSE_SHARE:g}",
-        "nearly every query attends to a single key, which makes training unstable (Zhai 2023); expected of previous- and next-token heads",
+        f"changed from the first dataset, and the interval lies below {COLLAPSE_SHARE:g}; of a head that is not previous, next or self",
+        "nearly every query attends to a single key, for no reason of position, which makes training unstable (Zhai 2023)",
         lambda: (pl.col("high") < COLLAPSE_SHARE) & (pl.col("first") >= COLLAPSE_SHARE),
     ),
     Rule(

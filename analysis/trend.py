@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import polars as pl
 
-from attlas.analysis.alerts import find_alerts
+from attlas.analysis.alerts import ALERT, COLLAPSE, find_alerts
 from attlas.analysis.comparability import Columns, common_columns, name_some, same_documents, setting_differences
 from attlas.analysis.compare import (
     CHANGED,
@@ -26,7 +26,9 @@ from attlas.analysis.compare import (
     with_verdicts,
 )
 from attlas.analysis.dataset import Dataset
+from attlas.analysis.heads import HEAD
 from attlas.analysis.inference import CONFIDENCE, estimates
+from attlas.analysis.kinds import POSITIONAL, head_kinds
 from attlas.analysis.manifest import section
 from attlas.analysis.margins import Margin
 from attlas.analysis.naming import corpus_title, model_title
@@ -138,7 +140,22 @@ def trend(
     names = tuple(dict.fromkeys(name for of_table in followed.values() for name in of_table))
     rows = _marked(_concat(values), changes, series.members, names)
     notes = (*_descriptions(series), *series.notes, *_notes(series, chosen, pairs))
-    return Trend(rows, changes, find_alerts(rows), series, names, notes, alpha)
+    alerts = _without_positional(find_alerts(rows), series)
+    return Trend(rows, changes, alerts, series, names, notes, alpha)
+
+
+def _without_positional(alerts: pl.DataFrame, series: Series) -> pl.DataFrame:
+    """Alerts without the collapse of heads that have become previous-, next- or self-token heads, which are sharp by nature."""
+    steps = set(alerts.filter(alert=COLLAPSE)["step"])
+    schema = {name: ALERT[name] for name in ("step", *HEAD)}
+    at = pl.DataFrame(schema=schema)
+    for member in series.members:
+        if member.step in steps:
+            kinds = head_kinds(member.dataset).filter(pl.col("awake").is_in(POSITIONAL))
+            places = kinds.with_columns(step=pl.lit(member.step))
+            at = at.vstack(places.select(pl.col(name).cast(kind) for name, kind in schema.items()))
+    of_collapse = at.with_columns(alert=pl.lit(COLLAPSE))
+    return alerts.join(of_collapse, on=["alert", "step", *HEAD], how="anti", maintain_order="left")
 
 
 def _columns(series: Series, names: str | Sequence[str] | None) -> Columns:

@@ -154,7 +154,8 @@ def _similarities(dataset: Dataset) -> tuple[list[StackSimilarity], By, pl.DataF
 def gather(dataset: Dataset) -> Content:
     """Run the analyses of the report. Raises Refusal for a dataset with damaged parts or keys."""
     has_totals = "totals" in dataset.tables  # without them, all columns are read from rows
-    damage = notes_on_rows(dataset, [name for name in TABLES if name != "heads" or not has_totals])
+    # summaries are not read, and some columns of heads in the pass below
+    damage = notes_on_rows(dataset, [name for name in TABLES if not has_totals or name not in ("heads", "summaries")])
 
     def sort_stacks(frame: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
         return _sort_stacks(frame.lazy().collect(), dataset.manifest)

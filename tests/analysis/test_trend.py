@@ -182,6 +182,22 @@ def test_an_entropy_that_collapses_is_an_alert_from_where_it_does(tmp_path: Path
     assert found.alerts["high"].item() < 0.05
 
 
+def test_a_head_that_becomes_a_previous_token_head_is_no_alert(tmp_path: Path) -> None:
+    base = write_dataset(tmp_path / "step-0", **(SIZE | {"lengths": (16, 34)}))
+
+    def sharpen(rows: pl.DataFrame) -> pl.DataFrame:
+        masses = {name: pl.when(L1H2).then(0.0).otherwise(name) for name in ("mass_first", "mass_self", "mass_next")}
+        previous = pl.when(L1H2).then(0.97).otherwise("mass_previous")
+        entropy = pl.when(L1H2).then(0.01).otherwise("entropy_normalized")
+        return rows.with_columns(**masses, mass_previous=previous, entropy_normalized=entropy)
+
+    changed_copy(base, tmp_path / "step-1", sharpen)
+    found = trend(f"{tmp_path}/*")
+    beyond = found.rows.filter(L1H2, pl.col("high") < 0.05, column="entropy_normalized")
+    assert beyond["step"].to_list() == [1]
+    assert found.alerts.is_empty()
+
+
 def test_logits_that_grow_are_an_alert_until_they_shrink(tmp_path: Path) -> None:
     base = write_dataset(tmp_path / "step-0", **SIZE)
     moved(base, tmp_path / "step-1", 150.0, "score_max")
