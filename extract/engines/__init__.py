@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -145,13 +146,10 @@ def _add_sampled(rows: Rows, call: AttentionCall | ScoredCall, output: Tensor, n
         made = reference.rows_of(call, output, names, measured=rows.measured).quantities
         return rows.with_quantities(made)
     chosen = call.sample.nonzero().flatten()
-    quantities = {name: _unknown(name, rows) for name in names}
-    if len(chosen):
-        made = reference.rows_of(call.of_sequences(chosen), output[chosen], names, measured=rows.measured[chosen])
-        for name, values in made.quantities.items():
-            quantities[name] = quantities[name].to(values.dtype)
-            quantities[name][chosen] = values
-    return rows.with_quantities(quantities)
+    if not len(chosen):
+        return rows.with_quantities({name: _unknown(name, rows) for name in names})
+    made = reference.rows_of(call.of_sequences(chosen), output[chosen], names, measured=rows.measured[chosen])
+    return rows.with_quantities({name: _spread(values, chosen, rows) for name, values in made.quantities.items()})
 
 
 def _unknown(name: str, rows: Rows) -> Tensor:
@@ -159,7 +157,14 @@ def _unknown(name: str, rows: Rows) -> Tensor:
     import torch
 
     shape = rows.measured.shape[:2] if ROW_QUANTITIES[name].axis == "head" else rows.measured.shape
-    return torch.full(shape, torch.nan, device=rows.measured.device)
+    return torch.tensor(math.nan, device=rows.measured.device).expand(shape)
+
+
+def _spread(values: Tensor, chosen: Tensor, rows: Rows) -> Tensor:
+    """Values of some sequences as those of all, NaN for the others."""
+    spread = values.new_full((len(rows.measured), *values.shape[1:]), math.nan)
+    spread[chosen] = values
+    return spread
 
 
 def _without(call: Call, fields: Sequence[str]) -> Call:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from attlas.extract.engines.patches import Grid, PatchSums
@@ -25,6 +25,14 @@ def value_norms(call: AttentionCall | ScoredCall, heads: int) -> Float[Tensor, "
     exact = exact_dtype(call.value)
     values = call.value.to(exact).repeat_interleave(heads // call.value.shape[1], dim=1)
     return (values @ call.write.to(exact)).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
+
+
+_TINY = 1.2e-38  # the smallest float32 with all of its digits
+
+
+def entropy(shares: Float[Tensor, "*row outcome"]) -> Float[Tensor, "*row"]:
+    """−Σ p ln p; of a share of 0 the logarithm is that of the smallest number, several times as fast as to look for zeros."""
+    return -(shares * shares.clamp_min(_TINY).log()).sum(-1)
 
 
 class Block:
@@ -70,12 +78,13 @@ class Block:
 
     @cached_property
     def usable_scores(self) -> Float[Tensor, "batch head row key"]:
-        """Scores with −∞ at other keys. Rows without usable keys have zeros, to keep everything defined, and are cleared later."""
-        return self.scores.where(self.usable, -torch.inf).where(self.measured[..., None], 0)
+        """Scores with −∞ at other keys."""
+        return self.scores.where(self.usable, -torch.inf)
 
     @cached_property
     def largest(self) -> Float[Tensor, "batch head row"]:
-        return self.usable_scores.amax(-1)
+        """The largest score of each row; 0 if it is not measured."""
+        return self.usable_scores.amax(-1).where(self.measured, 0)
 
     @cached_property
     def sinks(self) -> Float[Tensor, "batch head row"] | None:
@@ -96,7 +105,7 @@ class Block:
 
     @cached_property
     def weights(self) -> Float[Tensor, "batch head row key"]:
-        return self.below.exp() * self.usable
+        return (self.usable_scores - self.shift[..., None]).exp_()
 
     @cached_property
     def sink_weight(self) -> Float[Tensor, "batch head row"]:
@@ -116,7 +125,7 @@ class Block:
         """exp(s − max s) over the keys: in proportion to the pattern, also where a learned sink takes nearly all of a row."""
         if self.sinks is None:
             return self.weights
-        return (self.usable_scores - self.largest[..., None]).where(self.usable, 0).exp() * self.usable
+        return (self.usable_scores - self.largest[..., None]).exp_()
 
     @cached_property
     def log_share_of_keys(self) -> Float[Tensor, "batch head row"]:
@@ -126,23 +135,35 @@ class Block:
         return self.key_weights.sum(-1).where(self.measured, 1).log() + self.largest - self.shift - self.total.log()
 
     @cached_property
-    def descending(self) -> Float[Tensor, "batch head row key"]:
-        """The weights of each row's keys, the largest first; the largest is 1."""
+    def cumulative(self) -> Float64[Tensor, "batch head row key"]:
+        """Sums of the largest weights of each row's keys: of one, of two, … of all; the largest weight is 1."""
         if self.key_weights.device.type != "cpu":
-            return self.key_weights.sort(-1, descending=True).values
+            return self.key_weights.sort(-1, descending=True).values.cumsum(-1, dtype=torch.float64)
         ascending = np.sort(self.key_weights.numpy(), axis=-1)  # several times as fast as torch's sort
-        return torch.from_numpy(ascending[..., ::-1].copy())
+        return torch.from_numpy(ascending).flip(-1).cumsum(-1, dtype=torch.float64)
+
+    @cached_property
+    def norm_weights(self) -> Float[Tensor, "batch head row key"]:
+        """‖v W_O^h‖, each in proportion to p."""
+        return self.key_weights * value_norms(self.call, self.key_weights.shape[1])[..., None, self.keys]
+
+    @cached_property
+    def norm_total(self) -> Float[Tensor, "batch head row"]:
+        return self.norm_weights.sum(-1)
 
     @cached_property
     def norm_weighted(self) -> Float[Tensor, "batch head row key"]:
         """p ‖v W_O^h‖ as shares of each row's sum; zeros where nothing is written."""
-        weights = self.key_weights * value_norms(self.call, self.key_weights.shape[1])[..., None, self.keys]
-        total = weights.sum(-1, keepdim=True)
-        return weights / total.where(total > 0, 1)
+        return self.norm_weights / self.norm_total.where(self.norm_total > 0, 1)[..., None]
 
     @cached_property
     def sink(self) -> Float[Tensor, "batch head row"]:
         return self.sink_weight / self.total
+
+    @cached_property
+    def outcomes(self) -> Float[Tensor, "batch head row outcome"]:
+        """The pattern, with a learned sink as one more key."""
+        return self.pattern if self.sinks is None else torch.cat((self.pattern, self.sink[..., None]), -1)
 
     @cached_property
     def distances(self) -> Float[Tensor, "row key"]:

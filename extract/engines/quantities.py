@@ -129,6 +129,11 @@ ROW_QUANTITIES: dict[str, RowQuantity] = {
         _of_sample(name="mass_top_16", formula="Σ of the 16 largest p"),
         _of_sample(name="mass_top_64", formula="Σ of the 64 largest p"),
         _of_sample(name="mass_streaming", formula="Σ p over j < 4 or i − 64 < j ≤ i", needs=("positions",)),
+        _of_sample(
+            name="mixture_entropy",
+            formula="−Σ p̄ ln p̄, p̄ the mean of all heads' p; a learned sink is one more outcome",
+            merge=None,
+        ),
         _of_sample(name="norm_entropy", formula="−Σ q ln q, q = p ‖v W_O^h‖ / Σ p ‖v W_O^h‖", needs=_WRITTEN),
         _of_sample(name="norm_distance", formula="Σ q·|d|", needs=(*_WRITTEN, "positions")),
         _of_sample(name="norm_max_weight", formula="max q", needs=_WRITTEN),

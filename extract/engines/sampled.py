@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attlas.extract.engines.block import Block
+from attlas.extract.engines.block import Block, entropy
 
 # a share is reached within one part in a million, so that ties do not depend on rounding
 _TOLERANCE = 1e-6
@@ -23,22 +23,24 @@ STREAMING_FIRST, STREAMING_LAST = 4, 64
 
 def keys_for_mass(block: Block, share: float) -> Float[Tensor, "batch head row"]:
     """The fewest keys that hold this share of what the row gives to its keys."""
-    cumulative = block.descending.double().cumsum(-1)
-    enough = share * (1 - _TOLERANCE) * cumulative[..., -1:]
-    return ((cumulative < enough).sum(-1) + 1).double()
+    enough = share * (1 - _TOLERANCE) * block.cumulative[..., -1:]
+    return (torch.searchsorted(block.cumulative, enough).squeeze(-1) + 1).double()
 
 
 def gini(block: Block) -> Float[Tensor, "batch head row"]:
-    """Σ |p_j − p_k| / (2 m Σ p) over the m visible keys; 0 if they are equal."""
-    weights = block.descending.double()
-    keys = block.usable.sum(-1, keepdim=True)
-    rank = torch.arange(1, weights.shape[-1] + 1, device=weights.device)
-    total = (keys * weights).sum(-1)
-    return ((keys + 1 - 2 * rank) * weights).sum(-1) / total.where(total > 0, 1)
+    """Σ |p_j − p_k| / (2 m Σ p) over the m visible keys; 0 if they are equal.
+
+    In the order of weights this is Σ_r (m + 1 − 2r) p_r / (m Σ p), and Σ_r r p_r follows from the cumulative sums.
+    """
+    keys, total = block.usable.sum(-1), block.cumulative[..., -1]
+    ranked = (block.cumulative.shape[-1] + 1) * total - block.cumulative.sum(-1)
+    shares = keys * total
+    return ((keys + 1) * total - 2 * ranked) / shares.where(shares > 0, 1)
 
 
 def mass_top(block: Block, keys: int) -> Float[Tensor, "batch head row"]:
-    return block.descending[..., :keys].sum(-1) * (block.largest - block.shift).exp() / block.total
+    most = min(keys, block.cumulative.shape[-1])
+    return block.cumulative[..., most - 1] * (block.largest - block.shift).exp() / block.total
 
 
 def mass_streaming(block: Block) -> Float[Tensor, "batch head row"]:
@@ -48,13 +50,13 @@ def mass_streaming(block: Block) -> Float[Tensor, "batch head row"]:
     return (block.pattern * kept[:, None]).sum(-1)
 
 
-def norm_entropy(block: Block) -> Float[Tensor, "batch head row"]:
-    weights = block.norm_weighted
-    return -weights.xlogy(weights).sum(-1)
-
-
 def norm_distance(block: Block) -> Float[Tensor, "batch head row"]:
     return (block.norm_weighted * block.distances.abs()).sum(-1)
+
+
+def mixture_entropy(block: Block) -> Float[Tensor, "batch head row"]:
+    """The same of all heads."""
+    return entropy(block.outcomes.mean(1, keepdim=True).double()).expand_as(block.measured)
 
 
 def effective_rank(pattern: Float[Tensor, "query key"]) -> Float[Tensor, ""]:
@@ -78,8 +80,9 @@ SAMPLED: dict[str, Callable[[Block], Tensor]] = {
     "mass_top_16": partial(mass_top, keys=16),
     "mass_top_64": partial(mass_top, keys=64),
     "mass_streaming": mass_streaming,
-    "norm_entropy": norm_entropy,
+    "mixture_entropy": mixture_entropy,
+    "norm_entropy": lambda block: entropy(block.norm_weighted),
     "norm_distance": norm_distance,
     "norm_max_weight": lambda block: block.norm_weighted.amax(-1),
-    "norm_rows": lambda block: (block.norm_weighted.sum(-1) > 0).to(block.pattern.dtype),
+    "norm_rows": lambda block: (block.norm_total > 0).to(block.norm_total.dtype),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from attlas.extract.engines.profiles import Profile
 
 if TYPE_CHECKING:  # commands that only read the catalogue do not load torch
@@ -57,10 +59,20 @@ def count_norms(o: ResidualObservation) -> Float[Tensor, "1 bin"]:
 def count_decades(o: ResidualObservation) -> Float[Tensor, "1 bin"]:
     """The tokens in each bin of `MASSIVE`."""
     size = o.after.abs()
-    decades = (size.amax(-1).double() / size.median(-1).values.double()).log10().floor()
+    decades = (size.amax(-1).double() / lower_median(size).double()).log10().floor()
     has_bin = (size.amax(-1) > 0) & size.amax(-1).isfinite()
     bins = decades.clamp(0, _LARGEST_DECADE).where(has_bin, _LARGEST_DECADE + 1).long()
     return counts_of(bins, o, bins=_LARGEST_DECADE + 1)
+
+
+def lower_median(x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token"]:
+    """The median over the last dimension, of two middle ones the lower."""
+    import torch
+
+    if x.device.type != "cpu":
+        return x.median(-1).values
+    middle = (x.shape[-1] - 1) // 2
+    return torch.from_numpy(np.partition(x.numpy(), middle)[..., middle])  # several times as fast as torch's median
 
 
 def counts_of(places: Int[Tensor, "batch token"], o: ResidualObservation, *, bins: int) -> Float[Tensor, "1 bin"]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # rows of a sequence that are compared: all, or as many as these, evenly spaced
 MOST_ROWS = 16
 _WEIGHTS_AT_ONCE = 1 << 25
-_TINY = 1.2e-38  # the smallest float32 with all of its digits
 _SUMS = ("bhattacharyya", "product", "jensen_shannon_nats", "rows")
 
 
@@ -118,22 +117,19 @@ def _compare(layers: list[ChosenRows]) -> Float[Tensor, "4 head head"]:
 
 def _divergences(patterns: Float[Tensor, "sequence head row key"]) -> Float[Tensor, "head head"]:
     """Σ over rows of the Jensen–Shannon divergence of each pair of heads of one layer."""
+    from attlas.extract.engines.block import entropy
+
     heads = patterns.shape[1]
     divergence = patterns.new_zeros(heads, heads).double()
     is_measured = patterns.any(-1)
-    entropies = _entropy(patterns)
+    entropies = entropy(patterns)
     for head in range(heads - 1):
         others = slice(head + 1, None)
-        mixed = _entropy((patterns[:, head, None] + patterns[:, others]) / 2)
+        mixed = entropy((patterns[:, head, None] + patterns[:, others]) / 2)
         of_rows = (mixed - (entropies[:, head, None] + entropies[:, others]) / 2).clamp_min(0)
         both = is_measured[:, head, None] & is_measured[:, others]
         divergence[head, others] = divergence[others, head] = (of_rows * both).double().sum((0, 2))
     return divergence
-
-
-def _entropy(patterns: Float[Tensor, "*head row key"]) -> Float[Tensor, "*head row"]:
-    """−Σ p ln p; of a weight of 0 the logarithm is that of the smallest number, several times as fast as to look for zeros."""
-    return -(patterns * patterns.clamp_min(_TINY).log()).sum(-1)
 
 
 def _sum(

@@ -375,25 +375,12 @@ def _mixing(o: ResidualObservation, own: Tensor, others: Tensor) -> PerSequence:
 )
 def head_diversity_nats(o: ResidualObservation) -> PerSequence | None:
     """How differently the heads of a layer look (generalised Jensen–Shannon divergence): 0 if all look alike."""
-    if o.heads is None:
+    mixture = None if o.heads is None else o.heads.rows.get("mixture_entropy")
+    if o.heads is None or mixture is None:
         return None
-    from torch import cat
-
-    places, heads = o.heads.sampled
-    total, rows = (places.new_zeros(len(places)).double() for _ in range(2))
-    for block in heads.blocks():
-        outcomes = block.pattern if block.sinks is None else cat((block.pattern, block.sink[..., None]), -1)
-        measured = block.measured.all(1)
-        of_mean, of_heads = _entropy(outcomes.mean(1)), _entropy(outcomes).mean(1)
-        total += ((of_mean - of_heads).clamp_min(0) * measured).sum(-1)
-        rows += measured.sum(-1)
-    values = total.new_full((len(o.real),), math.nan)
-    values[places] = total / rows
-    return values
-
-
-def _entropy(outcomes: Float[Tensor, "*row outcome"]) -> Float[Tensor, "*row"]:
-    return -outcomes.double().xlogy(outcomes.double()).sum(-1)
+    measured = o.heads.rows.measured.all(1)
+    diversity = mixture[:, 0] - o.heads.entropy.mean(1)
+    return diversity.clamp_min(0).where(measured, 0).sum(-1) / measured.sum(-1)
 
 
 def _centred(norm: NormObservation) -> Float[Tensor, "*batch token width"]:
@@ -410,10 +397,16 @@ _MIXING = frozenset({"mixing_ratio_attention", "mixing_ratio", "mixing_ratio_nor
 def _needs(columns: Sequence[Column]) -> Needs:
     names = {c.name for c in columns}
     mixes = bool(names & _MIXING)
-    reads_calls = mixes or "head_diversity_nats" in names
+    compares_heads = "head_diversity_nats" in names
+    reads_calls = mixes or compares_heads
     return Needs(
         residual={c.name: c.compute for c in columns if c.compute is not None},
-        rows=frozenset({"self_score", "score_max", "max_weight"} if mixes else ()),
+        rows=frozenset(
+            (
+                *(("self_score", "score_max", "max_weight") if mixes else ()),
+                *(("mixture_entropy", "entropy") if compares_heads else ()),
+            )
+        ),
         patterns=reads_calls,
         calls=reads_calls,
         outputs=mixes,
