@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -85,13 +86,16 @@ class SequenceAblations:
         return [p for p in parts_of(self._layout, self._ablating.parts) if means is None or p.key in means]
 
     def outcomes(self) -> Iterator[tuple[list[ModelPart], Outcome]]:
-        """Every part, some at a time, with what the model gives without each."""
+        """Every part, some of a layer at a time, with what the model gives without each.
+
+        The layers below are not computed: parts of two layers in one pass would have the higher one's computed for nothing.
+        """
         states = self.plain.states
         at_once = max(1, _TOKENS * states.shape[-1] // states.numel())
-        ordered = sorted(self.left_out, key=lambda part: part.attention)
-        for first in range(0, len(ordered), at_once):
-            chosen = ordered[first : first + at_once]
-            yield chosen, self._run(len(chosen), chosen)
+        ordered = sorted(self.left_out, key=_layer_number)
+        for _, of_layer in groupby(ordered, key=_layer_number):
+            for chosen in _even_groups(list(of_layer), at_once):
+                yield chosen, self._run(len(chosen), chosen)
 
     def _run(self, copies: int, without: Sequence[ModelPart], *, below: int | None = None) -> Outcome:
         """A pass over so many copies, each without its part. Layers below the first one, or `below`, are not computed."""
@@ -145,6 +149,17 @@ class SequenceAblations:
             return False
         plain = self.plain.states
         return again.shape == (2, *plain.shape[1:]) and bool((again - plain).norm() <= _SAME * again.norm())
+
+
+def _layer_number(part: ModelPart) -> int:
+    return part.attention
+
+
+def _even_groups(parts: Sequence[ModelPart], most: int) -> Iterator[list[ModelPart]]:
+    """The parts in groups of at most so many, as few as possible and of nearly the same size."""
+    groups = -(-len(parts) // most)
+    for number in range(groups):
+        yield list(parts[len(parts) * number // groups : len(parts) * (number + 1) // groups])
 
 
 _SHARES: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
