@@ -40,6 +40,7 @@ NAMES = (
     "answers/means-10m",
     "answers/means-of-source-10m",
     "answers/compare-10m",
+    "answers/report-10m",
 )
 
 
@@ -100,6 +101,7 @@ def test_every_name_of_the_table_is_there_and_the_longest_waits_to_be_named():
         "answers/means-100m",
         "answers/means-of-source-100m",
         "answers/compare-100m",
+        "answers/report-100m",
     ]
     assert "memory/one-layer-32768" not in [b.name for b in select(everything, ["memory/*"])]
     assert [b.name for b in select(everything, ["memory/one-layer-32768"])] == ["memory/one-layer-32768"]
