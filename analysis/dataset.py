@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,14 +88,12 @@ class Dataset:
         parts = self.parts(table) if table not in TABLES or table in self.manifest["tables"] else []
         return self._scan(table, parts, finite=finite) if parts else empty_table(TABLES[table])
 
-    def scan_parts(self, table: str, *, finite: bool = True) -> Iterator[pl.LazyFrame]:
-        """The same part by part; one without rows if there are no parts."""
+    def scan_parts(self, table: str, *, finite: bool = True, at_once: int = 1) -> Iterator[pl.LazyFrame]:
+        """The same part by part, small parts together until they have `at_once` rows; one without rows if there are no parts."""
         parts = self.parts(table) if table in self.manifest["tables"] else []
-        return (
-            (self._scan(table, [part], finite=finite) for part in parts)
-            if parts
-            else iter([empty_table(TABLES[table])])
-        )
+        if not parts:
+            return iter([empty_table(TABLES[table])])
+        return (self._scan(table, together, finite=finite) for together in _together(parts, at_once))
 
     def _scan(self, table: str, parts: list[Part], *, finite: bool = True) -> pl.LazyFrame:
         schema = self.part_schema(table)  # raises Refusal for missing and damaged parts
@@ -105,6 +103,18 @@ class Dataset:
         contract = self.table(table)
         wanted = empty_table(contract, optional=contract.optional & set(schema.names)).collect_schema()
         return rows.select(_contract_column(name, dtype, schema, finite=finite) for name, dtype in wanted.items())
+
+
+def _together(parts: Iterable[Part], rows: int) -> Iterator[list[Part]]:
+    """Consecutive parts in groups of at least so many rows; the last group may have fewer."""
+    group: list[Part] = []
+    for part in parts:
+        group.append(part)
+        if sum(p.rows for p in group) >= rows:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _contract_column(name: str, dtype: pl.DataType, schema: pa.Schema, *, finite: bool) -> pl.Expr:

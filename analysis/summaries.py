@@ -1,6 +1,6 @@
 """Sums over documents, from which means and intervals follow: read from `summaries`, or made of rows where these are needed.
 
-Rows are read part by part, so memory is bounded by the largest part, however large the dataset.
+Rows are read part by part, small parts together, so memory is bounded by the largest part, however large the dataset.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from attlas.extract.tables.document_sums import POOLED, SUMS, documents_listed, 
 from attlas.extract.tables.merged_sums import MergedSums, listed_in_total
 
 WEIGHT = "weight"
-_PARTS_AT_ONCE = 2
+_PASSES_AT_ONCE = 2
+_MOST_CODES = 1 << 22
+_ROWS_AT_ONCE = 400_000  # of small parts together: each step costs some milliseconds, whatever its rows
 RowFilter = Callable[[pl.LazyFrame], pl.LazyFrame]
 
 
@@ -119,9 +121,9 @@ def scan_once(
         return sums, found
 
     beside: list[list[pl.DataFrame]] = []
-    # one part is decoded while another is added up
-    with ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
-        for frames, found in threads.map(summarize, weighted_parts(dataset, table)):
+    # some rows are decoded while others are added up
+    with ThreadPoolExecutor(_PASSES_AT_ONCE) as threads:
+        for frames, found in threads.map(summarize, weighted_parts(dataset, table, at_once=_ROWS_AT_ONCE)):
             beside.append(found)
             for sums, frame in zip(merged, frames, strict=True):
                 sums.add(frame.to_arrow())
@@ -170,12 +172,12 @@ def document_sums(
         yield summarize_frame(grouping.of(rows).collect(), columns, by)
 
 
-def weighted_parts(dataset: Dataset, table: str) -> Iterator[pl.LazyFrame]:
-    """The parts of a table with `weight`; of a table that was not written, one without rows."""
+def weighted_parts(dataset: Dataset, table: str, *, at_once: int = 1) -> Iterator[pl.LazyFrame]:
+    """The parts of a table with `weight`, small ones together; of a table that was not written, one without rows."""
     measured = dataset.table(table)
     # a join of sequences to each part would read them again and again
     sequences = dataset.scan("sequences").select("sequence_id", pl.col("tokens").cast(pl.Float64)).collect().lazy()
-    for rows in dataset.scan_parts(table, finite=False):  # sums leave out what is not finite
+    for rows in dataset.scan_parts(table, finite=False, at_once=at_once):  # sums leave out what is not finite
         yield _weighted(rows, measured, sequences)
 
 
@@ -212,16 +214,33 @@ def values_of(rows: pl.DataFrame, columns: Sequence[str]) -> dict[str, NDArray[n
 
 
 def places_of(keys: pl.DataFrame) -> tuple[pl.DataFrame, NDArray[np.int64]]:
-    """The distinct keys, and the number of each row's among them."""
-    if not keys.width:
-        return pl.DataFrame(), np.zeros(keys.height, np.int64)
-    run = keys.select(pl.struct(pl.all()).rle_id().alias("|run"))[
-        "|run"
-    ]  # of rows with equal keys, which mostly lie together
-    firsts = keys.filter(run != run.shift(1, fill_value=-1))
-    distinct = firsts.with_row_index("|run").group_by(keys.columns, maintain_order=True).agg("|run")
-    numbers = distinct.with_row_index("|place").explode("|run").sort("|run")["|place"].to_numpy().astype(np.int64)
-    return distinct.drop("|run"), numbers[run.to_numpy()]
+    """The distinct keys, sorted, and the number of each row's among them."""
+    if not keys.width or not keys.height:
+        return keys.clear() if keys.width else pl.DataFrame(), np.zeros(keys.height, np.int64)
+    combined, size = np.zeros(keys.height, np.int64), 1
+    for column in keys.iter_columns():
+        codes, count = _codes(column)
+        combined = combined * count + codes
+        if size * count > _MOST_CODES:  # of places that occur there are no more than rows
+            found, combined = np.unique(combined, return_inverse=True)
+            count, size = len(found), 1
+        size *= count
+    is_there = np.zeros(size, bool)
+    is_there[combined] = True
+    numbers = np.cumsum(is_there)[combined] - 1
+    firsts = np.zeros(int(is_there.sum()), np.int64)
+    firsts[numbers[::-1]] = np.arange(keys.height - 1, -1, -1)
+    return keys[firsts], numbers
+
+
+def _codes(column: pl.Series) -> tuple[NDArray[np.int64], int]:
+    """Whole numbers from 0 in the order of a column's values, null first, and how many there may be of them."""
+    if not column.dtype.is_integer() or int(column.max() or 0) - int(column.min() or 0) > _MOST_CODES:
+        runs = column.rle().struct.unnest()  # equal values mostly lie together
+        column = runs["value"].rank("dense").gather(column.rle_id())
+    lowest = int(column.min() or 0) - 1
+    codes = (column.cast(pl.Int64) - lowest).fill_null(0).to_numpy()
+    return codes, int(codes.max()) + 1
 
 
 def _weighted(rows: pl.LazyFrame, table: Table, sequences: pl.LazyFrame) -> pl.LazyFrame:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from attlas.extract.tables.document_sums import POOLED, SUMS, is_listed_in_shard
+from attlas.extract.tables.document_sums import POOLED, SUMS, is_listed_in_shard, run_starts
 
 # a document with at least this share of all tokens is listed by itself
 TOTAL_SHARE = 1 / 64
@@ -39,9 +39,12 @@ class MergedSums:
         """Add the sums of a shard: `document_id`, null for pooled documents, and SUMS."""
         self._types = {name: _plain(rows.schema.field(name).type) for name in self._keys}
         document = rows["document_id"].fill_null(POOLED).to_numpy()
-        here = np.unique(document).tolist()
-        for number in here:
-            chosen = rows.filter(pa.array(document == number))
+        order = np.argsort(document, kind="stable")
+        rows, document = rows.take(order), document[order]
+        starts = run_starts(document)
+        here = document[starts].tolist()
+        for number, first, end in zip(here, starts, np.append(starts, len(document))[1:], strict=True):
+            chosen = rows.slice(first, end - first)
             index = self._index(chosen.select(self._keys))
             sums = {name: chosen[name].to_numpy().astype(np.float64) for name in SUMS}
             if number == POOLED:
