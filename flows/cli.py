@@ -593,9 +593,9 @@ def serve(
 
 def _show_summary(dataset: Path) -> None:
     from attlas.analysis.columns import console_for
-    from attlas.analysis.report import summary
+    from attlas.flows.analyze import written_report
 
-    console_for(sys.stdout).print(summary(dataset), crop=False)
+    console_for(sys.stdout).print(written_report(dataset).terminal(), crop=False)
 
 
 def _show_paths(**places: Path | str) -> None:

@@ -87,7 +87,7 @@ def write_report(location: Location, out: Path | str | None = None) -> Path | st
     return report(location).save(out)
 
 
-def refuse_page(location: Location, out: Path | str | None) -> None:
+def refuse_page(location: Location, out: Path | str | None = None) -> None:
     """Raise Refusal if the page can't be written there."""
     from attlas.analysis.dataset import Dataset
     from attlas.extract.store import REPORT, Refusal
