@@ -235,12 +235,16 @@ def places_of(keys: pl.DataFrame) -> tuple[pl.DataFrame, NDArray[np.int64]]:
 
 def _codes(column: pl.Series) -> tuple[NDArray[np.int64], int]:
     """Whole numbers from 0 in the order of a column's values, null first, and how many there may be of them."""
-    if not column.dtype.is_integer() or int(column.max() or 0) - int(column.min() or 0) > _MOST_CODES:
+    if not column.dtype.is_integer():
         runs = column.rle().struct.unnest()  # equal values mostly lie together
         column = runs["value"].rank("dense").gather(column.rle_id())
-    lowest = int(column.min() or 0) - 1
-    codes = (column.cast(pl.Int64) - lowest).fill_null(0).to_numpy()
-    return codes, int(codes.max()) + 1
+    codes = column.cast(pl.Int64).to_frame().select(pl.first() - pl.first().min() + 1).to_series()
+    numbers = codes.fill_null(0).to_numpy()
+    count = int(numbers.max()) + 1
+    if count <= _MOST_CODES:
+        return numbers, count
+    found, numbers = np.unique(numbers, return_inverse=True)
+    return numbers, len(found)
 
 
 def _weighted(rows: pl.LazyFrame, table: Table, sequences: pl.LazyFrame) -> pl.LazyFrame:

@@ -7,6 +7,14 @@ class Refusal(ValueError):
     """Input that is rejected before any work. The message states the rule, what was given, and what to do."""
 
 
+class Busy(Refusal):
+    """Another process or thread writes the output now."""
+
+
+class Unfinished(RuntimeError):
+    """A run of which some shards are not measured yet."""
+
+
 class CaptureError(RuntimeError):
     """A model that attlas cannot observe correctly: a missing attention pattern, a violated residual identity."""
 

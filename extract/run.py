@@ -21,7 +21,7 @@ from attlas.extract.capture.runtime.ablation import Ablating
 from attlas.extract.card import Card
 from attlas.extract.corpus import Corpus, image_folder
 from attlas.extract.dictionary import dataset_card
-from attlas.extract.errors import Damaged, Refusal
+from attlas.extract.errors import Damaged, Refusal, Unfinished
 from attlas.extract.identity import identity_of, recipe_of
 from attlas.extract.instrument import Instrument, open_instrument
 from attlas.extract.manifest import complete_manifest, draft_manifest
@@ -211,7 +211,7 @@ def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], 
 
 
 def finish(out: Location, *, card: Card | None = None) -> Location:
-    """Write card and manifest once every shard has its record. Returns `out`.
+    """Write card and manifest once every shard has its record. Returns `out`. Raises Unfinished.
 
     card: what the user says of the dataset. Of a finished dataset only the card is written again, if it is given.
     """
@@ -221,11 +221,9 @@ def finish(out: Location, *, card: Card | None = None) -> Location:
         if plan is None:
             raise Damaged(f"{store.storage.place()} holds no plan; the same command plans again")
         found = [store.read_record(shard) for shard in range(plan.shards)]
-        missing = [str(shard) for shard, record in enumerate(found) if record is None]
+        missing = [shard for shard, record in enumerate(found) if record is None]
         if missing:
-            raise RuntimeError(
-                f"a dataset is finished when all its shards are; missing: {', '.join(missing)}; run it again"
-            )
+            raise unfinished(plan.shards, missing)
         records = [record for record in found if record is not None]
         manifest = complete_manifest(store.read_draft(), records, _write_concluded(store, records))
         store.finish(manifest, dataset_card(manifest, card))
@@ -236,6 +234,20 @@ def finish(out: Location, *, card: Card | None = None) -> Location:
             store.clear_work()
     store.unlock()
     return out
+
+
+def unfinished(shards: int, missing: Sequence[int]) -> Unfinished:
+    """The error for a run some of whose shards are missing."""
+    return Unfinished(
+        f"a dataset is finished when all its shards are measured; missing or damaged of {shards}: {_ranges(missing)}; run it again"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as people write them: 0, 3–7, 9."""
+    starts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
+    ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or numbers[i + 1] != n + 1]
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _write_concluded(store: Store, records: Sequence[ShardRecord]) -> dict[str, Part]:

@@ -11,7 +11,7 @@ from typing import IO, Annotated, Any
 import typer
 
 from attlas.extract.errors import Refusal
-from attlas.flows.config import read_run
+from attlas.flows.config import Run, read_run
 from attlas.flows.run_options import with_run_options
 from attlas.flows.streams import (
     exit_on_closed_pipe,
@@ -102,7 +102,38 @@ def attlas(
 RunFile = Annotated[Path | None, typer.Argument(metavar="RUN.toml", help="A run file; options take precedence.")]
 
 
-def run(run_file: RunFile = None, **options: Any) -> None:
+Shards = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K/N",
+        help="Measure only the K-th of N shares of the shards, in a job of a batch system; attlas finish completes the dataset.",
+        show_default=False,
+    ),
+]
+
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Measure with so many processes, each with its share of the cores or a GPU. [default: 1]",
+        show_default=False,
+    ),
+]
+RunnerName = Annotated[
+    str | None,
+    typer.Option(metavar="dask|dask://HOST:PORT", help="Measure on a Dask cluster (extra: dask).", show_default=False),
+]
+
+
+def run(
+    run_file: RunFile = None,
+    *,
+    shards: Shards = None,
+    workers: Workers = None,
+    runner: RunnerName = None,
+    **options: Any,
+) -> None:
     """Measure a corpus with a model and write a Parquet dataset and its report. An interrupted run continues."""
     from attlas.flows.checks import refuse_bad_paths
     from attlas.flows.environment import set_quiet_defaults
@@ -112,18 +143,61 @@ def run(run_file: RunFile = None, **options: Any) -> None:
     refuse_bad_paths(settings, run_file=run_file)
     if not _debug.on:
         set_quiet_defaults()
+    if shards is not None:
+        _refuse_several(shards, workers, runner)
+        _run_share(settings, shards)
+        return
+    if workers is not None and workers < 1:
+        raise Refusal(f"--workers must be at least 1; got {workers}; use a larger number")
     _prepare_for_prefect()
     _quiet_loading(settings.model)
     from attlas.flows.measure import measure_locally
     from attlas.flows.progress import display_for_terminal
+    from attlas.flows.runners import task_runner
     from attlas.flows.server import show_only_errors
 
     if not _debug.on:
         show_only_errors()
-    page = measure_locally(settings, show=display_for_terminal())
+    page = measure_locally(settings, show=display_for_terminal(), runner=task_runner(workers=workers, dask=runner))
     with report_write_errors():
         _show_summary(settings.out)
         _show_paths(dataset=settings.out, report=page)
+
+
+def _refuse_several(shards: str, workers: int | None, runner: str | None) -> None:
+    if workers is not None or runner is not None:
+        given = "--workers" if workers is not None else "--runner"
+        raise Refusal(f"a share is measured by one process; got --shards {shards} and {given}; leave one of them out")
+
+
+def _run_share(settings: Run, named: str) -> None:
+    """Measure a share of a run, without Prefect."""
+    from attlas.extract.share import Share
+
+    share = Share.named(named)
+    _prepare_folders()
+    _quiet_loading(settings.model)
+    from attlas.flows.progress import display_for_terminal
+    from attlas.flows.shares import measure_share
+
+    typer.echo(measure_share(settings, share, show=display_for_terminal()))
+
+
+@app.command()
+def finish(
+    run: Annotated[Path, typer.Argument(metavar="DIR|RUN.toml", help="The output folder of a run, or its run file.")],
+) -> None:
+    """Complete a dataset whose shards were measured with --shards, and write its report."""
+    ignore_closed_pipe()
+    from attlas.flows.analyze import report
+    from attlas.flows.progress import display_for_terminal
+    from attlas.flows.shares import finish_run
+
+    dataset = finish_run(run, show=display_for_terminal())
+    page = report.fn(dataset)
+    with report_write_errors():
+        _show_summary(dataset)
+        _show_paths(dataset=dataset, report=page)
 
 
 def _quiet_loading(model: str) -> None:
@@ -134,12 +208,19 @@ def _quiet_loading(model: str) -> None:
 
 def _prepare_for_prefect() -> None:
     """Set up the environment for Prefect and check its settings."""
-    from attlas.flows.environment import prepare_environment, refuse_bad_settings
+    from attlas.flows.environment import refuse_bad_settings
+
+    _prepare_folders()
+    refuse_bad_settings()
+
+
+def _prepare_folders() -> None:
+    """Use temporary folders in place of home folders that can't be written."""
+    from attlas.flows.environment import prepare_environment
 
     note = prepare_environment()
     if note is not None:
         typer.echo(note, err=True)
-    refuse_bad_settings()
 
 
 app.command(name="run")(with_run_options(run))

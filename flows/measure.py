@@ -4,22 +4,23 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, get_run_logger, task, unmapped
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFuture, as_completed
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.context import FlowRunContext
+from prefect.futures import as_completed
 
 from attlas.extract.errors import CaptureError, Damaged, Refusal
 from attlas.flows.analyze import report
 from attlas.flows.config import Run
 from attlas.flows.environment import remove_temporary_folder
 from attlas.flows.progress import Display, Work, display
+from attlas.flows.runners import Runner, is_in_this_process, share_machine, task_runner
 from attlas.flows.server import prefect_connected, temporary_server
 from attlas.flows.streams import print_message
 
@@ -28,15 +29,13 @@ if TYPE_CHECKING:
     from attlas.extract.run import PlannedRun, Worker
 
 
-# one shard is in the model while the previous one is written; a third would only use memory
-two_at_a_time = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=2))
 _display_lock = threading.Lock()
 _worker_lock = threading.Lock()
 # models that this process has loaded, by the run they are for
 instruments: dict[Run, "Instrument"] = {}
 
 
-@flow(name="attlas", task_runner=two_at_a_time)
+@flow(name="attlas", task_runner=task_runner())
 def measure(run: Run) -> Path | str:
     """Measure a corpus with a model and write the report. Shards that an earlier run has finished are not repeated."""
     write_dataset(run)
@@ -52,25 +51,21 @@ def write_dataset(run: Run) -> None:
         return
     plan, remaining = planned.plan, planned.remaining
     get_run_logger().info("%d of %d shards to measure, %d documents", len(remaining), plan.shards, plan.documents)
-    start_progress(planned, remaining)
+    done = sorted(set(range(plan.shards)) - set(remaining))
+    total, before = Work(plan.shards, plan.documents, plan.tokens), work_in_all(planned.open_worker(), done)
+    display.get().start_measuring(total=total, before=before)
     measure_shards(run, remaining)
     write_manifest(run)
 
 
 def measure_shards(run: Run, shards: list[int]) -> None:
     """Measure shards, and stop at the first one that fails after all retries."""
+    context = FlowRunContext.get()
+    is_shown = context is not None and is_in_this_process(context.task_runner)
     for future in as_completed(list(measure_shard.map(unmapped(run), shards))):
-        future.result()
-
-
-def start_progress(planned: "PlannedRun", remaining: list[int]) -> None:
-    """Show the work of the whole run, and how much of it is done already."""
-    plan = planned.plan
-    assert plan is not None, "a finished run has no work"
-    done = sorted(set(range(plan.shards)) - set(remaining))
-    worker = planned.open_worker()
-    before = sum((work_in(worker, shard) for shard in done), Work())
-    display.get().start_measuring(total=Work(plan.shards, plan.documents, plan.tokens), before=before)
+        shard = future.result()
+        if not is_shown:
+            advance(work_in(plan_run(run).open_worker(), shard))
 
 
 def is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
@@ -89,14 +84,18 @@ def is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
 )
 def measure_shard(run: Run, shard: int) -> int:
     """Measure one shard in this process."""
+    measure_and_show(open_worker(run), shard)
+    return shard
+
+
+def measure_and_show(worker: "Worker", shard: int) -> None:
+    """Measure one shard, with progress."""
     from attlas.extract.run import measure_shard
 
-    worker = open_worker(run)
     with shown_work() as show:
         measure_shard(worker, shard, progress=lambda tokens, documents: show(Work(0, documents, tokens)))
     # the rest: documents without a sequence, or the whole shard if another process has measured it
     advance(work_in(worker, shard) - show.done)
-    return shard
 
 
 @task(
@@ -139,13 +138,19 @@ def open_worker(run: Run) -> "Worker":
 def _open_worker(run: Run) -> "Worker":
     from attlas.extract.run import open_worker
 
-    return open_worker(run.options(), instrument=instruments.get(run), progress=display.get().stage)
+    options = share_machine(run.options())
+    return open_worker(options, instrument=instruments.get(run), progress=display.get().stage)
 
 
 def work_in(worker: "Worker", shard: int) -> Work:
     """The work of measuring a shard."""
     sequences, documents = worker.rows_of(shard)
     return Work(1, documents.num_rows, sum(sequences["tokens"].to_pylist()))
+
+
+def work_in_all(worker: "Worker", shards: Iterable[int]) -> Work:
+    """The work of measuring these shards."""
+    return sum((work_in(worker, shard) for shard in shards), Work())
 
 
 @contextmanager
@@ -176,8 +181,8 @@ def advance(work: Work) -> None:
         display.get().advance(work)
 
 
-def measure_locally(run: Run, *, show: Display) -> Path | str:
-    """Run the flow in this process, loading the model and planning while Prefect's server starts."""
+def measure_locally(run: Run, *, show: Display, runner: Runner | None = None) -> Path | str:
+    """Run the flow in this process, loading the model and planning while Prefect's server starts. runner: of the shards."""
     with using_display(show), stopped_by_ctrl_c(run, show), temporary_server() as server:
         if server:
             show.stage("server", 0, None)
@@ -196,7 +201,7 @@ def measure_locally(run: Run, *, show: Display) -> Path | str:
             with prefect_connected(server):
                 if server:
                     show.stage("server", 1, 1)
-                return measure(run)
+                return (measure if runner is None else measure.with_options(task_runner=runner))(run)
         finally:
             release(run)
 

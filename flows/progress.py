@@ -16,6 +16,7 @@ STAGES = {
     "server": "starting Prefect's temporary server",
     "model": "loading the model",
     "engine": "compiling the engine, once per machine (about half a minute)",
+    "wait": "waiting for the plan, which another process is making",
     "plan": "splitting documents into sequences",
     "means": "averaging what heads and sublayers give over the sample",
     "check": "checking the results of an earlier run",

@@ -12,14 +12,15 @@ from attlas.flows.config import FILE_ONLY, Run, choices
 
 def with_run_options(command: Any) -> Any:
     """Give the command an option for each field of `Run` but those of the file alone; options that are not set leave the run file's values."""
-    file = inspect.signature(command).parameters["run_file"]
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name))
         for name in Run.model_fields
         if name not in FILE_ONLY
     ]
-    command.__signature__ = inspect.Signature([file, *options])
-    command.__annotations__ = {"run_file": file.annotation} | {o.name: o.annotation for o in options}
+    parameters = [*own, *options]
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
 

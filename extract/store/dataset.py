@@ -94,6 +94,10 @@ class Store:
         """The record of a shard, or None unless it is sound and all its parts exist with the recorded sizes."""
         return records.read_record(self.storage, shard)
 
+    def is_intact(self, record: ShardRecord) -> bool:
+        """Whether all parts of a record are as they were written, by their checksums."""
+        return records.is_intact(self.storage, record)
+
     def discard_damaged(self, shard: int, *, spool: str) -> None:
         """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256."""
         records.discard_damaged(self.storage, shard, spool=spool)
@@ -125,6 +129,11 @@ class Store:
     def write_draft(self, manifest: Mapping[str, Any]) -> None:
         """Write the part of the manifest that is known before any shard is measured."""
         put_sealed(self.storage, DRAFT, manifest)
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether the run has been planned to the end."""
+        return self.storage.size(DRAFT) is not None
 
     def read_draft(self) -> dict[str, Any]:
         """The part of the manifest that was written when the run was planned. Raises Damaged if it is not there."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from weakref import WeakValueDictionary
 
-from attlas.extract.errors import Refusal
+from attlas.extract.errors import Busy
 from attlas.extract.store.interface import Storage
 
 _TRIES, _PAUSE_S = 10, 0.02  # somebody who only looks whether the folder is busy is gone at once
@@ -82,8 +82,8 @@ def release_lock(storage: Storage, key: str) -> None:
         held.release()
 
 
-def _busy(storage: Storage, holder: str) -> Refusal:
-    return Refusal(
+def _busy(storage: Storage, holder: str) -> Busy:
+    return Busy(
         f"a folder is written by one run at a time; {storage.place()} is being measured by {holder} now; "
         "wait until it has ended, or give --out another folder"
     )

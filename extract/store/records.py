@@ -57,13 +57,18 @@ def read_record(storage: Storage, shard: int) -> ShardRecord | None:
     return ShardRecord(shard, parts, raw["facts"], raw["spool"])
 
 
+def is_intact(storage: Storage, done: ShardRecord) -> bool:
+    """Whether all parts of a record are as they were written, by their checksums."""
+    return all(is_as_written(storage, part) for part in done.parts.values())
+
+
 def discard_damaged(storage: Storage, shard: int, *, spool: str) -> None:
     """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256.
 
     Refuses if something is in the way of the parts, which will then be written again.
     """
     found = read_record(storage, shard)
-    if found is not None and found.spool == spool and all(is_as_written(storage, p) for p in found.parts.values()):
+    if found is not None and found.spool == spool and is_intact(storage, found):
         return
     storage.delete(record_key(shard))
     refuse_obstacles(storage, shard)
