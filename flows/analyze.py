@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _written: dict[Path, "Report"] = {}
 
 
-@task(name="report", cache_policy=NO_CACHE)
+@task(name="report", task_run_name="report", cache_policy=NO_CACHE)
 def report(dataset: Path) -> Path | str:
     """Write the dataset's report beside its tables."""
     from attlas.analysis.report import refuse_page

@@ -658,8 +658,11 @@ def serve(
     timezone: Annotated[
         str | None, typer.Option(metavar="ZONE", help="The time zone of --cron. [default: UTC]")
     ] = None,
+    keep: Annotated[
+        int | None, typer.Option(metavar="N", help="Delete all but the newest N datasets. [default: keep all]")
+    ] = None,
 ) -> None:
-    """Schedule a run with Prefect and execute it, until stopped."""
+    """Schedule a run with Prefect and execute it, until stopped. A time at which nothing has changed is skipped."""
     ignore_closed_pipe()
     read_run(run_file, {})
     _prepare_for_prefect()
@@ -669,7 +672,7 @@ def serve(
     schedule = schedule_of(cron=cron, interval=interval, timezone=timezone)
     when = f"at {cron!r}, {timezone or 'UTC'}" if cron else f"every {interval:g} s"
     typer.echo(f"serving {run_file} {when}; stop with Ctrl-C", err=True)
-    serve_until_stopped(run_file, schedule)
+    serve_until_stopped(run_file, schedule, keep=keep)
 
 
 def _show_summary(dataset: Path) -> None:

@@ -4,33 +4,67 @@ import os
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zoneinfo import available_timezones
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
 
 from attlas.extract.errors import Refusal
 from attlas.flows.api import refuse_unreachable_server
 from attlas.flows.checks import refuse_bad_paths
 from attlas.flows.config import Run, read_run
+from attlas.flows.nights import Nights, folder_name
 
 if TYPE_CHECKING:
     from prefect.schedules import Schedule
 
 
-@flow(name="attlas-scheduled")
-def scheduled(run_file: Path) -> Path | str:
-    """Run the current run file, into a folder named after the scheduled time."""
-    # imported here, because Prefect pickles a flow with its globals, and the display of `attlas.flows.measure` can't be pickled
-    from attlas.flows.measure import measure, release
+def run_name() -> str:
+    """The name of a scheduled run: its run file and its time, in UTC."""
+    time = flow_run.scheduled_start_time.astimezone(UTC)
+    return f"{Path(flow_run.parameters['run_file']).stem} {time:%Y-%m-%d %H:%M:%S}"
 
-    run = run_at(run_file, flow_run.scheduled_start_time)
-    refuse_bad_paths(run, run_file=run_file)
+
+@flow(name="attlas-scheduled", flow_run_name=run_name)
+def scheduled(run_file: Path, keep: int | None = None) -> "State[Any]":
+    """Run the current run file, into a folder named after the scheduled time, unless nothing has changed since the last run.
+
+    keep: how many datasets to keep; all by default. What is refused fails with one line.
+    """
+    from attlas.flows.inputs import inputs_digest
+
     try:
-        return measure(run)
-    finally:
-        release(run)
+        run = run_at(run_file, flow_run.scheduled_start_time)
+        refuse_bad_paths(run, run_file=run_file)
+        nights, inputs = Nights(run.out.parent), inputs_digest(run)
+        before = nights.unchanged_since(inputs)
+        if before is not None:
+            return Completed(name="Unchanged", message=f"skipped: nothing has changed since {before.name}")
+        page = _measure(run, run_file.stem)
+    except Refusal as refusal:
+        return Failed(message=str(refusal))
+    nights.add(run.out, inputs)
+    gone = nights.keep(keep)
+    removed = f"; removed {', '.join(dataset.name for dataset in gone)}" if gone else ""
+    return Completed(message=f"measured {run.corpus} with {run.model} into {run.out}{removed}", data=page)
+
+
+def _measure(run: Run, name: str) -> Path | str:
+    # imported here, because Prefect pickles a flow with its globals, and the display of `attlas.flows.measure` can't be pickled
+    from attlas.flows.analyze import written_report
+    from attlas.flows.artifacts import PrefectDisplay, publish
+    from attlas.flows.measure import measure, release, using_display
+
+    with using_display(PrefectDisplay(name)):
+        try:
+            page = measure(run)
+        finally:
+            release(run)
+    publish(name, written_report(run.out), page)
+    return page
 
 
 def run_at(run_file: Path, time: datetime) -> Run:
@@ -38,11 +72,6 @@ def run_at(run_file: Path, time: datetime) -> Run:
     run = read_run(run_file, {})
     key = run.digest_key or digest_key_beside(run_file)
     return run.model_copy(update={"out": run.out / folder_name(time), "digest_key": key})
-
-
-def folder_name(time: datetime) -> str:
-    """The time in UTC as a folder name; the order of names is that of times."""
-    return time.astimezone(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
 
 
 def digest_key_beside(run_file: Path) -> Path:
@@ -57,17 +86,22 @@ def digest_key_beside(run_file: Path) -> Path:
     return key
 
 
-def serve(run_file: Path, schedule: "Schedule") -> None:
-    """Register the schedule with the Prefect server and execute its runs, until stopped."""
+def serve(run_file: Path, schedule: "Schedule", *, keep: int | None = None) -> None:
+    """Register the schedule with the Prefect server and execute its runs, until stopped. keep: how many datasets to keep."""
     from prefect.types.entrypoint import EntrypointType
 
     refuse_no_server()
     run_file = run_file.resolve()
-    refuse_bad_paths(run_at(run_file, datetime.now(UTC)), run_file=run_file)
+    run = run_at(run_file, datetime.now(UTC))
+    refuse_bad_paths(run, run_file=run_file)
+    if keep is not None and keep < 1:
+        raise Refusal(f"--keep must be at least 1 dataset; got {keep}; leave it out to keep all")
     scheduled.serve(
         name=run_file.stem,
+        description=f"Measures {run.corpus} with {run.model}, as {run_file} says, into {run.out.parent}.",
+        tags=["attlas"],
         schedule=schedule,
-        parameters={"run_file": str(run_file)},
+        parameters={"run_file": str(run_file), "keep": keep},
         limit=1,  # two runs at the same time would only compete for the machine
         print_starting_message=False,
         entrypoint_type=EntrypointType.MODULE_PATH,

@@ -35,7 +35,7 @@ _worker_lock = threading.Lock()
 instruments: dict[Run, "Instrument"] = {}
 
 
-@flow(name="attlas", task_runner=task_runner())
+@flow(name="attlas", flow_run_name="measure {run.out.name}", task_runner=task_runner())
 def measure(run: Run) -> Path | str:
     """Measure a corpus with a model and write the report. Shards that an earlier run has finished are not repeated."""
     write_dataset(run)
@@ -99,7 +99,12 @@ def measure_and_show(worker: "Worker", shard: int) -> None:
 
 
 @task(
-    name="manifest", retries=2, retry_delay_seconds=[1, 10], retry_condition_fn=is_worth_retrying, cache_policy=NO_CACHE
+    name="manifest",
+    task_run_name="manifest",
+    retries=2,
+    retry_delay_seconds=[1, 10],
+    retry_condition_fn=is_worth_retrying,
+    cache_policy=NO_CACHE,
 )
 def write_manifest(run: Run) -> Path:
     """Write the manifest, which completes the dataset."""

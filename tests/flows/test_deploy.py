@@ -18,7 +18,8 @@ def run_file(tmp_path: Path) -> Path:
 
 
 def test_each_scheduled_time_has_its_own_folder_in_utc(run_file: Path) -> None:
-    from attlas.flows.deploy import folder_name, run_at
+    from attlas.flows.deploy import run_at
+    from attlas.flows.nights import folder_name
 
     assert run_at(run_file, MOMENT).out == run_file.parent / "data" / "2026-03-01T02-00-05Z"
     assert folder_name(MOMENT.astimezone(timezone(timedelta(hours=5)))) == "2026-03-01T02-00-05Z"

@@ -1,8 +1,12 @@
 """attlas run --workers N and --runner dask: the same bytes as one process."""
 
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +52,44 @@ def test_several_processes_write_the_dataset_of_one(
     assert {name: found[name] for name in found.keys() - {"report.html"}} == contents(tmp_path / "alone")
     assert verify(tmp_path / "out") == []
     assert len(part_bytes(tmp_path / "out")) > 5
+
+
+@pytest.mark.slow
+def test_a_dask_worker_that_is_killed_loses_nothing(
+    options: RunOptions, tmp_path: Path, prefect_environment: dict[str, str]
+) -> None:
+    pytest.importorskip("prefect_dask")
+    address = tmp_path / "scheduler.json"
+    with ExitStack() as running:
+
+        def start(name: str, *more: str) -> subprocess.Popen:
+            command = [sys.executable, "-m", f"distributed.cli.dask_{name}", "--scheduler-file", str(address), *more]
+            process = subprocess.Popen(
+                command, env=prefect_environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            running.callback(process.kill)
+            return process
+
+        start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+        wait_until(address.exists)
+        first, _ = (start("worker", "--no-nanny", "--nthreads", "1", "--no-dashboard") for _ in range(2))
+        place = json.loads(address.read_text())["address"].removeprefix("tcp://")
+        with ThreadPoolExecutor(1) as thread:
+            ended = thread.submit(run_with, options, prefect_environment, "--runner", f"dask://{place}")
+            wait_until(lambda: ended.done() or list((tmp_path / "out" / "_work" / "records").glob("*.json")))
+            assert not ended.done(), "it was over before the worker could be killed"
+            first.kill()
+            ended.result()
+    complete_run(replace(options, out=tmp_path / "alone"))
+    assert part_bytes(tmp_path / "out") == part_bytes(tmp_path / "alone")
+    assert verify(tmp_path / "out") == []
+
+
+def wait_until(is_so: Callable[[], object], *, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs started by the scheduler of a real Prefect server."""
 
 import json
+import re
 import signal
 import stat
 import subprocess
@@ -17,51 +18,87 @@ from tests.flows.conftest import ROOT
 pytestmark = pytest.mark.slow
 
 
-def flow_runs(environment: dict[str, str]) -> list[dict[str, Any]]:
+def ask(environment: dict[str, str], what: str, **wanted: Any) -> list[dict[str, Any]]:
     request = urllib.request.Request(
-        f"{environment['PREFECT_API_URL']}/flow_runs/filter",
-        data=json.dumps({"deployments": {"name": {"any_": ["nightly"]}}}).encode(),
+        f"{environment['PREFECT_API_URL']}/{what}/filter",
+        data=json.dumps(wanted).encode(),
         headers={"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=10) as answer:
         return json.load(answer)
 
 
-def test_each_scheduled_run_writes_its_own_dataset(real_server: dict[str, str], corpus: Path, tmp_path: Path) -> None:
-    run_file = tmp_path / "nightly.toml"
+def flow_runs(environment: dict[str, str], state: str) -> list[dict[str, Any]]:
+    """The scheduled runs in this state."""
+    runs = ask(environment, "flow_runs", deployments={"name": {"any_": ["nightly"]}}, sort="START_TIME_ASC")
+    return [run for run in runs if run["state_name"] == state]
+
+
+def wait_for_runs(
+    environment: dict[str, str], state: str, number: int, *, seconds: float = 240
+) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + seconds
+    while len(found := flow_runs(environment, state)) < number:
+        assert time.monotonic() < deadline, f"{len(found)} of {number} runs are {state}"
+        time.sleep(1)
+    return found
+
+
+def test_the_scheduler_measures_what_changed_and_says_what_it_did(
+    real_server: dict[str, str], corpus: Path, tmp_path: Path
+) -> None:
+    run_file, data = tmp_path / "nightly.toml", tmp_path / "data"
     run_file.write_text(f'model = "demo"\ncorpus = "{corpus.name}"\nout = "data"\nmax_length = 16\n')
-    command = [sys.executable, "-m", "attlas.flows.cli", "serve", str(run_file), "--interval", "10"]
+    command = [sys.executable, "-m", "attlas.flows.cli", "serve", str(run_file), "--interval", "8", "--keep", "2"]
     log = (tmp_path / "log").open("w+")
     with log, subprocess.Popen(command, env=real_server, cwd=ROOT, stdout=log, stderr=log) as served:
         try:
-            completed = wait_for_completed(real_server, number=2, seconds=240)
+            (first,) = wait_for_runs(real_server, "Completed", 1)
+            unchanged = wait_for_runs(real_server, "Unchanged", 1)[0]
+            for number in (2, 3):
+                (corpus / f"more{number}.txt").write_text(f"A document that was not there before, number {number}.")
+                completed = wait_for_runs(real_server, "Completed", number)
+            moved = corpus.rename(tmp_path / "elsewhere")
+            failed = wait_for_runs(real_server, "Failed", 1)[0]
+            moved.rename(corpus)
         finally:
             served.send_signal(signal.SIGINT)
             served.wait(60)
         log.seek(0)
         output = log.read()
-    assert completed, output
-    assert all(run["auto_scheduled"] for run in completed)
-    folders = {time_of(run): tmp_path / "data" / time_of(run) for run in completed}
-    assert len(folders) >= 2
-    for folder in folders.values():
-        manifest = json.loads((folder / "manifest.json").read_text())
-        assert manifest["corpus"]["digest_keyed"]
-        assert (folder / "report.html").exists()
+    assert len(completed) == 3, output
+    assert all(run["auto_scheduled"] and "attlas" in run["tags"] for run in completed)
+    times = [time_of(run) for run in completed]
+    assert (
+        first["name"]
+        == f"nightly {times[0].removesuffix('Z').replace('T', ' ')[:11]}{times[0][11:19].replace('-', ':')}"
+    )
+    assert unchanged["state"]["message"] == f"skipped: nothing has changed since {times[0]}"
+    assert completed[2]["state"]["message"].endswith(f"; removed {times[0]}")
+    assert failed["state"]["message"].startswith("a corpus ")
+    assert "\n" not in failed["state"]["message"]
+    assert "Traceback" not in output
+
+    assert sorted(p.name for p in data.iterdir() if not p.name.startswith(".")) == [*times[1:], "latest"]
+    assert (data / "latest").readlink() == Path(times[2])
+    documents = [json.loads((data / name / "manifest.json").read_text())["corpus"] for name in times[1:]]
+    assert [corpus["documents"] for corpus in documents] == [4, 5]
+    assert all(
+        corpus["digest_keyed"] and (data / name / "report.html").exists()
+        for corpus, name in zip(documents, times[1:], strict=True)
+    )
+
+    artifacts = {artifact["key"]: artifact for artifact in ask(real_server, "artifacts")}
+    assert {f"nightly-{what}" for what in ("progress", "dataset", "findings", "report")} <= artifacts.keys()
+    assert re.search(r"documents \| 5\b", artifacts["nightly-dataset"]["data"])
+    rules = json.loads(artifacts["nightly-findings"]["data"])
+    assert {"dead head", "attention sink"} <= {row["name"] for row in rules}
+
     key = tmp_path / "nightly.digest-key"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     secret = key.read_bytes()
-    inside = [p for p in (tmp_path / "data").rglob("*") if p.is_file() and secret in p.read_bytes()]
+    inside = [p for p in data.rglob("*") if p.is_file() and secret in p.read_bytes()]
     assert inside == []
-
-
-def wait_for_completed(environment: dict[str, str], *, number: int, seconds: float) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + seconds
-    completed: list[dict[str, Any]] = []
-    while len(completed) < number and time.monotonic() < deadline:
-        time.sleep(1)
-        completed = [run for run in flow_runs(environment) if run["state_type"] == "COMPLETED"]
-    return completed if len(completed) >= number else []
 
 
 def time_of(run: dict[str, Any]) -> str:

@@ -1,0 +1,100 @@
+"""What Prefect's own page shows of a run: progress, the dataset, what was found, and the report."""
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_logger
+
+from attlas.extract.printable import printable
+from attlas.flows.progress import STAGES, Pace, SilentDisplay, Work
+
+if TYPE_CHECKING:
+    from attlas.analysis.report import Report
+
+_INTERVAL_S = 5.0
+_SHOWN = ("type", "name", "found", "rule")
+
+
+class PrefectDisplay(SilentDisplay):
+    """Shows stages and notes in Prefect's log, and progress as an artifact that is updated every few seconds."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._stage, self._last = name, "", 0.0
+        self._pace: Pace | None = None
+        self._artifact: UUID | None = None
+
+    def stage(self, name: str, done: int, total: int | None) -> None:  # noqa: ARG002 - a log has no bar
+        if name != self._stage:
+            _logger().info(STAGES.get(name, name))
+        self._stage = name
+
+    def start_measuring(self, *, total: Work, before: Work) -> None:
+        self._pace = Pace(total, before)
+        artifact = create_progress_artifact(0.0, key=f"{slug(self._name)}-progress", description=self._pace.text)
+        self._artifact = cast(UUID, artifact)  # no coroutine outside of one
+
+    def advance(self, work: Work) -> None:
+        if self._pace is None or self._artifact is None:
+            return
+        self._pace.done += work
+        is_over = self._pace.done.shards == self._pace.total.shards
+        if is_over or time.monotonic() - self._last >= _INTERVAL_S:
+            self._last = time.monotonic()
+            share = 100.0 * self._pace.done.tokens / max(1, self._pace.total.tokens)
+            update_progress_artifact(self._artifact, min(share, 100.0), description=self._pace.text)
+
+    def note(self, text: str) -> None:
+        _logger().warning(printable(text))
+
+
+def publish(name: str, report: "Report", page: Path | str) -> None:
+    """Make artifacts of a finished dataset: what it is, what was found, and a link to the report."""
+    from attlas.analysis.info import describe
+
+    title = slug(name)
+    rows = [
+        f"| {_cell(label)} | {_cell(value)} |"
+        for _, facts in describe(report.dataset.manifest)
+        for label, value in facts
+    ]
+    table = "\n".join(["| | |", "|---|---|", *rows])
+    create_markdown_artifact(table, key=f"{title}-dataset", description="The dataset that was measured.")
+    found = report.numbers()["rules"]
+    create_table_artifact(
+        [{column: _cell(row.get(column)) for column in _SHOWN} for row in found],
+        key=f"{title}-findings",
+        description="Defects, where something is wrong, and findings, which are normal in trained models: how many there are.",
+    )
+    link = page.resolve().as_uri() if isinstance(page, Path) else page
+    create_link_artifact(link, link_text="the report", key=f"{title}-report", description="The analyses as a page.")
+
+
+def _logger() -> Any:
+    """The logger of the flow run or task run; libraries also warn in threads that have neither."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return get_logger("attlas")
+
+
+def slug(name: str) -> str:
+    """A name as the key of an artifact: lower case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"
+
+
+def _cell(value: Any) -> str:
+    """A value as the text of a cell, in which nothing is markup."""
+    text = "" if value is None else printable(str(value))
+    return re.sub(r"([\\|`*_{}\[\]<>#])", r"\\\1", text)
