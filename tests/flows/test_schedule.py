@@ -28,17 +28,18 @@ def ask(environment: dict[str, str], what: str, **wanted: Any) -> list[dict[str,
         return json.load(answer)
 
 
-def flow_runs(environment: dict[str, str], state: str) -> list[dict[str, Any]]:
-    """The scheduled runs in this state."""
-    runs = ask(environment, "flow_runs", deployments={"name": {"any_": ["nightly"]}}, sort="START_TIME_ASC")
+def flow_runs(environment: dict[str, str], state: str, deployment: str | None = None) -> list[dict[str, Any]]:
+    """The runs of deployments named nightly, or of one of them, in this state."""
+    wanted = {"name": {"any_": ["nightly"]}} if deployment is None else {"id": {"any_": [deployment]}}
+    runs = ask(environment, "flow_runs", deployments=wanted, sort="START_TIME_ASC")
     return [run for run in runs if run["state_name"] == state]
 
 
 def wait_for_runs(
-    environment: dict[str, str], state: str, number: int, *, seconds: float = 240
+    environment: dict[str, str], state: str, number: int, *, deployment: str | None = None, seconds: float = 240
 ) -> list[dict[str, Any]]:
     deadline = time.monotonic() + seconds
-    while len(found := flow_runs(environment, state)) < number:
+    while len(found := flow_runs(environment, state, deployment)) < number:
         assert time.monotonic() < deadline, f"{len(found)} of {number} runs are {state}"
         time.sleep(1)
     return found
@@ -99,6 +100,38 @@ def test_the_scheduler_measures_what_changed_and_says_what_it_did(
     secret = key.read_bytes()
     inside = [p for p in data.rglob("*") if p.is_file() and secret in p.read_bytes()]
     assert inside == []
+
+
+def test_a_worker_of_a_work_pool_runs_what_prefect_yaml_deploys(
+    real_server: dict[str, str], corpus: Path, tmp_path: Path
+) -> None:
+    run_file = tmp_path / "nightly.toml"
+    run_file.write_text(f'model = "demo"\ncorpus = "{corpus.name}"\nout = "data"\nmax_length = 16\n')
+    environment = real_server | {"ATTLAS_RUN_FILE": str(run_file), "ATTLAS_IMAGE": "none", "ATTLAS_DATA": str(tmp_path)}
+
+    def prefect(*arguments: str) -> str:
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+        ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    prefect("work-pool", "create", "--type", "process", "attlas")
+    prefect("work-pool", "create", "--type", "docker", "attlas-docker")
+    prefect("deploy", "--all")
+    deployed = {found["name"]: found for found in ask(environment, "deployments")}
+    try:
+        assert deployed["nightly"]["parameters"] == {"run_file": str(run_file), "keep": 30}
+        assert deployed["nightly"]["global_concurrency_limit"]["limit"] == 1
+        assert deployed["nightly"]["parameter_openapi_schema"]["required"] == ["run_file"]
+        assert deployed["nightly-docker"]["job_variables"]["image"] == "none"
+        prefect("deployment", "run", "attlas-scheduled/nightly")
+        prefect("worker", "start", "--pool", "attlas", "--run-once")
+        (run,) = wait_for_runs(environment, "Completed", 1, deployment=deployed["nightly"]["id"])
+        assert run["work_pool_name"] == "attlas"
+        assert (tmp_path / "data" / "latest" / "manifest.json").is_file()
+    finally:
+        for name in ("nightly", "nightly-docker"):
+            prefect("deployment", "delete", f"attlas-scheduled/{name}")
 
 
 def time_of(run: dict[str, Any]) -> str:
