@@ -22,6 +22,7 @@ from torch import nn
 from attlas.extract.instrument import Instrument, open_instrument
 from attlas.extract.store import open_dataset, parts_of
 from attlas.flows.config import Run
+from attlas.flows.runners import task_runner
 from tests.benchmarks.harness import Result, alternate, time_call
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def write_dataset(run: Run, instrument: Instrument) -> float:
 
     measure.instruments[run] = instrument
     timed = flow(
-        lambda run: time_call(partial(measure.write_dataset, run)), name="benchmark", task_runner=measure.two_at_a_time
+        lambda run: time_call(partial(measure.write_dataset, run)), name="benchmark", task_runner=task_runner()
     )
     try:
         return timed(run)
