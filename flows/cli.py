@@ -646,6 +646,25 @@ def view(
 
 
 @app.command()
+def doctor(
+    out: Annotated[
+        str | None,
+        typer.Argument(metavar="[OUT]", help="Where datasets are to go: a folder, or the URL of an object store."),
+    ] = None,
+    *,
+    form: Annotated[str, typer.Option("--format", metavar="text|json", help="The output format.")] = "text",
+) -> None:
+    """Check this machine, the installed versions, the output and the Prefect server, and say what to do (exit code 3)."""
+    from attlas.flows.doctor import FORMATS, check_all, write_checks
+
+    chosen = _output_format(form, FORMATS)
+    checks = list(check_all(out))
+    write_checks(checks, chosen, sys.stdout)
+    if any(check.state == "problem" for check in checks):
+        raise typer.Exit(FINDING)
+
+
+@app.command()
 def serve(
     run_file: Annotated[
         Path, typer.Argument(metavar="RUN.toml", help="The run file; each run gets its own folder in its --out.")

@@ -22,7 +22,6 @@ from torch import nn
 from attlas.extract.instrument import Instrument, open_instrument
 from attlas.extract.store import open_dataset, parts_of
 from attlas.flows.config import Run
-from attlas.flows.runners import task_runner
 from tests.benchmarks.harness import Result, alternate, time_call
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +63,7 @@ def write_dataset(run: Run, instrument: Instrument) -> float:
     from prefect import flow
 
     from attlas.flows import measure
+    from attlas.flows.runners import task_runner
 
     measure.instruments[run] = instrument
     timed = flow(
