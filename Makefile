@@ -1,5 +1,6 @@
 # make run      measure the built-in corpus with the built-in model
-# make test     the tests that are quick; PYTEST_OPTIONS='--cov' shows how much of the code they reach
+# make test     the tests that are quick
+# make cover    the same, and how much of the code they reach
 # make check    format, lint, types, tests
 # make slow     the tests that take minutes, or a browser
 # make lowest   a part of the quick tests on the lowest versions that pyproject.toml admits
@@ -21,13 +22,16 @@ GPU_OUT := $(or $(OUT),data/gpu)
 ON_GPU := PYTHONPATH=. HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTHONUNBUFFERED=1 $(GPU_PYTHON)
 PYTEST := -m pytest -n logical --maxprocesses 8 $(PYTEST_OPTIONS)
 
-.PHONY: run test slow lowest check bench census gpu gpu-bench gpu-kit gpu-rehearsal format lint types hooks dictionary clean
+.PHONY: run test cover slow lowest check bench census gpu gpu-bench gpu-kit gpu-rehearsal format lint types hooks dictionary clean
 
 run: .venv/.run-installed
 	$(BIN)/attlas run flows/runs/demo.toml
 
 test: .venv/.test-installed
 	$(ENVIRONMENT) $(BIN)/python $(PYTEST)
+
+cover: .venv/.test-installed
+	$(ENVIRONMENT) $(BIN)/python $(PYTEST) --cov --cov-fail-under=94 --cov-report=term:skip-covered
 
 slow: .venv/.test-installed
 	$(ENVIRONMENT) $(BIN)/python $(PYTEST) -m 'slow or browser'
