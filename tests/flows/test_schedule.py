@@ -28,18 +28,17 @@ def ask(environment: dict[str, str], what: str, **wanted: Any) -> list[dict[str,
         return json.load(answer)
 
 
-def flow_runs(environment: dict[str, str], state: str, deployment: str | None = None) -> list[dict[str, Any]]:
-    """The runs of deployments named nightly, or of one of them, in this state."""
-    wanted = {"name": {"any_": ["nightly"]}} if deployment is None else {"id": {"any_": [deployment]}}
-    runs = ask(environment, "flow_runs", deployments=wanted, sort="START_TIME_ASC")
+def flow_runs(environment: dict[str, str], deployment: str, state: str) -> list[dict[str, Any]]:
+    """The runs of a deployment in this state."""
+    runs = ask(environment, "flow_runs", deployments={"name": {"any_": [deployment]}}, sort="START_TIME_ASC")
     return [run for run in runs if run["state_name"] == state]
 
 
 def wait_for_runs(
-    environment: dict[str, str], state: str, number: int, *, deployment: str | None = None, seconds: float = 240
+    environment: dict[str, str], deployment: str, state: str, number: int, *, seconds: float = 240
 ) -> list[dict[str, Any]]:
     deadline = time.monotonic() + seconds
-    while len(found := flow_runs(environment, state, deployment)) < number:
+    while len(found := flow_runs(environment, deployment, state)) < number:
         assert time.monotonic() < deadline, f"{len(found)} of {number} runs are {state}"
         time.sleep(1)
     return found
@@ -48,19 +47,19 @@ def wait_for_runs(
 def test_the_scheduler_measures_what_changed_and_says_what_it_did(
     real_server: dict[str, str], corpus: Path, tmp_path: Path
 ) -> None:
-    run_file, data = tmp_path / "nightly.toml", tmp_path / "data"
+    run_file, data = tmp_path / "hourly.toml", tmp_path / "data"
     run_file.write_text(f'model = "demo"\ncorpus = "{corpus.name}"\nout = "data"\nmax_length = 16\n')
     command = [sys.executable, "-m", "attlas.flows.cli", "serve", str(run_file), "--interval", "8", "--keep", "2"]
     log = (tmp_path / "log").open("w+")
     with log, subprocess.Popen(command, env=real_server, cwd=ROOT, stdout=log, stderr=log) as served:
         try:
-            (first,) = wait_for_runs(real_server, "Completed", 1)
-            unchanged = wait_for_runs(real_server, "Unchanged", 1)[0]
+            (first,) = wait_for_runs(real_server, "hourly", "Completed", 1)
+            unchanged = wait_for_runs(real_server, "hourly", "Unchanged", 1)[0]
             for number in (2, 3):
                 (corpus / f"more{number}.txt").write_text(f"A document that was not there before, number {number}.")
-                completed = wait_for_runs(real_server, "Completed", number)
+                completed = wait_for_runs(real_server, "hourly", "Completed", number)
             moved = corpus.rename(tmp_path / "elsewhere")
-            failed = wait_for_runs(real_server, "Failed", 1)[0]
+            failed = wait_for_runs(real_server, "hourly", "Failed", 1)[0]
             moved.rename(corpus)
         finally:
             served.send_signal(signal.SIGINT)
@@ -72,7 +71,7 @@ def test_the_scheduler_measures_what_changed_and_says_what_it_did(
     times = [time_of(run) for run in completed]
     assert (
         first["name"]
-        == f"nightly {times[0].removesuffix('Z').replace('T', ' ')[:11]}{times[0][11:19].replace('-', ':')}"
+        == f"hourly {times[0].removesuffix('Z').replace('T', ' ')[:11]}{times[0][11:19].replace('-', ':')}"
     )
     assert unchanged["state"]["message"] == f"skipped: nothing has changed since {times[0]}"
     assert completed[2]["state"]["message"].endswith(f"; removed {times[0]}")
@@ -89,13 +88,13 @@ def test_the_scheduler_measures_what_changed_and_says_what_it_did(
         for corpus, name in zip(documents, times[1:], strict=True)
     )
 
-    artifacts = {artifact["key"]: artifact for artifact in ask(real_server, "artifacts")}
-    assert {f"nightly-{what}" for what in ("progress", "dataset", "findings", "report")} <= artifacts.keys()
-    assert re.search(r"documents \| 5\b", artifacts["nightly-dataset"]["data"])
-    rules = json.loads(artifacts["nightly-findings"]["data"])
+    artifacts = {artifact["key"]: artifact for artifact in ask(real_server, "artifacts/latest")}
+    assert {f"hourly-{what}" for what in ("progress", "dataset", "findings", "report")} <= artifacts.keys()
+    assert re.search(r"documents \| 5\b", artifacts["hourly-dataset"]["data"])
+    rules = json.loads(artifacts["hourly-findings"]["data"])
     assert {"dead head", "attention sink"} <= {row["name"] for row in rules}
 
-    key = tmp_path / "nightly.digest-key"
+    key = tmp_path / "hourly.digest-key"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     secret = key.read_bytes()
     inside = [p for p in data.rglob("*") if p.is_file() and secret in p.read_bytes()]
@@ -126,7 +125,7 @@ def test_a_worker_of_a_work_pool_runs_what_prefect_yaml_deploys(
         assert deployed["nightly-docker"]["job_variables"]["image"] == "none"
         prefect("deployment", "run", "attlas-scheduled/nightly")
         prefect("worker", "start", "--pool", "attlas", "--run-once")
-        (run,) = wait_for_runs(environment, "Completed", 1, deployment=deployed["nightly"]["id"])
+        (run,) = wait_for_runs(environment, "nightly", "Completed", 1)
         assert run["work_pool_name"] == "attlas"
         assert (tmp_path / "data" / "latest" / "manifest.json").is_file()
     finally:
