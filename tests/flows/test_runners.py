@@ -67,6 +67,7 @@ def test_a_dask_worker_that_is_killed_loses_nothing(
             process = subprocess.Popen(
                 command, env=prefect_environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
+            running.callback(process.wait)
             running.callback(process.kill)
             return process
 
