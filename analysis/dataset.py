@@ -108,11 +108,13 @@ class Dataset:
 def _together(parts: Iterable[Part], rows: int) -> Iterator[list[Part]]:
     """Consecutive parts in groups of at least so many rows; the last group may have fewer."""
     group: list[Part] = []
+    count = 0
     for part in parts:
         group.append(part)
-        if sum(p.rows for p in group) >= rows:
+        count += part.rows
+        if count >= rows:
             yield group
-            group = []
+            group, count = [], 0
     if group:
         yield group
 

@@ -222,8 +222,7 @@ def places_of(keys: pl.DataFrame) -> tuple[pl.DataFrame, NDArray[np.int64]]:
         codes, count = _codes(column)
         combined = combined * count + codes
         if size * count > _MOST_CODES:  # of places that occur there are no more than rows
-            found, combined = np.unique(combined, return_inverse=True)
-            count, size = len(found), 1
+            (combined, count), size = _renumbered(combined), 1
         size *= count
     is_there = np.zeros(size, bool)
     is_there[combined] = True
@@ -241,10 +240,13 @@ def _codes(column: pl.Series) -> tuple[NDArray[np.int64], int]:
     codes = column.cast(pl.Int64).to_frame().select(pl.first() - pl.first().min() + 1).to_series()
     numbers = codes.fill_null(0).to_numpy()
     count = int(numbers.max()) + 1
-    if count <= _MOST_CODES:
-        return numbers, count
-    found, numbers = np.unique(numbers, return_inverse=True)
-    return numbers, len(found)
+    return (numbers, count) if count <= _MOST_CODES else _renumbered(numbers)
+
+
+def _renumbered(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """The numbers that occur as 0, 1, … in their order, and how many there are."""
+    found, places = np.unique(numbers, return_inverse=True)
+    return places, len(found)
 
 
 def _weighted(rows: pl.LazyFrame, table: Table, sequences: pl.LazyFrame) -> pl.LazyFrame:

@@ -1,4 +1,4 @@
-"""Cut documents into windows, and group sequences into batches of similar length."""
+"""Cut documents into windows, group sequences into batches of similar length, and say how many shards are in work at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from attlas.extract.errors import Refusal
+
+# one shard is in the model while another is written; a third would only use memory
+SHARDS_AT_ONCE = 2
 
 
 def windows(ids: Sequence[int], *, size: int, stride: int) -> Iterator[tuple[int, Sequence[int]]]:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from attlas.extract.batching import SHARDS_AT_ONCE
 from attlas.extract.capture.runtime.ablation import Ablating
 from attlas.extract.card import Card
 from attlas.extract.corpus import Corpus, image_folder
@@ -48,8 +50,7 @@ from attlas.extract.tables.ablations import TABLE as ABLATIONS
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# one shard is in the model while another is written; a third would only use memory
-SHARDS_AT_ONCE = 2
+T = TypeVar("T")
 
 
 def run(*, progress: Progress | None = None, **options: Any) -> Location:
@@ -84,7 +85,7 @@ class PlannedRun:
     def remaining(self) -> list[int]:
         """The shards without a record."""
         shards = 0 if self.plan is None else self.plan.shards
-        return [shard for shard in range(shards) if self.store.read_record(shard) is None]
+        return self.store.unmeasured(range(shards))
 
     def open_worker(self) -> Worker:
         """A worker in this process, which uses the model that is already loaded."""
@@ -177,8 +178,15 @@ def measure_shards(
 
     The first error is raised after the other shard has ended. A shard without a record is not done.
     """
+    return two_at_a_time(lambda shard: measure_shard(worker, shard, progress=progress), shards)
+
+
+def two_at_a_time(measure: Callable[[int], T], shards: Iterable[int]) -> list[T]:
+    """Call a function for each shard as `measure_shards` does, in copies of the caller's context; returns its results in order."""
+    numbers = list(shards)
+    contexts = [copy_context() for _ in numbers]
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:
-        return list(threads.map(lambda shard: measure_shard(worker, shard, progress=progress), shards))
+        return list(threads.map(lambda context, shard: context.run(measure, shard), contexts, numbers))
 
 
 def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], None] | None = None) -> ShardRecord:
@@ -210,21 +218,18 @@ def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], 
     return record
 
 
-def finish(out: Location, *, card: Card | None = None) -> Location:
+def finish(out: Location, *, card: Card | None = None, checking: Progress | None = None) -> Location:
     """Write card and manifest once every shard has its record. Returns `out`. Raises Unfinished.
 
     card: what the user says of the dataset. Of a finished dataset only the card is written again, if it is given.
+    checking: compare every part with its checksum first, and call this after each shard.
     """
     store = Store.at(out)
     if store.manifest is None:
         plan = load_plan(store.storage)
         if plan is None:
             raise Damaged(f"{store.storage.place()} holds no plan; the same command plans again")
-        found = [store.read_record(shard) for shard in range(plan.shards)]
-        missing = [shard for shard, record in enumerate(found) if record is None]
-        if missing:
-            raise unfinished(plan.shards, missing)
-        records = [record for record in found if record is not None]
+        records = _sound_records(store, plan.shards, checking)
         manifest = complete_manifest(store.read_draft(), records, _write_concluded(store, records))
         store.finish(manifest, dataset_card(manifest, card))
     else:
@@ -236,11 +241,23 @@ def finish(out: Location, *, card: Card | None = None) -> Location:
     return out
 
 
-def unfinished(shards: int, missing: Sequence[int]) -> Unfinished:
-    """The error for a run some of whose shards are missing."""
-    return Unfinished(
-        f"a dataset is finished when all its shards are measured; missing or damaged of {shards}: {_ranges(missing)}; run it again"
-    )
+def _sound_records(store: Store, shards: int, checking: Progress | None) -> list[ShardRecord]:
+    """The records of all shards. Raises Unfinished if some are missing, or, where parts are checked, damaged."""
+    records: list[ShardRecord] = []
+    missing: list[int] = []
+    for shard in range(shards):
+        record = store.read_record(shard)
+        if record is None or (checking is not None and not store.is_intact(record)):
+            missing.append(shard)
+        else:
+            records.append(record)
+        if checking is not None:
+            checking("check", shard + 1, shards)
+    if missing:
+        raise Unfinished(
+            f"a dataset is finished when all its shards are measured; missing or damaged of {shards}: {_ranges(missing)}; run it again"
+        )
+    return records
 
 
 def _ranges(numbers: Sequence[int]) -> str:

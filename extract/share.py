@@ -18,7 +18,7 @@ from attlas.extract.errors import Busy, Damaged, Refusal
 from attlas.extract.instrument import Instrument, open_instrument
 from attlas.extract.options import Progress, RunOptions, check_options
 from attlas.extract.plan import load_plan
-from attlas.extract.run import Worker, finish, open_worker, plan_run, unfinished
+from attlas.extract.run import Worker, finish, open_worker, plan_run
 from attlas.extract.store import Location, Store
 
 _PAUSE_S = 0.5  # between looks for the plan of another process
@@ -88,22 +88,13 @@ def finish_shares(out: Location, *, progress: Progress, card: Card | None = None
     store = Store.at(out)
     if store.manifest is not None:
         return finish(out, card=card)
-    plan = load_plan(store.storage)
-    if plan is None or not store.has_draft:
+    if not _is_planned(store):
         raise Refusal(
             f"what is finished is a planned run; {store.storage.place()} holds none; start it with attlas run --shards"
         )
     lock = store.lock()
     try:
-        missing = []
-        for shard in range(plan.shards):
-            record = store.read_record(shard)
-            if record is None or not store.is_intact(record):
-                missing.append(shard)
-            progress("check", shard + 1, plan.shards)
-        if missing:
-            raise unfinished(plan.shards, missing)
-        return finish(out, card=card)
+        return finish(out, card=card, checking=progress)
     finally:
         lock.release()
 

@@ -16,12 +16,9 @@ _written: dict[Path, "Report"] = {}
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE)
 def report(dataset: Path) -> Path | str:
     """Write the dataset's report beside its tables."""
-    from attlas.analysis.report import refuse_page
-    from attlas.analysis.report import report as open_report
+    from attlas.analysis.report import save_report
 
-    refuse_page(dataset)
-    found = open_report(dataset)
-    page = found.save()
+    found, page = save_report(dataset)
     _written.clear()
     _written[dataset] = found
     return page

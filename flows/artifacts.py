@@ -71,9 +71,9 @@ def publish(name: str, report: "Report", page: Path | str) -> None:
     ]
     table = "\n".join(["| | |", "|---|---|", *rows])
     create_markdown_artifact(table, key=f"{title}-dataset", description="The dataset that was measured.")
-    found = report.numbers()["rules"]
+    rules = report.content.judgement.rules.select(_SHOWN)
     create_table_artifact(
-        [{column: _cell(row.get(column)) for column in _SHOWN} for row in found],
+        [{column: _cell(value) for column, value in row.items()} for row in rules.to_dicts()],
         key=f"{title}-findings",
         description="Defects, where something is wrong, and findings, which are normal in trained models: how many there are.",
     )

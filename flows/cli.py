@@ -147,8 +147,6 @@ def run(
         _refuse_several(shards, workers, runner)
         _run_share(settings, shards)
         return
-    if workers is not None and workers < 1:
-        raise Refusal(f"--workers must be at least 1; got {workers}; use a larger number")
     _prepare_for_prefect()
     _quiet_loading(settings.model)
     from attlas.flows.measure import measure_locally
@@ -244,15 +242,13 @@ def report(
         _report_comparison(dataset, other, output, form=chosen)
         return
     from attlas.analysis.columns import console_for
-    from attlas.analysis.report import refuse_page
     from attlas.analysis.report import report as open_report
+    from attlas.analysis.report import save_report
 
     if chosen == "json":
         _write_json(open_report(dataset).numbers(), output)
         return
-    refuse_page(dataset, output)
-    found = open_report(dataset)
-    page = found.save(output)
+    found, page = save_report(dataset, output)
     console_for(sys.stdout).print(found.terminal(), crop=False)
     _show_paths(report=page)
 

@@ -113,7 +113,7 @@ def _folders() -> Iterator[Check]:
     cache = cache_folder()
     note = prepare_environment()
     if note is not None:
-        yield Check("home", "problem", *note.split(": ", 1)) if ": " in note else Check("home", "problem", note)
+        yield Check("home", "problem", *note.split(": ", 1))
     if cache is None:
         yield Check("cache", "problem", "its folder can't be written", "set XDG_CACHE_HOME to a folder that can be")
     else:

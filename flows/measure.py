@@ -52,20 +52,21 @@ def write_dataset(run: Run) -> None:
     plan, remaining = planned.plan, planned.remaining
     get_run_logger().info("%d of %d shards to measure, %d documents", len(remaining), plan.shards, plan.documents)
     done = sorted(set(range(plan.shards)) - set(remaining))
-    total, before = Work(plan.shards, plan.documents, plan.tokens), work_in_all(planned.open_worker(), done)
+    worker = planned.open_worker()
+    total, before = Work(plan.shards, plan.documents, plan.tokens), work_in_all(worker, done)
     display.get().start_measuring(total=total, before=before)
-    measure_shards(run, remaining)
+    measure_shards(run, worker, remaining)
     write_manifest(run)
 
 
-def measure_shards(run: Run, shards: list[int]) -> None:
-    """Measure shards, and stop at the first one that fails after all retries."""
+def measure_shards(run: Run, worker: "Worker", shards: list[int]) -> None:
+    """Measure shards, and stop at the first one that fails after all retries. worker: of this process, which knows their work."""
     context = FlowRunContext.get()
     is_shown = context is not None and is_in_this_process(context.task_runner)
     for future in as_completed(list(measure_shard.map(unmapped(run), shards))):
         shard = future.result()
         if not is_shown:
-            advance(work_in(plan_run(run).open_worker(), shard))
+            advance(work_in(worker, shard))
 
 
 def is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
@@ -74,14 +75,15 @@ def is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
     return not isinstance(error, Refusal | CaptureError | Damaged)
 
 
-@task(
-    name="shard",
-    task_run_name="shard {shard}",
-    retries=2,
-    retry_delay_seconds=[1, 10],
-    retry_condition_fn=is_worth_retrying,
-    cache_policy=NO_CACHE,
-)
+_RETRIED: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": [1, 10],
+    "retry_condition_fn": is_worth_retrying,
+    "cache_policy": NO_CACHE,
+}
+
+
+@task(name="shard", task_run_name="shard {shard}", **_RETRIED)
 def measure_shard(run: Run, shard: int) -> int:
     """Measure one shard in this process."""
     measure_and_show(open_worker(run), shard)
@@ -98,14 +100,7 @@ def measure_and_show(worker: "Worker", shard: int) -> None:
     advance(work_in(worker, shard) - show.done)
 
 
-@task(
-    name="manifest",
-    task_run_name="manifest",
-    retries=2,
-    retry_delay_seconds=[1, 10],
-    retry_condition_fn=is_worth_retrying,
-    cache_policy=NO_CACHE,
-)
+@task(name="manifest", task_run_name="manifest", **_RETRIED)
 def write_manifest(run: Run) -> Path:
     """Write the manifest, which completes the dataset."""
     from attlas.extract.run import finish

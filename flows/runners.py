@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
+from attlas.extract.batching import SHARDS_AT_ONCE
 from attlas.extract.errors import Refusal
 
 if TYPE_CHECKING:
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
 
 Runner = TaskRunner[PrefectFuture[Any]]
 _WORKERS = "ATTLAS_WORKERS"  # how many processes share this machine, as their environment says
-# one shard is in the model while the previous one is written; a third would only use memory
-_SHARDS_AT_ONCE = 2
 
 
 def task_runner(*, workers: int | None = None, dask: str | None = None) -> Runner:
@@ -23,10 +22,12 @@ def task_runner(*, workers: int | None = None, dask: str | None = None) -> Runne
 
     dask: `dask` for a cluster of its own on this machine, with so many workers, or dask://HOST:PORT for a scheduler that runs.
     """
+    if workers is not None and workers < 1:
+        raise Refusal(f"--workers must be at least 1; got {workers}; use a larger number")
     if dask is not None:
         return _dask_runner(dask, workers)
     if workers is None or workers == 1:
-        return cast(Runner, ThreadPoolTaskRunner(max_workers=_SHARDS_AT_ONCE))
+        return cast(Runner, ThreadPoolTaskRunner(max_workers=SHARDS_AT_ONCE))
     os.environ[_WORKERS] = str(workers)
     return cast(Runner, ProcessPoolTaskRunner(max_workers=workers))
 
@@ -61,5 +62,5 @@ def _dask_runner(name: str, workers: int | None) -> Runner:
         raise Refusal("--runner dask needs the package prefect-dask; pip install 'attlas[dask]'") from error
     if address is not None:
         return cast(Runner, DaskTaskRunner(address=f"tcp://{address}"))
-    cluster = {"n_workers": workers or 1, "threads_per_worker": _SHARDS_AT_ONCE}
+    cluster = {"n_workers": workers or 1, "threads_per_worker": SHARDS_AT_ONCE}
     return cast(Runner, DaskTaskRunner(cluster_kwargs=cluster))

@@ -1,7 +1,6 @@
 """A share of a run, measured by this process alone, without Prefect; and what completes the dataset when all shares are measured."""
 
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +10,12 @@ from attlas.flows.measure import measure_and_show, stopped_by_ctrl_c, using_disp
 from attlas.flows.progress import Display, count_of
 
 if TYPE_CHECKING:
-    from attlas.extract.run import Worker
     from attlas.extract.share import Share
 
 
 def measure_share(run: Run, share: "Share", *, show: Display) -> str:
     """Measure a share of the shards of a run; returns what is done and what is to do. A failed process is started again as it was."""
+    from attlas.extract.run import two_at_a_time
     from attlas.extract.share import open_share
 
     with using_display(show), stopped_by_ctrl_c(run, show):
@@ -24,32 +23,13 @@ def measure_share(run: Run, share: "Share", *, show: Display) -> str:
         if worker is None:
             return f"{run.out} already contains this run, complete"
         shards = share.of_shards(worker.plan.shards)
-        missing = unmeasured(worker, shards)
+        missing = worker.store.unmeasured(shards)
         done = sorted(set(shards) - set(missing))
         show.start_measuring(total=work_in_all(worker, shards), before=work_in_all(worker, done))
-        _measure(worker, missing)
-    left = unmeasured(worker, range(worker.plan.shards))
+        two_at_a_time(partial(measure_and_show, worker), missing)
+    left = worker.store.unmeasured(range(worker.plan.shards))
     todo = f"{count_of(len(left), 'shard')} of the run to go" if left else f"all of the run: attlas finish {run.out}"
     return f"share {share}: {count_of(len(shards), 'shard')} measured, {todo}"
-
-
-def unmeasured(worker: "Worker", shards: range) -> list[int]:
-    """The shards without a record."""
-    return [shard for shard in shards if worker.store.read_record(shard) is None]
-
-
-def _measure(worker: "Worker", shards: list[int]) -> None:
-    from attlas.extract.run import SHARDS_AT_ONCE
-
-    with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:
-        # each in a copy of this context, which has the display
-        futures = [threads.submit(copy_context().run, measure_and_show, worker, shard) for shard in shards]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
 
 
 def finish_run(dataset_or_run_file: Path, *, show: Display) -> Path:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +98,14 @@ def demo():
     from attlas.extract.model.encoder import load_encoder
 
     return load_encoder("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def model(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with the demo's tokenizer, in a folder."""
+    from tests.extract.models import save_with_tokenizer
+
+    return save_with_tokenizer(demo.tokenizer, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -78,16 +78,23 @@ def report(location: Location) -> Report:
         return Report(dataset, gather(dataset))
 
 
-def write_report(location: Location, out: Path | str | None = None) -> Path | str:
+def save_report(location: Location, out: Path | str | None = None) -> tuple[Report, Path | str]:
     """Write the report of a finished dataset as one self-contained HTML page, by default report.html in its folder.
 
-    Returns the path of the page, or its URL in an object store.
+    Returns the report, and the path of the page, or its URL in an object store. Raises Refusal before the analyses are run if the page
+    can't be written there.
     """
-    refuse_page(location, out)
-    return report(location).save(out)
+    _refuse_page(location, out)
+    found = report(location)
+    return found, found.save(out)
 
 
-def refuse_page(location: Location, out: Path | str | None = None) -> None:
+def write_report(location: Location, out: Path | str | None = None) -> Path | str:
+    """The same; returns only where the page is."""
+    return save_report(location, out)[1]
+
+
+def _refuse_page(location: Location, out: Path | str | None) -> None:
     """Raise Refusal if the page can't be written there."""
     from attlas.analysis.dataset import Dataset
     from attlas.extract.store import REPORT, Refusal
@@ -96,8 +103,3 @@ def refuse_page(location: Location, out: Path | str | None = None) -> None:
         Dataset.open(location).storage.refuse_obstacle(REPORT)
     elif Path(out).is_dir():
         raise Refusal(f"a report is a file; {out} is a folder; give the name of a file in it")
-
-
-def summary(location: Location) -> RenderableType:
-    """The key tables of the report, for a terminal."""
-    return report(location).terminal()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,10 @@ class Store:
     def read_record(self, shard: int) -> ShardRecord | None:
         """The record of a shard, or None unless it is sound and all its parts exist with the recorded sizes."""
         return records.read_record(self.storage, shard)
+
+    def unmeasured(self, shards: Iterable[int]) -> list[int]:
+        """Those of some shards that have no record."""
+        return [shard for shard in shards if self.read_record(shard) is None]
 
     def is_intact(self, record: ShardRecord) -> bool:
         """Whether all parts of a record are as they were written, by their checksums."""

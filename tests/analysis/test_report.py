@@ -23,7 +23,7 @@ from attlas.analysis.documents import outlying_documents
 from attlas.analysis.heads import HEAD, head_estimates, head_means
 from attlas.analysis.kinds import head_kinds
 from attlas.analysis.query import query
-from attlas.analysis.report import report, summary, write_report
+from attlas.analysis.report import report, write_report
 from attlas.analysis.report.content import gather
 from attlas.analysis.report.head_columns import shown_columns
 from attlas.analysis.report.numbers import THIN, estimate, format_number, half_width, interval, percent
@@ -299,7 +299,7 @@ def test_a_model_whose_heads_all_rest_has_a_report_without_extremes(tmp_path: Pa
     assert "farthest head" not in text and "where attention goes" not in text
     assert "2 of 2 heads are at rest, 2 of them on the first token" in text
     console = Console(width=140, file=io.StringIO())
-    console.print(summary(root))
+    console.print(report(root).terminal())
     assert "Heads that stand out" not in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -379,7 +379,7 @@ def test_heads_that_look_over_an_image_are_ranked_by_patches(tmp_path: Path) -> 
     assert "It looks 8.00 patches of the image away on average" in text
     assert "heads.distance_patches" in text
     console = Console(width=140, file=io.StringIO())
-    console.print(summary(root))
+    console.print(report(root).terminal())
     output = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert "patches" in output
     nearest = next(line for line in output.splitlines() if "nearest" in line)
@@ -398,7 +398,7 @@ def test_a_folder_is_no_place_for_a_report(folder: Path, tmp_path: Path) -> None
 
 def test_the_summary_names_extremes_kinds_and_defects(folder: Path) -> None:
     console = Console(width=140, file=io.StringIO())
-    console.print(summary(folder))
+    console.print(report(folder).terminal())
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     for word in ("sharpest", "farthest", "L1H3", "previous", "entropy collapse", "Note: Sequences hold"):
         assert word in text
@@ -417,7 +417,7 @@ def test_a_class_that_no_sequence_has_a_token_of_is_shown_nowhere(tmp_path: Path
     assert content.heads["mass_separator"].is_null().all()
     assert content.heads["mass_punctuation"].is_not_null().all()
     console = Console(width=160, file=io.StringIO())
-    console.print(summary(root))
+    console.print(report(root).terminal())
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     ranked = [line for line in text.splitlines() if re.search(r"L\dH\d .*±", line)]
     assert ranked and all(line.rstrip().endswith("–") for line in ranked)

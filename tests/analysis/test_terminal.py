@@ -10,7 +10,7 @@ from rich.console import Console
 
 from attlas.analysis.columns import Column, FittedTable
 from attlas.analysis.naming import corpus_title, model_title, short_name
-from attlas.analysis.report import summary, write_report
+from attlas.analysis.report import report, write_report
 from attlas.analysis.report.numbers import plural
 from attlas.analysis.result import write_result
 from attlas.extract.printable import printable
@@ -29,7 +29,7 @@ class Terminal(io.StringIO):
 
 def render_summary(root: Path, width: int) -> str:
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    console.print(summary(root), crop=False)
+    console.print(report(root).terminal(), crop=False)
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -15,6 +15,15 @@ def complete_run(options: RunOptions) -> PlannedRun:
     return planned
 
 
+def small_run(model: Path, folder: Path, text: str) -> RunOptions:
+    """A run of a text into `folder/out`, in shards of two sequences of 12 tokens."""
+    corpus = folder / "text.txt"
+    corpus.write_text(text)
+    return RunOptions(
+        model=str(model), corpus=str(corpus), out=folder / "out", max_length=12, shard_sequences=2, engine="reference"
+    )
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """The content of every file in a folder, by its relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

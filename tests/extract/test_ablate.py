@@ -24,7 +24,7 @@ from attlas.extract.options import RunOptions, check_options
 from attlas.extract.run import finish, measure_shard, open_worker, plan_run
 from attlas.extract.store import Store
 from attlas.extract.tables.ablations import ablate_option
-from tests.extract.models import save_with_tokenizer, tiny
+from tests.extract.models import tiny
 from tests.extract.runs import complete_run, contents
 from tests.extract.test_ablations import PLACES, change, grouped_language_model, ids_of, rows_of
 from tests.extract.test_workers import WORKER
@@ -257,11 +257,6 @@ def test_other_words_are_refused(ablate, message):
 
 
 # --- runs
-
-
-@pytest.fixture(scope="module")
-def model(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_with_tokenizer(demo.tokenizer, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from attlas.extract.run import finish, measure_shard, open_worker, plan_run, run
 from attlas.extract.store import open_dataset
 from tests.extract.checkpoints import model_of, save
 from tests.extract.checkpoints import tokenizer_of as words_tokenizer
-from tests.extract.models import save_with_tokenizer
 from tests.extract.runs import complete_run, contents
 
 GPT2 = ["<|endoftext|>", "!", "a", "b", "c", "Ġa", "Ġthe", "Ġcat", "1", "Ġ"]
@@ -44,11 +43,6 @@ def unigram() -> PreTrainedTokenizerFast:
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     roles = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=raw, **roles)
-
-
-@pytest.fixture(scope="module")
-def model(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_with_tokenizer(demo.tokenizer, tmp_path_factory.mktemp("model"))
 
 
 def options(model: Path, out: Path, corpus: str = "random-repeats", **changes) -> RunOptions:

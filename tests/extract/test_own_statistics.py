@@ -22,7 +22,7 @@ from attlas.extract.options import RunOptions
 from attlas.extract.run import finish, measure_shard, open_worker, plan_run
 from attlas.extract.tables import TABLES
 from attlas.extract.tables.own_files import load_own_file
-from tests.extract.models import eager_patterns, save_with_tokenizer
+from tests.extract.models import eager_patterns
 from tests.extract.runs import complete_run
 from tests.files import read_json, write_json
 
@@ -45,11 +45,6 @@ def written(folder: Path, text: str, name: str = "mine.py") -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
     return str(folder / name)
-
-
-@pytest.fixture(scope="module")
-def model(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_with_tokenizer(demo.tokenizer, tmp_path_factory.mktemp("model"))
 
 
 def options(tmp_path: Path, model: Path, *statistics: str, **changes) -> RunOptions:

@@ -12,21 +12,13 @@ from attlas.extract.run import Worker, measure_shards
 from attlas.extract.share import Share, finish_shares, open_share
 from attlas.extract.store import Store
 from attlas.extract.store.layout import part_key, spool_key
-from tests.extract.models import save_with_tokenizer
-from tests.extract.runs import complete_run, contents
-
-
-@pytest.fixture(scope="module")
-def model(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_with_tokenizer(demo.tokenizer, tmp_path_factory.mktemp("model"))
+from tests.extract.runs import complete_run, contents, small_run
 
 
 @pytest.fixture
 def options(model: Path, tmp_path: Path) -> RunOptions:
-    corpus = tmp_path / "text.txt"
-    corpus.write_text("Whoever measures a shard writes the same bytes, and nobody waits for the others. " * 4)
-    return RunOptions(
-        model=str(model), corpus=str(corpus), out=tmp_path / "out", max_length=12, shard_sequences=2, engine="reference"
+    return small_run(
+        model, tmp_path, "Whoever measures a shard writes the same bytes, and nobody waits for the others. " * 4
     )
 
 

@@ -14,8 +14,7 @@ from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.options import RunOptions
 from attlas.extract.run import finish, measure_shard, open_worker, plan_run
 from attlas.extract.store import Store
-from tests.extract.models import save_with_tokenizer
-from tests.extract.runs import complete_run, contents
+from tests.extract.runs import complete_run, contents, small_run
 
 WORKER = """
 import pickle, sys
@@ -26,17 +25,10 @@ for shard in map(int, sys.argv[1:]):
 """
 
 
-@pytest.fixture(scope="module")
-def model(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_with_tokenizer(demo.tokenizer, tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def options(model: Path, tmp_path: Path) -> RunOptions:
-    corpus = tmp_path / "text.txt"
-    corpus.write_text("Any worker can measure any shard, and every one of them writes the same bytes. " * 4)
-    return RunOptions(
-        model=str(model), corpus=str(corpus), out=tmp_path / "out", max_length=12, shard_sequences=2, engine="reference"
+    return small_run(
+        model, tmp_path, "Any worker can measure any shard, and every one of them writes the same bytes. " * 4
     )
 
 

@@ -13,7 +13,6 @@ from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.options import RunOptions
 from attlas.extract.run import PlannedRun, finish, measure_shard, plan_run
 from attlas.extract.store import CARD, MANIFEST, WORK, Store, open_dataset
-from tests.extract.models import save_with_tokenizer
 from tests.extract.runs import contents
 from tests.faults.damage import BYTE_DAMAGES, JSON_DAMAGES, damages, flip_bit
 
@@ -35,11 +34,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_with_tokenizer(demo.tokenizer, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from obstore.store import MemoryStore
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.query import query
-from attlas.analysis.report import summary, write_report
+from attlas.analysis.report import report, write_report
 from attlas.analysis.verify import verify
 from attlas.extract.errors import Refusal
 from attlas.extract.options import RunOptions
@@ -68,7 +68,7 @@ def test_it_is_whole_and_can_be_asked(memory: ObjectStorage) -> None:
     answer = query(memory, "SELECT count(*) AS n, avg(entropy_nats) AS entropy FROM heads WHERE stack = 'encoder'")
     assert answer["n"].to_pylist() == [rows["len"][0]]
     assert answer["entropy"].to_pylist() == pytest.approx([rows["entropy_nats"][0]])
-    summary(memory)
+    report(memory).terminal()
 
 
 def test_its_report_is_beside_its_tables_or_in_a_file(memory: ObjectStorage, tmp_path: Path) -> None:
