@@ -1,10 +1,13 @@
 """Head kinds: known patterns, two labels, thresholds, chance, refusals and the agreement of replicates."""
 
+import io
+import re
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from rich.console import Console
 
 from attlas.analysis import head_kinds
 from attlas.analysis.chance import OFFSETS, Chance
@@ -24,7 +27,7 @@ from attlas.analysis.kinds import (
     overlap_of,
     shares_of,
 )
-from attlas.analysis.report import summary, write_report
+from attlas.analysis.report import report
 from tests.analysis.synthetic import Floats, local_scores, offset_scores, write_dataset
 
 PREVIOUS, NEXT, SELF, FIRST, EVEN, NEAR = (0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)
@@ -204,9 +207,12 @@ def test_short_sequences_have_no_kinds_and_say_why(tmp_path: Path) -> None:
     reason = result["reason"].unique().to_list()
     assert len(reason) == 1
     assert f"at least {MIN_TOKENS} tokens; 100 % of the tokens are in shorter ones" in reason[0]
-    page = write_report(root).read_text("utf-8")
-    assert "Heads have no kinds here: kinds need sequences of at least 16 tokens" in page
-    assert summary(root) is not None
+    result = report(root)
+    assert "Heads have no kinds here: kinds need sequences of at least 16 tokens" in result.html
+    console = Console(width=140, file=io.StringIO())
+    console.print(result.terminal())
+    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert re.search(r"none +8 +– +kinds need sequences of at least 16 tokens", text)
 
 
 def test_a_few_short_sequences_among_long_ones_do_not_matter(tmp_path: Path) -> None:
@@ -265,6 +271,6 @@ def test_the_table_of_kinds_states_every_threshold(folder: Path) -> None:
     assert table["kind"].to_list() == [*(k.name for k in KINDS), MIXED]
     assert "mass_previous / (1 − rest) ≥ 0.4" in table["rule"].to_list()
     assert "mass_first ≥ 0.3" in table["rule"].to_list()
-    page = write_report(folder, folder.parent / "kinds.html").read_text("utf-8")
+    page = report(folder).html
     assert all(rule in page for rule in table["rule"])
     assert "corrected for chance" in page and "not of sequences of other lengths" in page
