@@ -22,6 +22,7 @@ def describe(manifest: Mapping[str, Any]) -> list[Section]:
     sections = [
         ("Model", _model(manifest)),
         ("Corpus", _corpus(section(manifest, "corpus"))),
+        ("Generation", _generation(section(manifest, "generation"))),
         ("Measurement", _measurement(manifest)),
         ("Your own statistics", _own_statistics(manifest)),
         ("Tables", _tables(section(manifest, "tables"))),
@@ -118,6 +119,12 @@ def _corpus(corpus: Mapping[str, Any]) -> list[tuple[str, str]]:
     dropped = corpus.get("dropped") or {}
     rows += [(f"dropped: {reason}", format_value(count)) for reason, count in sorted(dropped.items())]
     return rows
+
+
+def _generation(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of a dataset that has grown."""
+    labels = ("number", "added", "changed", "removed", "measured_shards")
+    return _labelled_rows(facts, labels) if facts.get("number", 1) > 1 else []
 
 
 def _measurement(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

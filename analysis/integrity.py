@@ -10,7 +10,19 @@ import pyarrow as pa
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.parts import DamagedPart, first_line, part_size, read_footer
 from attlas.analysis.report.numbers import plural
-from attlas.extract.store import CARD, MANIFEST, WORK, Part, Storage, parts_of, sha256_of
+from attlas.extract.store import (
+    CARD,
+    MANIFEST,
+    MANIFESTS,
+    WORK,
+    Part,
+    Storage,
+    Store,
+    named_parts,
+    parts_of,
+    sha256_of,
+    shard_of,
+)
 from attlas.extract.tables import TABLES, Table
 
 
@@ -29,13 +41,17 @@ class Finding:
 def find_stray_files(dataset: Dataset) -> Iterator[Finding]:
     """Files in the dataset's folder that look like its data but are not in the manifest."""
     named = {part.path for table in dataset.tables for part in parts_of(dataset.manifest, table)}
+    named |= named_parts(dataset.storage)
     tables = {*dataset.tables, *TABLES}
+    is_growing = Store(dataset.storage).is_growing
     for name in dataset.storage.list():
-        if name in named or name in (MANIFEST, CARD):
+        folder = name.split("/")[0]
+        if name in named or name in (MANIFEST, CARD) or folder == MANIFESTS:
             continue
-        if name.split("/")[0] == WORK:
+        is_of_growth = is_growing and (folder == WORK or (folder in tables and shard_of(name) is not None))
+        if folder == WORK and not is_of_growth:
             yield Finding(name, "stray file", "working files are removed when a run is finished")
-        elif name.endswith((".parquet", ".tmp")) or name.split("/")[0] in tables:
+        elif not is_of_growth and (name.endswith((".parquet", ".tmp")) or folder in tables):
             yield Finding(name, "stray file", "it is not in the manifest")
 
 

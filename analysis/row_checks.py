@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,12 +13,11 @@ from attlas.analysis.integrity import Finding
 from attlas.analysis.manifest import section
 from attlas.analysis.report.numbers import plural
 from attlas.analysis.scanning import scan_parts
-from attlas.extract.store import Part
+from attlas.extract.store import Part, shard_of
 from attlas.extract.tables import Table
 from attlas.extract.tables.column import BOUND_TOLERANCE
 
 _ROW = "|row"
-_SHARD = re.compile(r"shard-(\d+)\.parquet$")
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ def check_part(dataset: Dataset, table: Table, part: Part, sequences: pl.LazyFra
     )
     if sequences is None:
         return
-    match = _SHARD.search(part.path)
-    shard = int(match.group(1)) if match else -1
+    number = shard_of(part.path)
+    shard = -1 if number is None else number
     planned = sequences.filter(pl.col("shard") == shard)
     if is_per_sequence:
         frame = _with_sequence(dataset, frame, planned)

@@ -14,7 +14,7 @@ from attlas.analysis.integrity import Finding
 from attlas.analysis.manifest import section
 from attlas.analysis.report.numbers import plural
 from attlas.analysis.row_checks import scan_rows
-from attlas.extract.store import MANIFEST, Part, name_of, read_part
+from attlas.extract.store import MANIFEST, Part, generation_of, name_of, next_sequence, read_part
 from attlas.extract.tables import TABLES, Agreement, Table
 
 _ROUNDING = 1e-6  # of sums of squares, which differ by the order of their terms
@@ -24,7 +24,7 @@ def check_table(dataset: Dataset, table: Table, intact: Mapping[str, list[Part]]
     """Check the table as a whole, and against other tables."""
     frame = scan_rows(dataset, intact[table.name])
     if table.counted_by is not None:
-        yield from _check_numbering(table.name, table.counted_by, frame)
+        yield from _check_numbering(dataset, table.name, table.counted_by, frame)
     yield from _check_corpus_totals(dataset, table, frame)
     for agreement in table.agreements:
         if is_intact(dataset, intact, agreement.table):
@@ -34,13 +34,21 @@ def check_table(dataset: Dataset, table: Table, intact: Mapping[str, list[Part]]
             yield from _check_derived(dataset, table, part)
 
 
-def _check_numbering(table: str, key: str, frame: pl.LazyFrame) -> Iterator[Finding]:
-    facts = frame.select(
-        bad=(pl.col(key) != pl.int_range(pl.len(), dtype=pl.Int64)).sum(), duplicates=pl.len() - pl.col(key).n_unique()
-    ).collect()
-    if facts["bad"][0] or facts["duplicates"][0]:
+def _check_numbering(dataset: Dataset, table: str, key: str, frame: pl.LazyFrame) -> Iterator[Finding]:
+    """Check that ids count up from 0; those of sequences leave out what later generations have lost."""
+    has_gaps = key == "sequence_id" and generation_of(dataset.manifest) > 1
+    rule = f"{key} does not count {'upwards' if has_gaps else '0, 1, 2, …'} over the parts"
+    expected = pl.col(key).cum_max().clip(0) if has_gaps else pl.int_range(pl.len(), dtype=pl.Int64)
+    bad, duplicates, last = (
+        frame.select((pl.col(key) != expected).sum(), pl.len() - pl.col(key).n_unique(), last=pl.col(key).max())
+        .collect()
+        .row(0)
+    )
+    if bad or duplicates:
+        yield Finding(table, "keys", f"{rule} ({plural(bad, 'row')} off)")
+    if has_gaps and last is not None and last >= next_sequence(dataset.manifest):
         yield Finding(
-            table, "keys", f"{key} does not count 0, 1, 2, … over the parts ({plural(facts['bad'][0], 'row')} off)"
+            table, "keys", f"{key} is not below the manifest's next_sequence, {next_sequence(dataset.manifest)}"
         )
 
 

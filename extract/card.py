@@ -50,12 +50,12 @@ class Card:
             )
 
 
-def front_matter(card: Card, manifest: Mapping[str, Any]) -> str:
-    """The card's YAML: one configuration for each table, and what the hub sorts datasets by."""
-    return "\n".join(["---", *_lines(card, manifest), "---"])
+def front_matter(card: Card, manifest: Mapping[str, Any], *, lists_parts: bool) -> str:
+    """The card's YAML: one configuration for each table, and what the hub sorts datasets by. lists_parts: as of `dataset_card`."""
+    return "\n".join(["---", *_lines(card, manifest, lists_parts=lists_parts), "---"])
 
 
-def _lines(card: Card, manifest: Mapping[str, Any]) -> Iterator[str]:
+def _lines(card: Card, manifest: Mapping[str, Any], *, lists_parts: bool) -> Iterator[str]:
     if card.license is not None:
         yield f"license: {_text(card.license)}"
     if card.language:
@@ -64,8 +64,12 @@ def _lines(card: Card, manifest: Mapping[str, Any]) -> Iterator[str]:
     if card.source is not None and _HUB_NAME.fullmatch(card.source):
         yield from ("source_datasets:", f"- {_text(card.source)}")
     yield "configs:"
-    for name in manifest["tables"]:
-        yield from (f"- config_name: {name}", f"  data_files: {_text(f'{name}/*.parquet')}")
+    for name, facts in manifest["tables"].items():
+        yield f"- config_name: {name}"
+        if lists_parts:
+            yield from ("  data_files:", *(f"  - {_text(part['path'])}" for part in facts["parts"]))
+        else:
+            yield f"  data_files: {_text(f'{name}/*.parquet')}"
         if name == "heads":
             yield "  default: true"
     yield from ("tags:", "- attention", "- interpretability")

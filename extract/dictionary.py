@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attlas.extract.card import Card, front_matter
+from attlas.extract.store import generation_of
 from attlas.extract.tables import TABLES, Column, Table
 from attlas.extract.tables.description import OTHER, PATTERNS, example_of, grouped, known_text, measured_when
 
@@ -63,12 +64,14 @@ def data_dictionary() -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def dataset_card(manifest: Mapping[str, Any], card: Card | None = None) -> str:
+def dataset_card(manifest: Mapping[str, Any], card: Card | None = None, *, is_growing: bool = False) -> str:
     """The dataset card: front matter for the hub's viewer and `load_dataset(folder, "heads")`, then facts and tables.
 
-    card: what the user says of the dataset.
+    card: what the user says of the dataset. is_growing: whether its next generation has been begun; then, and in every generation but the
+    first, the card names the parts one by one, because their folders also have parts of other generations.
     """
     card = card or Card()
+    lists_parts = is_growing or generation_of(manifest) > 1
     model, corpus = manifest["model"], manifest["corpus"]
     facts = [
         (
@@ -89,7 +92,7 @@ def dataset_card(manifest: Mapping[str, Any], card: Card | None = None) -> str:
         for own in manifest.get("own_statistics", ())
     ]
     parts = [
-        front_matter(card, manifest),
+        front_matter(card, manifest, lists_parts=lists_parts),
         "# Attention statistics",
         "Statistics of every attention head and every residual update, one row per sequence, written by attlas.",
         _markdown_table(("what", "which"), facts),

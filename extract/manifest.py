@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from attlas.extract.instrument import Instrument
 from attlas.extract.model.token_classes import class_sizes
 from attlas.extract.plan import Plan, planned_schema
 from attlas.extract.software import software_version
-from attlas.extract.store import Identity, Part, ShardRecord
+from attlas.extract.store import Identity, Part, ShardRecord, parts_of, shard_of
 from attlas.extract.tables import SCHEMA_VERSION, TABLES, own_facts
 
 if TYPE_CHECKING:
@@ -47,26 +47,56 @@ def draft_manifest(identity: Identity, instrument: Instrument, plan: Plan) -> di
         "device": recipe["device"],
         "dtype": recipe["dtype"],
         "shards": plan.shards,
+        "generation": asdict(plan.generation),
         **({"own_statistics": own} if (own := own_facts(instrument.columns)) else {}),
         "tables": {name: {"columns": names} for name, names in _columns(recipe, instrument).items()},
     }
 
 
 def complete_manifest(
-    draft: Mapping[str, Any], records: Iterable[ShardRecord], concluded: Mapping[str, Part]
+    draft: Mapping[str, Any], records: Iterable[ShardRecord], before: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The draft with the parts and counts of all shards, and the parts of the tables that were made of all of them."""
+    """The draft with the parts and counts of all shards. before: the manifest of the generation before, if there is one.
+
+    `padding_waste` is that of the shards that this generation measured.
+    """
     records = list(records)
     padded, positions = (sum(record.facts[name] for record in records) for name in ("padded", "positions"))
-    parts = {name: [r.parts[name] for r in records if name in r.parts] for name in draft["tables"]}
-    parts |= {name: [part] for name, part in concluded.items()}
+    measured = {record.shard for record in records}
+    parts = {
+        name: sorted(
+            (*_reused(before, name, measured), *(r.parts[name] for r in records if name in r.parts)), key=_shard
+        )
+        for name in draft["tables"]
+    }
     return {
         **draft,
+        "generation": {**draft["generation"], "measured_shards": len(measured)},
         "padding_waste": padded / positions if positions else 0.0,
-        "tables": {
-            name: of_draft | _rows_and_parts(parts[name]) for name, of_draft in draft["tables"].items() if parts[name]
-        },
+        "tables": {name: facts | _rows_and_parts(parts[name]) for name, facts in draft["tables"].items()},
     }
+
+
+def with_concluded(manifest: Mapping[str, Any], concluded: Mapping[str, Part]) -> dict[str, Any]:
+    """The manifest with the parts of the tables that are made of all shards, and without tables that have no part."""
+    tables = {
+        name: facts | (_rows_and_parts([concluded[name]]) if name in concluded else {})
+        for name, facts in manifest["tables"].items()
+    }
+    return {**manifest, "tables": {name: facts for name, facts in tables.items() if facts["parts"]}}
+
+
+def _reused(before: Mapping[str, Any] | None, table: str, measured: Collection[int]) -> Iterator[Part]:
+    """The parts of a table of shards that were not measured again, and of what only the model decides."""
+    is_static = TABLES[table].kind == "static"
+    if before is not None:
+        yield from (part for part in parts_of(before, table) if is_static or _shard(part) not in measured)
+
+
+def _shard(part: Part) -> int:
+    shard = shard_of(part.path)
+    assert shard is not None, "it is the part of a shard"
+    return shard
 
 
 def _columns(recipe: Mapping[str, Any], instrument: Instrument) -> dict[str, list[str]]:

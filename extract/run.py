@@ -12,7 +12,8 @@ a cluster — changes no byte of the dataset.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -26,10 +27,11 @@ from attlas.extract.dictionary import dataset_card
 from attlas.extract.errors import Damaged, Refusal, Unfinished
 from attlas.extract.identity import identity_of, recipe_of
 from attlas.extract.instrument import Instrument, open_instrument
-from attlas.extract.manifest import complete_manifest, draft_manifest
+from attlas.extract.manifest import complete_manifest, draft_manifest, with_concluded
 from attlas.extract.model.id_documents import id_documents
 from attlas.extract.options import Progress, RunOptions, check_options, read_key
 from attlas.extract.plan import (
+    KnownCorpus,
     Plan,
     StoredMeans,
     load_means,
@@ -42,9 +44,21 @@ from attlas.extract.plan import (
     read_shard,
     write_means,
 )
-from attlas.extract.store import CARD, Identity, Location, Lock, Part, ShardRecord, Store, read_part, recipe_differences
+from attlas.extract.store import (
+    CARD,
+    Identity,
+    Location,
+    Lock,
+    Part,
+    ShardRecord,
+    Store,
+    generation_of,
+    parts_of,
+    read_part,
+    recipe_differences,
+)
 from attlas.extract.store.layout import MEANS
-from attlas.extract.tables import concluded_tables, derived_tables
+from attlas.extract.tables import TABLES, concluded_tables, derived_tables
 from attlas.extract.tables.ablations import TABLE as ABLATIONS
 
 if TYPE_CHECKING:
@@ -84,8 +98,7 @@ class PlannedRun:
     @property
     def remaining(self) -> list[int]:
         """The shards without a record."""
-        shards = 0 if self.plan is None else self.plan.shards
-        return self.store.unmeasured(range(shards))
+        return [] if self.plan is None else self.store.unmeasured(self.plan.to_measure)
 
     def open_worker(self) -> Worker:
         """A worker in this process, which uses the model that is already loaded."""
@@ -107,7 +120,7 @@ class Worker:
 
     def rows_of(self, shard: int) -> tuple[pa.Table, pa.Table]:
         """The sequences and documents of a shard, as planned. Raises Damaged."""
-        return read_shard(self.store.storage, shard, digest=self.plan.spools[shard])
+        return read_shard(self.store.storage, shard, digest=self.plan.spool_of(shard))
 
     def source_of(self, shard: int) -> str:
         """The SHA-256 of what a shard is measured from."""
@@ -116,7 +129,13 @@ class Worker:
 
 def source_of(plan: Plan, means: StoredMeans | None, shard: int) -> str:
     """The SHA-256 of what a shard is measured from: its spool, and means if there are any."""
-    return plan.spools[shard] if means is None else means.source_of(plan.spools[shard])
+    spool = plan.spool_of(shard)
+    return spool if means is None else means.source_of(spool)
+
+
+def named_by(plan: Plan, source: str) -> str:
+    """What the names of a shard's parts say of its source: nothing in the first generation of a dataset."""
+    return "" if plan.generation.number == 1 else source
 
 
 def plan_run(
@@ -201,19 +220,27 @@ def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], 
     from attlas.extract.shard import measure_sequences
 
     sequences, documents = worker.rows_of(shard)
-    tables, facts = measure_sequences(
-        worker.instrument,
-        sequences,
-        shard=shard,
-        batch_tokens=worker.batch_tokens,
-        sample=worker.sample,
-        ablating=worker.ablating,
-        progress=progress,
-    )
-    tables |= planned_tables(sequences, documents, tokens=worker.tokens)
-    tables |= derived_tables(tables, worker.instrument.columns, shard=shard)
-    parts = {name: worker.store.write_part(name, shard, table) for name, table in sorted(tables.items())}
-    record = ShardRecord(shard, parts, facts, worker.source_of(shard))
+    planned = planned_tables(sequences, documents, tokens=worker.tokens)
+    # a shard may lie within one document; a part without rows would stop `datasets`
+    tables = {name: rows for name, rows in planned.items() if rows.num_rows}
+    facts = {"positions": 0, "padded": 0}
+    if sequences.num_rows:  # a later generation may have nothing but documents without tokens, or that are gone
+        measured, facts = measure_sequences(
+            worker.instrument,
+            sequences,
+            shard=shard,
+            batch_tokens=worker.batch_tokens,
+            sample=worker.sample,
+            ablating=worker.ablating,
+            progress=progress,
+        )
+        tables |= measured | derived_tables(planned | measured, worker.instrument.columns, shard=shard)
+    if worker.plan.generation.number > 1:  # what only the model decides is in the first one
+        tables = {name: rows for name, rows in tables.items() if TABLES[name].kind != "static"}
+    source = worker.source_of(shard)
+    named = named_by(worker.plan, source)
+    parts = {name: worker.store.write_part(name, shard, table, source=named) for name, table in sorted(tables.items())}
+    record = ShardRecord(shard, parts, facts, source)
     worker.store.write_record(record)
     return record
 
@@ -225,12 +252,13 @@ def finish(out: Location, *, card: Card | None = None, checking: Progress | None
     checking: compare every part with its checksum first, and call this after each shard.
     """
     store = Store.at(out)
-    if store.manifest is None:
+    if not store.is_finished:
         plan = load_plan(store.storage)
         if plan is None:
             raise Damaged(f"{store.storage.place()} holds no plan; the same command plans again")
-        records = _sound_records(store, plan.shards, checking)
-        manifest = complete_manifest(store.read_draft(), records, _write_concluded(store, records))
+        records = _sound_records(store, plan.to_measure, checking)
+        manifest = complete_manifest(store.read_draft(), records, store.manifest)
+        manifest = with_concluded(manifest, _write_concluded(store, manifest))
         store.finish(manifest, dataset_card(manifest, card))
     else:
         if card is not None:
@@ -241,21 +269,21 @@ def finish(out: Location, *, card: Card | None = None, checking: Progress | None
     return out
 
 
-def _sound_records(store: Store, shards: int, checking: Progress | None) -> list[ShardRecord]:
-    """The records of all shards. Raises Unfinished if some are missing, or, where parts are checked, damaged."""
+def _sound_records(store: Store, shards: Sequence[int], checking: Progress | None) -> list[ShardRecord]:
+    """The records of shards. Raises Unfinished if some are missing, or, where parts are checked, damaged."""
     records: list[ShardRecord] = []
     missing: list[int] = []
-    for shard in range(shards):
+    for number, shard in enumerate(shards):
         record = store.read_record(shard)
         if record is None or (checking is not None and not store.is_intact(record)):
             missing.append(shard)
         else:
             records.append(record)
         if checking is not None:
-            checking("check", shard + 1, shards)
+            checking("check", number + 1, len(shards))
     if missing:
         raise Unfinished(
-            f"a dataset is finished when all its shards are measured; missing or damaged of {shards}: {_ranges(missing)}; run it again"
+            f"a dataset is finished when all its shards are measured; missing or damaged of {len(shards)}: {_ranges(missing)}; run it again"
         )
     return records
 
@@ -267,27 +295,38 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def _write_concluded(store: Store, records: Sequence[ShardRecord]) -> dict[str, Part]:
+def _write_concluded(store: Store, manifest: Mapping[str, Any]) -> dict[str, Part]:
     """Write the tables that are made of all shards."""
+    made_of = hashlib.sha256()
 
-    def parts_of(table: str) -> Iterator[pa.Table]:
-        return (read_part(store.storage, record.parts[table]) for record in records if table in record.parts)
+    def rows_of(table: str) -> Iterator[pa.Table]:
+        for part in parts_of(manifest, table):
+            made_of.update(part.sha256.encode())
+            yield read_part(store.storage, part)
 
-    return {name: store.write_part(name, 0, rows) for name, rows in concluded_tables(parts_of).items()}
+    concluded = concluded_tables(rows_of)
+    source = "" if generation_of(manifest) == 1 else made_of.hexdigest()
+    return {name: store.write_part(name, 0, rows, source=source) for name, rows in concluded.items()}
 
 
 def _claim_and_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) -> PlannedRun:
     """The run with its output claimed and locked and its shards planned; without a plan if the dataset is finished."""
     store, existed = planned.store, planned.store.exists
     store.refuse_another(planned.identity)
-    if store.manifest is not None and not store.has_work:
+    if store.is_finished_for(planned.identity):
         return planned
     lock = store.lock()
     try:
         is_new = store.claim(planned.identity)
-        if store.manifest is not None:
-            finish(planned.options.out, card=planned.options.card)
+        manifest = store.manifest
+        if manifest is not None and store.is_of_corpus(planned.identity):
+            # nothing to measure, only what an earlier run has left
+            was_growing, card = store.is_growing, planned.options.card
+            store.clear_work()
+            finish(planned.options.out, card=(card or Card()) if was_growing else card)
             return planned
+        if manifest is not None:
+            store.storage.put(CARD, dataset_card(manifest, planned.options.card, is_growing=True).encode())
         try:
             plan = _read_or_make_plan(planned, corpus, progress)
         except Refusal:
@@ -313,11 +352,12 @@ def _read_or_make_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) 
         plan = _make_plan(planned, corpus, lambda documents, _: progress("plan", documents, None))
     progress("plan", plan.documents, plan.documents)
     means = _read_or_make_means(planned, plan, progress) if _has_means(planned.options, planned.instrument) else None
-    store.discard_beyond(plan.shards)
-    for shard in range(plan.shards):
-        store.discard_damaged(shard, spool=source_of(plan, means, shard))
+    for number, shard in enumerate(plan.to_measure):
+        source = source_of(plan, means, shard)
+        store.discard_damaged(shard, spool=source, source=named_by(plan, source))
         if was_begun:
-            progress("check", shard + 1, plan.shards)
+            progress("check", number + 1, len(plan.to_measure))
+    store.discard_leftovers(plan.to_measure)
     return plan
 
 
@@ -329,9 +369,10 @@ def _make_plan(planned: PlannedRun, corpus: Corpus, progress: Callable[[int, int
         "digest_key": read_key(options.digest_key),
         "progress": progress,
     }
+    known = _known_corpus(planned, corpus)
     images = instrument.measured_model.images
     if images is not None:
-        return make_image_plan(corpus, images.preprocessing, strict=options.strict, **common)
+        return make_image_plan(corpus, images.preprocessing, strict=options.strict, known=known, **common)
     tokenizer, keep_text = instrument.encoder.tokenizer, options.tokens == "text"
     if corpus.generation is not None:
         documents = id_documents(corpus.generation, tokenizer)
@@ -343,8 +384,23 @@ def _make_plan(planned: PlannedRun, corpus: Corpus, progress: Callable[[int, int
         stride=options.stride,
         keep_text=keep_text,
         strict=options.strict,
+        known=known,
         **common,
     )
+
+
+def _known_corpus(planned: PlannedRun, corpus: Corpus) -> KnownCorpus | None:
+    """The dataset of an earlier state of the corpus, which the run goes on with; None if there is none."""
+    store, options = planned.store, planned.options
+    manifest = store.manifest
+    if manifest is None:
+        return None
+    if _has_means(options, planned.instrument):
+        raise Refusal(
+            f"means over a corpus change when it does, and with them every row of ablations; {store.storage.place()} is of another "
+            "state of its corpus; give --out another folder"
+        )
+    return KnownCorpus(store.storage, manifest, key=read_key(options.digest_key), sizes=dict(corpus.files))
 
 
 def _has_means(options: RunOptions, instrument: Instrument) -> bool:
@@ -365,7 +421,7 @@ def _read_or_make_means(planned: PlannedRun, plan: Plan, progress: Progress) -> 
     progress("means", 0, total)
     vectors = means_of_sample(
         planned.instrument,
-        (read_shard(storage, shard, digest=spool)[0] for shard, spool in enumerate(plan.spools)),
+        (read_shard(storage, shard, digest=plan.spool_of(shard))[0] for shard in plan.to_measure),
         sample=options.sample,
         kinds=options.ablation.parts,
         progress=lambda done: progress("means", done, total),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,9 +40,9 @@ class Share:
             raise Refusal(f"a share of the shards is K/N with K from 1 to N; got {text!r}; of 8 jobs the third has 3/8")
         return cls(int(found[1]), int(found[2]))
 
-    def of_shards(self, shards: int) -> range:
-        """Its shards of so many."""
-        return range(self.number - 1, shards, self.of)
+    def of_shards(self, shards: Sequence[int]) -> Sequence[int]:
+        """Its own of all shards that are to be measured."""
+        return shards[self.number - 1 :: self.of]
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
@@ -86,7 +87,7 @@ def finish_shares(out: Location, *, progress: Progress, card: Card | None = None
     Raises Unfinished if shards are missing or damaged, and Refusal if there is no run, or another process writes to it.
     """
     store = Store.at(out)
-    if store.manifest is not None:
+    if store.is_finished:
         return finish(out, card=card)
     if not _is_planned(store):
         raise Refusal(
@@ -109,12 +110,12 @@ def use_share_of_machine(options: RunOptions, number: int, of: int) -> RunOption
 
 def _is_planned(store: Store) -> bool:
     """Whether the store holds a planned run that is not finished."""
-    return store.manifest is None and store.has_draft and load_plan(store.storage) is not None
+    return not store.is_finished and store.has_draft and load_plan(store.storage) is not None
 
 
 def _check_share(worker: Worker, share: Share, progress: Progress) -> None:
     """Delete records of a share whose parts are not as they were written. Raises Damaged if its plan is not."""
-    shards = share.of_shards(worker.plan.shards)
+    shards = share.of_shards(worker.plan.to_measure)
     for shard in shards:
         worker.rows_of(shard)
     was_begun = worker.store.has_records

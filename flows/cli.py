@@ -417,6 +417,39 @@ def info(
             typer.echo(f"  {label:<{width}}  {value}")
 
 
+@app.command()
+def log(
+    dataset: Dataset,
+    *,
+    form: Annotated[
+        str, typer.Option("--format", metavar="table|csv|json|parquet", help="The output format.")
+    ] = "table",
+    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+) -> None:
+    """Show the generations of a dataset that has grown with its corpus. Any command reads one of them as DIR@NUMBER."""
+    from attlas.analysis.history import history
+    from attlas.analysis.result import FORMATS, write_result
+
+    chosen = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
+    rows = history(dataset).to_arrow()
+    with _answer(output) as stream:
+        write_result(rows, chosen, stream)
+
+
+@app.command()
+def gc(
+    dataset: Dataset,
+    *,
+    keep: Annotated[int, typer.Option(metavar="N", help="How many of the newest generations to keep.")],
+) -> None:
+    """Delete the oldest generations of a dataset, and the parts that no other one needs."""
+    from attlas.analysis.history import collect_garbage
+    from attlas.analysis.report.numbers import plural
+
+    gone, parts = collect_garbage(dataset, keep=keep)
+    typer.echo(f"removed {plural(len(gone), 'generation')} and {plural(len(parts), 'part')}")
+
+
 @app.command(name="open")
 def open_elsewhere(
     dataset: Annotated[

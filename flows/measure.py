@@ -19,13 +19,14 @@ from attlas.extract.errors import CaptureError, Damaged, Refusal
 from attlas.flows.analyze import report
 from attlas.flows.config import Run
 from attlas.flows.environment import remove_temporary_folder
-from attlas.flows.progress import Display, Work, display
+from attlas.flows.progress import Display, Work, count_of, display
 from attlas.flows.runners import Runner, is_in_this_process, share_machine, task_runner
 from attlas.flows.server import prefect_connected, temporary_server
 from attlas.flows.streams import print_message
 
 if TYPE_CHECKING:
     from attlas.extract.instrument import Instrument
+    from attlas.extract.plan import Plan
     from attlas.extract.run import PlannedRun, Worker
 
 
@@ -44,6 +45,18 @@ def measure(run: Run) -> Path | str:
     return page
 
 
+def growth_note(plan: "Plan") -> str | None:
+    """What a run adds to a dataset whose corpus has changed; None for a new dataset."""
+    growth = plan.generation
+    if growth.number == 1:
+        return None
+    documents = f"{growth.added} new, {growth.changed} changed and {growth.removed} removed documents"
+    return (
+        f"the corpus has changed: generation {growth.number}, with {documents}; "
+        f"{len(plan.to_measure)} of {count_of(plan.shards, 'shard')} to measure"
+    )
+
+
 def write_dataset(run: Run) -> None:
     """Plan a run, measure its remaining shards and write its manifest, within a flow."""
     planned = plan_run(run)
@@ -51,10 +64,10 @@ def write_dataset(run: Run) -> None:
         return
     plan, remaining = planned.plan, planned.remaining
     get_run_logger().info("%d of %d shards to measure, %d documents", len(remaining), plan.shards, plan.documents)
-    done = sorted(set(range(plan.shards)) - set(remaining))
-    worker = planned.open_worker()
-    total, before = Work(plan.shards, plan.documents, plan.tokens), work_in_all(worker, done)
-    display.get().start_measuring(total=total, before=before)
+    worker, done = planned.open_worker(), sorted(set(plan.to_measure) - set(remaining))
+    is_all = len(plan.to_measure) == plan.shards
+    total = Work(plan.shards, plan.documents, plan.tokens) if is_all else work_in_all(worker, plan.to_measure)
+    display.get().start_measuring(total=total, before=work_in_all(worker, done))
     measure_shards(run, worker, remaining)
     write_manifest(run)
 
@@ -191,7 +204,8 @@ def measure_locally(run: Run, *, show: Display, runner: Runner | None = None) ->
             from attlas.extract.unmeasured import notes_on_statistics
 
             notes = notes_on_statistics(run.statistics, planned.instrument)
-            for note in (*planned.instrument.encoder.settings.notes, *notes):
+            growth = None if planned.plan is None else growth_note(planned.plan)
+            for note in (*planned.instrument.encoder.settings.notes, *notes, *([growth] if growth else [])):
                 show.note(note)
             if planned.is_complete:
                 again = "report is" if run.card is None else "report and its card are"

@@ -22,12 +22,12 @@ def measure_share(run: Run, share: "Share", *, show: Display) -> str:
         worker = open_share(run.options(), share, progress=show.stage)
         if worker is None:
             return f"{run.out} already contains this run, complete"
-        shards = share.of_shards(worker.plan.shards)
+        shards = share.of_shards(worker.plan.to_measure)
         missing = worker.store.unmeasured(shards)
         done = sorted(set(shards) - set(missing))
         show.start_measuring(total=work_in_all(worker, shards), before=work_in_all(worker, done))
         two_at_a_time(partial(measure_and_show, worker), missing)
-    left = worker.store.unmeasured(range(worker.plan.shards))
+    left = worker.store.unmeasured(worker.plan.to_measure)
     todo = f"{count_of(len(left), 'shard')} of the run to go" if left else f"all of the run: attlas finish {run.out}"
     return f"share {share}: {count_of(len(shards), 'shard')} measured, {todo}"
 

@@ -37,16 +37,20 @@ class Report:
         return f'<iframe srcdoc="{escape(self.html)}" style="width: 100%; height: 80vh; border: 0"></iframe>'
 
     def save(self, out: Path | str | None = None) -> Path | str:
-        """Write the page, by default to report.html in the dataset's folder. Returns its path, or its URL in an object store."""
-        from attlas.extract.store import REPORT, LocalFolder, write_atomically
+        """Write the page, by default to report.html in the dataset's folder. Returns its path, or its URL in an object store.
+
+        That of an earlier generation is written to report-000005.html.
+        """
+        from attlas.extract.store import LocalFolder, report_key, write_atomically
 
         page = self.html.encode()
         if out is not None:
             write_atomically(Path(out), page)
             return Path(out)
         storage = self.dataset.storage
-        storage.put(REPORT, page)
-        place = storage.place(REPORT)
+        key = report_key(storage, self.dataset.manifest)
+        storage.put(key, page)
+        place = storage.place(key)
         return Path(place) if isinstance(storage, LocalFolder) else place
 
     def terminal(self) -> RenderableType:

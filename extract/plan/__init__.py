@@ -6,6 +6,7 @@ measuring the shard needs, so any worker can measure any shard without reading t
 
 from attlas.extract.plan.ids import make_id_plan as make_id_plan
 from attlas.extract.plan.images import make_image_plan as make_image_plan
+from attlas.extract.plan.known import KnownCorpus as KnownCorpus
 from attlas.extract.plan.means import StoredMeans as StoredMeans
 from attlas.extract.plan.means import load_means as load_means
 from attlas.extract.plan.means import write_means as write_means

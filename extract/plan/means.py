@@ -71,7 +71,7 @@ def load_means(storage: Storage, plan: Plan) -> StoredMeans | None:
 
 def _plan_digest(plan: Plan) -> str:
     """The SHA-256 of all spools of a plan."""
-    return _digest(" ".join(plan.spools).encode())
+    return _digest(" ".join(map(plan.spool_of, range(plan.shards))).encode())
 
 
 def _digest(content: bytes) -> str:

@@ -3,48 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 
 from attlas.extract.batching import windows
 from attlas.extract.corpus import Document, reason_kind
 from attlas.extract.corpus.generated import IdDocument
-from attlas.extract.errors import Refusal
+from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.model.special_tokens import SpecialTokens
-from attlas.extract.plan.stored import Plan, write_spool
+from attlas.extract.plan.digests import new_digest
+from attlas.extract.plan.known import CHANGED, REMOVED, KnownCorpus
+from attlas.extract.plan.shards import Read, ReplacedShard, ShardRows
+from attlas.extract.plan.stored import Growth, Plan, write_spool
 from attlas.extract.store import Storage
-
-_COMMON_COLUMNS = {
-    "sequence_id": pa.int64(),
-    "document_id": pa.int64(),
-    "shard": pa.int32(),
-    "window": pa.int32(),
-    "first_token": pa.int32(),
-    "tokens": pa.int64(),
-    "special_tokens": pa.int64(),
-}
-_TEXT_SEQUENCES = pa.schema(_COMMON_COLUMNS | {"token_ids": pa.list_(pa.int32()), "special": pa.list_(pa.bool_())})
-_IMAGE_SEQUENCES = pa.schema(_COMMON_COLUMNS | {"image": pa.string(), "sha256": pa.string()})
-_MARKS = pa.field("marks", pa.list_(pa.int8()))  # of each token: part of a needle, or of its answer
-_TEXT = pa.field("text", pa.large_string())
-_DOCUMENTS = pa.schema(
-    {
-        "document_id": pa.int64(),
-        "source": pa.string(),
-        "digest": pa.string(),
-        "characters": pa.int64(),
-        "content_tokens": pa.int64(),
-        "sequences": pa.int64(),
-        "dropped_reason": pa.string(),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -55,44 +30,11 @@ class Encoded:
     text_of: Callable[[int, int], str] | None = None
 
 
-@dataclass
-class _Shard:
-    """The rows of one shard; `ids` is empty for images."""
-
-    number: int
-    sequences: list[dict[str, Any]] = field(default_factory=list)
-    ids: list[np.ndarray] = field(default_factory=list)
-    marks: list[np.ndarray] = field(default_factory=list)
-    documents: list[dict[str, Any]] = field(default_factory=list)
-
-    def image_table(self) -> pa.Table:
-        return pa.Table.from_pylist(self.sequences, schema=_IMAGE_SEQUENCES)
-
-    def sequence_table(self, special: SpecialTokens, *, keep_text: bool) -> pa.Table:
-        ends = np.cumsum([0, *map(len, self.ids)], dtype=np.int32)
-        inside = np.ones(ends[-1], bool)
-        for first, last in pairwise(ends):
-            inside[first + len(special.before) : last - len(special.after)] = False
-        values = np.concatenate(self.ids) if self.ids else np.zeros(0, np.int32)
-        lists = {
-            "token_ids": pa.ListArray.from_arrays(pa.array(ends), pa.array(values)),
-            "special": pa.ListArray.from_arrays(pa.array(ends), pa.array(inside)),
-        }
-        schema = _TEXT_SEQUENCES.append(_TEXT) if keep_text else _TEXT_SEQUENCES
-        if self.marks:
-            schema = schema.append(_MARKS)
-            lists["marks"] = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(self.marks)))
-        columns = [
-            lists[f.name] if f.name in lists else pa.array([r[f.name] for r in self.sequences], f.type) for f in schema
-        ]
-        return pa.Table.from_arrays(columns, schema=schema)
-
-    def document_table(self) -> pa.Table:
-        return pa.Table.from_pylist(self.documents, schema=_DOCUMENTS)
-
-
 class Spool:
-    """Collects sequences and documents into shards, and writes each full one. `special` is None for images."""
+    """Collects sequences and documents into shards, and writes each full one. `special` is None for images.
+
+    `known`: the dataset that these are added to; their ids and shards go on where its own end.
+    """
 
     def __init__(
         self,
@@ -101,17 +43,24 @@ class Spool:
         key: bytes | None,
         special: SpecialTokens | None = None,
         keep_text: bool = False,
+        known: KnownCorpus | None = None,
     ) -> None:
         self.storage = storage
         self.shard_sequences = shard_sequences
         self.special = special
         self.key = key
         self.keep_text = keep_text
-        self.shard = _Shard(0)
-        self.sequences = self.documents = self.tokens = self.content_tokens = 0
-        self.dropped: Counter[str] = Counter()
-        self.spools: list[str] = []
-        self.digest = _hash(b"", key)
+        self.known = known
+        before: Mapping[str, Any] = {} if known is None else known.corpus
+        self.documents, self.sequences, self.tokens, self.content_tokens = (
+            before.get(name, 0) for name in ("documents", "sequences", "tokens", "content_tokens")
+        )
+        self.dropped: Counter[str] = Counter(before.get("dropped"))
+        self.next_sequence = 0 if known is None else known.next_sequence
+        self.shard = ShardRows(0 if known is None else known.shards)
+        self.spools: dict[int, str] = {}
+        self.gone: Counter[str] = Counter()
+        self.digest = new_digest(b"", key)
 
     def add(self, document: Document, encoded: Encoded | None, *, size: int, stride: int) -> None:
         """Add the next document; `encoded` is None for a dropped one."""
@@ -143,9 +92,51 @@ class Spool:
         sequences = 0 if content is None else 1
         self._add_document(document, content, sequences * (tokens - special), sequences, reason, characters=None)
         if content is not None:
-            facts = {"image": document.source, "sha256": hashlib.sha256(content).hexdigest()}
-            self._add_sequence(0, 0, tokens, special, facts)
+            self._add_sequence(0, 0, tokens, special, image_facts(document, content))
         self.documents += 1
+
+    def pass_over(self, content: bytes | None) -> None:
+        """Go over the next document of the corpus, which the dataset has already; it only enters the corpus digest."""
+        self._digest(content)
+
+    def replace_shards(self, read: Callable[[KnownCorpus, set[int]], Iterator[tuple[int, Read]]]) -> None:
+        """Plan the shards again that have lost a document, with what is left of them.
+
+        read: reads these documents of the corpus again, and gives each with the function from its windows to their tokens or image.
+        """
+        if self.known is None:
+            return
+        gone = self.known.gone()
+        replaced = (
+            {n: ReplacedShard.of(n, *rows, gone) for n, rows in self.known.shards_with(gone).items()} if gone else {}
+        )
+        for shard in replaced.values():
+            self._forget(shard)
+        missing: dict[int, list[ReplacedShard]] = defaultdict(list)
+        for shard in replaced.values():
+            for document in {row["document_id"] for row in shard.sequences}:
+                missing[document].append(shard)
+        for shard in [s for s in replaced.values() if not s.sequences]:
+            self._write(shard.whole())
+        for document, window in read(self.known, set(missing)) if missing else ():
+            for shard in missing.pop(document):
+                shard.fill(document, window)
+                if shard.is_filled:
+                    self._write(shard.whole())
+        if missing:
+            raise Damaged("documents have gone while the corpus was read; the same command plans again")
+
+    def _forget(self, shard: ReplacedShard) -> None:
+        """Take the documents that are gone from a shard out of the totals."""
+        self.sequences -= len(shard.lost)
+        self.tokens -= sum(row["tokens"] for row in shard.lost)
+        for row in shard.gone:
+            self.content_tokens -= row["content_tokens"]
+            if row["dropped_reason"] is not None:
+                self.dropped[reason_kind(row["dropped_reason"])] -= 1
+            reason = shard.reasons[row["document_id"]]
+            self.dropped[reason] += 1
+            self.gone[reason] += 1
 
     def _add_document(
         self,
@@ -181,7 +172,7 @@ class Spool:
     def _digest(self, content: bytes | None) -> str | None:
         """Add a document to the corpus digest; returns its own digest if there is a key."""
         # an unkeyed digest would let anyone test whether a text is in the corpus, so it only enters the corpus digest
-        digest = None if content is None else _hash(content, self.key)
+        digest = None if content is None else new_digest(content, self.key)
         raw = b"" if digest is None else digest.digest()
         self.digest.update(len(raw).to_bytes(8, "big") + raw)
         return digest.hexdigest() if digest is not None and self.key is not None else None
@@ -196,7 +187,7 @@ class Spool:
     def _add_sequence(self, window: int, first: int, tokens: int, special: int, facts: Mapping[str, Any]) -> None:
         self._make_room()
         row = {
-            "sequence_id": self.sequences,
+            "sequence_id": self.next_sequence,
             "document_id": self.documents,
             "shard": self.shard.number,
             "window": window,
@@ -205,18 +196,20 @@ class Spool:
             "special_tokens": special,
         }
         self.shard.sequences.append({**row, **facts})
+        self.next_sequence += 1
         self.sequences += 1
         self.tokens += tokens
 
-    def _sequence_table(self) -> pa.Table:
+    def _write(self, shard: ShardRows) -> None:
         if self.special is None:
-            return self.shard.image_table()
-        return self.shard.sequence_table(self.special, keep_text=self.keep_text)
+            sequences = shard.image_table()
+        else:
+            sequences = shard.sequence_table(self.special, keep_text=self.keep_text)
+        self.spools[shard.number] = write_spool(self.storage, shard.number, sequences, shard.document_table())
 
     def _write_shard(self) -> None:
-        digest = write_spool(self.storage, self.shard.number, self._sequence_table(), self.shard.document_table())
-        self.spools.append(digest)
-        self.shard = _Shard(self.shard.number + 1)
+        self._write(self.shard)
+        self.shard = ShardRows(self.shard.number + 1)
 
     def finish(self) -> Plan:
         """Write the last shard; returns the plan. Raises Refusal for a corpus without a sequence."""
@@ -228,20 +221,29 @@ class Spool:
                 f"a corpus has at least one document with tokens; all {self.documents} were dropped: {counts}; "
                 "check the file, its encoding or the text column"
             )
-        self._write_shard()
+        if self.shard.documents or self.shard.sequences:
+            self._write_shard()
+        shards, before = self.shard.number, 0 if self.known is None else self.known.corpus["documents"]
         return Plan(
-            shards=self.shard.number,
+            shards=shards,
             shard_sequences=self.shard_sequences,
             sequences=self.sequences,
             documents=self.documents,
             tokens=self.tokens,
             content_tokens=self.content_tokens,
-            dropped=dict(sorted(self.dropped.items())),
+            dropped={reason: count for reason, count in sorted(self.dropped.items()) if count},
             corpus_digest=self.digest.hexdigest(),
-            spools=tuple(self.spools),
+            spools=tuple(self.spools.get(shard) for shard in range(shards)),
+            generation=Growth(
+                number=1 if self.known is None else self.known.generation + 1,
+                next_sequence=self.next_sequence,
+                added=self.documents - before - self.gone[CHANGED],
+                changed=self.gone[CHANGED],
+                removed=self.gone[REMOVED],
+            ),
         )
 
 
-def _hash(content: bytes, key: bytes | None) -> Any:
-    """The SHA-256 of the content, or its HMAC if there is a key."""
-    return hashlib.sha256(content) if key is None else hmac.new(key, content, hashlib.sha256)
+def image_facts(document: Document, content: bytes) -> dict[str, str]:
+    """What a spool has of an image, so that it is measured as it was planned."""
+    return {"image": document.source, "sha256": hashlib.sha256(content).hexdigest()}

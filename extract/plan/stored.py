@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import pyarrow as pa
 
 from attlas.extract.errors import Damaged, first_line
-from attlas.extract.shapes import Malformed, count, list_of, mapping_of, record, sha256
+from attlas.extract.shapes import Malformed, count, list_of, mapping_of, nullable, record, sha256
 from attlas.extract.store import Storage
 from attlas.extract.store.layout import PLAN, SPOOL, WORK, spool_key
 from attlas.extract.store.sealed import get_sealed, put_sealed
@@ -29,6 +29,17 @@ _KEPT: Mapping[str, frozenset[str]] = {
 
 
 @dataclass(frozen=True)
+class Growth:
+    """What a generation of a dataset has that the one before had not. `next_sequence`: the first sequence_id that is never used."""
+
+    number: int
+    next_sequence: int
+    added: int  # documents
+    changed: int
+    removed: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The totals of a corpus. `tokens` counts special tokens and overlaps of windows, `content_tokens` neither."""
 
@@ -40,9 +51,22 @@ class Plan:
     content_tokens: int
     dropped: dict[str, int]
     corpus_digest: str
-    spools: tuple[str, ...]  # SHA-256 of each shard's spool
+    spools: tuple[str | None, ...]  # SHA-256 of each shard's spool; None for the shards of an earlier generation
+    generation: Growth
+
+    @property
+    def to_measure(self) -> list[int]:
+        """The shards that are not those of an earlier generation."""
+        return [shard for shard, spool in enumerate(self.spools) if spool is not None]
+
+    def spool_of(self, shard: int) -> str:
+        """The SHA-256 of the spool of a shard that is to be measured."""
+        spool = self.spools[shard]
+        assert spool is not None, "the shard is one of an earlier generation"
+        return spool
 
 
+_GROWTH = record(dict.fromkeys((f.name for f in fields(Growth)), count))
 _PLAN = record(
     {
         "shards": count,
@@ -53,7 +77,8 @@ _PLAN = record(
         "content_tokens": count,
         "dropped": mapping_of(count),
         "corpus_digest": sha256,
-        "spools": list_of(sha256),
+        "spools": list_of(nullable(sha256)),
+        "generation": _GROWTH,
     }
 )
 
@@ -69,7 +94,7 @@ def load_plan(storage: Storage) -> Plan | None:
         if facts is None:
             return None
         _PLAN(facts, "")
-        plan = Plan(**{**facts, "spools": tuple(facts["spools"])})
+        plan = Plan(**{**facts, "spools": tuple(facts["spools"]), "generation": Growth(**facts["generation"])})
     except (Damaged, Malformed, TypeError):  # TypeError: unknown keys
         return None
     return plan if len(plan.spools) == plan.shards else None
@@ -79,8 +104,8 @@ def read_plan(storage: Storage) -> Plan | None:
     """The plan, or None if there is none, or it or one of its spools is damaged."""
     plan = load_plan(storage)
     try:
-        for shard, digest in enumerate(() if plan is None else plan.spools):
-            _read_spool(storage, shard, digest)
+        for shard in () if plan is None else plan.to_measure:
+            _read_spool(storage, shard, plan.spools[shard])
     except Damaged:
         return None
     return plan

@@ -1,7 +1,7 @@
 """Dataset storage: local folders and object stores behind one interface, and the parts of a dataset on top of it.
 
 `interface` defines a storage; `local` and `objects` implement it; `opening` opens one. `layout` defines all keys; `parts`,
-`records`, `manifest`, `claim` and `work` each cover one kind of object; `dataset` combines them.
+`records`, `manifest`, `generations`, `claim` and `work` each cover one kind of object; `dataset` combines them.
 """
 
 from attlas.extract.errors import Refusal as Refusal
@@ -10,15 +10,24 @@ from attlas.extract.store.claim import Identity as Identity
 from attlas.extract.store.claim import recipe_differences as recipe_differences
 from attlas.extract.store.dataset import Store as Store
 from attlas.extract.store.dataset import open_dataset as open_dataset
+from attlas.extract.store.generations import discard_generations as discard_generations
+from attlas.extract.store.generations import generation_of as generation_of
+from attlas.extract.store.generations import generations as generations
+from attlas.extract.store.generations import named_parts as named_parts
+from attlas.extract.store.generations import next_sequence as next_sequence
+from attlas.extract.store.generations import read_generation as read_generation
+from attlas.extract.store.generations import report_key as report_key
 from attlas.extract.store.interface import Storage as Storage
 from attlas.extract.store.interface import is_key as is_key
 from attlas.extract.store.interface import sha256_of as sha256_of
 from attlas.extract.store.layout import CARD as CARD
 from attlas.extract.store.layout import MANIFEST as MANIFEST
+from attlas.extract.store.layout import MANIFESTS as MANIFESTS
 from attlas.extract.store.layout import REPORT as REPORT
 from attlas.extract.store.layout import WORK as WORK
 from attlas.extract.store.layout import name_of as name_of
 from attlas.extract.store.layout import part_key as part_key
+from attlas.extract.store.layout import shard_of as shard_of
 from attlas.extract.store.local import LocalFolder as LocalFolder
 from attlas.extract.store.lock import Lock as Lock
 from attlas.extract.store.opening import Location as Location

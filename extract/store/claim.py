@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from attlas.extract.errors import Damaged, Refusal
+from attlas.extract.store.generations import complete_commit, generation_of, keep_generation
 from attlas.extract.store.interface import Storage
-from attlas.extract.store.layout import LOCK, MANIFEST, RUN, TEMPORARY, WORK, name_of
+from attlas.extract.store.layout import LOCK, MANIFEST, PLAN, RUN, TEMPORARY, WORK, name_of
 from attlas.extract.store.manifest import read_manifest
 from attlas.extract.store.sealed import get_sealed, seal
 
 _LISTED = 4  # differences that a message lists
+_GENERATION = "generation"  # of an unfinished run, if it is not the first
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,7 @@ def held_identity(storage: Storage) -> Identity | None:
         )
     # the manifest last: a finishing run writes it before its work area is deleted
     manifest = read_manifest(storage)
-    if manifest is None:
-        return None
-    return Identity(manifest["run"], {name: manifest["corpus"].get(name) for name in ("name", "files")})
+    return None if manifest is None else Identity(manifest["run"], _corpus_of(manifest))
 
 
 def refuse_foreign(storage: Storage) -> None:
@@ -84,31 +84,71 @@ def _is_only_an_unfinished_claim(storage: Storage, names: Sequence[str]) -> bool
 def claim(storage: Storage, identity: Identity) -> bool:
     """Claim a storage for a run; True if it was free, False if this run has claimed it before.
 
-    Refuses a storage that holds another run or something else. Of several concurrent runs, one succeeds.
+    A finished dataset of the same run on another state of its corpus is claimed for its next generation. Refuses a storage that holds
+    another run or something else. Of several concurrent runs, one succeeds.
     """
     refuse_foreign(storage)
     is_new = held_identity(storage) is None and storage.put_if_absent(RUN, seal(asdict(identity)))
     refuse_another(storage, identity)
+    complete_commit(storage)
+    manifest = read_manifest(storage)
+    if manifest is not None and not is_of_corpus(manifest, identity):
+        _begin_generation(storage, identity, manifest)
     return is_new
 
 
+def _begin_generation(storage: Storage, identity: Identity, manifest: Mapping[str, Any]) -> None:
+    """Claim a finished dataset for its next generation; the plan of another state of the corpus is deleted."""
+    wanted = json.loads(json.dumps({**asdict(identity), _GENERATION: generation_of(manifest) + 1}))
+    if _unfinished(storage) != wanted:
+        storage.delete(PLAN)
+        storage.put(RUN, seal(wanted))
+    keep_generation(storage, manifest)
+
+
+def generation_begun(storage: Storage) -> int:
+    """The generation that an unfinished run is to become; 0 if there is none."""
+    unfinished = _unfinished(storage)
+    return 0 if unfinished is None else unfinished.get(_GENERATION, 1)
+
+
+def is_of_corpus(manifest: Mapping[str, Any], identity: Identity) -> bool:
+    """Whether a finished dataset was made from this state of the corpus, as far as the names and sizes of its files tell."""
+    return not list(_differences(_facts(_corpus_of(manifest)), _facts(identity.corpus)))
+
+
 def refuse_another(storage: Storage, identity: Identity) -> None:
-    """Refuse a storage that holds a different run, naming the differences."""
+    """Refuse a storage that holds a different run, naming the differences. A finished dataset may be of another state of the corpus."""
     held = held_identity(storage)
     if held is None:
         return
     recipe = list(_differences(held.recipe, identity.recipe))
     corpus = list(_differences(_facts(held.corpus), _facts(identity.corpus)))
+    is_finished = read_manifest(storage) is not None
+    if is_finished and held.corpus.get("name") == identity.corpus.get("name"):
+        corpus = []
     if not recipe and not corpus:
         return
-    where = MANIFEST if read_manifest(storage) is not None else RUN
-    what = "a different run" if recipe else "this run on another state of its corpus"
+    where = MANIFEST if is_finished else RUN
+    what = "a different run" if recipe or is_finished else "this run on another state of its corpus"
     listed = [*recipe, *(f"corpus {difference}" for difference in corpus)]
     more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
     raise Refusal(
         f"{storage.place()} holds {what}, says its {where} ({'; '.join(listed[:_LISTED])}{more}); "
         f"give --out another folder, or the same {'options' if recipe else 'corpus'}"
     )
+
+
+def _corpus_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: manifest["corpus"].get(name) for name in ("name", "files")}
+
+
+def _unfinished(storage: Storage) -> dict[str, Any] | None:
+    """What the work area says of its run; None if it says nothing that can be trusted."""
+    try:
+        return get_sealed(storage, RUN)
+    except Damaged:
+        return None
 
 
 def recipe_differences(planned: Identity, recipe: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ import pyarrow as pa
 from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.store import claim, parts, records, work
 from attlas.extract.store.claim import Identity
+from attlas.extract.store.generations import generation_of, keep_generation, read_generation
 from attlas.extract.store.interface import Storage
 from attlas.extract.store.layout import CARD, DRAFT, LOCK, MANIFEST
 from attlas.extract.store.lock import Lock, refuse_busy, release_lock, take_lock
@@ -21,6 +24,7 @@ from attlas.extract.store.parts import Part
 from attlas.extract.store.records import ShardRecord
 from attlas.extract.store.sealed import as_json, get_sealed, put_sealed
 
+_AT_GENERATION = re.compile(r"(.+)@(\d{1,12})", re.ASCII | re.DOTALL)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -79,8 +83,29 @@ class Store:
         """Release the lock if this thread holds it."""
         release_lock(self.storage, LOCK)
 
-    def write_part(self, table: str, shard: int, rows: pa.Table) -> Part:
-        return parts.write_part(self.storage, table, shard, rows)
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is a dataset, and no later generation of it has been begun."""
+        return self.manifest is not None and not self.is_growing
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether there is a dataset of which a later generation has been begun."""
+        manifest = self.manifest
+        return manifest is not None and claim.generation_begun(self.storage) > generation_of(manifest)
+
+    def is_of_corpus(self, identity: Identity) -> bool:
+        """Whether there is a dataset, and its newest generation is of this state of the corpus."""
+        manifest = self.manifest
+        return manifest is not None and claim.is_of_corpus(manifest, identity)
+
+    def is_finished_for(self, identity: Identity) -> bool:
+        """The same, and nothing of a run is left to clean up."""
+        return not self.has_work and self.is_of_corpus(identity)
+
+    def write_part(self, table: str, shard: int, rows: pa.Table, *, source: str = "") -> Part:
+        """source: the SHA-256 of what the shard is measured from, in every generation but the first."""
+        return parts.write_part(self.storage, table, shard, rows, source=source)
 
     @property
     def has_records(self) -> bool:
@@ -102,13 +127,13 @@ class Store:
         """Whether all parts of a record are as they were written, by their checksums."""
         return records.is_intact(self.storage, record)
 
-    def discard_damaged(self, shard: int, *, spool: str) -> None:
+    def discard_damaged(self, shard: int, *, spool: str, source: str = "") -> None:
         """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256."""
-        records.discard_damaged(self.storage, shard, spool=spool)
+        records.discard_damaged(self.storage, shard, spool=spool, source=source)
 
-    def discard_beyond(self, shards: int) -> None:
-        """Delete parts and records of shards beyond the plan, left by an earlier plan that was lost."""
-        work.discard_beyond(self.storage, shards)
+    def discard_leftovers(self, shards: Collection[int]) -> None:
+        """Delete records of other shards than these, and parts that no record and no manifest names, left by an earlier plan."""
+        work.discard_leftovers(self.storage, shards)
 
     def clear_obstacles(self) -> None:
         """Make way for card, draft and records; refuses if something that must not be deleted is in the way."""
@@ -147,22 +172,39 @@ class Store:
         return draft
 
     def finish(self, manifest: Mapping[str, Any], card: str) -> None:
-        """Make the dataset exist: write the card, then the manifest, and delete the work area."""
+        """Make the dataset, or its next generation, exist: write the card, then the manifest, and delete the work area."""
+        if generation_of(manifest) > 1:
+            keep_generation(self.storage, manifest)
         self.storage.put(CARD, card.encode())
         self.storage.put(MANIFEST, as_json(dict(manifest)))
         self.clear_work()
 
 
 def open_dataset(location: Location) -> tuple[Storage, dict[str, Any]]:
-    """The storage and the checked manifest of a finished dataset. Raises Refusal for anything else."""
-    storage = open_storage(location)
+    """The storage and the checked manifest of a finished dataset, or of one of its generations: `DIR@5`.
+
+    Raises Refusal for anything else.
+    """
+    place, generation = _place_and_generation(location)
+    storage = open_storage(place)
     if not _is_there(storage):
         raise Refusal(f"a dataset is a folder; there is none at {storage.place()}; give the --out of a finished run")
-    manifest = read_manifest(storage)
+    manifest = read_manifest(storage) if generation is None else read_generation(storage, generation)
     if manifest is None:
         state = "an unfinished run" if work.has_work(storage) else "no manifest.json"
         raise Refusal(f"a dataset has a manifest; {storage.place()} holds {state}; finish it with the same attlas run")
     return storage, manifest
+
+
+def _place_and_generation(location: Location) -> tuple[Location, int | None]:
+    """A location without the generation that it names, unless a folder has this very name."""
+    if isinstance(location, Storage):
+        return location, None
+    text = os.fspath(location)
+    named = _AT_GENERATION.fullmatch(text)
+    if named is None or ("://" not in text and os.path.lexists(text)):
+        return location, None
+    return named[1], int(named[2])
 
 
 def _is_there(storage: Storage) -> bool:

@@ -75,6 +75,9 @@ _IMAGES = record(
 )
 PART = record({"path": text, "rows": count, "bytes": count, "sha256": sha256})
 _TABLE = record({"rows": count, "parts": list_of(PART)}, optional={"columns": list_of(text)})
+_GENERATION = record(
+    dict.fromkeys(("number", "next_sequence", "measured_shards", "added", "changed", "removed"), count)
+)
 _OWN_COLUMN = record(
     {
         **dict.fromkeys(("table", "name", "origin", "formula", "unit", "meaning", "reference"), text),
@@ -96,6 +99,7 @@ _MANIFEST = record(
         "images": _IMAGES,
         "software": mapping_of(text),
         "shards": count,
+        "generation": _GENERATION,
         "padding_waste": share,
         "by_reference": mapping_of(list_of(text)),
         "own_statistics": list_of(_OWN_COLUMN),
@@ -103,15 +107,15 @@ _MANIFEST = record(
 )
 
 
-def read_manifest(storage: Storage) -> dict[str, Any] | None:
-    """The manifest, or None if there is none. Refuses a damaged one, naming the key, and one of another version."""
+def read_manifest(storage: Storage, key: str = MANIFEST) -> dict[str, Any] | None:
+    """A manifest, or None if there is none. Refuses a damaged one, naming the key, and one of another version."""
     try:
-        manifest = get_json(storage, MANIFEST)
+        manifest = get_json(storage, key)
         if manifest is not None:
-            _check(manifest, storage.place(MANIFEST))
+            _check(manifest, storage.place(key))
     except (Damaged, Malformed) as error:
         raise Refusal(
-            f"a manifest is as attlas wrote it; {storage.place(MANIFEST)}: {error}; "
+            f"a manifest is as attlas wrote it; {storage.place(key)}: {error}; "
             "restore the file from a copy, or measure again into another folder"
         ) from error
     return manifest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attlas.extract.store.interface import Storage, sha256_of
-from attlas.extract.store.layout import part_key, shard_in
+from attlas.extract.store.layout import part_key, shard_of
 from attlas.extract.tables import TABLES
 
 # nearly all of a part are the last digits of floats, which nothing packs: 3 gives 0.5 % more bytes, 15 gives 2 % less for
@@ -52,9 +52,9 @@ class _Counted(io.RawIOBase):
         return len(content)
 
 
-def write_part(storage: Storage, table: str, shard: int, rows: pa.Table) -> Part:
-    """Write one part. Floats are byte-stream-split, so zstd finds their common exponents."""
-    key = part_key(table, shard)
+def write_part(storage: Storage, table: str, shard: int, rows: pa.Table, *, source: str = "") -> Part:
+    """Write one part. Floats are byte-stream-split, so zstd finds their common exponents. source: as of `part_key`."""
+    key = part_key(table, shard, source)
     floats = [f.name for f in rows.schema if pa.types.is_floating(f.type)]
     others = [f.name for f in rows.schema if not pa.types.is_floating(f.type)]
     with storage.writing(key) as file:
@@ -104,19 +104,26 @@ def is_as_written(storage: Storage, part: Part) -> bool:
         return False
 
 
-def refuse_obstacles(storage: Storage, shard: int) -> None:
-    """Refuse if something is in the way of a shard's parts."""
+def refuse_obstacles(storage: Storage, shard: int, source: str = "") -> None:
+    """Refuse if something is in the way of a shard's parts. source: as of `part_key`."""
     for table in TABLES:
-        storage.refuse_obstacle(part_key(table, shard))
+        storage.refuse_obstacle(part_key(table, shard, source))
 
 
-def discard_parts_beyond(storage: Storage, shards: int) -> None:
-    """Delete the parts of shards beyond the plan, left by an earlier plan that was lost."""
+def stored_parts(storage: Storage) -> Iterator[str]:
+    """The keys of all parts in the tables' folders, whoever wrote them."""
     for table in TABLES:
         for name in _names(storage, table):
-            number = shard_in(name, before="shard-", after=".parquet")
-            if number is not None and number >= shards:
-                storage.delete(f"{table}/{name}")
+            if shard_of(name) is not None:
+                yield f"{table}/{name}"
+
+
+def discard_parts_except(storage: Storage, kept: Collection[str]) -> list[str]:
+    """Delete all parts but these; returns the keys of those that are gone."""
+    gone = [key for key in stored_parts(storage) if key not in kept]
+    for key in gone:
+        storage.delete(key)
+    return gone
 
 
 def _names(storage: Storage, folder: str) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from attlas.extract.errors import Damaged
 from attlas.extract.shapes import Malformed, count, mapping_of, record, sha256
 from attlas.extract.store.interface import Storage
-from attlas.extract.store.layout import RECORDS, part_key, record_key, shard_in
+from attlas.extract.store.layout import RECORDS, record_key, shard_in, shard_of
 from attlas.extract.store.manifest import PART
 from attlas.extract.store.parts import Part, is_as_written, part_of, refuse_obstacles
 from attlas.extract.store.sealed import get_sealed, put_sealed
@@ -51,7 +51,7 @@ def read_record(storage: Storage, shard: int) -> ShardRecord | None:
     except (Damaged, Malformed):
         return None
     parts = {table: part_of(part) for table, part in raw["parts"].items()}
-    in_place = all(part.path == part_key(table, shard) for table, part in parts.items())
+    in_place = all(p.path.partition("/")[0] == t and shard_of(p.path) == shard for t, p in parts.items())
     if raw["shard"] != shard or not in_place or any(storage.size(p.path) != p.bytes for p in parts.values()):
         return None
     return ShardRecord(shard, parts, raw["facts"], raw["spool"])
@@ -62,23 +62,23 @@ def is_intact(storage: Storage, done: ShardRecord) -> bool:
     return all(is_as_written(storage, part) for part in done.parts.values())
 
 
-def discard_damaged(storage: Storage, shard: int, *, spool: str) -> None:
+def discard_damaged(storage: Storage, shard: int, *, spool: str, source: str = "") -> None:
     """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256.
 
-    Refuses if something is in the way of the parts, which will then be written again.
+    Refuses if something is in the way of the parts, which will then be written again. source: as of `part_key`.
     """
     found = read_record(storage, shard)
     if found is not None and found.spool == spool and is_intact(storage, found):
         return
     storage.delete(record_key(shard))
-    refuse_obstacles(storage, shard)
+    refuse_obstacles(storage, shard, source)
 
 
-def discard_records_beyond(storage: Storage, shards: int) -> None:
-    """Delete the records of shards beyond the plan, left by an earlier plan that was lost."""
+def discard_records_except(storage: Storage, shards: Collection[int]) -> None:
+    """Delete the records of all other shards, left by an earlier plan."""
     for name in storage.names(RECORDS) or ():
         number = shard_in(name, after=".json")
-        if number is not None and number >= shards:
+        if number is not None and number not in shards:
             storage.delete(f"{RECORDS}/{name}")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from attlas.extract.store.generations import named_parts
 from attlas.extract.store.interface import Storage
 from attlas.extract.store.layout import CARD, DRAFT, TEMPORARY, WORK
-from attlas.extract.store.parts import discard_parts_beyond
-from attlas.extract.store.records import clear_way_for_records, discard_records_beyond
+from attlas.extract.store.parts import discard_parts_except
+from attlas.extract.store.records import clear_way_for_records, discard_records_except, read_record
 from attlas.extract.tables import TABLES
 
 
@@ -21,14 +24,17 @@ def clear_obstacles(storage: Storage) -> None:
     clear_way_for_records(storage)
 
 
-def discard_beyond(storage: Storage, shards: int) -> None:
-    """Delete parts and records of shards beyond the plan, left by an earlier plan that was lost."""
-    discard_records_beyond(storage, shards)
-    discard_parts_beyond(storage, shards)
+def discard_leftovers(storage: Storage, shards: Collection[int]) -> None:
+    """Delete records of other shards than these, and parts that no record and no manifest names, left by an earlier plan."""
+    discard_records_except(storage, shards)
+    of_records = (read_record(storage, shard) for shard in shards)
+    kept = {part.path for record in of_records if record is not None for part in record.parts.values()}
+    discard_parts_except(storage, kept | named_parts(storage))
 
 
 def clear_work(storage: Storage) -> None:
-    """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers."""
+    """Delete what only an unfinished run needs, including token ids, parts that it has left, and temporary files of killed writers."""
+    discard_parts_except(storage, named_parts(storage))
     storage.clear(WORK)
     written_to = {"", *TABLES}
     for key in storage.list():

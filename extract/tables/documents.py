@@ -42,7 +42,12 @@ TABLE = Table(
             formula="windows cut from the document; 1 for an image",
             bounds=(0, None),
         ),
-        Column(name="dropped_reason", dtype="string", formula="why it gave no sequence; null if it did", nullable=True),
+        Column(
+            name="dropped_reason",
+            dtype="string",
+            formula="why it has no sequence; null if it has; removed, changed: it had one in an earlier generation",
+            nullable=True,
+        ),
     ),
     order=("document_id",),
     counted_by="document_id",

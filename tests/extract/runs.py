@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from attlas.extract.instrument import Instrument
 from attlas.extract.options import RunOptions
 from attlas.extract.run import PlannedRun, finish, measure_shards, plan_run
 
 
-def complete_run(options: RunOptions) -> PlannedRun:
-    """Plan a run, measure its remaining shards and finish it."""
-    planned = plan_run(options)
+def complete_run(options: RunOptions, *, instrument: Instrument | None = None) -> PlannedRun:
+    """Plan a run, measure its remaining shards and finish it. instrument: the model, if it is loaded already."""
+    planned = plan_run(options, instrument=instrument)
     if not planned.is_complete:
         measure_shards(planned.open_worker(), planned.remaining)
     finish(options.out, card=options.card)

@@ -34,7 +34,7 @@ def opened(options: RunOptions, share: Share, stages: list[str] | None = None) -
 
 def measure(options: RunOptions, share: Share) -> Worker:
     worker = opened(options, share)
-    measure_shards(worker, share.of_shards(worker.plan.shards))
+    measure_shards(worker, share.of_shards(worker.plan.to_measure))
     return worker
 
 
@@ -52,7 +52,7 @@ def alone(options: RunOptions, tmp_path: Path) -> dict[str, bytes]:
 def test_shares_have_every_shard_once() -> None:
     for shards in range(12):
         for of in range(1, 6):
-            found = [shard for k in range(1, of + 1) for shard in Share(k, of).of_shards(shards)]
+            found = [shard for k in range(1, of + 1) for shard in Share(k, of).of_shards(range(shards))]
             assert sorted(found) == list(range(shards))
 
 
@@ -126,7 +126,7 @@ def test_a_share_waits_for_the_plan_of_another_process(options: RunOptions) -> N
 
 def test_more_shares_than_shards_leave_some_without_work(options: RunOptions, tmp_path: Path) -> None:
     worker = measure(options, Share(9, 9))
-    assert list(Share(9, 9).of_shards(worker.plan.shards)) == []
+    assert list(Share(9, 9).of_shards(worker.plan.to_measure)) == []
     assert not Store.at(options.out).has_records
 
 

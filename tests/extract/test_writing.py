@@ -65,10 +65,10 @@ class Watched(Store):
 
     act: Callable[[int, pa.Table], object]
 
-    def write_part(self, table: str, shard: int, rows: pa.Table) -> Part:
+    def write_part(self, table: str, shard: int, rows: pa.Table, *, source: str = "") -> Part:
         if table == "heads":
             self.act(shard, rows)
-        return super().write_part(table, shard, rows)
+        return super().write_part(table, shard, rows, source=source)
 
 
 def before_writing(worker: Worker, act: Callable[[int, pa.Table], object]) -> Worker:

@@ -96,7 +96,8 @@ def one_file_of_each_kind(interrupted: PlannedRun) -> Iterator[str]:
     """One file of each kind in the folder of an interrupted run, for finished and for missing shards."""
     records = [f"{WORK}/records/{shard:05d}.json" for shard in DONE]
     spools = [f"{WORK}/shard-{shard:05d}.arrow" for shard in (0, 1)]
-    parts = [f"{table}/shard-{DONE[1]:05d}.parquet" for table in ("documents", "sequences", "heads", "profiles")]
+    parts = [f"{table}/shard-{DONE[1]:05d}.parquet" for table in ("sequences", "heads", "profiles")]
+    parts.append(f"documents/shard-{DONE[0]:05d}.parquet")  # of the only document
     for name in (
         f"{WORK}/run.json",
         f"{WORK}/plan.json",

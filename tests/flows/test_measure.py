@@ -201,13 +201,13 @@ def test_a_shard_is_measured_while_another_is_written_and_no_third_is_in_memory(
             changed.notify_all()
         return result
 
-    def writing_slowly(store: Store, table: str, shard: int, rows: pa.Table) -> Any:
+    def writing_slowly(store: Store, table: str, shard: int, rows: pa.Table, *, source: str) -> Any:
         if table == "heads":
             with changed:  # until the next shard has been in the model
                 assert changed.wait_for(lambda: len(measured) >= min(len(written) + 2, shards), 120)
                 in_memory.append(sum(table() is not None for table in tables))
                 written.append(shard)
-        return write_part(store, table, shard, rows)
+        return write_part(store, table, shard, rows, source=source)
 
     run = run_into("out").model_copy(update={"shard_sequences": 1})
     shards = 6

@@ -225,15 +225,20 @@ def test_a_shard_is_done_when_its_record_and_its_parts_are_there(storage: Storag
     assert store.read_record(0) is None
 
 
-def test_parts_and_records_beyond_a_plan_go(storage: Storage) -> None:
-    keys = ["_work/records/00001.json", "_work/records/x.json", "heads/shard-00001.parquet", "heads/1.parquet"]
-    for key in keys:
-        storage.put(key, b"x")
+def test_parts_and_records_of_another_plan_go(storage: Storage) -> None:
     store = Store(storage)
-    store.discard_beyond(2)
-    assert list(storage.list()) == sorted(keys, key=lambda key: key.split("/"))
-    store.discard_beyond(1)
-    assert list(storage.list()) == ["_work/records/x.json", "heads/1.parquet"]
+    for shard in (0, 1):
+        part = store.write_part("heads", shard, pa.table({"x": [shard]}))
+        store.write_record(ShardRecord(shard, {"heads": part}, {"positions": 1, "padded": 0}, "0" * 64))
+    storage.put("heads/shard-00001-0a1b2c3d4e5f.parquet", b"x")  # of another plan of the same shard
+    foreign = ["_work/records/x.json", "heads/1.parquet"]
+    for key in foreign:
+        storage.put(key, b"x")
+    store.discard_leftovers([0, 1])
+    records, parts = ["_work/records/00000.json", "_work/records/00001.json"], [part_key("heads", n) for n in (0, 1)]
+    assert set(storage.list()) == {*records, *parts, *foreign}
+    store.discard_leftovers([0])
+    assert set(storage.list()) == {records[0], parts[0], *foreign}
 
 
 def run(model: str, **files: int) -> Identity:
