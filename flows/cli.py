@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,6 +47,8 @@ def main() -> None:
     error = flush_output()
     if error is not None and code == 0:
         code = _report_error(error, code=FAILED)
+    if any(thread.name == "attlas-query" for thread in threading.enumerate()):
+        os._exit(code)  # a query that can't be interrupted ends with the process
     sys.exit(code)
 
 
@@ -311,8 +314,10 @@ def query(
             "a query is DIR and SQL, or --examples [DIR]; got something else; attlas query --examples has some"
         )
     output_format = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
-    if timeout <= 0:
-        raise Refusal(f"--timeout must be more than 0 seconds; got {timeout:g}; use a longer one")
+    if not 0 < timeout <= 604_800:
+        raise Refusal(
+            f"--timeout is above 0 seconds and at most 604,800 (a week); got {timeout:g}; give another number"
+        )
     from attlas.analysis.example_queries import write_examples
     from attlas.analysis.query import query as rows_of
     from attlas.analysis.query import write_result

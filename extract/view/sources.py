@@ -149,9 +149,8 @@ def _read_image(file: Path) -> bytes:
     try:
         data = read_image_file(file)
     except (OSError, Unreadable) as error:
-        raise Refusal(
-            f"--image takes an image file; {file}: {getattr(error, 'strerror', None) or error}; check the path"
-        ) from error
+        why = getattr(error, "strerror", None) or error
+        raise Refusal(f"--image takes an image file; {file}: {why}; check the path") from error
     try:
         decode_image(data)
     except Unreadable as error:

@@ -33,11 +33,8 @@ def refusal_of(corpus: Path, **options) -> str:
 
 def write_bomb(path: Path, *, start: bytes = b"", mebibytes: int = 65, unit: bytes = b"a") -> Path:
     """A small file that unpacks to more than a document may have, after these bytes."""
-    opened = gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else lzma.open(path, "wb", preset=0)
-    with opened as file:
-        file.write(start)
-        for _ in range(mebibytes):
-            file.write(unit * (1 << 20))
+    compress = gzip.compress if path.suffix == ".gz" else lzma.compress
+    path.write_bytes(compress(start + unit * (mebibytes << 20)))
     assert path.stat().st_size < 1 << 20
     return path
 
