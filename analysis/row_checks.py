@@ -19,7 +19,7 @@ from attlas.extract.tables import Table
 from attlas.extract.tables.column import BOUND_TOLERANCE
 
 _ROW = "|row"
-_SHARD = re.compile(r"shard-(\d+)\.parquet$")
+_SHARD = re.compile(r"shard-(\d+)(?:\.[0-9a-f]+)?\.parquet$")
 
 
 @dataclass(frozen=True)

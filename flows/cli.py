@@ -329,14 +329,14 @@ def query(
             write_result(rows_of(dataset, sql, timeout_s=timeout), output_format, stream)
 
 
-def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool = False) -> Any:
+def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool = False, option: str = "--format") -> Any:
     """The one of the formats that has this name."""
     chosen = next((known for known in formats if known == form), None)
     if chosen == "parquet" and to_terminal:
         raise Refusal("parquet can't be written to a terminal; standard output is one; use --output FILE")
     if chosen is not None:
         return chosen
-    raise Refusal(f"--format must be one of {', '.join(formats)}; got {form!r}; choose one of them")
+    raise Refusal(f"{option} must be one of {', '.join(formats)}; got {form!r}; choose one of them")
 
 
 @app.command()
@@ -579,6 +579,24 @@ def push(
 
     address = push_dataset(dataset, name, private=private, revision=revision, with_text=with_text, progress=show)
     _show_paths(pushed=address)
+
+
+@app.command()
+def redact(
+    dataset: Dataset,
+    *,
+    tokens: Annotated[
+        str, typer.Option(metavar="none|classes|ids", help="What to keep about the tokens; less than now, as of run.")
+    ],
+) -> None:
+    """Remove text, token ids or all that rests on token classes from a finished dataset, and its report."""
+    from attlas.extract.redact import MODES
+    from attlas.extract.redact import redact as redact_dataset
+
+    changed = redact_dataset(dataset, tokens=_output_format(tokens, MODES, option="--tokens"))
+    typer.echo(
+        f"written anew: {', '.join(changed)}" if changed else f"nothing to remove: the dataset has --tokens {tokens}"
+    )
 
 
 @app.command()

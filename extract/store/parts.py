@@ -52,9 +52,9 @@ class _Counted(io.RawIOBase):
         return len(content)
 
 
-def write_part(storage: Storage, table: str, shard: int, rows: pa.Table) -> Part:
-    """Write one part. Floats are byte-stream-split, so zstd finds their common exponents."""
-    key = part_key(table, shard)
+def write_part(storage: Storage, table: str, shard: int, rows: pa.Table, *, key: str | None = None) -> Part:
+    """Write one part, by default under the name of its shard. Floats are byte-stream-split, so zstd finds their common exponents."""
+    key = part_key(table, shard) if key is None else key
     floats = [f.name for f in rows.schema if pa.types.is_floating(f.type)]
     others = [f.name for f in rows.schema if not pa.types.is_floating(f.type)]
     with storage.writing(key) as file:
