@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from attlas.analysis.csv_cells import without_formulas
 from attlas.analysis.output import answer_file, write_whole
 from attlas.extract.store import Refusal
 
@@ -34,7 +35,7 @@ def write_frames(frames: Frames, path: Path) -> None:
 
 def _csv_chunks(frames: Frames) -> Iterator[bytes]:
     for number, frame in enumerate(frames):
-        yield frame.write_csv(include_header=number == 0).encode()
+        yield without_formulas(frame).write_csv(include_header=number == 0).encode()
 
 
 def _parquet_chunks(frames: Frames) -> Iterator[bytes]:

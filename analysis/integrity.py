@@ -12,6 +12,7 @@ from attlas.analysis.parts import DamagedPart, first_line, part_size, read_foote
 from attlas.analysis.report.numbers import plural
 from attlas.extract.store import (
     CARD,
+    LINK_OUT,
     MANIFEST,
     MANIFESTS,
     WORK,
@@ -71,8 +72,11 @@ def check_file(dataset: Dataset, table: str, part: Part) -> Iterator[Finding]:
     storage = dataset.storage
     try:
         size = part_size(storage, part.path)
-    except DamagedPart:
-        yield Finding(part.path, "missing part", "it is in the manifest, but there is no such file")
+    except DamagedPart as damage:
+        if LINK_OUT in str(damage):
+            yield Finding(part.path, "unreadable", str(damage))
+        else:
+            yield Finding(part.path, "missing part", "it is in the manifest, but there is no such file")
         return
     try:
         yield from _check_bytes(storage, part, size)

@@ -11,8 +11,10 @@ import itertools
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,21 @@ if TYPE_CHECKING:
     import pyarrow.dataset as arrow
 
 _MEMORY_LIMIT = "4GB"
+_MAX_RESULT_BYTES = 2 << 30
+_MAX_GROWTH_BYTES = 8 << 30  # of this process: what DuckDB counts, the result, and what neither counts
+_MAX_SECONDS = 7 * 24 * 3600
+_GRACE_S = 2  # in which an interrupted query ends, unless it is inside a single function
+_LOOK_EVERY_S = 0.1
+_BATCH_ROWS = 1 << 14
+# no variables of this program, no files, and no paths of this machine among the settings
+_SETTINGS = (
+    "python_enable_replacements=false",
+    "temp_directory=''",
+    "secret_directory=''",
+    "extension_directory=''",
+    "enable_external_access=false",
+)
+QUERY_THREAD = "attlas-query"
 _AS_TEXT = re.compile(r"\b(BLOB|BIT|INTERVAL|MAP|UNION|VARIANT|GEOMETRY|DATE|TIME|TIMESTAMP\w*|TIMETZ|UUID)\b")
 _EXPLAIN = re.compile(r"\s*explain\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE)
 
@@ -40,27 +57,101 @@ _EXPLAIN = re.compile(r"\s*explain\s*(\([^)]*\)|analyze\b)?", re.IGNORECASE)
 def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
     """Run one read-only SQL statement over the tables and views: SELECT, WITH, FROM, VALUES, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN.
 
-    Raises Refusal for any other statement, SQL that DuckDB rejects, access to files, and queries beyond the time limit.
+    Raises Refusal for any other statement, SQL that DuckDB rejects, access to files, and queries beyond the limits of time and memory.
+
+    DuckDB can't be interrupted while it computes a single value. A query that does so is left to a thread that ends with this
+    process.
     """
     dataset = Dataset.open(location)
-    if not timeout_s > 0:
-        raise Refusal(f"a query's time limit is above 0 seconds; got {timeout_s:g}; give a positive number")
+    if not 0 < timeout_s <= _MAX_SECONDS:
+        raise Refusal(
+            f"a query's time limit is above 0 seconds and at most {_MAX_SECONDS:,} (a week); got {timeout_s:g}; give another number"
+        )
     _refuse_other_statements(sql)
+    future: Future[pa.Table] = Future()
+    limits = _Limits(timeout_s)
+
+    def run() -> None:
+        try:
+            future.set_result(_run(dataset, sql, limits))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=QUERY_THREAD, daemon=True).start()
+    try:
+        return limits.wait(future)
+    finally:
+        limits.interrupt()
+
+
+class _Limits:
+    """The limits of a query in time and memory, watched from outside the thread that runs it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.reached: Refusal | None = None
+        self._ends = time.monotonic() + seconds
+        self._memory = _resident_bytes()
+        self._connection: duckdb.DuckDBPyConnection | None = None
+        self._lock = threading.Lock()
+
+    def wait(self, future: Future[pa.Table]) -> pa.Table:
+        """The result, once it is there. Raises Refusal beyond a limit, even if the query does not heed the interruption."""
+        while self.reached is None:
+            with suppress(TimeoutError):
+                return future.result(timeout=min(_LOOK_EVERY_S, max(0, self._ends - time.monotonic())))
+            self.reached = self._reached()
+        self.interrupt()
+        with suppress(TimeoutError):
+            future.exception(timeout=_GRACE_S)
+        raise self.reached
+
+    def watch(self, connection: duckdb.DuckDBPyConnection | None) -> None:
+        """Interrupt this connection at a limit; None when it is closed."""
+        with self._lock:
+            self._connection = connection
+
+    def interrupt(self) -> None:
+        with self._lock:
+            if self._connection is not None:
+                self._connection.interrupt()
+
+    def _reached(self) -> Refusal | None:
+        if time.monotonic() >= self._ends:
+            return Refusal(
+                f"a query may run {self.seconds:g} s; this one took longer; narrow it down or give a longer time limit"
+            )
+        if _resident_bytes() - self._memory > _MAX_GROWTH_BYTES:
+            return _too_much_memory(f"this one took more than {_MAX_GROWTH_BYTES >> 30} GiB")
+        return None
+
+
+def _too_much_memory(came: str) -> Refusal:
+    return Refusal(
+        f"a query takes at most {_MEMORY_LIMIT} and its result {_MAX_RESULT_BYTES >> 30} GiB; {came}; select fewer rows or columns, "
+        "aggregate them, or read the parts with Polars or DuckDB (attlas open)"
+    )
+
+
+def _resident_bytes() -> int:
+    """The memory of this process; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - storages have the paths here
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _run(dataset: Dataset, sql: str, limits: _Limits) -> pa.Table:
+    """The result of a query, in the thread that may be left behind."""
     with (
         refuse_if_damaged(dataset),
-        _connection(dataset, sql) as connection,
-        _time_limit(connection, timeout_s) as expired,
+        _connection(dataset, sql, limits) as connection,
     ):
         import duckdb
 
         try:
-            return _normalize(_cast_to_writable_types(connection.sql(sql)).to_arrow_table())
-        except duckdb.InterruptException as error:
-            if expired.is_set():
-                raise Refusal(
-                    f"a query may run {timeout_s:g} s; this one took longer; narrow it down or give a longer time limit"
-                ) from error
-            raise
+            return _normalize(_result(_cast_to_writable_types(connection.sql(sql))))
         except duckdb.PermissionException as error:
             raise Refusal(
                 f"a query reads the dataset's tables ({', '.join(_names(dataset))}) and no files; "
@@ -72,8 +163,22 @@ def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
                 f"the tables are {', '.join(_names(dataset))}"
             ) from error
         except duckdb.Error as error:
-            _refuse_damaged_parts(dataset, sql)
+            if limits.reached is None:
+                _refuse_damaged_parts(dataset, sql)
             raise Refusal(f"the query must be valid DuckDB SQL; it says: {first_line(error)}") from error
+
+
+def _result(relation: duckdb.DuckDBPyRelation) -> pa.Table:
+    """All rows. Raises Refusal as soon as they take too much memory."""
+    reader = relation.to_arrow_reader(_BATCH_ROWS)
+    batches: list[pa.RecordBatch] = []
+    size = 0
+    for batch in reader:
+        size += batch.nbytes
+        if size > _MAX_RESULT_BYTES:
+            raise _too_much_memory("that of this one is larger")
+        batches.append(batch)
+    return pa.Table.from_batches(batches, reader.schema)
 
 
 def _refuse_damaged_parts(dataset: Dataset, sql: str) -> None:
@@ -122,7 +227,7 @@ def _without_comments(sql: str) -> str:
 
 
 @contextmanager
-def _connection(dataset: Dataset, sql: str) -> Iterator[duckdb.DuckDBPyConnection]:
+def _connection(dataset: Dataset, sql: str, limits: _Limits) -> Iterator[duckdb.DuckDBPyConnection]:
     """An in-memory database with the tables and views, which cannot open files."""
     import duckdb
 
@@ -140,11 +245,13 @@ def _connection(dataset: Dataset, sql: str) -> Iterator[duckdb.DuckDBPyConnectio
         for view in views_of(dataset):
             if not unread.intersection(view.tables):
                 connection.execute(statement(view, dataset))
-        for setting in ("python_enable_replacements=false", "temp_directory=''", "enable_external_access=false"):
+        for setting in _SETTINGS:
             connection.execute(f"SET {setting}")
         connection.execute("SET lock_configuration=true")
+        limits.watch(connection)
         yield connection
     finally:
+        limits.watch(None)
         connection.close()
 
 
@@ -154,24 +261,6 @@ def _table_source(dataset: Dataset, table: str) -> arrow.Dataset | pa.Table:
     if not parts:
         return schema.empty_table() if len(schema) else pa.table({"nothing": pa.array([], pa.null())})
     return arrow_dataset(dataset.storage, parts, schema)
-
-
-@contextmanager
-def _time_limit(connection: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[threading.Event]:
-    expired = threading.Event()
-
-    def stop() -> None:
-        expired.set()
-        connection.interrupt()
-
-    timer = threading.Timer(seconds, stop)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield expired
-    finally:
-        timer.cancel()
-        timer.join()
 
 
 def _cast_to_writable_types(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:

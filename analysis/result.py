@@ -11,6 +11,7 @@ import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
 
+from attlas.analysis.csv_cells import without_formulas
 from attlas.analysis.output import write_whole
 from attlas.analysis.report.numbers import plural
 from attlas.extract.printable import printable
@@ -59,7 +60,7 @@ def _csv_chunks(table: pa.Table, _: IO[Any]) -> Iterator[bytes]:
     frame = _frame(table)
     frame = frame.with_columns(_csv_cell(name, dtype) for name, dtype in frame.schema.items() if dtype.is_nested())
     for start in range(0, max(1, frame.height), _CHUNK_ROWS):
-        yield frame.slice(start, _CHUNK_ROWS).write_csv(include_header=start == 0).encode()
+        yield without_formulas(frame.slice(start, _CHUNK_ROWS)).write_csv(include_header=start == 0).encode()
 
 
 def _csv_cell(name: str, dtype: pl.DataType) -> pl.Expr:

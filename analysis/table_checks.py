@@ -74,15 +74,20 @@ def _check_agreement(
             dataset, agreement, intact[table.name], intact[agreement.table], f"{table.name}, {agreement.table}"
         )
         return
-    others = {name_of(part.path): part for part in intact[agreement.table]}
+    others = {_shard_name(part.path): part for part in intact[agreement.table]}
     for part in intact[table.name]:
-        other = others.pop(name_of(part.path), None)
+        other = others.pop(_shard_name(part.path), None)
         if other is None:
             yield Finding(part.path, agreement.name, f"no {agreement.table} of the same shard")
         else:
             yield from _compare(dataset, agreement, [part], [other], part.path)
     for other in others.values():
         yield Finding(other.path, agreement.name, f"no {table.name} of the same shard")
+
+
+def _shard_name(path: str) -> str:
+    """The name that the parts of a shard have in common; a redacted one has a digest after it."""
+    return name_of(path).partition(".")[0]
 
 
 def _compare(
@@ -130,7 +135,7 @@ def _derived(dataset: Dataset, table: Table, part: Part) -> pa.Table:
         for name in dataset.tables
         if name in TABLES and TABLES[name].kind in ("plan", "dense")
         for other in dataset.parts(name)
-        if name_of(other.path) == name_of(part.path)
+        if _shard_name(other.path) == _shard_name(part.path)
     }
     columns = {
         name: [c for c in dataset.table(name).facts if c.name in rows.column_names] for name, rows in shard.items()

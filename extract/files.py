@@ -119,10 +119,13 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_file(path: Path) -> bytes | None:
-    """The content of a regular file, or None if it does not exist. Raises Damaged if it cannot be read."""
+def read_file(path: Path, *, limit: int | None = None) -> bytes | None:
+    """The content of a regular file, or None if it does not exist. Raises Damaged if it can't be read or has more bytes than `limit`."""
     try:
         with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if limit is not None and size > limit:
+                raise Damaged(f"{path.name} can't be read (it has {size:,} bytes, more than {limit:,})")
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         return None

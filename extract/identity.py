@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from attlas.extract.corpus import Corpus
+from attlas.extract.corpus.options import MAX_DOCUMENT_BYTES
 from attlas.extract.instrument import Instrument
 from attlas.extract.options import RunOptions
 from attlas.extract.software import software_version
@@ -32,6 +33,7 @@ _NOT_IN_RECIPE = {
     "depths",
     "ablate",
     "card",
+    "max_document_bytes",
 }
 
 
@@ -49,6 +51,7 @@ def recipe_of(options: RunOptions, instrument: Instrument, *, batch_tokens: int)
         of_corpus
         | _own_statistics(instrument)
         | _ablate(options, instrument)
+        | _max_document_bytes(options)
         | {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _NOT_IN_RECIPE}
         | {
             "schema_version": SCHEMA_VERSION,
@@ -71,6 +74,12 @@ def _ablate(options: RunOptions, instrument: Instrument) -> dict[str, str]:
     """What ablations leave out, and how, unless it is the default."""
     text = options.ablation.text if ABLATIONS.name in instrument.columns else ""
     return {"ablate": text} if text else {}
+
+
+def _max_document_bytes(options: RunOptions) -> dict[str, int]:
+    """From what size on documents are dropped, unless it is the default."""
+    chosen = options.max_document_bytes
+    return {} if chosen == MAX_DOCUMENT_BYTES else {"max_document_bytes": chosen}
 
 
 def _own_statistics(instrument: Instrument) -> dict[str, Any]:

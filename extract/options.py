@@ -10,6 +10,7 @@ from typing import Literal
 from attlas.extract.card import Card
 from attlas.extract.corpus import Corpus, open_corpus
 from attlas.extract.corpus.generated import Generation, generation_of
+from attlas.extract.corpus.options import MAX_DOCUMENT_BYTES
 from attlas.extract.errors import Refusal
 from attlas.extract.model.folder import check_model_name
 from attlas.extract.model.measured_model import Stacks
@@ -48,6 +49,7 @@ class RunOptions:
     unit: Literal["document", "paragraph", "line"] = "document"
     delimiter: str | None = None  # default: a comma for CSV, a tab for TSV
     encoding: str = "auto"  # by a byte order mark, else UTF-8
+    max_document_bytes: int = MAX_DOCUMENT_BYTES  # longer documents are dropped, longer lines refused
     shard_sequences: int = 256
     batch_tokens: int | None = None  # default: as the run was begun, or else what fits into memory
     dtype: str = "auto"
@@ -89,6 +91,7 @@ def check_options(options: RunOptions, *, is_loaded: bool = False) -> Corpus:
         ("batch_tokens", 1),
         ("sample", 1),
         ("edges", 1),
+        ("max_document_bytes", 1),
     ):
         value = getattr(options, name)
         if value is not None and value < lowest:
@@ -112,6 +115,7 @@ def check_options(options: RunOptions, *, is_loaded: bool = False) -> Corpus:
         depths=options.depths,
         limit=options.limit,
         strict=options.strict,
+        max_document_bytes=options.max_document_bytes,
     )
     if corpus.has_images:
         _refuse_text_options(options)

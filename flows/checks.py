@@ -43,6 +43,7 @@ def refuse_bad_corpus(run: Run) -> None:
         depths=run.depths,
         limit=run.limit,
         strict=run.strict,
+        max_document_bytes=run.max_document_bytes,
     )
     if run.digest_key is not None:
         refuse_key_in_corpus(run.digest_key, run.corpus, [name for name, _ in corpus.files])

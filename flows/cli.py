@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,6 +47,8 @@ def main() -> None:
     error = flush_output()
     if error is not None and code == 0:
         code = _report_error(error, code=FAILED)
+    if any(thread.name == "attlas-query" for thread in threading.enumerate()):
+        os._exit(code)  # a query that can't be interrupted ends with the process
     sys.exit(code)
 
 
@@ -311,8 +314,10 @@ def query(
             "a query is DIR and SQL, or --examples [DIR]; got something else; attlas query --examples has some"
         )
     output_format = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
-    if timeout <= 0:
-        raise Refusal(f"--timeout must be more than 0 seconds; got {timeout:g}; use a longer one")
+    if not 0 < timeout <= 604_800:
+        raise Refusal(
+            f"--timeout is above 0 seconds and at most 604,800 (a week); got {timeout:g}; give another number"
+        )
     from attlas.analysis.example_queries import write_examples
     from attlas.analysis.query import query as rows_of
     from attlas.analysis.query import write_result
@@ -324,14 +329,14 @@ def query(
             write_result(rows_of(dataset, sql, timeout_s=timeout), output_format, stream)
 
 
-def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool = False) -> Any:
+def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool = False, option: str = "--format") -> Any:
     """The one of the formats that has this name."""
     chosen = next((known for known in formats if known == form), None)
     if chosen == "parquet" and to_terminal:
         raise Refusal("parquet can't be written to a terminal; standard output is one; use --output FILE")
     if chosen is not None:
         return chosen
-    raise Refusal(f"--format must be one of {', '.join(formats)}; got {form!r}; choose one of them")
+    raise Refusal(f"{option} must be one of {', '.join(formats)}; got {form!r}; choose one of them")
 
 
 @app.command()
@@ -607,6 +612,24 @@ def push(
 
     address = push_dataset(dataset, name, private=private, revision=revision, with_text=with_text, progress=show)
     _show_paths(pushed=address)
+
+
+@app.command()
+def redact(
+    dataset: Dataset,
+    *,
+    tokens: Annotated[
+        str, typer.Option(metavar="none|classes|ids", help="What to keep about the tokens; less than now, as of run.")
+    ],
+) -> None:
+    """Remove text, token ids or all that rests on token classes from a finished dataset, and its report."""
+    from attlas.extract.redact import MODES
+    from attlas.extract.redact import redact as redact_dataset
+
+    changed = redact_dataset(dataset, tokens=_output_format(tokens, MODES, option="--tokens"))
+    typer.echo(
+        f"written anew: {', '.join(changed)}" if changed else f"nothing to remove: the dataset has --tokens {tokens}"
+    )
 
 
 @app.command()

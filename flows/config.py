@@ -152,6 +152,9 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         str,
         Field(description="of text, JSONL and CSV, such as utf-16 or cp1252; auto: by the byte order mark, else UTF-8"),
     ] = "auto"
+    max_document_bytes: Annotated[
+        Count, Field(description="the largest document; longer ones are dropped, and files with longer lines refused")
+    ] = 1 << 26
     shard_sequences: Annotated[Count, Field(description="sequences in a shard, the unit of work and of resumption")] = (
         256
     )

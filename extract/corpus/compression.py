@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
+from attlas.extract.files import open_regular
+
 # errors of reading a file, which may also have disappeared since it was listed
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 _CHUNK_BYTES = 1 << 16
@@ -28,7 +30,8 @@ class DamagedStream(OSError):
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for options, decompressed according to its extension."""
+    """Open a file for reading, decompressed according to its extension. Raises OSError for what is not a file (any more)."""
+    open_regular(path).close()  # a pipe that took the file's place would never end
     match path.suffix.lower():
         case ".gz" | ".gzip":
             _check_not_empty(path)

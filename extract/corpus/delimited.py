@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -78,8 +77,8 @@ def _records(file: CorpusFile, options: ReadOptions) -> Iterator[Record]:
     """Yield all records, starting with the header, without blank lines. Raises Refusal for a stray quote."""
     lines: list[Line] = []
     # by default, csv rejects fields of more than 128 KiB; the limit can only be set for the whole process
-    csv.field_size_limit(sys.maxsize)
-    texts = _texts(read_lines(file, options.encoding), lines)
+    csv.field_size_limit(options.max_document_bytes)
+    texts = _texts(read_lines(file, options), lines)
     records = csv.reader(texts, delimiter=_delimiter(file, options), strict=True)
     while True:
         lines.clear()  # the csv reader never reads past its record
@@ -88,6 +87,8 @@ def _records(file: CorpusFile, options: ReadOptions) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error as error:
+            if "field limit" in str(error):
+                raise _too_long_field(file, lines, options.max_document_bytes) from error
             if len(lines) > 1:
                 raise _stray_quote(file, lines, str(error)) from error
             yield Record([], f"invalid {file.kind}: {error}", tuple(lines))
@@ -109,6 +110,13 @@ def _stray_quote(file: CorpusFile, lines: Sequence[Line], reason: str) -> Refusa
     return Refusal(
         f"a quoted field must end at its closing quote; in {file.name} the quote opened in line {first} runs on to line {last} "
         f"({reason}), and the number of rows it swallows is unknown; close it, double it, or quote the field"
+    )
+
+
+def _too_long_field(file: CorpusFile, lines: Sequence[Line], longest: int) -> Refusal:
+    return Refusal(
+        f"a field has at most {longest:,} characters; in {file.name} one that begins in line {lines[0].number} has more; close its "
+        "quote if it is a stray one, give a larger --max-document-bytes, or leave the file out"
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from attlas.extract.corpus.generated import Generation
+from attlas.extract.corpus.options import MAX_DOCUMENT_BYTES, too_large
 from attlas.extract.errors import Refusal
 
 
@@ -34,6 +35,7 @@ class Corpus:
     generation: Generation | None = None  # how a generated corpus is made; it has nothing to read
     limit: int | None = None
     strict: bool = False
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     @property
     def has_images(self) -> bool:
@@ -42,6 +44,9 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         for document in islice(self.read(), self.limit):
+            # a text has at least as many bytes as characters
+            if len(document.text) > self.max_document_bytes:
+                document = replace(document, text="", dropped_reason=too_large(self.max_document_bytes))
             if self.strict:
                 refuse_unreadable(document)
             yield document

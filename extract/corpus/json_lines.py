@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -22,7 +23,7 @@ _DUPLICATE = object()  # the value of a key that occurs more than once in an obj
 
 def json_columns(file: CorpusFile, options: ReadOptions) -> list[str]:
     """The keys of the objects in the first lines of a file. Raises Refusal if there are no objects."""
-    lines = [line for line in islice(read_lines(file, options.encoding), _HEAD_LINES) if line.text.strip()]
+    lines = [line for line in islice(read_lines(file, options), _HEAD_LINES) if line.text.strip()]
     if lines and lines[0].text.lstrip().startswith("["):
         raise Refusal(f"JSON must have one object per line; {file.name} begins with an array; convert it (jq -c '.[]')")
     objects = [o for line in lines if not line.error for o in _objects(line.text) if isinstance(o, dict)]
@@ -39,7 +40,7 @@ def json_columns(file: CorpusFile, options: ReadOptions) -> list[str]:
 
 def json_documents(file: CorpusFile, options: ReadOptions) -> Iterator[Document]:
     """The documents of all objects in a file."""
-    for line in read_lines(file, options.encoding):
+    for line in read_lines(file, options):
         source = f"{file.name}:{line.number}"
         if line.error:
             yield Document(source, "", line.error)
@@ -80,8 +81,8 @@ def _side_by_side(line: str) -> list[dict[str, Any]]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        values |= {name: _DUPLICATE for name in values if names.count(name) > 1}
+        times = Counter(name for name, _ in pairs)
+        values |= {name: _DUPLICATE for name, count in times.items() if count > 1}
     return values
 
 

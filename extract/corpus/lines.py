@@ -10,11 +10,12 @@ import codecs
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, NamedTuple
 
 from attlas.extract.corpus.compression import open_bytes
 from attlas.extract.corpus.files import CorpusFile
-from attlas.extract.corpus.options import AUTO
+from attlas.extract.corpus.options import AUTO, ReadOptions
 from attlas.extract.errors import Refusal
 
 _MARKS = (  # UTF-32 first, because its mark begins with that of UTF-16
@@ -75,8 +76,9 @@ def unmarked_utf16(data: bytes, requested: str) -> str | None:
     return None
 
 
-def read_lines(file: CorpusFile, requested: str) -> Iterator[Line]:
-    """Read the lines of a file. Raises Refusal for UTF-16 without a byte order mark."""
+def read_lines(file: CorpusFile, options: ReadOptions) -> Iterator[Line]:
+    """Read the lines of a file. Raises Refusal for UTF-16 without a byte order mark and for a line that is too long."""
+    requested, longest = options.encoding, options.max_document_bytes
     with open_bytes(file.path) as stream:
         head = stream.read(_HEAD_BYTES)
     if name := unmarked_utf16(head, requested):
@@ -88,14 +90,34 @@ def read_lines(file: CorpusFile, requested: str) -> Iterator[Line]:
     with open_bytes(file.path) as stream:
         stream.read(encoding.mark)
         has_ascii_line_ends = "\n".encode(encoding.name) == b"\n"
-        yield from _split_then_decode(stream, encoding) if has_ascii_line_ends else _decode_then_split(stream, encoding)
+        split = _split_then_decode if has_ascii_line_ends else _decode_then_split
+        try:
+            yield from split(stream, encoding, longest)
+        except _TooLong as error:
+            raise Refusal(
+                f"a line has at most {longest:,} bytes; {file.name}, line {error}, has more; give a larger "
+                "--max-document-bytes, or leave the file out"
+            ) from error
 
 
-def _split_then_decode(stream: BinaryIO, encoding: Encoding) -> Iterator[Line]:
+class _TooLong(Exception):
+    """A line that is too long; the message is its number."""
+
+
+def _numbered_lines(stream: io.TextIOWrapper, longest: int) -> Iterator[tuple[int, str]]:
+    """The lines of a stream, with their ends. Raises _TooLong before more than one line of that length is read."""
+    beginnings = iter(partial(stream.readline, longest + len("\r\n")), "")
+    for number, line in enumerate(beginnings, 1):
+        if len(line) > longest and len(line.rstrip("\r\n")) > longest:
+            raise _TooLong(number)
+        yield number, line
+
+
+def _split_then_decode(stream: BinaryIO, encoding: Encoding, longest: int) -> Iterator[Line]:
     offset = encoding.mark
     # Latin-1 maps each byte to one character, which is the fastest way to split bytes at all three line ends
     with io.TextIOWrapper(stream, "latin-1", newline="") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in _numbered_lines(lines, longest):
             data = line.encode("latin-1")
             try:
                 yield Line(number, data.decode(encoding.name))
@@ -105,9 +127,9 @@ def _split_then_decode(stream: BinaryIO, encoding: Encoding) -> Iterator[Line]:
             offset += len(data)
 
 
-def _decode_then_split(stream: BinaryIO, encoding: Encoding) -> Iterator[Line]:
+def _decode_then_split(stream: BinaryIO, encoding: Encoding, longest: int) -> Iterator[Line]:
     # half a surrogate pair invalidates one text; a missing byte invalidates everything after it
     errors = "surrogatepass" if encoding.name.startswith("utf") else "strict"
     with io.TextIOWrapper(stream, encoding.name, errors=errors, newline="") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in _numbered_lines(lines, longest):
             yield Line(number, line)

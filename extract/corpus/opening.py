@@ -14,7 +14,7 @@ from attlas.extract.corpus.files import IMAGES, CorpusFile, LocalFiles, local_fi
 from attlas.extract.corpus.generated import generation_of
 from attlas.extract.corpus.hub import demo_documents, hub_documents
 from attlas.extract.corpus.json_lines import json_columns, json_documents
-from attlas.extract.corpus.options import AUTO, ReadOptions, Unit
+from attlas.extract.corpus.options import AUTO, MAX_DOCUMENT_BYTES, ReadOptions, Unit
 from attlas.extract.corpus.parquet import check_parquet, parquet_documents
 from attlas.extract.corpus.text import text_documents
 from attlas.extract.errors import Refusal
@@ -35,6 +35,7 @@ def open_corpus(
     depths: str | Collection[int] | None = None,
     limit: int | None = None,
     strict: bool = False,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
 ) -> Corpus:
     """Open a corpus and check its files, without reading the documents. Raises Refusal.
 
@@ -45,12 +46,21 @@ def open_corpus(
     `encoding`: any encoding of Python; a byte order mark takes precedence.
     `seed`, `blocks`, `length`, `depths`: of the generated corpora, random-repeats and needle.
     `limit`: the maximum number of documents, including dropped ones.
+    `max_document_bytes`: a longer text is dropped; a longer line of a file is refused, because what it hides can't be counted.
     """
     if limit is not None and limit < 1:
         raise Refusal(f"limit must be at least 1; got {limit}; use a larger number or none")
-    options = ReadOptions(text_column=text_column, unit=unit, delimiter=delimiter, encoding=encoding)
+    if max_document_bytes < 1:
+        raise Refusal(f"max_document_bytes must be at least 1; got {max_document_bytes}; use a larger number")
+    options = ReadOptions(
+        text_column=text_column,
+        unit=unit,
+        delimiter=delimiter,
+        encoding=encoding,
+        max_document_bytes=max_document_bytes,
+    )
     options.check()
-    new_corpus = partial(Corpus, limit=limit, strict=strict)
+    new_corpus = partial(Corpus, limit=limit, strict=strict, max_document_bytes=max_document_bytes)
     generation = generation_of(corpus, seed=seed, blocks=blocks, length=length, depths=depths)
     if generation is not None:
         options.check_for_ids(corpus)

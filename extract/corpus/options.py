@@ -10,6 +10,7 @@ from attlas.extract.errors import Refusal
 
 Unit = Literal["document", "paragraph", "line"]
 AUTO = "auto"
+MAX_DOCUMENT_BYTES = 1 << 26  # ten times a long book
 _DELIMITED = ("CSV", "TSV")
 _ENCODED = ("text", "JSON lines", *_DELIMITED)
 
@@ -18,13 +19,15 @@ _ENCODED = ("text", "JSON lines", *_DELIMITED)
 class ReadOptions:
     """The user's options for reading a corpus.
 
-    By default the delimiter depends on the kind of file, and the encoding on its byte order mark, else UTF-8.
+    By default the delimiter depends on the kind of file, and the encoding on its byte order mark, else UTF-8. No more than
+    `max_document_bytes` are read of a document or a line, which may be a decompression bomb.
     """
 
     text_column: str = "text"
     unit: Unit = "document"
     delimiter: str | None = None
     encoding: str = AUTO
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     def check(self) -> None:
         """Raise Refusal for values that are invalid for any file."""
@@ -43,7 +46,7 @@ class ReadOptions:
 
     def check_for_ids(self, corpus: str) -> None:
         """Raise Refusal for any option: a generated corpus has no text to read."""
-        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name != "max_document_bytes"]
         if given:
             raise Refusal(
                 f"{', '.join(given)} can't be asked of {corpus}, which is made of token ids; remove the option"
@@ -60,6 +63,11 @@ class ReadOptions:
             raise Refusal(
                 f"encoding applies to text, JSON lines, CSV and TSV only; this corpus is {what}; remove the option"
             )
+
+
+def too_large(max_bytes: int) -> str:
+    """The reason for which a document is dropped that has more bytes."""
+    return f"too large: more than {max_bytes:,} bytes"
 
 
 def _is_text_encoding(name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -14,6 +14,9 @@ from attlas.extract.corpus.options import ReadOptions
 from attlas.extract.errors import Refusal
 
 _BATCH_ROWS = 256
+# text is packed to a third or a tenth of its size; a thousandth is a decompression bomb
+_UNPACKED_PER_BYTE, _UNUSUAL = 1_000, 20
+_BATCH_BYTES = 1 << 30
 # null: a column of missing values only; binary: some writers store strings this way
 _TEXT_TYPES = (
     pa.types.is_string,
@@ -57,12 +60,40 @@ def parquet_documents(file: CorpusFile, options: ReadOptions) -> Iterator[Docume
     number = 0
     with pq.ParquetFile(file.path, page_checksum_verification=True) as parquet:
         column = _text_column(parquet.schema_arrow, options.text_column, file.name)
-        for batch in parquet.iter_batches(_BATCH_ROWS, columns=[column.name]):
+        rows = _rows_at_once(file, parquet.metadata, column, options.max_document_bytes)
+        for batch in parquet.iter_batches(rows, columns=[column.name]):
             for value in _values(batch, column.path):
                 number += 1
                 yield _document(f"{file.name}:{number}", value)
         if number != parquet.metadata.num_rows:
             raise OSError(f"its footer states {parquet.metadata.num_rows} rows")
+
+
+def _rows_at_once(file: CorpusFile, metadata: Any, column: _Column, longest: int) -> int:
+    """How many rows to unpack at once. Raises Refusal for a file that is tiny for what it unpacks to.
+
+    A dictionary holds a text once for any number of rows, so each row may have the size of the whole column.
+    """
+    rows = _BATCH_ROWS
+    for chunk in _chunks(metadata, column):
+        packed, unpacked = max(1, chunk.total_compressed_size), chunk.total_uncompressed_size
+        if unpacked > max(longest, _UNPACKED_PER_BYTE * packed):
+            raise Refusal(
+                f"a Parquet file unpacks to at most {_UNPACKED_PER_BYTE:,} times its size; {column.name} of {file.name} says "
+                f"{packed:,} bytes unpack to {unpacked:,}; leave it out, or write it again"
+            )
+        if unpacked > _UNUSUAL * packed:
+            rows = min(rows, max(1, _BATCH_BYTES // unpacked))
+    return rows
+
+
+def _chunks(metadata: Any, column: _Column) -> Iterator[Any]:
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for place in range(group.num_columns):
+            chunk = group.column(place)
+            if chunk.path_in_schema == column.name:
+                yield chunk
 
 
 def _text_column(schema: pa.Schema, text_column: str, name: str) -> _Column:

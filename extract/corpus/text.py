@@ -9,27 +9,30 @@ from attlas.extract.corpus.compression import READ_ERRORS, open_bytes
 from attlas.extract.corpus.documents import Document, make_document
 from attlas.extract.corpus.files import CorpusFile
 from attlas.extract.corpus.lines import Line, encoding_of, read_lines, unmarked_utf16
-from attlas.extract.corpus.options import ReadOptions
+from attlas.extract.corpus.options import ReadOptions, too_large
 
 
 def text_documents(file: CorpusFile, options: ReadOptions) -> Iterator[Document]:
     """The documents of a text file."""
     match options.unit:
         case "document":
-            yield _whole_text(file, options.encoding)
+            yield _whole_text(file, options)
         case "line":
-            for line in read_lines(file, options.encoding):
+            for line in read_lines(file, options):
                 yield _document(f"{file.name}:{line.number}", [line])
         case "paragraph":
-            yield from _paragraphs(file, options.encoding)
+            yield from _paragraphs(file, options)
 
 
-def _whole_text(file: CorpusFile, requested: str) -> Document:
+def _whole_text(file: CorpusFile, options: ReadOptions) -> Document:
+    requested, longest = options.encoding, options.max_document_bytes
     try:
         with open_bytes(file.path) as stream:
-            data = stream.read()
+            data = stream.read(longest + 1)
     except READ_ERRORS as error:
         return Document(file.name, "", f"unreadable: {type(error).__name__}")
+    if len(data) > longest:
+        return Document(file.name, "", too_large(longest))
     if name := unmarked_utf16(data, requested):
         return Document(file.name, "", f"not UTF-8: {name} without a byte order mark")
     encoding = encoding_of(data, requested)
@@ -39,16 +42,24 @@ def _whole_text(file: CorpusFile, requested: str) -> Document:
         return Document(file.name, "", f"not {encoding.display_name} at byte {encoding.mark + error.start}")
 
 
-def _paragraphs(file: CorpusFile, requested: str) -> Iterator[Document]:
-    """Yield each run of lines between blank ones, with the number of its first line."""
+def _paragraphs(file: CorpusFile, options: ReadOptions) -> Iterator[Document]:
+    """Yield each run of lines between blank ones, with the number of its first line. Of one that is too long nothing is kept."""
+    longest = options.max_document_bytes
     paragraph: list[Line] = []
-    for line in chain(read_lines(file, requested), [Line(0, "")]):
+    first = size = 0
+    for line in chain(read_lines(file, options), [Line(0, "")]):
         # ASCII white space only: any other counts as text
         if line.error or line.text.strip(" \t\n\r\v\f"):
+            first = first or line.number
+            size += len(line.text)
             paragraph.append(line)
-        elif paragraph:
-            yield _document(f"{file.name}:{paragraph[0].number}", paragraph)
+            if size > longest:
+                paragraph.clear()
+        elif first:
+            place = f"{file.name}:{first}"
+            yield Document(place, "", too_large(longest)) if size > longest else _document(place, paragraph)
             paragraph.clear()
+            first = size = 0
 
 
 def _document(source: str, lines: list[Line]) -> Document:

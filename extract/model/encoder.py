@@ -13,6 +13,7 @@ import torch
 
 from attlas.extract.capture.compiled import unwrap_model
 from attlas.extract.errors import Refusal
+from attlas.extract.model.configuration import check_configuration
 from attlas.extract.model.folder import find_model, is_local_path
 from attlas.extract.model.images import load_image_processor
 from attlas.extract.model.loading import ModelSource, load_model
@@ -21,6 +22,7 @@ from attlas.extract.model.positions import max_positions, tokenizer_length
 from attlas.extract.model.text_settings import FileLookup, TextSettings, folder_lookup, read_text_settings
 from attlas.extract.model.tokenizer import check_vocabulary, load_tokenizer
 from attlas.extract.model.user_code import build_user_model, check_forward_pass, display_name, is_user_code
+from attlas.extract.model.weights import read_json_object, stored_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -199,13 +201,17 @@ def _checkpoint(name: str, revision: str | None, *, trust_remote_code: bool) -> 
         )
     if not is_local_path(name):
         files = _hub_lookup(name, revision)
+        config = files("config.json")
+        if config is not None:
+            check_configuration(read_json_object(config), f"config.json of {name}", trust_remote_code=trust_remote_code)
         settings = read_text_settings(files, files)
         source = ModelSource(name, name, False, {**settings.config_options, **options})
         return _Checkpoint(source, name, name, options, settings)
     folder = find_model(Path(name), trust_remote_code=trust_remote_code)
     path, settings = str(folder.path), folder.settings
     variant = {} if folder.weights.variant is None else {"variant": folder.weights.variant}
-    source = ModelSource(path, path, True, {**settings.config_options, **options, **variant})
+    stored = None if trust_remote_code else stored_bytes(folder.weights)
+    source = ModelSource(path, path, True, {**settings.config_options, **options, **variant}, stored)
     return _Checkpoint(source, folder.name, str(folder.tokenizer), options, settings)
 
 

@@ -16,9 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from attlas.extract.errors import Refusal
+from attlas.extract.model.configuration import check_configuration
 from attlas.extract.model.text_settings import MODULES, TextSettings, folder_lookup, read_text_settings
 from attlas.extract.model.user_code import check_user_code, is_user_code
-from attlas.extract.model.weights import Weights, check_weights, find_weights, read_json_object
+from attlas.extract.model.weights import (
+    Weights,
+    check_weights,
+    find_weights,
+    json_text,
+    read_json_object,
+    refuse_special_files,
+)
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _OTHER_JSON_FILES = (
@@ -30,6 +38,7 @@ _OTHER_JSON_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
 )
+_MAX_REVISION_BYTES = 200
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
@@ -68,6 +77,7 @@ def find_model(folder: Path, *, trust_remote_code: bool) -> ModelFolder:
         raise Refusal(f"a model is demo, a folder or a hub name; there is no folder {folder}; check the path")
     path = _config_folder(folder)
     config = read_json_object(path / _CONFIG)
+    check_configuration(config, str(path / _CONFIG), trust_remote_code=trust_remote_code)
     _check_architecture(path, config, trust_remote_code=trust_remote_code)
     if (path / _ADAPTER).exists():
         raise Refusal(
@@ -75,6 +85,8 @@ def find_model(folder: Path, *, trust_remote_code: bool) -> ModelFolder:
             "merge it into the model (merge_and_unload) and save that, or remove the adapter's files"
         )
     tokenizer = _tokenizer_folder(folder, path)
+    for place in dict.fromkeys((path, tokenizer)):
+        refuse_special_files(place)
     for file in {place / name for place in (path, tokenizer) for name in _OTHER_JSON_FILES}:
         if file.is_file():
             read_json_object(file)
@@ -112,7 +124,7 @@ def _config_folder(folder: Path) -> Path:
 def _may_be_model(folder: Path) -> bool:
     """Whether a config.json is a model's, rather than a pooling layer's; a damaged one might be."""
     try:
-        config = json.loads((folder / _CONFIG).read_text("utf-8"))
+        config = json.loads(json_text(folder / _CONFIG))
     except (ValueError, OSError, RecursionError):
         return True
     return isinstance(config, dict) and bool({"model_type", "architectures", "auto_map"} & set(config))
@@ -121,7 +133,7 @@ def _may_be_model(folder: Path) -> bool:
 def _transformer_folder(folder: Path) -> Path:
     """The folder of the transformer in a sentence-transformers folder, as modules.json states it."""
     try:
-        modules = json.loads((folder / MODULES).read_text("utf-8"))
+        modules = json.loads(json_text(folder / MODULES))
         paths = [str(m["path"]) for m in modules if str(m["type"]).endswith("Transformer")]
         kinds = ", ".join(str(m["type"]).rpartition(".")[2] for m in modules)
     except (ValueError, OSError, TypeError, KeyError, RecursionError) as error:
@@ -148,8 +160,10 @@ def _transformer_folder(folder: Path) -> Path:
 def _snapshot_folder(folder: Path) -> Path:
     """The snapshot in a folder of the hub's cache: the one that `main` refers to, or the only one."""
     main = folder / "refs" / "main"
-    if main.is_file() and (config := folder / "snapshots" / main.read_text("utf-8").strip() / _CONFIG).is_file():
-        return config.parent
+    if main.is_file() and main.stat().st_size <= _MAX_REVISION_BYTES:
+        revision = main.read_text("utf-8", errors="replace").strip()
+        if Path(revision).name == revision and (folder / "snapshots" / revision / _CONFIG).is_file():
+            return folder / "snapshots" / revision
     snapshots = sorted(p.parent for p in (folder / "snapshots").glob(f"*/{_CONFIG}"))
     if len(snapshots) == 1:
         return snapshots[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from PIL import Image
 
 from attlas.extract.corpus.names import readable_name
 from attlas.extract.errors import Refusal, first_line
+from attlas.extract.files import open_regular
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+_MAX_FILE_BYTES = 1 << 29  # as much as the most pixels take uncompressed
 _MAX_PIXELS = 89_478_485  # Pillow's own limit, above which a small file may be a decompression bomb
 _MAX_ASPECT_RATIO = 100  # resizing the short side of a thin strip would make a huge image
 # exceptions of Pillow's decoders for damaged files
@@ -31,6 +34,14 @@ _DEEP_MODES = ("I", "F")
 
 class Unreadable(Exception):
     """An image that can't be used; the message is its `dropped_reason`."""
+
+
+def read_image_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises OSError, and Unreadable for one that is larger than any image."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _MAX_FILE_BYTES:
+            raise Unreadable(f"too large: more than {_MAX_FILE_BYTES:,} bytes")
+        return file.read()
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -114,7 +125,7 @@ def read_planned_image(path: Path, sha256: str) -> bytes:
     """Read an image file and check that it has not changed since the run was planned. Raises Refusal."""
     name = readable_name(str(path))
     try:
-        data = path.read_bytes()
+        data = read_image_file(path)
     except OSError as error:
         raise Refusal(
             f"the images of a run must stay in place until it ends; {name}: {error.strerror}; put it back"

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # weights a checkpoint may lack: AutoModel adds poolers to models saved with another head; masks are used in training only
 _UNUSED = re.compile(r"(^|\.)(pooler(\.|$)|position_ids$|masked_spec_embed$|mask_token$)")
+# weights that were packed to 4 bits take 8 times as much in float32
+_DECLARED_PER_STORED, _DECLARED_ALLOWED = 12, 1 << 28
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -32,6 +34,7 @@ class ModelSource:
     path: str
     local: bool
     options: Mapping[str, Any]
+    stored_bytes: int | None = None  # of the weights of a folder that has no say in what code runs
 
 
 def load_model(source: ModelSource, *, dtype: Any, with_head: bool = False) -> nn.Module:
@@ -43,6 +46,8 @@ def load_model(source: ModelSource, *, dtype: Any, with_head: bool = False) -> n
     """
     from transformers import AutoModel
 
+    if source.stored_bytes is not None:
+        _refuse_oversized(source, source.stored_bytes)
     if with_head and (language_model := _language_model(source)) is not None:
         model, report = _from_pretrained(language_model, source, dtype)
         if not _mismatch(model, report):
@@ -89,6 +94,28 @@ def _from_pretrained(model_class: Any, source: ModelSource, dtype: Any) -> tuple
                     continue
                 raise _loading_refusal(source, error, messages) from error
     raise AssertionError("the loop returns or raises")
+
+
+def _refuse_oversized(source: ModelSource, stored: int) -> None:
+    """Refuse a configuration whose model is much larger than the stored weights, before memory is taken for it.
+
+    Weights that are missing or of other shapes are allocated and filled before they can be compared.
+    """
+    from transformers import AutoConfig, AutoModel
+    from transformers.initialization import no_init_weights
+
+    try:
+        config = AutoConfig.from_pretrained(source.path, **source.options)
+        with torch.device("meta"), no_init_weights():
+            model = AutoModel.from_config(config)
+    except Exception:  # loading the model itself says what is wrong
+        return
+    declared = sum(weight.nbytes for weight in model.parameters())
+    if declared > max(_DECLARED_PER_STORED * stored, _DECLARED_ALLOWED):
+        raise Refusal(
+            f"a model's weights are stored in its folder; config.json of {source.name} describes {declared / 1e9:,.1f} GB of them, and "
+            f"the safetensors have {stored / 1e9:,.3f} GB; use the configuration that the weights were saved with"
+        )
 
 
 def _config_without_attentions(source: ModelSource) -> Any:

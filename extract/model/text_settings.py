@@ -62,7 +62,31 @@ _PADDING_OPTIONS = {
     "return_tensors",
     "truncation",
 }
-_FORBIDDEN_OPTIONS = {"auto_map", "gguf_file", "quantization_config", "subfolder", "transformers_weights"}
+# what from_pretrained takes for itself: other files, code of the hub, and where weights are put
+_FORBIDDEN_OPTIONS = {
+    "adapter_kwargs",
+    "adapter_name",
+    "allow_all_kernels",
+    "auto_map",
+    "device_mesh",
+    "distributed_config",
+    "generation_config",
+    "gguf_file",
+    "kernel_config",
+    "key_mapping",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "quantization_config",
+    "state_dict",
+    "subfolder",
+    "tp_plan",
+    "tp_size",
+    "tqdm_class",
+    "transformers_weights",
+    "use_kernels",
+    "variant",
+}
 _PER_CALL_SETTINGS = ("query_length", "document_length", "query_expansion")
 _IGNORED_SETTINGS = {
     "module_output_name",
@@ -161,7 +185,9 @@ def _forwarded_options(file: Path, section: str, options: Mapping[str, Any], ign
     """The options to pass on to transformers, without those about where and how to load."""
     forwarded = {name: value for name, value in options.items() if name not in _LOADING_OPTIONS | ignored}
     for name in sorted(forwarded):
-        if name in _FORBIDDEN_OPTIONS or name.endswith(("_file", "_path", "_class", "_type")):
+        if name in _FORBIDDEN_OPTIONS or name.endswith(
+            ("_file", "_path", "_class", "_type", "_implementation", "_internal")
+        ):
             _refuse(
                 file, f"{section}.{name}", "a folder's settings can't name other files or classes", "remove the option"
             )

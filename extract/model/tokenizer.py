@@ -16,6 +16,7 @@ from torch import nn
 from attlas.extract.errors import Refusal, shortlist
 from attlas.extract.model.loading import short_message
 from attlas.extract.model.text_settings import TextSettings
+from attlas.extract.model.weights import read_json_object
 
 # how transformers reports a missing package
 _MISSING_PACKAGE = re.compile(
@@ -160,7 +161,7 @@ def _missing_files(folder: Path) -> str:
     import transformers
 
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    config = read_json_object(file) if file.is_file() else {}
     name = config.get("tokenizer_class")
     if config.get("auto_map"):
         return "its tokenizer has its own code, which runs only with --trust-remote-code"

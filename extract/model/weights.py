@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attlas.extract.errors import Refusal, shortlist
+from attlas.extract.files import open_regular
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -18,6 +20,8 @@ _VARIANT = re.compile(
 )
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_HEADER_BYTES = 100_000_000  # limit of the format
+_MAX_TENSORS = 100_000  # in one file; the largest models have fewer in all of theirs, and each costs time to match
+_MAX_JSON_BYTES = 1 << 28  # many times the largest vocabulary
 _COPY_AGAIN = "copy or download it again"
 
 
@@ -76,10 +80,18 @@ def check_weights(weights: Weights) -> None:
         )
 
 
+def stored_bytes(weights: Weights) -> int:
+    """The size of all files of weights."""
+    folder = weights.entry.parent
+    files = [folder / s for s in set(_weight_map(weights.entry).values())] if weights.sharded else [weights.entry]
+    return sum(file.stat().st_size for file in files)
+
+
 def tensor_names(file: Path) -> frozenset[str]:
     """The names of the tensors in a safetensors file. Raises Refusal if the file is damaged or cut off."""
     if not file.is_file():
-        raise Refusal(f"weights are a file; {file} is a broken link; {_COPY_AGAIN}")
+        what = "something else" if file.exists() else "a broken link"
+        raise Refusal(f"weights are a file; {file} is {what}; {_COPY_AGAIN}")
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(max(8, len(_LFS_POINTER)))
@@ -92,6 +104,10 @@ def tensor_names(file: Path) -> frozenset[str]:
             raise Refusal(_cut_off_message(file, size, f"its header alone takes {8 + length:,}"))
         opened.seek(8)
         header = _parsed_header(file, opened.read(length))
+    if len(header) > _MAX_TENSORS:
+        raise Refusal(
+            f"a safetensors file holds at most {_MAX_TENSORS:,} tensors; {file} states {len(header):,}; use another model"
+        )
     ends = [entry["data_offsets"][1] for entry in header.values()]
     expected = 8 + length + max(ends, default=0)
     if size < expected:
@@ -135,12 +151,40 @@ def _cut_off_message(file: Path, size: int, expected: str) -> str:
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON file that must hold an object. Raises Refusal."""
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = json.loads(json_text(file))
     except (ValueError, OSError, RecursionError) as error:
         raise Refusal(f"{file.name} must be JSON; {file} can't be read ({error}); {_COPY_AGAIN}") from error
     if not isinstance(content, dict):
         raise Refusal(f"{file.name} must be a JSON object; {file} holds a {type(content).__name__}; {_COPY_AGAIN}")
     return content
+
+
+def json_text(file: Path) -> str:
+    """The text of a JSON file of a model. Raises ValueError for one that is too large, OSError for what is not a file."""
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > _MAX_JSON_BYTES:
+            raise ValueError(f"it has {size:,} bytes, more than {_MAX_JSON_BYTES:,}")
+        return opened.read().decode("utf-8")
+
+
+def refuse_special_files(folder: Path) -> None:
+    """Raise Refusal for a FIFO, socket or device in a folder of a model: reading one may never end."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise Refusal(
+                f"a model's folder holds files; {path} is something else (a pipe, socket or device); remove it"
+            )
+
+
+def _refuse_outside(named: Iterable[str], by: Path) -> None:
+    """Raise Refusal for names of weights that lead out of the folder of the file that has them."""
+    outside = [name for name in named if name.startswith("/") or ".." in re.split(r"[/\\]", name) or ":" in name]
+    if outside:
+        raise Refusal(
+            f"a model's weights lie in its folder; {by} names {shortlist([repr(name) for name in outside])}; "
+            "copy them into the folder and correct the names"
+        )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -153,11 +197,14 @@ def _weight_map(index: Path) -> dict[str, str]:
             f"attlas reads weights from safetensors only; {index} names {shortlist(others)}; "
             "save the model again with save_pretrained"
         )
+    _refuse_outside(sorted(set(shard_of.values())), index)
     return shard_of
 
 
 def _configured_file(folder: Path, name: Any) -> Path:
     suffixes = (".safetensors", ".safetensors.index.json")
+    if isinstance(name, str):
+        _refuse_outside([name], folder / "config.json")
     if not isinstance(name, str) or not name.endswith(suffixes) or not (folder / name).is_file():
         raise Refusal(
             f"transformers_weights in config.json must name a safetensors file of the folder; {folder} has {name!r}; "

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from attlas.extract.corpus import Document, refuse_unreadable
-from attlas.extract.model.images import ImagePreprocessing, Unreadable
+from attlas.extract.model.images import ImagePreprocessing, Unreadable, read_image_file
 from attlas.extract.plan.known import KnownCorpus
 from attlas.extract.plan.shards import Read
 from attlas.extract.plan.spool import Spool, image_facts
@@ -64,7 +64,7 @@ def _read_image(document: Document, preprocessing: ImagePreprocessing) -> tuple[
     """The bytes of a usable image and None, or None and the reason to drop it."""
     assert document.file is not None, "a document of an image corpus is a file"
     try:
-        content = document.file.read_bytes()
+        content = read_image_file(document.file)
         preprocessing.pixels(content)
     except OSError as error:
         return None, f"unreadable: {type(error).__name__}"

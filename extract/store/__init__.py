@@ -28,6 +28,7 @@ from attlas.extract.store.layout import WORK as WORK
 from attlas.extract.store.layout import name_of as name_of
 from attlas.extract.store.layout import part_key as part_key
 from attlas.extract.store.layout import shard_of as shard_of
+from attlas.extract.store.local import LINK_OUT as LINK_OUT
 from attlas.extract.store.local import LocalFolder as LocalFolder
 from attlas.extract.store.lock import Lock as Lock
 from attlas.extract.store.opening import Location as Location

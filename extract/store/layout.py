@@ -33,7 +33,7 @@ SPOOL = "shard-"  # prefix of the names of spools
 TEMPORARY = ".tmp"  # suffix of files that are still being written
 
 
-_PART = re.compile(r"shard-(\d+)(-[\w.-]+)?\.parquet", re.ASCII)
+_PART = re.compile(r"shard-(\d+)([.-][\w.-]+)?\.parquet", re.ASCII)
 _MANIFEST = re.compile(r"(\d{6,12})\.json", re.ASCII)
 _SOURCE_DIGITS = 12
 

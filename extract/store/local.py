@@ -12,15 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from attlas.extract.errors import Refusal
+from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.files import atomic_replacement, discard, open_regular, put_if_absent, read_file, write_atomically
 from attlas.extract.store.flock import flock, flock_holder
 from attlas.extract.store.interface import Storage, is_key
+from attlas.extract.store.layout import name_of
+
+LINK_OUT = "it is a link that leads out of the dataset"
+_MAX_JSON_BYTES = 1 << 28  # a manifest names a part in 200
 
 
 @dataclass(frozen=True)
 class LocalFolder(Storage):
-    """Keys are paths below `root`, which need not exist yet. Reads follow symbolic links; writes replace them."""
+    """Keys are paths below `root`, which need not exist yet. Writes replace symbolic links.
+
+    Reads follow links that stay inside the root, so that whoever made a dataset can't have other files read through it. In a
+    snapshot of the hub's cache, whose files are links to its `blobs`, those are inside as well.
+    """
 
     root: Path
 
@@ -39,7 +47,11 @@ class LocalFolder(Storage):
             yield file
 
     def get(self, key: str) -> bytes | None:
-        return read_file(self._path(key))
+        limit = _MAX_JSON_BYTES if key.endswith(".json") else None
+        try:
+            return read_file(self._path_inside(key), limit=limit)
+        except OSError as error:
+            raise Damaged(f"{name_of(key)} can't be read ({error.strerror or error})") from error
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         with self.open(key) as file:
@@ -48,14 +60,14 @@ class LocalFolder(Storage):
 
     def open(self, key: str) -> BinaryIO:
         try:
-            return open_regular(self._path(key))
+            return open_regular(self._path_inside(key))
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:  # no such file can exist
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.place(key)) from error
             raise
 
     def source(self, key: str) -> str:
-        return self.place(key)
+        return str(self._path_inside(key))
 
     def size(self, key: str) -> int | None:
         try:
@@ -100,6 +112,15 @@ class LocalFolder(Storage):
     def identity(self, key: str) -> str:
         path = self._path(key)
         return os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118 - realpath survives loops of links
+
+    def _path_inside(self, key: str) -> Path:
+        """The path of a key to read. Raises OSError for one that links lead out of the root."""
+        path, root = self._path(key), Path(os.path.realpath(self.root))
+        inside = [root] if root.parent.name != "snapshots" else [root, root.parent.parent / "blobs"]
+        real = Path(os.path.realpath(path))
+        if not any(real.is_relative_to(folder) for folder in inside):
+            raise OSError(errno.ELOOP, LINK_OUT, str(path))
+        return path
 
     def _path(self, key: str) -> Path:
         if key and not is_key(key):

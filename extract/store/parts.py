@@ -52,9 +52,11 @@ class _Counted(io.RawIOBase):
         return len(content)
 
 
-def write_part(storage: Storage, table: str, shard: int, rows: pa.Table, *, source: str = "") -> Part:
-    """Write one part. Floats are byte-stream-split, so zstd finds their common exponents. source: as of `part_key`."""
-    key = part_key(table, shard, source)
+def write_part(
+    storage: Storage, table: str, shard: int, rows: pa.Table, *, source: str = "", key: str | None = None
+) -> Part:
+    """Write one part. Floats are byte-stream-split, so zstd finds their common exponents. source: as of `part_key`; key: another name."""
+    key = part_key(table, shard, source) if key is None else key
     floats = [f.name for f in rows.schema if pa.types.is_floating(f.type)]
     others = [f.name for f in rows.schema if not pa.types.is_floating(f.type)]
     with storage.writing(key) as file:

@@ -29,7 +29,7 @@ from attlas.extract.layouts import layout_of, with_current_layout
 from attlas.extract.measurement import observe, refuse_added_mask, split_batch
 from attlas.extract.model.arguments import bind_inputs
 from attlas.extract.model.folder import check_model_name
-from attlas.extract.model.images import Unreadable, decode_image
+from attlas.extract.model.images import Unreadable, decode_image, read_image_file
 from attlas.extract.model.inputs import batch_of, main_input
 from attlas.extract.model.modality import measured_part
 from attlas.extract.model.special_tokens import special_tokens
@@ -147,9 +147,10 @@ def _hint_of_length(instrument: Instrument, tokens: int) -> str:
 
 def _read_image(file: Path) -> bytes:
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise Refusal(f"--image takes an image file; {file}: {error.strerror}; check the path") from error
+        data = read_image_file(file)
+    except (OSError, Unreadable) as error:
+        why = getattr(error, "strerror", None) or error
+        raise Refusal(f"--image takes an image file; {file}: {why}; check the path") from error
     try:
         decode_image(data)
     except Unreadable as error:
