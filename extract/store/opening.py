@@ -8,6 +8,7 @@ from pathlib import Path
 from attlas.extract.errors import Refusal, first_line
 from attlas.extract.store.interface import Storage
 from attlas.extract.store.local import LocalFolder
+from attlas.extract.urls import is_url, refuse_unsafe_url
 
 Location = str | os.PathLike[str] | Storage
 _ELSEWHERE = {"file": "give the folder's path", "memory": "give an ObjectStorage over obstore's MemoryStore"}
@@ -17,12 +18,13 @@ def open_storage(location: Location) -> Storage:
     """The storage at a location: the path of a folder, the URL of an object store (`s3://…`), or a storage as it is."""
     if isinstance(location, Storage):
         return location
-    if isinstance(location, str) and "://" in location:
+    if isinstance(location, str) and is_url(location):
         return _object_storage(location)
     return LocalFolder(Path(location))
 
 
 def _object_storage(address: str) -> Storage:
+    refuse_unsafe_url(address)
     rule = f"the URL of a dataset is that of an object store, such as s3://bucket/folder; {address}"
     way_out = _ELSEWHERE.get(address.partition("://")[0])
     if way_out:
