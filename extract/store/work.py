@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from attlas.extract.store.interface import Storage
-from attlas.extract.store.layout import CARD, DRAFT, TEMPORARY, WORK
+from attlas.extract.store.layout import (
+    CARD,
+    DRAFT,
+    MEAN_VECTORS,
+    MEANS,
+    PLAN,
+    RUN,
+    TEMPORARY,
+    WORK,
+    record_key,
+    spool_key,
+)
 from attlas.extract.store.parts import discard_parts_beyond
 from attlas.extract.store.records import clear_way_for_records, discard_records_beyond
 from attlas.extract.tables import TABLES
@@ -27,9 +38,13 @@ def discard_beyond(storage: Storage, shards: int) -> None:
     discard_parts_beyond(storage, shards)
 
 
-def clear_work(storage: Storage) -> None:
-    """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers."""
-    storage.clear(WORK)
+def clear_work(storage: Storage, *, shards: int = 0) -> None:
+    """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers.
+
+    shards: of the run. What belongs to them is deleted even if the storage does not list it yet.
+    """
+    of_shards = (key(shard) for shard in range(shards) for key in (record_key, spool_key))
+    storage.clear(WORK, (RUN, PLAN, DRAFT, MEANS, MEAN_VECTORS, *of_shards))
     written_to = {"", *TABLES}
     for key in storage.list():
         if key.endswith(TEMPORARY) and key.rpartition("/")[0] in written_to:

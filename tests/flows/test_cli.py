@@ -52,7 +52,11 @@ def test_a_misspelled_option_is_refused_with_a_suggestion(attlas: Callable[..., 
         ("--out", "s3:/bucket/x", "got 's3:/bucket/x'; write a URL as text, with two slashes"),
         ("--out", "nothing://bucket/x", "nothing://bucket/x can't be opened"),
         ("--out", "s3://bucket//x", "the path in a URL has a name between any two slashes"),
-        ("--out", "s3://key:secret@bucket/x", "the URL of an object store has no credentials, query or fragment; one that"),
+        (
+            "--out",
+            "s3://key:secret@bucket/x",
+            "the URL of an object store has no credentials, query or fragment; one that",
+        ),
     ],
 )
 def test_an_invalid_value_is_refused_before_any_work(
