@@ -67,7 +67,7 @@ def part_size(storage: Storage, key: str) -> int:
 def rows_error(storage: Storage, key: str) -> str | None:
     """Why the rows of a part can't be read to the end; None if they can."""
     try:
-        with pq.ParquetFile(storage.source(key, part_size(storage, key)), pre_buffer=True) as file:
+        with pq.ParquetFile(storage.source(key, part_size(storage, key))) as file:
             for _ in file.iter_batches():
                 pass
     except Exception as error:  # pyarrow raises many types for damaged bytes

@@ -18,8 +18,9 @@ def refuse_unsafe_url(url: str) -> None:
     """Raise Refusal for a URL with credentials in it, which messages and manifests would repeat, or with a broken path."""
     scheme, _, rest = url.partition("://")
     host, _, path = rest.partition("/")
-    user, at, _ = host.rpartition("@")
-    if (at and (scheme not in _CONTAINER_BEFORE_HOST or ":" in user)) or "?" in rest or "#" in rest:
+    has_user = "@" in host and scheme not in _CONTAINER_BEFORE_HOST
+    has_password = ":" in rest.rpartition("@")[0]  # which may have a slash in it
+    if has_user or has_password or "?" in rest or "#" in rest:
         raise Refusal(
             f"the URL of an object store has no credentials, query or fragment; one that starts with {scheme}:// has; "
             "set credentials in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"

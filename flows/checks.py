@@ -6,6 +6,7 @@ from pathlib import Path
 from attlas.extract.errors import Refusal
 from attlas.extract.python_files import python_files_in
 from attlas.extract.store import Store
+from attlas.extract.urls import is_url
 from attlas.flows.config import Run
 from attlas.flows.overlaps import place_of, refuse_overlaps
 
@@ -43,7 +44,7 @@ def refuse_bad_corpus(run: Run) -> None:
         limit=run.limit,
         strict=run.strict,
     )
-    if run.digest_key is not None:
+    if run.digest_key is not None and not is_url(run.corpus):
         refuse_key_in_corpus(run.digest_key, run.corpus, [name for name, _ in corpus.files])
 
 

@@ -71,7 +71,7 @@ class Run(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
         BeforeValidator(_readable),
         Field(
             min_length=1,
-            description="a text, JSONL, CSV, Parquet or image file, a folder or glob of them, hub:NAME, demo, random-repeats or needle",
+            description="a text, JSONL, CSV, Parquet or image file, a folder or glob of them, the same in an object store (s3://…), hub:NAME, demo, random-repeats or needle",
         ),
     ]
     out: Annotated[

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 
@@ -39,7 +40,7 @@ def check_parquet(file: CorpusFile, options: ReadOptions) -> None:
     """Raise Refusal if a file can't be opened, lacks the text column, or has no text in it."""
     import pyarrow.parquet as pq
 
-    column = _text_column(pq.read_schema(file.path), options.text_column, file.name)
+    column = _text_column(pq.read_schema(_source(file)), options.text_column, file.name)
     if any(test(_value_type(column.type)) for test in _TEXT_TYPES):
         return
     advice = "use --text-column"
@@ -55,7 +56,7 @@ def parquet_documents(file: CorpusFile, options: ReadOptions) -> Iterator[Docume
     import pyarrow.parquet as pq
 
     number = 0
-    with pq.ParquetFile(file.path, page_checksum_verification=True) as parquet:
+    with pq.ParquetFile(_source(file), page_checksum_verification=True) as parquet:
         column = _text_column(parquet.schema_arrow, options.text_column, file.name)
         for batch in parquet.iter_batches(_BATCH_ROWS, columns=[column.name]):
             for value in _values(batch, column.path):
@@ -63,6 +64,10 @@ def parquet_documents(file: CorpusFile, options: ReadOptions) -> Iterator[Docume
                 yield _document(f"{file.name}:{number}", value)
         if number != parquet.metadata.num_rows:
             raise OSError(f"its footer states {parquet.metadata.num_rows} rows")
+
+
+def _source(file: CorpusFile) -> Path | BinaryIO:
+    return file.path if isinstance(file.path, Path) else file.path.ranges()
 
 
 def _text_column(schema: pa.Schema, text_column: str, name: str) -> _Column:

@@ -131,11 +131,19 @@ class ObjectStorage(Storage):
             return None
 
     def list(self, folder: str = "") -> Iterator[str]:
+        yield from self.sizes(folder)
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """The size of each object below a folder, in the order of keys."""
         with self._name_in_errors(folder, "listed"):
             found = _repeated(
-                lambda: [entry["path"] for chunk in obstore.list(self._store, prefix=folder or None) for entry in chunk]
+                lambda: [
+                    (entry["path"], entry["size"])
+                    for chunk in obstore.list(self._store, prefix=folder or None)
+                    for entry in chunk
+                ]
             )
-        yield from sorted(found, key=lambda key: key.split("/"))
+        return dict(sorted(found, key=lambda entry: entry[0].split("/")))
 
     def names(self, folder: str = "") -> Sequence[str] | None:
         with self._name_in_errors(folder, "listed"):
