@@ -52,6 +52,7 @@ def test_what_is_asked_there_is_answered_as_of_the_folder(
         assert there[1].replace(url, "PLACE") == here[1].replace(str(dataset), "PLACE")
 
 
+@pytest.mark.slow
 def test_reports_comparisons_and_exports_are_made_of_it(
     attlas: Callable[..., Ended], url: str, dataset: Path, tmp_path: Path
 ) -> None:
