@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any, Literal
 
 import polars as pl
@@ -12,15 +14,17 @@ from rich.text import Text
 from attlas.analysis.columns import Column, FittedTable, WrappedText, printed
 from attlas.analysis.compare import CHANGED, UNCHANGED, Comparison
 from attlas.analysis.junit import Case, junit_xml
-from attlas.analysis.output import write_whole
+from attlas.analysis.output import answer_file, write_whole
 from attlas.analysis.report.numbers import plural
 from attlas.analysis.result import write_result
 from attlas.analysis.row_texts import difference_cells, interval_text, place_name, rounded
 from attlas.extract.printable import printable
+from attlas.extract.store import LocalFolder, Location, open_storage
 
 Format = Literal["table", "csv", "json", "parquet", "html", "junit"]
 FORMATS: tuple[Format, ...] = ("table", "csv", "json", "parquet", "html", "junit")
 _SHOWN = 40
+_PAGE = "comparison.html"
 
 
 def write_comparison(comparison: Comparison, form: Format, stream: IO[Any]) -> None:
@@ -35,6 +39,20 @@ def write_comparison(comparison: Comparison, form: Format, stream: IO[Any]) -> N
         write_whole([printed(_pieces(comparison), stream)], stream)
     else:
         write_result(comparison.rows.to_arrow(), form, stream)
+
+
+def save_comparison(comparison: Comparison, location: Location, output: Path | None = None) -> Path | str:
+    """Write a comparison as a page, by default comparison.html in the dataset at a location. Returns its path, or its URL."""
+    storage = open_storage(location)
+    if output is None and not isinstance(storage, LocalFolder):
+        page = io.BytesIO()
+        write_comparison(comparison, "html", page)
+        storage.put(_PAGE, page.getvalue())
+        return storage.place(_PAGE)
+    path = output or Path(storage.place(_PAGE))
+    with answer_file(path) as stream:
+        write_comparison(comparison, "html", stream)
+    return path
 
 
 def _cases(rows: pl.DataFrame) -> Iterator[Case]:

@@ -60,6 +60,12 @@ class Dataset:
             self._schemas[table] = self._read_schema(table)
         return self._schemas[table]
 
+    def stated_schema(self, table: str) -> pa.Schema | None:
+        """The schema of a table as the manifest states it, without reading a part; None if it does not list the contract's columns."""
+        names = self.manifest["tables"][table].get("columns", [])
+        schema = self.table(table).schema(optional=frozenset(names))
+        return schema if schema.names == names else None
+
     def _read_schema(self, table: str) -> pa.Schema:
         parts = self.parts(table)
         if not parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from attlas.extract.tables import Table
 _ROWS_PER_BYTE = 100
 _UNCOMPRESSED_PER_BYTE = 2_000
 _UNCOMPRESSED_ALLOWED = 1 << 28
+_FOOTERS_AT_ONCE = 8  # an object store takes its time for each
 
 
 _TYPE_NAMES = re.compile(r"\b\w+(?:Error|Exception): ?")
@@ -38,7 +40,7 @@ def read_footer(storage: Storage, key: str) -> Footer:
     """The footer of a part. Raises DamagedPart if it is not a file, not Parquet, or claims an implausible size."""
     size = part_size(storage, key)
     try:
-        file = pq.ParquetFile(storage.source(key), memory_map=False)
+        file = pq.ParquetFile(storage.source(key, size), memory_map=False)
         with file:
             metadata, schema = file.metadata, file.schema_arrow
     except Exception as error:  # pyarrow raises many types for damaged bytes
@@ -65,7 +67,7 @@ def part_size(storage: Storage, key: str) -> int:
 def rows_error(storage: Storage, key: str) -> str | None:
     """Why the rows of a part can't be read to the end; None if they can."""
     try:
-        with pq.ParquetFile(storage.source(key)) as file:
+        with pq.ParquetFile(storage.source(key, part_size(storage, key))) as file:
             for _ in file.iter_batches():
                 pass
     except Exception as error:  # pyarrow raises many types for damaged bytes
@@ -75,16 +77,20 @@ def rows_error(storage: Storage, key: str) -> str | None:
 
 def common_schema(storage: Storage, parts: list[Part]) -> pa.Schema:
     """The common schema of a table's parts. Raises DamagedPart if they differ from each other or from the manifest."""
-    schemas = []
-    for part in parts:
+
+    def schema_of(part: Part) -> pa.Schema:
         try:
             footer = read_footer(storage, part.path)
         except DamagedPart as damage:
             raise DamagedPart(f"{part.path}: {damage}") from damage
         if footer.rows != part.rows:
             raise DamagedPart(f"{part.path}: {part.rows:,} rows in the manifest, {footer.rows:,} in the file")
-        schemas.append(footer.schema)
-        if not footer.schema.equals(schemas[0], check_metadata=False):
+        return footer.schema
+
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
+        schemas = list(threads.map(schema_of, parts))
+    for part, schema in zip(parts, schemas, strict=True):
+        if not schema.equals(schemas[0], check_metadata=False):
             raise DamagedPart(f"{part.path}: other columns than {parts[0].path}")
     return schemas[0]
 

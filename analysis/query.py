@@ -237,7 +237,7 @@ def _connection(dataset: Dataset, sql: str, limits: _Limits) -> Iterator[duckdb.
     try:
         for table in dataset.tables:
             try:
-                connection.register(table, _table_source(dataset, table))
+                connection.register(table, _table_source(dataset, table, is_named=_mentions(dataset, sql, table)))
             except Refusal:
                 if _mentions(dataset, sql, table):
                     raise  # tables that the query does not read may be damaged
@@ -255,9 +255,15 @@ def _connection(dataset: Dataset, sql: str, limits: _Limits) -> Iterator[duckdb.
         connection.close()
 
 
-def _table_source(dataset: Dataset, table: str) -> arrow.Dataset | pa.Table:
-    """A table's parts as an Arrow dataset. Raises Refusal if parts are missing or damaged."""
-    schema, parts = dataset.part_schema(table), dataset.parts(table)
+def _table_source(dataset: Dataset, table: str, *, is_named: bool) -> arrow.Dataset | pa.Table:
+    """A table's parts as an Arrow dataset. Raises Refusal if parts are missing or damaged.
+
+    is_named: by the query. The parts of other tables are not opened, if the manifest says their columns.
+    """
+    schema = None if is_named else dataset.stated_schema(table)
+    if schema is None:
+        schema = dataset.part_schema(table)
+    parts = dataset.parts(table)
     if not parts:
         return schema.empty_table() if len(schema) else pa.table({"nothing": pa.array([], pa.null())})
     return arrow_dataset(dataset.storage, parts, schema)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def scan_parts(storage: Storage, parts: Iterable[Part]) -> pl.LazyFrame:
     """The rows of parts with a common schema as a LazyFrame."""
-    sources = [storage.source(part.path) for part in parts]
+    sources = [storage.source(part.path, part.bytes) for part in parts]
     if _are_local(sources):
         return pl.scan_parquet(sources, glob=False, hive_partitioning=False)
     # Polars reads Python files whole; Arrow reads only the ranges it needs
@@ -25,7 +25,7 @@ def scan_parts(storage: Storage, parts: Iterable[Part]) -> pl.LazyFrame:
 
 def arrow_dataset(storage: Storage, parts: Iterable[Part], schema: pa.Schema) -> arrow.Dataset:
     """The rows of parts as an Arrow dataset."""
-    return _dataset([storage.source(part.path) for part in parts], schema)
+    return _dataset([storage.source(part.path, part.bytes) for part in parts], schema)
 
 
 def _are_local(sources: list[str | BinaryIO]) -> TypeGuard[list[str]]:

@@ -6,6 +6,7 @@ import glob
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
@@ -14,7 +15,7 @@ from attlas.analysis.comparability import name_some
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.manifest import section
 from attlas.analysis.summaries import places
-from attlas.extract.store import Location, Refusal, Storage, Store
+from attlas.extract.store import Location, Refusal, Storage, Store, open_storage
 
 _STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[-_=]?(\d{1,18})(?!\d)", re.IGNORECASE)
 _WILDCARD = re.compile(r"[*?\[]")
@@ -76,13 +77,21 @@ def training_step(dataset: Dataset) -> int | None:
 
 def _matches(location: Any) -> Iterator[Any]:
     """The paths that match a pattern, in natural order; anything else as it is."""
-    if not isinstance(location, str) or "://" in location or not _WILDCARD.search(location):
+    if not isinstance(location, str) or not _WILDCARD.search(location):
         yield location
         return
-    found = sorted(glob.glob(location), key=_natural_order)  # noqa: PTH207 - the pattern may be absolute
+    is_url = "://" in location
+    names = _matching_urls(location) if is_url else glob.glob(location)  # noqa: PTH207 - the pattern may be absolute
+    found = sorted(names, key=_natural_order)
     if not found:
         raise Refusal(f"a pattern names datasets; nothing matches {location!r}; check it")
     yield from found
+
+
+def _matching_urls(pattern: str) -> list[str]:
+    """The URLs of the folders that match a pattern in the last part of a URL."""
+    above, _, last = pattern.rstrip("/").rpartition("/")
+    return [f"{above}/{name}" for name in open_storage(above).names() or () if fnmatchcase(name, last)]
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:

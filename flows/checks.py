@@ -6,6 +6,7 @@ from pathlib import Path
 from attlas.extract.errors import Refusal
 from attlas.extract.python_files import python_files_in
 from attlas.extract.store import Store
+from attlas.extract.urls import is_url
 from attlas.flows.config import Run
 from attlas.flows.overlaps import place_of, refuse_overlaps
 
@@ -14,7 +15,6 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 def refuse_bad_paths(run: Run, *, run_file: Path | None = None) -> None:
     """Raise Refusal for the first problem with the paths of a run."""
-    refuse_address(run.out)
     # before the other checks, which would report an output folder in the wrong place less clearly
     refuse_overlaps(run, run_file=run_file)
     refuse_bad_corpus(run)
@@ -45,7 +45,7 @@ def refuse_bad_corpus(run: Run) -> None:
         strict=run.strict,
         max_document_bytes=run.max_document_bytes,
     )
-    if run.digest_key is not None:
+    if run.digest_key is not None and not is_url(run.corpus):
         refuse_key_in_corpus(run.digest_key, run.corpus, [name for name, _ in corpus.files])
 
 
@@ -70,12 +70,6 @@ def refuse_missing_model(model: str, *, trust_remote_code: bool = False) -> None
         raise Refusal(f"a model is a folder with config.json and safetensors; {model} is a file; give its folder")
     if not _HUB_NAME.fullmatch(model) or model.startswith("."):
         raise Refusal(f"a model is demo, a folder or a hub name; there is no folder {model}; check the path")
-
-
-def refuse_address(out: Path) -> None:
-    """Raise Refusal if the output folder is a URL."""
-    if "://" in str(out) or re.match(r"\w{2,}:/", str(out)):
-        raise Refusal(f"the output must be a local folder; {out} is a URL; give a path and copy the dataset afterwards")
 
 
 def refuse_key_in_corpus(key: Path, corpus: str, names: list[str]) -> None:

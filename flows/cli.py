@@ -13,6 +13,7 @@ import typer
 
 from attlas.extract.errors import Refusal
 from attlas.flows.config import Run, read_run
+from attlas.flows.places import Place
 from attlas.flows.run_options import with_run_options
 from attlas.flows.streams import (
     exit_on_closed_pipe,
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="a finished dataset: the --out of a run")]
+Dataset = Annotated[str, typer.Argument(metavar="DIR", help="a finished dataset: the --out of a run, a folder or URL")]
 
 
 def main() -> None:
@@ -186,7 +187,7 @@ def _run_share(settings: Run, named: str) -> None:
 
 @app.command()
 def finish(
-    run: Annotated[Path, typer.Argument(metavar="DIR|RUN.toml", help="The output folder of a run, or its run file.")],
+    run: Annotated[str, typer.Argument(metavar="DIR|RUN.toml", help="The --out of a run, or its run file.")],
 ) -> None:
     """Complete a dataset whose shards were measured with --shards, and write its report."""
     ignore_closed_pipe()
@@ -231,7 +232,7 @@ app.command(name="run")(with_run_options(run))
 def report(
     dataset: Dataset,
     other: Annotated[
-        Path | None, typer.Argument(metavar="[B]", help="Another dataset: the page compares it with the first.")
+        str | None, typer.Argument(metavar="[B]", help="Another dataset: the page compares it with the first.")
     ] = None,
     *,
     output: Annotated[
@@ -256,18 +257,15 @@ def report(
     _show_paths(report=page)
 
 
-def _report_comparison(a: Path, b: Path, output: Path | None, *, form: str) -> None:
+def _report_comparison(a: str, b: str, output: Path | None, *, form: str) -> None:
     from attlas.analysis.compare import compare as compare_datasets
-    from attlas.analysis.comparison_output import write_comparison
-    from attlas.analysis.output import answer_file
+    from attlas.analysis.comparison_output import save_comparison, write_comparison
 
     comparison = compare_datasets(a, b)
     if form == "json":
         _write_json({"notes": comparison.notes, "rows": comparison.rows.to_dicts()}, output)
         return
-    page = output or b / "comparison.html"
-    with answer_file(page) as stream:
-        write_comparison(comparison, "html", stream)
+    page = save_comparison(comparison, b, output)
     write_comparison(comparison, "table", sys.stdout)
     _show_paths(report=page)
 
@@ -291,7 +289,7 @@ def _write_json(value: Any, output: Path | None) -> None:
 @app.command()
 def query(
     dataset: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="a finished dataset: the --out of a run")
+        str | None, typer.Argument(metavar="DIR", help="a finished dataset: the --out of a run, a folder or URL")
     ] = None,
     sql: Annotated[
         str | None, typer.Argument(metavar="SQL", help="One SELECT statement; each table is a view.")
@@ -475,8 +473,8 @@ def open_elsewhere(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A finished dataset.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The dataset to compare with it.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A finished dataset: a folder or URL.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The dataset to compare with it.")],
     *,
     columns: Annotated[
         str | None, typer.Option(metavar="NAME,…", help="The columns to compare. [default: all that both have]")
@@ -746,7 +744,7 @@ def serve(
     serve_until_stopped(run_file, schedule, keep=keep)
 
 
-def _show_summary(dataset: Path) -> None:
+def _show_summary(dataset: Place) -> None:
     from attlas.analysis.columns import console_for
     from attlas.flows.analyze import written_report
 

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, ValidationError, field_validator
 
 from attlas.extract.errors import Refusal
 from attlas.extract.python_files import is_python_file
+from attlas.extract.urls import is_url
+from attlas.flows.places import Place, name_of_place, normalized_path, place_named
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -60,7 +62,7 @@ class CardSettings(BaseModel, frozen=True, extra="forbid"):
         return Card(license=self.license, language=codes, source=self.source)
 
 
-class Run(BaseModel, frozen=True, extra="forbid"):
+class Run(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
     """The options of one run. The description of a field is its help text."""
 
     model: Annotated[str, Field(min_length=1, description="a folder, a hub name, file.py:function, or demo")]
@@ -69,10 +71,16 @@ class Run(BaseModel, frozen=True, extra="forbid"):
         BeforeValidator(_readable),
         Field(
             min_length=1,
-            description="a text, JSONL, CSV, Parquet or image file, a folder or glob of them, hub:NAME, demo, random-repeats or needle",
+            description="a text, JSONL, CSV, Parquet or image file, a folder or glob of them, the same in an object store (s3://…), hub:NAME, demo, random-repeats or needle",
         ),
     ]
-    out: Annotated[Path, Field(description="the folder for the dataset: new, empty, or with this same run")]
+    out: Annotated[
+        Place,
+        PlainValidator(place_named, json_schema_input_type=str),
+        Field(
+            description="the folder for the dataset, or a URL such as s3://bucket/folder: new, empty, or with this same run"
+        ),
+    ]
     max_length: Annotated[
         Count | None,
         Field(
@@ -200,19 +208,15 @@ class Run(BaseModel, frozen=True, extra="forbid"):
 
         return real_name(self.corpus)
 
-    @field_validator("out", "digest_key")
+    @property
+    def name(self) -> str:
+        """The last part of the output's name."""
+        return name_of_place(self.out)
+
+    @field_validator("digest_key")
     @classmethod
     def _normalized(cls, path: Path | None) -> Path | None:
         return path if path is None else normalized_path(path)
-
-
-def normalized_path(path: Path) -> Path:
-    """The path without `..`, unless that changes its meaning because of a symbolic link."""
-    normalized = Path(os.path.normpath(path))
-    try:
-        return normalized if normalized.resolve() == path.resolve() else path
-    except (OSError, RuntimeError):  # such as circular links; reported on opening the path
-        return path
 
 
 def read_run(file: Path | None, options: Mapping[str, Any]) -> Run:
@@ -251,7 +255,7 @@ def _file_values(file: Path) -> dict[str, Any]:
 
 def _relative_to_run_file(name: str, value: Any, folder: Path) -> Any:
     """The value, resolved against the run file's folder if it is a path."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or (name in ("out", "corpus") and is_url(value)):
         return value
     if name == "statistics":
         return ",".join(
@@ -271,6 +275,8 @@ def _relative_to_run_file(name: str, value: Any, folder: Path) -> Any:
 
 def _message(detail: "ErrorDetails", *, where: str) -> str:
     name, value, context = str(detail["loc"][0]), detail["input"], detail.get("ctx", {})
+    if isinstance(context.get("error"), Refusal):
+        return str(context["error"])
     if name == "card":
         given = f"{detail['loc'][1]} = {value!r}" if len(detail["loc"]) > 1 else repr(value)
         return f"[card] has license, language and source, each a text (language also a list); {where} has {given}; correct it"

@@ -17,6 +17,7 @@ from attlas.flows.api import refuse_unreachable_server
 from attlas.flows.checks import refuse_bad_paths
 from attlas.flows.config import Run, read_run
 from attlas.flows.nights import Nights, folder_name
+from attlas.flows.places import folder_of_schedule
 
 if TYPE_CHECKING:
     from prefect.schedules import Schedule
@@ -39,14 +40,14 @@ def scheduled(run_file: Path, keep: int | None = None) -> "State[Any]":
     try:
         run = run_at(run_file, flow_run.scheduled_start_time)
         refuse_bad_paths(run, run_file=run_file)
-        nights, inputs = Nights(run.out.parent), inputs_digest(run)
+        nights, inputs = Nights(folder_of_schedule(run.out).parent), inputs_digest(run)
         before = nights.unchanged_since(inputs)
         if before is not None:
             return Completed(name="Unchanged", message=f"skipped: nothing has changed since {before.name}")
         page = _measure(run, run_file.stem)
     except Refusal as refusal:
         return Failed(message=str(refusal))
-    nights.add(run.out, inputs)
+    nights.add(folder_of_schedule(run.out), inputs)
     gone = nights.keep(keep)
     removed = f"; removed {', '.join(dataset.name for dataset in gone)}" if gone else ""
     return Completed(message=f"measured {run.corpus} with {run.model} into {run.out}{removed}", data=page)
@@ -71,7 +72,7 @@ def run_at(run_file: Path, time: datetime) -> Run:
     """The run for a scheduled time, with its own folder OUT/<time>, which a retry uses again."""
     run = read_run(run_file, {})
     key = run.digest_key or digest_key_beside(run_file)
-    return run.model_copy(update={"out": run.out / folder_name(time), "digest_key": key})
+    return run.model_copy(update={"out": folder_of_schedule(run.out) / folder_name(time), "digest_key": key})
 
 
 def digest_key_beside(run_file: Path) -> Path:
@@ -98,7 +99,7 @@ def serve(run_file: Path, schedule: "Schedule", *, keep: int | None = None) -> N
         raise Refusal(f"--keep must be at least 1 dataset; got {keep}; leave it out to keep all")
     scheduled.serve(
         name=run_file.stem,
-        description=f"Measures {run.corpus} with {run.model}, as {run_file} says, into {run.out.parent}.",
+        description=f"Measures {run.corpus} with {run.model}, as {run_file} says, into {folder_of_schedule(run.out).parent}.",
         tags=["attlas"],
         schedule=schedule,
         parameters={"run_file": str(run_file), "keep": keep},

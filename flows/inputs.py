@@ -7,16 +7,17 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from attlas.extract.python_files import python_files_in
+from attlas.extract.urls import is_url
 from attlas.flows.config import BUILT_IN, Run
 
 
 def inputs_digest(run: Run) -> str | None:
     """SHA-256 of the settings of a run but its output, of all installed packages, and of the size and time of every file of model and corpus.
 
-    None if the run depends on what these don't tell: the state of a hub, or code of the user's own that builds the model.
+    None if the run depends on what these don't tell: the state of a hub or an object store, or code of the user's own that builds the model.
     """
     model = Path(run.model)
-    if run.corpus.startswith("hub:") or (run.model != "demo" and not model.is_dir()):
+    if run.corpus.startswith("hub:") or is_url(run.corpus) or (run.model != "demo" and not model.is_dir()):
         return None
     files = [*python_files_in(run.statistics), *_corpus_files(run), *(model.rglob("*") if run.model != "demo" else ())]
     facts = {
@@ -28,9 +29,13 @@ def inputs_digest(run: Run) -> str | None:
 
 
 def _corpus_files(run: Run) -> list[Path]:
-    from attlas.extract.corpus.files import local_files
+    from attlas.extract.corpus.files import corpus_files
 
-    return [] if run.corpus in BUILT_IN else [file.path for file in local_files(run.corpus_to_open).files]
+    return (
+        []
+        if run.corpus in BUILT_IN
+        else [file.path for file in corpus_files(run.corpus_to_open).files if isinstance(file.path, Path)]
+    )
 
 
 def _states(files: list[Path]) -> Iterator[tuple[str, int, int]]:

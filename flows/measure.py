@@ -19,6 +19,7 @@ from attlas.extract.errors import CaptureError, Damaged, Refusal
 from attlas.flows.analyze import report
 from attlas.flows.config import Run
 from attlas.flows.environment import remove_temporary_folder
+from attlas.flows.places import Place
 from attlas.flows.progress import Display, Work, count_of, display
 from attlas.flows.runners import Runner, is_in_this_process, share_machine, task_runner
 from attlas.flows.server import prefect_connected, temporary_server
@@ -36,7 +37,7 @@ _worker_lock = threading.Lock()
 instruments: dict[Run, "Instrument"] = {}
 
 
-@flow(name="attlas", flow_run_name="measure {run.out.name}", task_runner=task_runner())
+@flow(name="attlas", flow_run_name="measure {run.name}", task_runner=task_runner())
 def measure(run: Run) -> Path | str:
     """Measure a corpus with a model and write the report. Shards that an earlier run has finished are not repeated."""
     write_dataset(run)
@@ -114,7 +115,7 @@ def measure_and_show(worker: "Worker", shard: int) -> None:
 
 
 @task(name="manifest", task_run_name="manifest", **_RETRIED)
-def write_manifest(run: Run) -> Path:
+def write_manifest(run: Run) -> Place:
     """Write the manifest, which completes the dataset."""
     from attlas.extract.run import finish
 

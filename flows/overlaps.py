@@ -5,22 +5,27 @@ import os
 import tempfile
 from collections.abc import Iterator
 from itertools import takewhile
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 from attlas.extract.errors import Refusal
 from attlas.extract.python_files import python_files_in
+from attlas.extract.urls import is_url
 from attlas.flows.config import BUILT_IN, Run
 
 
 def refuse_overlaps(run: Run, *, run_file: Path | None = None) -> None:
     """Refuse an output folder from which the run would read, or that would be read as its corpus."""
+    if isinstance(run.out, str):
+        if is_url(run.corpus):
+            _refuse_corpus_at_url(run, PurePosixPath(run.out))
+        return
     out = run.out.resolve()
     model = Path(run.model.rpartition(":")[0] if ".py:" in run.model else run.model)
     own = [("file of statistics", file) for file in python_files_in(run.statistics)]
     for what, path in (("model", model), ("run file", run_file), ("digest key", run.digest_key), *own):
         if path is not None and path.exists() and path.resolve().is_relative_to(out):
             raise Refusal(f"the {what} must stay out of the dataset; {path} lies inside {run.out}; move it elsewhere")
-    if run.corpus not in BUILT_IN and not run.corpus.startswith("hub:"):
+    if run.corpus not in BUILT_IN and not run.corpus.startswith("hub:") and not is_url(run.corpus):
         _refuse_corpus(run, out)
 
 
@@ -29,17 +34,36 @@ def _refuse_corpus(run: Run, out: Path) -> None:
     if place is None:
         return
     if place.resolve().is_relative_to(out):
-        raise Refusal(
-            f"a corpus must stay out of the dataset; {run.corpus} lies inside {run.out}; give --out another folder"
-        )
+        raise _corpus_in_output(run)
     if not place.is_dir():
         return
     ways = _ways(place, out, depth=_depth(pattern))
     if any(pattern is None or _matches(pattern, way) for way in ways):
-        raise Refusal(
-            f"the output must stay out of the corpus, which would grow by it; {run.out} would be read as part of "
-            f"{run.corpus}; give --out another folder"
-        )
+        raise _output_in_corpus(run)
+
+
+def _refuse_corpus_at_url(run: Run, out: PurePosixPath) -> None:
+    """The same where corpus and output are URLs. A prefix has no links, so their names tell."""
+    corpus = PurePosixPath(run.corpus)
+    base = PurePosixPath(*takewhile(lambda part: not glob.has_magic(part), corpus.parts))
+    if base.is_relative_to(out):
+        raise _corpus_in_output(run)
+    pattern = None if base == corpus else corpus.relative_to(base).as_posix()
+    if out.is_relative_to(base) and (pattern is None or _matches(pattern, out.relative_to(base))):
+        raise _output_in_corpus(run)
+
+
+def _corpus_in_output(run: Run) -> Refusal:
+    return Refusal(
+        f"a corpus must stay out of the dataset; {run.corpus} lies inside {run.out}; give --out another folder"
+    )
+
+
+def _output_in_corpus(run: Run) -> Refusal:
+    return Refusal(
+        f"the output must stay out of the corpus, which would grow by it; {run.out} would be read as part of "
+        f"{run.corpus}; give --out another folder"
+    )
 
 
 def place_of(corpus: str) -> tuple[Path | None, str | None]:
@@ -77,7 +101,7 @@ def _ways(base: Path, out: Path, *, depth: int | None) -> Iterator[Path]:
         seen.update(new.values())
 
 
-def _matches(pattern: str, way: Path) -> bool:
+def _matches(pattern: str, way: PurePath) -> bool:
     """Whether the pattern would find a file of a dataset there. Tried on such files, since no rule says all that globs do."""
     with tempfile.TemporaryDirectory() as scratch:
         for name in _written():

@@ -1,8 +1,10 @@
 """Upload a finished dataset to the Hugging Face hub."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from attlas.extract.errors import Refusal, first_line
@@ -11,13 +13,14 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from attlas.analysis.dataset import Dataset
+    from attlas.extract.store import Location
 
 _OF_TEXT = ("token_ids", "text")  # columns from which the corpus can be read
 _BESIDE = {".gitattributes", "README.md"}  # what a new repository may hold
 
 
 def push(
-    folder: Path,
+    location: "Location",
     name: str,
     *,
     private: bool = False,
@@ -34,7 +37,7 @@ def push(
     api = connect()
     from attlas.analysis.dataset import Dataset
 
-    dataset = Dataset.open(folder)
+    dataset = Dataset.open(location)
     progress("verify")
     refuse_damaged(dataset)
     if not with_text:
@@ -45,7 +48,8 @@ def push(
             api.create_branch(name, branch=revision, repo_type="dataset", exist_ok=True)
         refuse_foreign(name, api.list_repo_files(name, repo_type="dataset", revision=revision))
     progress("upload")
-    upload(api, dataset, folder, name, revision=revision)
+    with local_files(dataset) as folder:
+        upload(api, dataset, folder, name, revision=revision)
     address = f"{api.endpoint}/datasets/{name}"
     return address if revision is None else f"{address}/tree/{revision}"
 
@@ -62,6 +66,24 @@ def upload(api: "HfApi", dataset: "Dataset", folder: Path, name: str, *, revisio
         **where, allow_patterns=parts, delete_patterns=earlier, commit_message="Parts of a dataset by attlas"
     )
     api.upload_folder(**where, allow_patterns=[CARD, MANIFEST], commit_message="Card and manifest")
+
+
+@contextmanager
+def local_files(dataset: "Dataset") -> Iterator[Path]:
+    """The folder of a dataset, or a temporary one with copies of what is uploaded, for a dataset in an object store."""
+    from attlas.extract.store import CARD, MANIFEST, LocalFolder
+
+    if isinstance(dataset.storage, LocalFolder):
+        yield dataset.storage.root
+        return
+    with TemporaryDirectory(prefix="attlas-push-") as temporary:
+        parts = [part.path for table in dataset.tables for part in dataset.parts(table)]
+        for key in (*parts, CARD, MANIFEST):
+            path = Path(temporary, key)
+            path.parent.mkdir(exist_ok=True)
+            with dataset.storage.open(key) as source, path.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 22)
+        yield Path(temporary)
 
 
 def connect() -> "HfApi":

@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from attlas.flows.config import FILE_ONLY, Run, choices
+from attlas.flows.places import Place
+
+_METAVARS = {int: "N", Path: "PATH"}
 
 
 def with_run_options(command: Any) -> Any:
@@ -31,14 +34,14 @@ def _option(name: str) -> Any:
     text = f"{field.description}{default}"
     if kind is bool:
         return Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)]
-    metavar = "|".join(choices(name)) or {int: "N", Path: "PATH"}.get(kind, "NAME")
+    metavar = "|".join(choices(name)) or ("DIR|URL" if field.annotation == Place else _METAVARS.get(kind, "NAME"))
     return Annotated[kind | None, typer.Option(f"--{flag}", help=text, metavar=metavar, show_default=False)]
 
 
 def _option_type(annotation: Any) -> type:
-    """The type of a field's values, such as int for `Annotated[int, …] | None`; str for a literal, which `Run` validates."""
+    """The type of a field's values, such as int for `Annotated[int, …] | None`; str for a literal and a place."""
     origin = get_origin(annotation)
-    if origin is Literal:
+    if origin is Literal or annotation == Place:  # `Run` validates them
         return str
     if origin in (Union, UnionType):
         return _option_type(next(a for a in get_args(annotation) if a is not type(None)))

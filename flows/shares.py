@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from attlas.extract.errors import Refusal
 from attlas.flows.config import Run, read_run
 from attlas.flows.measure import measure_and_show, stopped_by_ctrl_c, using_display, work_in_all
+from attlas.flows.places import Place, place_named
 from attlas.flows.progress import Display, count_of
 
 if TYPE_CHECKING:
@@ -32,13 +33,14 @@ def measure_share(run: Run, share: "Share", *, show: Display) -> str:
     return f"share {share}: {count_of(len(shards), 'shard')} measured, {todo}"
 
 
-def finish_run(dataset_or_run_file: Path, *, show: Display) -> Path:
-    """Complete the dataset of a folder or of a run file, if all its shards are measured; returns its folder."""
+def finish_run(dataset_or_run_file: Place, *, show: Display) -> Place:
+    """Complete the dataset of a place or of a run file, if all its shards are measured; returns its place."""
     from attlas.extract.share import finish_shares
 
-    run = read_run(dataset_or_run_file, {}) if dataset_or_run_file.is_file() else None
-    out = dataset_or_run_file if run is None else run.out
-    if not out.is_dir():
+    named = place_named(dataset_or_run_file)
+    run = read_run(named, {}) if isinstance(named, Path) and named.is_file() else None
+    out = named if run is None else run.out
+    if isinstance(out, Path) and not out.is_dir():
         raise Refusal(
             f"what is finished is the output folder of a run, or a run file; there is none at {out}; check the path"
         )

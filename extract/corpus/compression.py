@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
+from attlas.extract.corpus.stored import StoredFile
 from attlas.extract.files import open_regular
 
 # errors of reading a file, which may also have disappeared since it was listed
@@ -29,13 +30,14 @@ class DamagedStream(OSError):
     """Invalid compressed data."""
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path | StoredFile) -> BinaryIO:
     """Open a file for reading, decompressed according to its extension. Raises OSError for what is not a file (any more)."""
-    open_regular(path).close()  # a pipe that took the file's place would never end
+    if isinstance(path, Path):
+        open_regular(path).close()  # a pipe that took the file's place would never end
     match path.suffix.lower():
         case ".gz" | ".gzip":
             _check_not_empty(path)
-            return cast(BinaryIO, gzip.open(path))
+            return cast(BinaryIO, gzip.open(path if isinstance(path, Path) else path.open()))
         case ".bz2":
             return _open_members(path, bz2.BZ2Decompressor)
         case ".xz":
@@ -44,12 +46,17 @@ def open_bytes(path: Path) -> BinaryIO:
             return _open_members(path, _zstd_decompressor)
         case ".lz4":
             _check_not_empty(path)
-            return io.BufferedReader(cast(io.RawIOBase, pa.input_stream(str(path), compression="lz4")))
-    return path.open("rb")
+            source = str(path) if isinstance(path, Path) else pa.PythonFile(path.open(), mode="r")
+            return io.BufferedReader(cast(io.RawIOBase, pa.input_stream(source, compression="lz4")))
+    return _open(path)
 
 
-def _check_not_empty(path: Path) -> None:
-    if path.stat().st_size == 0:
+def _open(path: Path | StoredFile) -> BinaryIO:
+    return path.open("rb") if isinstance(path, Path) else path.open()
+
+
+def _check_not_empty(path: Path | StoredFile) -> None:
+    if (path.stat().st_size if isinstance(path, Path) else path.size) == 0:
         raise EOFError("a compressed file begins with a header; this one has zero bytes")
 
 
@@ -59,8 +66,8 @@ def _zstd_decompressor() -> Any:
     return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG})
 
 
-def _open_members(path: Path, new_decompressor: Callable[[], Any]) -> BinaryIO:
-    return io.BufferedReader(_Members(path.open("rb"), new_decompressor))
+def _open_members(path: Path | StoredFile, new_decompressor: Callable[[], Any]) -> BinaryIO:
+    return io.BufferedReader(_Members(_open(path), new_decompressor))
 
 
 class _Members(io.RawIOBase):

@@ -1,17 +1,19 @@
-"""The local files of a corpus: names, sizes and kind."""
+"""The files of a corpus: names, sizes and kind."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 from attlas.extract.corpus.finding import EVERYTHING, FoundFiles, find_files, kind_of_special_file
 from attlas.extract.corpus.names import readable_name
+from attlas.extract.corpus.stored import StoredFile, stored_sizes
 from attlas.extract.errors import Refusal
+from attlas.extract.urls import is_url, url_name
 
 IMAGES = "images"
 _KIND_OF_EXTENSION = {
@@ -32,18 +34,18 @@ _SUPPORTED = f"{', '.join(e for e in _KIND_OF_EXTENSION if e)}; text files other
 class CorpusFile:
     """A file to read. `name` is valid text, relative to what the user named, and reveals no other path of this machine."""
 
-    path: Path
+    path: Path | StoredFile
     name: str
     kind: str
     size: int
 
 
 @dataclass(frozen=True)
-class LocalFiles:
+class CorpusFiles:
     """The name, folder and files of a corpus; the files have one kind and are sorted by name."""
 
     name: str
-    folder: Path
+    folder: Path | None  # None in an object store
     files: tuple[CorpusFile, ...]
     duplicate_links: tuple[str, ...]  # links to folders that are read through another path
 
@@ -55,11 +57,31 @@ class LocalFiles:
 
 def image_folder(corpus: str) -> Path:
     """The folder that the names of a corpus of images are relative to. Raises Refusal."""
-    return local_files(corpus).folder
+    folder = corpus_files(corpus).folder
+    assert folder is not None, "images are in a local folder"
+    return folder
 
 
-def local_files(corpus: str) -> LocalFiles:
-    """Find the files of a corpus given as a file, folder or glob. Raises Refusal."""
+def corpus_files(corpus: str) -> CorpusFiles:
+    """Find the files of a corpus given as a file, folder or glob, or as the URL of one in an object store. Raises Refusal."""
+    return _stored_files(corpus) if is_url(corpus) else _local_files(corpus)
+
+
+def _stored_files(corpus: str) -> CorpusFiles:
+    storage, pattern, sizes = stored_sizes(corpus)
+    display_name = readable_name(corpus)
+    _check_some(display_name, sizes)
+    files = tuple(
+        CorpusFile(StoredFile(storage, key, size), readable_name(key), _kind(key), size)
+        for key, size in sorted(sizes.items())
+    )
+    _check_one_kind(display_name, files)
+    if files[0].kind == IMAGES:
+        raise Refusal(f"images are read from a local folder; {display_name} is a URL; copy them to a folder")
+    return CorpusFiles(readable_name(pattern or url_name(corpus) or corpus), None, files, ())
+
+
+def _local_files(corpus: str) -> CorpusFiles:
     path = Path(os.path.expanduser(corpus))  # noqa: PTH111 - Path raises for an unknown user
     display_name = readable_name(corpus)
     name = _public_name(corpus, path)
@@ -79,13 +101,17 @@ def local_files(corpus: str) -> LocalFiles:
         raise Refusal(
             f"a corpus is demo, random-repeats, needle, hub:NAME, a file, a folder or a glob; there is no {display_name!r}; check the name"
         )
-    if not matches.sizes:
-        raise Refusal(
-            f"a corpus must have at least one file; {display_name!r} has none; check the name (hidden files are ignored)"
-        )
+    _check_some(display_name, matches.sizes)
     files = _files(base, matches)
     _check_one_kind(display_name, files)
-    return LocalFiles(name, base, files, tuple(map(readable_name, matches.duplicate_links)))
+    return CorpusFiles(name, base, files, tuple(map(readable_name, matches.duplicate_links)))
+
+
+def _check_some(corpus: str, sizes: Mapping[str, int]) -> None:
+    if not sizes:
+        raise Refusal(
+            f"a corpus must have at least one file; {corpus!r} has none; check the name (hidden files are ignored)"
+        )
 
 
 def _files(base: Path, matches: FoundFiles) -> tuple[CorpusFile, ...]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 from attlas.extract.corpus.columns import check_column
 from attlas.extract.corpus.compression import READ_ERRORS
 from attlas.extract.corpus.delimited import check_delimited, delimited_documents
 from attlas.extract.corpus.documents import Corpus, Document
-from attlas.extract.corpus.files import IMAGES, CorpusFile, LocalFiles, local_files
+from attlas.extract.corpus.files import IMAGES, CorpusFile, CorpusFiles, corpus_files
 from attlas.extract.corpus.generated import generation_of
 from attlas.extract.corpus.hub import demo_documents, hub_documents
 from attlas.extract.corpus.json_lines import json_columns, json_documents
@@ -40,7 +41,7 @@ def open_corpus(
     """Open a corpus and check its files, without reading the documents. Raises Refusal.
 
     `corpus`: `demo`, `random-repeats`, `needle`, `hub:NAME` (or `hub:NAME/CONFIG:SPLIT` with NAME as owner/name), a file, a
-    folder or a glob.
+    folder or a glob, or the URL of an object, a prefix or a glob in an object store (`s3://bucket/folder/*.jsonl`).
     `text_column`: a column's name, or the path to a nested one, such as `meta.text`.
     `delimiter`: one character; by default a comma for CSV and a tab for TSV.
     `encoding`: any encoding of Python; a byte order mark takes precedence.
@@ -68,13 +69,13 @@ def open_corpus(
     if corpus == _DEMO or corpus.startswith(_HUB):
         options.check_for(corpus)
         return new_corpus(corpus, (), demo_documents if corpus == _DEMO else hub_documents(corpus, text_column))
-    local = local_files(corpus)
-    options.check_for(local.kind)
-    for file in local.files:
+    found = corpus_files(corpus)
+    options.check_for(found.kind)
+    for file in found.files:
         _check_file(file, options)
-    sizes = tuple((file.name, file.size) for file in local.files)
-    folder = local.folder if local.kind == IMAGES else None
-    return new_corpus(local.name, sizes, partial(_documents, local, options), folder)
+    sizes = tuple((file.name, file.size) for file in found.files)
+    folder = found.folder if found.kind == IMAGES else None
+    return new_corpus(found.name, sizes, partial(_documents, found, options), folder)
 
 
 def _check_file(file: CorpusFile, options: ReadOptions) -> None:
@@ -93,10 +94,10 @@ def _check_json(file: CorpusFile, options: ReadOptions) -> None:
         check_column(columns, options.text_column, file.name)
 
 
-def _documents(local: LocalFiles, options: ReadOptions) -> Iterator[Document]:
-    for file in local.files:
+def _documents(found: CorpusFiles, options: ReadOptions) -> Iterator[Document]:
+    for file in found.files:
         yield from _read_file(file, options)
-    for link in local.duplicate_links:
+    for link in found.duplicate_links:
         yield Document(link, "", "link to a folder that is read already")
 
 
@@ -115,6 +116,7 @@ def _read_file(file: CorpusFile, options: ReadOptions) -> Iterator[Document]:
 
 
 def _image_document(file: CorpusFile, _: ReadOptions) -> Iterable[Document]:
+    assert isinstance(file.path, Path), "images are in a local folder"
     return (Document(file.name, "", file=file.path),)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
@@ -42,7 +43,7 @@ def check_parquet(file: CorpusFile, options: ReadOptions) -> None:
     """Raise Refusal if a file can't be opened, lacks the text column, or has no text in it."""
     import pyarrow.parquet as pq
 
-    column = _text_column(pq.read_schema(file.path), options.text_column, file.name)
+    column = _text_column(pq.read_schema(_source(file)), options.text_column, file.name)
     if any(test(_value_type(column.type)) for test in _TEXT_TYPES):
         return
     advice = "use --text-column"
@@ -58,7 +59,7 @@ def parquet_documents(file: CorpusFile, options: ReadOptions) -> Iterator[Docume
     import pyarrow.parquet as pq
 
     number = 0
-    with pq.ParquetFile(file.path, page_checksum_verification=True) as parquet:
+    with pq.ParquetFile(_source(file), page_checksum_verification=True) as parquet:
         column = _text_column(parquet.schema_arrow, options.text_column, file.name)
         rows = _rows_at_once(file, parquet.metadata, column, options.max_document_bytes)
         for batch in parquet.iter_batches(rows, columns=[column.name]):
@@ -94,6 +95,10 @@ def _chunks(metadata: Any, column: _Column) -> Iterator[Any]:
             chunk = group.column(place)
             if chunk.path_in_schema == column.name:
                 yield chunk
+
+
+def _source(file: CorpusFile) -> Path | BinaryIO:
+    return file.path if isinstance(file.path, Path) else file.path.ranges()
 
 
 def _text_column(schema: pa.Schema, text_column: str, name: str) -> _Column:

@@ -78,7 +78,8 @@ def _is_only_an_unfinished_claim(storage: Storage, names: Sequence[str]) -> bool
         inner = storage.names(WORK)
     except NotADirectoryError:
         return False
-    return inner is not None and all(name == name_of(LOCK) or name.endswith(TEMPORARY) for name in inner)
+    # an object store may list the folder before what is in it
+    return all(name == name_of(LOCK) or name.endswith(TEMPORARY) for name in inner or ())
 
 
 def claim(storage: Storage, identity: Identity) -> bool:

@@ -146,7 +146,8 @@ class Store:
 
     def clear_work(self) -> None:
         """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers."""
-        work.clear_work(self.storage)
+        manifest = self.manifest
+        work.clear_work(self.storage, shards=0 if manifest is None else manifest.get("shards", 0))
 
     def discard_unfinished(self) -> None:
         """Delete an unfinished run, of whatever model; refuses if another process writes it, or it holds something else."""
@@ -187,9 +188,10 @@ def open_dataset(location: Location) -> tuple[Storage, dict[str, Any]]:
     """
     place, generation = _place_and_generation(location)
     storage = open_storage(place)
-    if not _is_there(storage):
-        raise Refusal(f"a dataset is a folder; there is none at {storage.place()}; give the --out of a finished run")
+    # first: an object store may list it later
     manifest = read_manifest(storage) if generation is None else read_generation(storage, generation)
+    if manifest is None and not _is_there(storage):
+        raise Refusal(f"a dataset is a folder; there is none at {storage.place()}; give the --out of a finished run")
     if manifest is None:
         state = "an unfinished run" if work.has_work(storage) else "no manifest.json"
         raise Refusal(f"a dataset has a manifest; {storage.place()} holds {state}; finish it with the same attlas run")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import BinaryIO
 
@@ -49,8 +49,11 @@ class Storage(ABC):
         """A readable, seekable file over an object."""
 
     @abstractmethod
-    def source(self, key: str) -> str | BinaryIO:
-        """What to give a Parquet reader: the path of a local file, or else a file that fetches only the ranges read."""
+    def source(self, key: str, size: int) -> str | BinaryIO:
+        """What to give a Parquet reader: the path of a local file, or else a file that fetches only the ranges read.
+
+        size: that of the object in bytes, which is not asked for again.
+        """
 
     @abstractmethod
     def size(self, key: str) -> int | None:
@@ -72,8 +75,11 @@ class Storage(ABC):
         """Delete an object or whatever else has its name; a missing one is no error."""
 
     @abstractmethod
-    def clear(self, folder: str) -> None:
-        """Delete a folder and everything in it; errors are ignored."""
+    def clear(self, folder: str, keys: Iterable[str] = ()) -> None:
+        """Delete a folder and everything in it; errors are ignored.
+
+        keys: what may be in it although an object store does not list it yet.
+        """
 
     @abstractmethod
     def remove_if_empty(self) -> None:

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ class LocalFolder(Storage):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.place(key)) from error
             raise
 
-    def source(self, key: str) -> str:
+    def source(self, key: str, size: int) -> str:  # noqa: ARG002
         return str(self._path_inside(key))
 
     def size(self, key: str) -> int | None:
@@ -91,7 +91,7 @@ class LocalFolder(Storage):
     def delete(self, key: str) -> None:
         discard(self._path(key))
 
-    def clear(self, folder: str) -> None:
+    def clear(self, folder: str, keys: Iterable[str] = ()) -> None:  # noqa: ARG002
         shutil.rmtree(self._path(folder), ignore_errors=True)
 
     def remove_if_empty(self) -> None:

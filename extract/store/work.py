@@ -6,7 +6,18 @@ from collections.abc import Collection
 
 from attlas.extract.store.generations import named_parts
 from attlas.extract.store.interface import Storage
-from attlas.extract.store.layout import CARD, DRAFT, TEMPORARY, WORK
+from attlas.extract.store.layout import (
+    CARD,
+    DRAFT,
+    MEAN_VECTORS,
+    MEANS,
+    PLAN,
+    RUN,
+    TEMPORARY,
+    WORK,
+    record_key,
+    spool_key,
+)
 from attlas.extract.store.parts import discard_parts_except
 from attlas.extract.store.records import clear_way_for_records, discard_records_except, read_record
 from attlas.extract.tables import TABLES
@@ -32,10 +43,14 @@ def discard_leftovers(storage: Storage, shards: Collection[int]) -> None:
     discard_parts_except(storage, kept | named_parts(storage))
 
 
-def clear_work(storage: Storage) -> None:
-    """Delete what only an unfinished run needs, including token ids, parts that it has left, and temporary files of killed writers."""
+def clear_work(storage: Storage, *, shards: int = 0) -> None:
+    """Delete what only an unfinished run needs, including token ids, parts that it has left, and temporary files of killed writers.
+
+    shards: of the run. What belongs to them is deleted even if the storage does not list it yet.
+    """
     discard_parts_except(storage, named_parts(storage))
-    storage.clear(WORK)
+    of_shards = (key(shard) for shard in range(shards) for key in (record_key, spool_key))
+    storage.clear(WORK, (RUN, PLAN, DRAFT, MEANS, MEAN_VECTORS, *of_shards))
     written_to = {"", *TABLES}
     for key in storage.list():
         if key.endswith(TEMPORARY) and key.rpartition("/")[0] in written_to:

@@ -33,7 +33,7 @@ def _dataset(rows: int) -> Path:
 
 def bare_scan(dataset: Dataset, *, keep: pl.Expr | None = None) -> pl.DataFrame:
     """The unweighted mean of every column by head, as a Polars user without attlas writes it."""
-    rows = pl.scan_parquet([dataset.storage.source(p.path) for p in dataset.parts("heads")])  # pyright: ignore[reportArgumentType]
+    rows = pl.scan_parquet([dataset.storage.source(p.path, p.bytes) for p in dataset.parts("heads")])  # pyright: ignore[reportArgumentType]
     means = pl.col(averaged_columns(dataset, "heads")).mean()
     return (rows if keep is None else rows.filter(keep)).group_by(HEAD).agg(means).collect(engine="streaming")
 

@@ -1,5 +1,6 @@
 """Prefect for tests: a separate home, one test server for the quick tests, one real server for the slow ones."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -49,6 +50,13 @@ def test_server(prefect_environment: dict[str, str]) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def real_server(prefect_environment: dict[str, str]) -> Iterator[dict[str, str]]:
     """`prefect server start`, with its scheduler; the environment that refers to it."""
+    with started_prefect_server(prefect_environment) as environment:
+        yield environment
+
+
+@contextlib.contextmanager
+def started_prefect_server(environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """`prefect server start` in an environment; the environment that refers to it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -64,10 +72,10 @@ def real_server(prefect_environment: dict[str, str]) -> Iterator[dict[str, str]]
         "--port",
         str(port),
     ]
-    server = subprocess.Popen(command, env=prefect_environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(f"http://127.0.0.1:{port}/api/health", seconds=180)
-        yield {**prefect_environment, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+        yield {**environment, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
     finally:
         server.terminate()
         server.wait(30)

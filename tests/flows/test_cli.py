@@ -49,7 +49,14 @@ def test_a_misspelled_option_is_refused_with_a_suggestion(attlas: Callable[..., 
         ("--model", "./nowhere", "there is no folder ./nowhere"),
         ("--model", "a/b/c", "there is no folder a/b/c"),
         ("--digest-key", "nowhere", "there is none at nowhere"),
-        ("--out", "s3://bucket/x", "the output must be a local folder"),
+        ("--out", "s3:/bucket/x", "got 's3:/bucket/x'; write a URL as text, with two slashes"),
+        ("--out", "nothing://bucket/x", "nothing://bucket/x can't be opened"),
+        ("--out", "s3://bucket//x", "the path in a URL has a name between any two slashes"),
+        (
+            "--out",
+            "s3://key:secret@bucket/x",
+            "the URL of an object store has no credentials, query or fragment; one that",
+        ),
     ],
 )
 def test_an_invalid_value_is_refused_before_any_work(

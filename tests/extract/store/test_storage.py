@@ -197,7 +197,7 @@ def test_a_part_is_known_by_its_size_and_its_digest(storage: Storage) -> None:
     assert (part.path, part.rows) == (part_key("heads", 3), 3)
     assert (part.bytes, part.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     assert pq.read_table(io.BytesIO(content)).equals(rows)
-    with pq.ParquetFile(storage.source(part.path)) as file:
+    with pq.ParquetFile(storage.source(part.path, part.bytes)) as file:
         assert file.read(columns=["entropy"]).num_rows == 3
 
 
