@@ -55,7 +55,7 @@ class ObjectStorage(Storage):
 
     def put(self, key: str, content: bytes) -> None:
         with self._name_in_errors(key, "written"):
-            obstore.put(self._store, _check_key(key), bytes(content))
+            _repeated(lambda: obstore.put(self._store, _check_key(key), bytes(content)))
 
     def put_if_absent(self, key: str, content: bytes) -> bool:
         ours = secrets.token_hex(8)
@@ -78,7 +78,8 @@ class ObjectStorage(Storage):
     def _writer(self, key: str) -> str | None:
         """The random number of the writer of an object, empty if it has none; None if there is no object."""
         try:
-            return str(obstore.get(self._store, key, options={"head": True}).attributes.get(_WRITER, ""))
+            found = _repeated(lambda: obstore.get(self._store, key, options={"head": True}))
+            return str(found.attributes.get(_WRITER, ""))
         except FileNotFoundError:
             return None
 
@@ -106,13 +107,15 @@ class ObjectStorage(Storage):
     def get(self, key: str) -> bytes | None:
         try:
             with self._name_in_errors(key, "read"):
-                return bytes(obstore.get(self._store, _check_key(key)).bytes())
+                return bytes(_repeated(lambda: obstore.get(self._store, _check_key(key)).bytes()))
         except FileNotFoundError:
             return None
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         with self._name_in_errors(key, "read"):
-            return bytes(obstore.get_range(self._store, _check_key(key), start=start, length=length)) if length else b""
+            if not length:
+                return b""
+            return bytes(_repeated(lambda: obstore.get_range(self._store, _check_key(key), start=start, length=length)))
 
     def open(self, key: str) -> BinaryIO:
         size = self.size(key)
@@ -126,7 +129,7 @@ class ObjectStorage(Storage):
     def size(self, key: str) -> int | None:
         try:
             with self._name_in_errors(key, "read"):
-                return obstore.head(self._store, _check_key(key))["size"]
+                return _repeated(lambda: obstore.head(self._store, _check_key(key))["size"])
         except FileNotFoundError:
             return None
 
@@ -230,7 +233,7 @@ class ObjectStorage(Storage):
 
 
 def _repeated(call: Callable[[], T]) -> T:
-    """Call again if it fails, unless the client has repeated the request itself: it does neither for deletions nor for cut-off lists."""
+    """Call again if it fails, unless the client has repeated the request itself: it does so neither for deletions nor for answers that are cut off."""
     for _ in range(_TRIES - 1):
         try:
             return call()
