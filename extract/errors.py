@@ -11,6 +11,10 @@ class Busy(Refusal):
     """Another process or thread writes the output now."""
 
 
+class AnotherRun(Refusal):
+    """The output holds a different run."""
+
+
 class Unfinished(RuntimeError):
     """A run of which some shards are not measured yet."""
 

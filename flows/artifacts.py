@@ -81,6 +81,13 @@ def publish(name: str, report: "Report", page: Path | str) -> None:
     create_link_artifact(link, link_text="the report", key=f"{title}-report", description="The analyses as a page.")
 
 
+def publish_drift(name: str, message: str, page: Path) -> None:
+    """Make a link artifact to the comparison of a night with its baseline."""
+    create_link_artifact(
+        page.resolve().as_uri(), link_text="the comparison", key=f"{slug(name)}-drift", description=printable(message)
+    )
+
+
 def _logger() -> Any:
     """The logger of the flow run or task run; libraries also warn in threads that have neither."""
     try:

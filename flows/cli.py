@@ -140,17 +140,23 @@ def run(
 ) -> None:
     """Measure a corpus with a model and write a Parquet dataset and its report. An interrupted run continues."""
     from attlas.flows.checks import refuse_bad_paths
-    from attlas.flows.environment import set_quiet_defaults
 
     ignore_closed_pipe()
     settings = read_run(run_file, options)
     refuse_bad_paths(settings, run_file=run_file)
-    if not _debug.on:
-        set_quiet_defaults()
     if shards is not None:
         _refuse_several(shards, workers, runner)
         _run_share(settings, shards)
         return
+    page = _measure(settings, workers=workers, runner=runner)
+    with report_write_errors():
+        _show_summary(settings.out)
+        _show_paths(dataset=settings.out, report=page)
+
+
+def _measure(settings: Run, *, workers: int | None = None, runner: str | None = None) -> Any:
+    """Measure with Prefect in this process; returns the report's place."""
+    _be_quiet()
     _prepare_for_prefect()
     _quiet_loading(settings.model)
     from attlas.flows.measure import measure_locally
@@ -160,10 +166,15 @@ def run(
 
     if not _debug.on:
         show_only_errors()
-    page = measure_locally(settings, show=display_for_terminal(), runner=task_runner(workers=workers, dask=runner))
-    with report_write_errors():
-        _show_summary(settings.out)
-        _show_paths(dataset=settings.out, report=page)
+    return measure_locally(settings, show=display_for_terminal(), runner=task_runner(workers=workers, dask=runner))
+
+
+def _be_quiet() -> None:
+    """Show no logs of libraries, unless they are asked for."""
+    from attlas.flows.environment import set_quiet_defaults
+
+    if not _debug.on:
+        set_quiet_defaults()
 
 
 def _refuse_several(shards: str, workers: int | None, runner: str | None) -> None:
@@ -177,6 +188,7 @@ def _run_share(settings: Run, named: str) -> None:
     from attlas.extract.share import Share
 
     share = Share.named(named)
+    _be_quiet()
     _prepare_folders()
     _quiet_loading(settings.model)
     from attlas.flows.progress import display_for_terminal
@@ -734,14 +746,101 @@ def serve(
     """Schedule a run with Prefect and execute it, until stopped. A time at which nothing has changed is skipped."""
     ignore_closed_pipe()
     read_run(run_file, {})
+    _refuse_keep(keep)
     _prepare_for_prefect()
-    from attlas.flows.deploy import schedule_of
-    from attlas.flows.deploy import serve as serve_until_stopped
+    _serve(run_file, cron=cron, interval=interval, timezone=timezone, keep=keep)
+
+
+def _refuse_keep(keep: int | None) -> None:
+    if keep is not None and keep < 1:
+        raise Refusal(f"--keep must be at least 1 dataset; got {keep}; leave it out to keep all")
+
+
+def _serve(
+    run_file: Path,
+    *,
+    cron: str | None,
+    interval: float | None,
+    timezone: str | None,
+    keep: int | None,
+    watch: Any = None,
+) -> None:
+    from attlas.flows.deploy import schedule_of, serve
 
     schedule = schedule_of(cron=cron, interval=interval, timezone=timezone)
     when = f"at {cron!r}, {timezone or 'UTC'}" if cron else f"every {interval:g} s"
     typer.echo(f"serving {run_file} {when}; stop with Ctrl-C", err=True)
-    serve_until_stopped(run_file, schedule, keep=keep)
+    serve(run_file, schedule, keep=keep, watch=watch)
+
+
+@app.command()
+def watch(
+    run_file: Annotated[
+        Path, typer.Argument(metavar="RUN.toml", help="The run file; its --out is the folder of all nights.")
+    ],
+    *,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR[@GENERATION]",
+            help="The dataset to compare with, from now on. [default: that of the last time]",
+        ),
+    ] = None,
+    accept: Annotated[bool, typer.Option("--accept", help="Make this night the baseline of the next ones.")] = False,
+    columns: Annotated[str | None, typer.Option(metavar="NAME,…", help="As of compare.")] = None,
+    margin: Annotated[list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="As of compare.")] = None,
+    alpha: Annotated[float, typer.Option(metavar="P", help="As of compare.")] = 0.05,
+    alert: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|webhook:VARIABLE|prefect",
+            help="Where alerts go, each once: JSON lines in a file, a POST to the address in an environment variable, an event.",
+        ),
+    ] = None,
+    night: Annotated[str | None, typer.Option(metavar="TIME", help="Measure for a past night. [default: now]")] = None,
+    fail_on: Annotated[str | None, typer.Option(metavar="drift", help="Exit with code 3 if anything changed.")] = None,
+    keep: Annotated[
+        int | None, typer.Option(metavar="N", help="Delete all but the newest N datasets. [default: keep all]")
+    ] = None,
+    cron: Annotated[str | None, typer.Option(metavar="EXPR", help="Do so on a schedule, as of serve.")] = None,
+    interval: Annotated[float | None, typer.Option(metavar="SECONDS", help="The same.")] = None,
+    timezone: Annotated[str | None, typer.Option(metavar="ZONE", help="Of --cron.")] = None,
+) -> None:
+    """Measure what is new, compare it with a baseline, and alert on what has changed; once, or on a schedule."""
+    ignore_closed_pipe()
+    _refuse_other_failure(fail_on)
+    from attlas.flows.watching import Watch
+
+    read_run(run_file, {})
+    _refuse_keep(keep)
+    names = _names(columns)
+    settings = Watch(
+        baseline=_absolute(baseline),
+        accept=accept,
+        columns=None if names is None else tuple(names),
+        margins=tuple(margin or ()),
+        alpha=alpha,
+        alerts=tuple(alert or ()),
+    )
+    if cron is not None or interval is not None:
+        _prepare_for_prefect()
+        _serve(run_file, cron=cron, interval=interval, timezone=timezone, keep=keep, watch=settings)
+        return
+    from attlas.flows.nightly import watch_once
+
+    found = watch_once(run_file, settings, night=night, keep=keep, measure=_measure)
+    for problem in found.problems:
+        typer.echo(f"attlas: {problem}", err=True)
+    typer.echo(found.message)
+    if found.page is not None:
+        _show_paths(page=found.page)
+    if fail_on and found.has_drift:
+        raise typer.Exit(FINDING)
+
+
+def _absolute(location: str | None) -> str | None:
+    """A local path that means the same wherever a scheduled run is started; a URL as it is."""
+    return location if location is None or "://" in location else str(Path(location).absolute())
 
 
 def _show_summary(dataset: Place) -> None:

@@ -1,7 +1,5 @@
 """Scheduled runs: the same flow, started by a Prefect server, with a new dataset each time."""
 
-import os
-import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +13,11 @@ from prefect.states import Completed, Failed
 from attlas.extract.errors import Refusal
 from attlas.flows.api import refuse_unreachable_server
 from attlas.flows.checks import refuse_bad_paths
-from attlas.flows.config import Run, read_run
-from attlas.flows.nights import Nights, folder_name
+from attlas.flows.config import Run
+from attlas.flows.nights import Nights, run_at
 from attlas.flows.places import folder_of_schedule
+from attlas.flows.sinks import sink_named
+from attlas.flows.watching import Watch
 
 if TYPE_CHECKING:
     from prefect.schedules import Schedule
@@ -30,16 +30,18 @@ def run_name() -> str:
 
 
 @flow(name="attlas-scheduled", flow_run_name=run_name)
-def scheduled(run_file: Path, keep: int | None = None) -> "State[Any]":
+def scheduled(run_file: Path, keep: int | None = None, watch: Watch | None = None) -> "State[Any]":
     """Run the current run file, into a folder named after the scheduled time, unless nothing has changed since the last run.
 
-    keep: how many datasets to keep; all by default. What is refused fails with one line.
+    keep: how many datasets to keep; all by default. watch: compare each night with a baseline. What is refused fails with one line.
     """
     from attlas.flows.inputs import inputs_digest
 
     try:
         run = run_at(run_file, flow_run.scheduled_start_time)
         refuse_bad_paths(run, run_file=run_file)
+        if watch is not None:
+            return _watched(run, run_file, watch, keep)
         nights, inputs = Nights(folder_of_schedule(run.out).parent), inputs_digest(run)
         before = nights.unchanged_since(inputs)
         if before is not None:
@@ -53,14 +55,30 @@ def scheduled(run_file: Path, keep: int | None = None) -> "State[Any]":
     return Completed(message=f"measured {run.corpus} with {run.model} into {run.out}{removed}", data=page)
 
 
+def _watched(run: Run, run_file: Path, watch: Watch, keep: int | None) -> "State[Any]":
+    """A scheduled night that is compared with a baseline."""
+    from attlas.flows.artifacts import publish_drift
+    from attlas.flows.watching import watch_night
+
+    night = watch_night(run, watch, folder=run_file.parent, measure=lambda chosen: _measure(chosen, run_file.stem))
+    said = "; ".join([night.message, *night.problems])
+    if night.dataset is None:
+        return Completed(name="Unchanged", message=f"skipped: {said}")
+    Nights(folder_of_schedule(run.out).parent).keep(keep)
+    if night.page is not None:
+        publish_drift(run_file.stem, night.message, night.page)
+    return Completed(name="Drift" if night.has_drift else "Completed", message=said)
+
+
 def _measure(run: Run, name: str) -> Path | str:
     # imported here, because Prefect pickles a flow with its globals, and the display of `attlas.flows.measure` can't be pickled
     from attlas.flows.analyze import written_report
     from attlas.flows.artifacts import PrefectDisplay, publish
-    from attlas.flows.measure import measure, release, using_display
+    from attlas.flows.measure import measure, plan_run, release, using_display
 
     with using_display(PrefectDisplay(name)):
         try:
+            plan_run(run)  # what is refused is so before there is a flow run
             page = measure(run)
         finally:
             release(run)
@@ -68,41 +86,26 @@ def _measure(run: Run, name: str) -> Path | str:
     return page
 
 
-def run_at(run_file: Path, time: datetime) -> Run:
-    """The run for a scheduled time, with its own folder OUT/<time>, which a retry uses again."""
-    run = read_run(run_file, {})
-    key = run.digest_key or digest_key_beside(run_file)
-    return run.model_copy(update={"out": folder_of_schedule(run.out) / folder_name(time), "digest_key": key})
-
-
-def digest_key_beside(run_file: Path) -> Path:
-    """The digest key beside a run file, created on first use and readable by its owner only."""
-    key = run_file.with_suffix(".digest-key")
-    try:
-        descriptor = os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return key
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    return key
-
-
-def serve(run_file: Path, schedule: "Schedule", *, keep: int | None = None) -> None:
-    """Register the schedule with the Prefect server and execute its runs, until stopped. keep: how many datasets to keep."""
+def serve(run_file: Path, schedule: "Schedule", *, keep: int | None = None, watch: Watch | None = None) -> None:
+    """Register the schedule with the Prefect server and execute its runs, until stopped. keep, watch: as of `scheduled`."""
     from prefect.types.entrypoint import EntrypointType
 
     refuse_no_server()
     run_file = run_file.resolve()
     run = run_at(run_file, datetime.now(UTC))
     refuse_bad_paths(run, run_file=run_file)
-    if keep is not None and keep < 1:
-        raise Refusal(f"--keep must be at least 1 dataset; got {keep}; leave it out to keep all")
+    for name in () if watch is None else watch.alerts:
+        sink_named(name, folder=run_file.parent)  # raises Refusal
     scheduled.serve(
         name=run_file.stem,
         description=f"Measures {run.corpus} with {run.model}, as {run_file} says, into {folder_of_schedule(run.out).parent}.",
         tags=["attlas"],
         schedule=schedule,
-        parameters={"run_file": str(run_file), "keep": keep},
+        parameters={
+            "run_file": str(run_file),
+            "keep": keep,
+            "watch": None if watch is None else watch.model_dump(mode="json"),
+        },
         limit=1,  # two runs at the same time would only compete for the machine
         print_starting_message=False,
         entrypoint_type=EntrypointType.MODULE_PATH,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from attlas.extract.errors import Damaged, Refusal
+from attlas.extract.errors import AnotherRun, Damaged, Refusal
 from attlas.extract.store.generations import complete_commit, generation_of, keep_generation
 from attlas.extract.store.interface import Storage
 from attlas.extract.store.layout import LOCK, MANIFEST, PLAN, RUN, TEMPORARY, WORK, name_of
@@ -134,7 +134,7 @@ def refuse_another(storage: Storage, identity: Identity) -> None:
     what = "a different run" if recipe or is_finished else "this run on another state of its corpus"
     listed = [*recipe, *(f"corpus {difference}" for difference in corpus)]
     more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    raise Refusal(
+    raise AnotherRun(
         f"{storage.place()} holds {what}, says its {where} ({'; '.join(listed[:_LISTED])}{more}); "
         f"give --out another folder, or the same {'options' if recipe else 'corpus'}"
     )

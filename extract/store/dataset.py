@@ -189,13 +189,13 @@ def open_dataset(location: Location) -> tuple[Storage, dict[str, Any]]:
     place, generation = _place_and_generation(location)
     storage = open_storage(place)
     # first: an object store may list it later
-    manifest = read_manifest(storage) if generation is None else read_generation(storage, generation)
+    manifest = read_manifest(storage)
     if manifest is None and not _is_there(storage):
         raise Refusal(f"a dataset is a folder; there is none at {storage.place()}; give the --out of a finished run")
     if manifest is None:
         state = "an unfinished run" if work.has_work(storage) else "no manifest.json"
         raise Refusal(f"a dataset has a manifest; {storage.place()} holds {state}; finish it with the same attlas run")
-    return storage, manifest
+    return storage, manifest if generation is None else read_generation(storage, generation)
 
 
 def _place_and_generation(location: Location) -> tuple[Location, int | None]:

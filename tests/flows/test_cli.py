@@ -23,7 +23,7 @@ def refused(ended: Ended, *words: str) -> None:
 def test_help_lists_the_commands(attlas: Callable[..., Ended]) -> None:
     code, out, _ = attlas("--help")
     assert code == 0
-    commands = "run finish report compare trend findings query open export push redact info log gc verify stats view doctor serve"
+    commands = "run finish report compare trend findings query open export push redact info log gc verify stats view doctor serve watch"
     for command in commands.split():
         assert f"  {command} " in out
 

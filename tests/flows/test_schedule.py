@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -136,3 +137,49 @@ def test_a_worker_of_a_work_pool_runs_what_prefect_yaml_deploys(
 def time_of(run: dict[str, Any]) -> str:
     """The name of the folder for the run's scheduled time."""
     return run["expected_start_time"][:19].replace(":", "-") + "Z"
+
+
+def test_a_scheduled_night_is_compared_with_the_baseline_and_told_once(
+    real_server: dict[str, str], model: Path, tmp_path: Path
+) -> None:
+    from tests.flows.test_watching import House
+
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "corpus").mkdir()
+    house = House(tmp_path, tmp_path / "model")
+    house.add(*range(12))
+    run_file = tmp_path / "watched.toml"
+    run_file.write_text('model = "model"\ncorpus = "corpus"\nout = "nights"\nmax_length = 16\nengine = "reference"\n')
+    watch = [sys.executable, "-m", "attlas.flows.cli", "watch", str(run_file), "--columns", "entropy_nats"]
+    alerts = ["--alert", str(tmp_path / "alerts.jsonl"), "--alert", "prefect", "--alert", "webhook:HOOK"]
+    environment = real_server | {"HOOK": "http://127.0.0.1:9/secret-of-the-hook"}
+    once = subprocess.run([*watch, "--accept"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert once.returncode == 0 and once.stdout.endswith("it is the baseline from now on\n"), once.stderr
+    log = (tmp_path / "log").open("w+")
+    command = [*watch, *alerts, "--interval", "8"]
+    with log, subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log) as served:
+        try:
+            unchanged = wait_for_runs(real_server, "watched", "Unchanged", 1)[0]
+            house.add(50)
+            grown = wait_for_runs(real_server, "watched", "Completed", 1)[0]
+            house.perturb()
+            drifted = wait_for_runs(real_server, "watched", "Drift", 1)[0]
+            wait_for_runs(real_server, "watched", "Unchanged", 3)
+        finally:
+            served.send_signal(signal.SIGINT)
+            served.wait(60)
+        log.seek(0)
+        output = log.read()
+    (baseline,) = (house.nights.baseline or "",)
+    name = Path(baseline).name
+    assert unchanged["state"]["message"] == f"skipped: nothing is new since {name.removesuffix('@1')}"
+    assert grown["state"]["message"].startswith(f"{name.removesuffix('@1')}@2 against {name}: 0 of ")
+    said = rf"\S+@1 against {name}: \d+ of \d+ changed; webhook:HOOK does not answer \(ConnectError\); its alerts wait in .+"
+    assert re.fullmatch(said, drifted["state"]["message"])
+    told = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
+    assert sorted(alert["finding"] for alert in told) == ["defect: entropy collapse", "drift: heads"]
+    events = ask(real_server, "events", filter={"event": {"name": ["attlas.alert"]}})
+    found = events["events"] if isinstance(events, dict) else events
+    assert sorted(event["payload"]["key"] for event in found) == sorted(alert["key"] for alert in told)
+    assert "secret-of-the-hook" not in output and "Traceback" not in output
+    assert not [p for p in (tmp_path / "nights").rglob("*") if p.is_file() and b"secret-of-the-hook" in p.read_bytes()]
