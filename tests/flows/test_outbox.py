@@ -104,6 +104,16 @@ def test_a_failed_delivery_is_tried_again_after_a_pause(
     assert pauses == sorted(pauses) and pauses[0] > 0
 
 
+def test_a_redirect_is_a_failure_and_is_not_followed(
+    hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOOK", hook.address)
+    hook.statuses = [302]
+    with pytest.raises(SinkFailure, match="webhook:HOOK answers with status 302"):
+        sink_named("webhook:HOOK", folder=tmp_path).send({"key": "x"})
+    assert hook.received == []
+
+
 def test_a_dead_sink_keeps_its_alerts_for_the_next_time_and_the_others_get_theirs(
     outbox: Outbox, hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
