@@ -252,17 +252,18 @@ def finish(out: Location, *, card: Card | None = None, checking: Progress | None
     checking: compare every part with its checksum first, and call this after each shard.
     """
     store = Store.at(out)
-    if not store.is_finished:
+    finished = store.manifest
+    if finished is None or store.is_growing:
         plan = load_plan(store.storage)
         if plan is None:
             raise Damaged(f"{store.storage.place()} holds no plan; the same command plans again")
         records = _sound_records(store, plan.to_measure, checking)
-        manifest = complete_manifest(store.read_draft(), records, store.manifest)
+        manifest = complete_manifest(store.read_draft(), records, finished)
         manifest = with_concluded(manifest, _write_concluded(store, manifest))
         store.finish(manifest, dataset_card(manifest, card))
     else:
         if card is not None:
-            store.storage.put(CARD, dataset_card(store.manifest, card).encode())
+            store.storage.put(CARD, dataset_card(finished, card).encode())
         if store.has_work:
             store.clear_work()
     store.unlock()

@@ -10,8 +10,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy as np
 
 from attlas.extract.corpus import Document
 from attlas.extract.errors import Damaged
@@ -70,12 +69,12 @@ class KnownCorpus:
 
     def shards_with(self, documents: Iterable[int]) -> dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
         """The shards that have rows of some documents, with all their rows of `sequences` and of `documents`."""
-        wanted, found = pa.array(sorted(documents), pa.int64()), {}
+        wanted, found = np.fromiter(documents, np.int64), {}
         parts = {name: {shard_of(p.path): p for p in parts_of(self._manifest, name)} for name in _OF_DOCUMENTS}
         for shard in range(self.shards):
             parts_of_shard = [parts[name].get(shard) for name in _OF_DOCUMENTS]
             tables = [None if part is None else read_part(self._storage, part) for part in parts_of_shard]
-            if any(t is not None and pc.any(pc.is_in(t["document_id"], wanted)).as_py() for t in tables):
+            if any(t is not None and np.isin(t["document_id"].to_numpy(), wanted).any() for t in tables):
                 sequences, rows = ([] if t is None else t.to_pylist() for t in tables)
                 found[shard] = ([{name: row[name] for name in _SEQUENCE_COLUMNS} for row in sequences], rows)
         return found

@@ -104,8 +104,9 @@ def read_plan(storage: Storage) -> Plan | None:
     """The plan, or None if there is none, or it or one of its spools is damaged."""
     plan = load_plan(storage)
     try:
-        for shard in () if plan is None else plan.to_measure:
-            _read_spool(storage, shard, plan.spools[shard])
+        if plan is not None:
+            for shard in plan.to_measure:
+                _read_spool(storage, shard, plan.spools[shard])
     except Damaged:
         return None
     return plan

@@ -103,7 +103,8 @@ def test_a_grown_corpus_gives_a_generation_that_is_compared_with_the_pinned_one(
     assert len(house.nights.finished) == 1
     facts = Dataset.open(house.nights.finished[0]).manifest["generation"]
     assert (facts["number"], facts["added"]) == (3, 1)
-    assert night.page == house.nights.finished[0] / "comparison.html" and night.page.exists()
+    page = house.nights.finished[0] / "comparison.html"
+    assert night.page == page and page.exists()
 
 
 def test_another_checkpoint_drifts_and_is_told_exactly_once(house: House) -> None:
