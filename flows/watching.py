@@ -1,10 +1,10 @@
 """The nightly comparison: measure what is new, compare it with a pinned baseline, and alert on what has changed."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, Field
 
@@ -15,13 +15,6 @@ from attlas.flows.nights import Nights
 from attlas.flows.outbox import Alert, Outbox
 from attlas.flows.places import folder_of_schedule
 from attlas.flows.sinks import Sink, sink_named
-
-if TYPE_CHECKING:
-    from attlas.analysis.compare import Comparison
-
-_EXAMPLES = 5  # rows of an alert, those with the largest effects
-_PLACE = ("stack", "layer", "head", "site")
-_SHOWN = (*_PLACE, "column", "a", "b", "difference", "low", "high", "q")
 
 
 class Watch(BaseModel, frozen=True, extra="forbid"):
@@ -132,67 +125,31 @@ def _compared(
         return Night(message=f"{name} is measured", dataset=current, problems=tuple(outbox.deliver(sinks)))
     from attlas.analysis.compare import compare
     from attlas.analysis.comparison_output import save_comparison
+    from attlas.analysis.dataset import Dataset
+    from attlas.analysis.drift import find_drift
 
-    comparison = compare(baseline, current, columns=watch.columns, margins=watch.margins, alpha=watch.alpha)
-    page = Path(save_comparison(comparison, current.rpartition("@")[0]))
+    old, new = Dataset.open(baseline), Dataset.open(current)
+    comparison = compare(old, new, columns=watch.columns, margins=watch.margins, alpha=watch.alpha)
+    dataset = Path(current.rpartition("@")[0])
+    page = Path(save_comparison(comparison, dataset))
     changed = comparison.counts()["changed"]
     message = f"{name} against {Path(baseline).name}: {changed:,} of {comparison.rows.height:,} changed"
-    dataset = Path(current.rpartition("@")[0])
     if nights.is_newest(dataset):
-        outbox.add(list(_alerts(baseline, current, comparison, page)), sinks)
+        digests = (_digest(old.manifest), _digest(new.manifest))
+        names = {"baseline": Path(baseline).name, "current": name, "page": str(page)}
+        found = find_drift(comparison, old, new)
+        outbox.add([Alert(*digests, drift.name, drift.summary, names | dict(drift.details)) for drift in found], sinks)
     else:
         message += "; it is late, and a later night stands: no alert"
     problems = tuple(outbox.deliver(sinks))
     return Night(message=message, dataset=current, page=page, has_drift=comparison.has_drift, problems=problems)
 
 
-def _alerts(baseline: str, current: str, comparison: "Comparison", page: Path) -> Iterator[Alert]:
-    """An alert for heads, for sites of the residual stream and for layers if some have changed, and for each defect that is new."""
-    import polars as pl
-
-    digests = (_digest(baseline), _digest(current))
-    names = {"baseline": Path(baseline).name, "current": Path(current).name, "page": str(page)}
-    is_head, is_site = pl.col("head").is_not_null(), pl.col("site").is_not_null()
-    for what, chosen in {"heads": is_head, "sites": is_site, "layers": ~is_head & ~is_site}.items():
-        rows = comparison.rows.filter(chosen)
-        changed = rows.filter(verdict="changed")
-        if changed.height:
-            places = changed.group_by(_PLACE, maintain_order=True).len("columns")
-            of = rows.select(_PLACE).n_unique()
-            listed = ", ".join(_place_name(row) for row in places.head(_EXAMPLES).to_dicts())
-            more = f" and {places.height - _EXAMPLES} more" if places.height > _EXAMPLES else ""
-            summary = f"{places.height:,} of {of:,} {what} changed: {listed}{more}"
-            largest = changed.head(_EXAMPLES).select(_SHOWN).fill_nan(None).to_dicts()
-            yield Alert(*digests, f"drift: {what}", summary, {**names, "places": places.to_dicts(), "largest": largest})
-    before, after = _defects(baseline), _defects(current)
-    for rule, found in after.items():
-        if found > before.get(rule, 0):
-            summary = f"{rule}: {found:,}, in the baseline {before.get(rule, 0):,}"
-            yield Alert(*digests, f"defect: {rule}", summary, {**names, "found": found})
-
-
-def _place_name(row: dict[str, Any]) -> str:
-    """A place and the number of its columns that have changed."""
-    head = "" if row["head"] is None else f"H{row['head']}"
-    site = "" if row["site"] is None else f" {row['site']}"
-    return f"{row['stack']} L{row['layer']}{head}{site} ({row['columns']:,} columns)"
-
-
-def _defects(location: str) -> dict[str, int]:
-    """How much each rule of defects finds in a dataset."""
-    from attlas.analysis.dataset import Dataset
-    from attlas.analysis.judge import judge
-
-    rules = judge(Dataset.open(location)).rules
-    return {row["name"]: row["found"] or 0 for row in rules.to_dicts() if row["type"] == "defect"}
-
-
-def _digest(location: str) -> str:
-    """SHA-256 of the manifest of a generation: the same dataset has the same, wherever and whenever it was measured."""
-    from attlas.extract.store import open_dataset
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest: the same dataset has the same, wherever and whenever it was measured."""
     from attlas.extract.store.sealed import as_json
 
-    return hashlib.sha256(as_json(open_dataset(location)[1])).hexdigest()
+    return hashlib.sha256(as_json(manifest)).hexdigest()
 
 
 def night_named(text: str | None) -> datetime:
