@@ -263,14 +263,14 @@ def restore(before: Path, options: RunOptions) -> None:
 
 
 @pytest.mark.sample(6)
-@pytest.mark.parametrize("place", range(40))
+@pytest.mark.parametrize("place", range(24))
 @pytest.mark.parametrize("is_done", [False, True])
 def test_a_generation_that_was_killed_anywhere_ends_as_one_that_was_not(
     grown, place: int, is_done: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run dies before or after one of its writes; the same command completes it with the same bytes."""
     options, instrument, before, expected, writes = grown
-    number = place * len(writes) // 40
+    number = place * len(writes) // 24
     restore(before, options)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, number, is_done=is_done)
