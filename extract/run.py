@@ -318,11 +318,12 @@ def _claim_and_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) -> 
         return planned
     lock = store.lock()
     try:
+        was_growing = store.is_growing
         is_new = store.claim(planned.identity)
         manifest = store.manifest
         if manifest is not None and store.is_of_corpus(planned.identity):
             # nothing to measure, only what an earlier run has left
-            was_growing, card = store.is_growing, planned.options.card
+            card = planned.options.card
             store.clear_work()
             finish(planned.options.out, card=(card or Card()) if was_growing else card)
             return planned
