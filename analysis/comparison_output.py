@@ -19,7 +19,7 @@ from attlas.analysis.report.numbers import plural
 from attlas.analysis.result import write_result
 from attlas.analysis.row_texts import difference_cells, interval_text, place_name, rounded
 from attlas.extract.printable import printable
-from attlas.extract.store import LocalFolder, Location, open_storage
+from attlas.extract.store import LocalFolder, Location, open_dataset
 
 Format = Literal["table", "csv", "json", "parquet", "html", "junit"]
 FORMATS: tuple[Format, ...] = ("table", "csv", "json", "parquet", "html", "junit")
@@ -43,7 +43,7 @@ def write_comparison(comparison: Comparison, form: Format, stream: IO[Any]) -> N
 
 def save_comparison(comparison: Comparison, location: Location, output: Path | None = None) -> Path | str:
     """Write a comparison as a page, by default comparison.html in the dataset at a location. Returns its path, or its URL."""
-    storage = open_storage(location)
+    storage, _ = open_dataset(location)
     if output is None and not isinstance(storage, LocalFolder):
         page = io.BytesIO()
         write_comparison(comparison, "html", page)

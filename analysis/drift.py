@@ -8,13 +8,14 @@ from typing import Any
 
 import polars as pl
 
-from attlas.analysis.compare import CHANGED, Comparison
+from attlas.analysis.compare import CHANGED, OF_MATCH, Comparison
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.judge import judge
+from attlas.analysis.row_texts import place_name
 
 _EXAMPLES = 5  # places that a summary names, and rows that the details have: those with the largest effects
 _PLACE = ("stack", "layer", "head", "site")
-_SHOWN = (*_PLACE, "column", "a", "b", "difference", "low", "high", "q")
+_SHOWN = ("column", "a", "b", "difference", "low", "high", "q")
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,21 @@ def find_drift(comparison: Comparison, baseline: Dataset, current: Dataset) -> l
 
 
 def _changed_places(rows: pl.DataFrame) -> Iterator[Drift]:
+    place = [name for name in (*_PLACE, *OF_MATCH) if name in rows.columns]
     is_head, is_site = pl.col("head").is_not_null(), pl.col("site").is_not_null()
     for what, chosen in {"heads": is_head, "sites": is_site, "layers": ~is_head & ~is_site}.items():
         of_kind = rows.filter(chosen)
         changed = of_kind.filter(verdict=CHANGED)
         if changed.is_empty():
             continue
-        places = changed.group_by(_PLACE, maintain_order=True).len("columns").to_dicts()
+        places = changed.group_by(place, maintain_order=True).len("columns").to_dicts()
         more = f" and {len(places) - _EXAMPLES:,} more" if len(places) > _EXAMPLES else ""
-        named = ", ".join(map(_place_name, places[:_EXAMPLES]))
-        summary = f"{len(places):,} of {of_kind.select(_PLACE).n_unique():,} {what} changed: {named}{more}"
-        largest = changed.head(_EXAMPLES).select(_SHOWN).fill_nan(None).to_dicts()
+        named = ", ".join(
+            f"{place_name(p, several_stacks=True)} ({p['columns']:,} columns)" for p in places[:_EXAMPLES]
+        )
+        summary = f"{len(places):,} of {of_kind.select(place).n_unique():,} {what} changed: {named}{more}"
+        largest = changed.head(_EXAMPLES).select(*place, *_SHOWN).fill_nan(None).to_dicts()
         yield Drift(f"drift: {what}", summary, {"places": places, "largest": largest})
-
-
-def _place_name(row: Mapping[str, Any]) -> str:
-    """A place and the number of its columns that have changed."""
-    head = "" if row["head"] is None else f"H{row['head']}"
-    site = "" if row["site"] is None else f" {row['site']}"
-    return f"{row['stack']} L{row['layer']}{head}{site} ({row['columns']:,} columns)"
 
 
 def _new_defects(baseline: Dataset, current: Dataset) -> Iterator[Drift]:

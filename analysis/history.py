@@ -18,6 +18,7 @@ from attlas.extract.store import (
     parts_of,
     read_generation,
 )
+from attlas.extract.tables.documents import GONE
 
 _COLUMNS = {
     "generation": pl.Int64,
@@ -47,7 +48,7 @@ def history(location: Location) -> pl.DataFrame:
 def _facts(manifest: Mapping[str, Any]) -> dict[str, int]:
     corpus, shards = manifest["corpus"], manifest.get("shards", 0)
     first = {"added": corpus["documents"], "changed": 0, "removed": 0, "measured_shards": shards}
-    gone = sum(corpus["dropped"].get(reason, 0) for reason in ("removed", "changed"))
+    gone = sum(corpus["dropped"].get(reason, 0) for reason in GONE)
     return {
         "generation": generation_of(manifest),
         "documents": corpus["documents"] - gone,
@@ -76,8 +77,6 @@ def collect_garbage(location: Location, *, keep: int) -> tuple[list[int], list[s
                 f"generations are removed when none is being measured; {storage.place()} has begun its next one; "
                 "finish it with the same attlas run"
             )
-        removed = discard_generations(storage, keep)
-        store.clear_work()
-        return removed
+        return discard_generations(storage, keep), store.clear_work()
     finally:
         lock.release()

@@ -41,8 +41,7 @@ class Finding:
 
 def find_stray_files(dataset: Dataset) -> Iterator[Finding]:
     """Files in the dataset's folder that look like its data but are not in the manifest."""
-    named = {part.path for table in dataset.tables for part in parts_of(dataset.manifest, table)}
-    named |= named_parts(dataset.storage)
+    named = named_parts(dataset.storage)
     tables = {*dataset.tables, *TABLES}
     is_growing = Store(dataset.storage).is_growing
     for name in dataset.storage.list():

@@ -7,7 +7,7 @@ then the old parts are deleted. Killed at any moment the dataset is the old or t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -32,7 +32,6 @@ from attlas.extract.store import (
     parts_of,
     read_part,
 )
-from attlas.extract.store.layout import TEMPORARY
 from attlas.extract.store.parts import write_part
 from attlas.extract.store.sealed import as_json
 from attlas.extract.tables import CLASS_MASSES, TABLES
@@ -72,12 +71,10 @@ def redact(location: Location, *, tokens: TokenMode) -> list[str]:
             redacted = _write_redacted(store.storage, manifest, changed, tokens)
             _replace_card(store.storage, manifest, redacted)
             _replace_manifest(store.storage, redacted)
-            manifest = redacted
         elif current != tokens:
-            manifest = _with_mode(manifest, tokens)
-            _replace_manifest(store.storage, manifest)
-        _delete_old(store.storage, manifest)
-        store.clear_work()
+            _replace_manifest(store.storage, _with_mode(manifest, tokens))
+        store.storage.delete(REPORT)
+        store.clear_work()  # and parts that the manifest names no longer
     finally:
         lock.release()
     return changed
@@ -198,19 +195,3 @@ def _replace_card(storage: Storage, before: Mapping[str, Any], after: Mapping[st
     replaced = {a: b for a, b in zip(old, new, strict=False) if a != b} if len(old) == len(new) else {}
     lines = content.decode(errors="replace").splitlines()
     storage.put(CARD, ("\n".join(replaced.get(line, line) for line in lines) + "\n").encode())
-
-
-def _delete_old(storage: Storage, manifest: Mapping[str, Any]) -> None:
-    """Delete the parts that the manifest no longer names, what a killed call left, and the report."""
-    storage.delete(REPORT)
-    for table in manifest["tables"]:
-        named = {part.path for part in parts_of(manifest, table)}
-        for key in list(_stray(storage, table)):
-            if key not in named:
-                storage.delete(key)
-
-
-def _stray(storage: Storage, table: str) -> Iterator[str]:
-    for key in storage.list(table):
-        if key.endswith((".parquet", TEMPORARY)):
-            yield key

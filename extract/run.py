@@ -257,7 +257,7 @@ def finish(out: Location, *, card: Card | None = None, checking: Progress | None
         plan = load_plan(store.storage)
         if plan is None:
             raise Damaged(f"{store.storage.place()} holds no plan; the same command plans again")
-        records = _sound_records(store, plan.to_measure, checking)
+        records = _all_records(store, plan.to_measure, checking)
         manifest = complete_manifest(store.read_draft(), records, finished)
         manifest = with_concluded(manifest, _write_concluded(store, manifest))
         store.finish(manifest, dataset_card(manifest, card))
@@ -270,7 +270,7 @@ def finish(out: Location, *, card: Card | None = None, checking: Progress | None
     return out
 
 
-def _sound_records(store: Store, shards: Sequence[int], checking: Progress | None) -> list[ShardRecord]:
+def _all_records(store: Store, shards: Sequence[int], checking: Progress | None) -> list[ShardRecord]:
     """The records of shards. Raises Unfinished if some are missing, or, where parts are checked, damaged."""
     records: list[ShardRecord] = []
     missing: list[int] = []
@@ -354,13 +354,21 @@ def _read_or_make_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) 
         plan = _make_plan(planned, corpus, lambda documents, _: progress("plan", documents, None))
     progress("plan", plan.documents, plan.documents)
     means = _read_or_make_means(planned, plan, progress) if _has_means(planned.options, planned.instrument) else None
-    for number, shard in enumerate(plan.to_measure):
-        source = source_of(plan, means, shard)
-        store.discard_damaged(shard, spool=source, source=named_by(plan, source))
-        if was_begun:
-            progress("check", number + 1, len(plan.to_measure))
-    store.discard_leftovers(plan.to_measure)
+    checking = progress if was_begun else _no_progress
+    store.discard_leftovers(sound_records(store, plan, means, plan.to_measure, checking))
     return plan
+
+
+def sound_records(
+    store: Store, plan: Plan, means: StoredMeans | None, shards: Sequence[int], progress: Progress
+) -> list[ShardRecord]:
+    """The records of shards that were measured from what is planned and whose parts are intact; the others are deleted."""
+    found = []
+    for number, shard in enumerate(shards):
+        source = source_of(plan, means, shard)
+        found.append(store.discard_damaged(shard, spool=source, source=named_by(plan, source)))
+        progress("check", number + 1, len(shards))
+    return [record for record in found if record is not None]
 
 
 def _make_plan(planned: PlannedRun, corpus: Corpus, progress: Callable[[int, int], None]) -> Plan:

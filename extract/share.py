@@ -19,7 +19,7 @@ from attlas.extract.errors import Busy, Damaged, Refusal
 from attlas.extract.instrument import Instrument, open_instrument
 from attlas.extract.options import Progress, RunOptions, check_options
 from attlas.extract.plan import load_plan
-from attlas.extract.run import Worker, finish, open_worker, plan_run
+from attlas.extract.run import Worker, finish, open_worker, plan_run, sound_records
 from attlas.extract.store import Location, Store
 
 _PAUSE_S = 0.5  # between looks for the plan of another process
@@ -118,8 +118,5 @@ def _check_share(worker: Worker, share: Share, progress: Progress) -> None:
     shards = share.of_shards(worker.plan.to_measure)
     for shard in shards:
         worker.rows_of(shard)
-    was_begun = worker.store.has_records
-    for number, shard in enumerate(shards):
-        worker.store.discard_damaged(shard, spool=worker.source_of(shard))
-        if was_begun:
-            progress("check", number + 1, len(shards))
+    checking = progress if worker.store.has_records else lambda *_: None
+    sound_records(worker.store, worker.plan, worker.means, shards, checking)

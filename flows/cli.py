@@ -12,6 +12,7 @@ from typing import IO, Annotated, Any
 import typer
 
 from attlas.extract.errors import Refusal
+from attlas.extract.urls import is_url
 from attlas.flows.config import Run, read_run
 from attlas.flows.places import Place
 from attlas.flows.run_options import with_run_options
@@ -36,6 +37,9 @@ app = typer.Typer(
 )
 
 Dataset = Annotated[str, typer.Argument(metavar="DIR", help="a finished dataset: the --out of a run, a folder or URL")]
+
+Output = Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")]
+RowsFormat = Annotated[str, typer.Option("--format", metavar="table|csv|json|parquet", help="The output format.")]
 
 
 def main() -> None:
@@ -310,10 +314,8 @@ def query(
     examples: Annotated[
         bool, typer.Option("--examples", help="Show useful queries; with DIR, also which columns it lacks for them.")
     ] = False,
-    form: Annotated[
-        str, typer.Option("--format", metavar="table|csv|json|parquet", help="The output format.")
-    ] = "table",
-    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+    form: RowsFormat = "table",
+    output: Output = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The maximum time of the query.")] = 60.0,
 ) -> None:
     """Query the dataset with SQL, read-only. Besides its tables there are the views heads_named and residual_named."""
@@ -353,10 +355,8 @@ def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool = Fal
 def findings(
     dataset: Dataset,
     *,
-    form: Annotated[
-        str, typer.Option("--format", metavar="table|csv|json|parquet", help="The output format.")
-    ] = "table",
-    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+    form: RowsFormat = "table",
+    output: Output = None,
     fail_on: Annotated[
         str | None,
         typer.Option(metavar="defects|findings", help="Exit with 3 if there is a defect, or a defect or finding."),
@@ -436,10 +436,8 @@ def info(
 def log(
     dataset: Dataset,
     *,
-    form: Annotated[
-        str, typer.Option("--format", metavar="table|csv|json|parquet", help="The output format.")
-    ] = "table",
-    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+    form: RowsFormat = "table",
+    output: Output = None,
 ) -> None:
     """Show the generations of a dataset that has grown with its corpus. Any command reads one of them as DIR@NUMBER."""
     from attlas.analysis.history import history
@@ -510,7 +508,7 @@ def compare(
     form: Annotated[
         str, typer.Option("--format", metavar="table|csv|json|parquet|html|junit", help="The output format.")
     ] = "table",
-    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+    output: Output = None,
 ) -> None:
     """Compare two datasets head by head, with intervals: what changed, what did not, and what is undecided."""
     _refuse_other_failure(fail_on)
@@ -550,7 +548,7 @@ def trend(
     form: Annotated[
         str, typer.Option("--format", metavar="table|csv|json|parquet|html", help="The output format.")
     ] = "table",
-    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+    output: Output = None,
 ) -> None:
     """Follow columns through training checkpoints or nights, head by head, with what changed marked."""
     _refuse_other_failure(fail_on)
@@ -583,7 +581,7 @@ def verify(
     dataset: Dataset,
     *,
     form: Annotated[str, typer.Option("--format", metavar="text|json|junit", help="The output format.")] = "text",
-    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+    output: Output = None,
 ) -> None:
     """Check checksums, schema, invariants and row counts, and list every problem (exit code 3)."""
     from attlas.analysis.dataset import Dataset as Opened
@@ -840,7 +838,7 @@ def watch(
 
 def _absolute(location: str | None) -> str | None:
     """A local path that means the same wherever a scheduled run is started; a URL as it is."""
-    return location if location is None or "://" in location else str(Path(location).absolute())
+    return location if location is None or is_url(location) else str(Path(location).absolute())
 
 
 def _show_summary(dataset: Place) -> None:

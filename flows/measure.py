@@ -46,13 +46,13 @@ def measure(run: Run) -> Path | str:
     return page
 
 
-def growth_note(plan: "Plan") -> str | None:
-    """What a run adds to a dataset whose corpus has changed; None for a new dataset."""
+def growth_notes(plan: "Plan | None") -> Iterator[str]:
+    """What a run adds to a dataset whose corpus has changed; nothing for a new dataset, or if there is nothing to measure."""
+    if plan is None or plan.generation.number == 1:
+        return
     growth = plan.generation
-    if growth.number == 1:
-        return None
     documents = f"{growth.added} new, {growth.changed} changed and {growth.removed} removed documents"
-    return (
+    yield (
         f"the corpus has changed: generation {growth.number}, with {documents}; "
         f"{len(plan.to_measure)} of {count_of(plan.shards, 'shard')} to measure"
     )
@@ -205,8 +205,7 @@ def measure_locally(run: Run, *, show: Display, runner: Runner | None = None) ->
             from attlas.extract.unmeasured import notes_on_statistics
 
             notes = notes_on_statistics(run.statistics, planned.instrument)
-            growth = None if planned.plan is None else growth_note(planned.plan)
-            for note in (*planned.instrument.encoder.settings.notes, *notes, *([growth] if growth else [])):
+            for note in (*planned.instrument.encoder.settings.notes, *notes, *growth_notes(planned.plan)):
                 show.note(note)
             if planned.is_complete:
                 again = "report is" if run.card is None else "report and its card are"

@@ -38,6 +38,7 @@ def push(
     from attlas.analysis.dataset import Dataset
 
     dataset = Dataset.open(location)
+    refuse_earlier_generation(dataset)
     progress("verify")
     refuse_damaged(dataset)
     if not with_text:
@@ -66,6 +67,17 @@ def upload(api: "HfApi", dataset: "Dataset", folder: Path, name: str, *, revisio
         **where, allow_patterns=parts, delete_patterns=earlier, commit_message="Parts of a dataset by attlas"
     )
     api.upload_folder(**where, allow_patterns=[CARD, MANIFEST], commit_message="Card and manifest")
+
+
+def refuse_earlier_generation(dataset: "Dataset") -> None:
+    """Raise Refusal for a generation that is not the newest one, of which card and manifest are."""
+    from attlas.extract.store import generation_of, generations
+
+    number, newest = generation_of(dataset.manifest), generations(dataset.storage)[-1]
+    if number != newest:
+        raise Refusal(
+            f"the newest generation of a dataset is pushed, {newest}; got {number}; give the folder without @{number}"
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Watch(BaseModel, frozen=True, extra="forbid"):
     alerts: tuple[str, ...] = Field((), description="where alerts go: a file, webhook:VARIABLE or prefect")
 
 
-class Night(BaseModel, frozen=True, arbitrary_types_allowed=True):
+@dataclass(frozen=True)
+class Night:
     """What a night has found. dataset: the generation that was compared, as DIR@NUMBER; None if nothing is new."""
 
     message: str
@@ -66,7 +68,7 @@ def watch_night(
     result = _compared(baseline, current, watch, nights, outbox, sinks)
     if watch.accept and nights.is_newest(dataset):
         nights.set_baseline(dataset, int(current.rpartition("@")[2]))
-        result = result.model_copy(update={"message": f"{result.message}; it is the baseline from now on"})
+        result = replace(result, message=f"{result.message}; it is the baseline from now on")
     return result
 
 

@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,3 +121,19 @@ def demo_texts() -> list[str]:
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
+
+
+Ended = tuple[int, str, str]
+
+
+@pytest.fixture
+def attlas(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run the command line in this process; returns exit code, standard output and standard error."""
+    from attlas.flows.cli import exit_code
+
+    def run(*arguments: object) -> Ended:
+        code = exit_code([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -101,9 +101,10 @@ def write_report(location: Location, out: Path | str | None = None) -> Path | st
 def _refuse_page(location: Location, out: Path | str | None) -> None:
     """Raise Refusal if the page can't be written there."""
     from attlas.analysis.dataset import Dataset
-    from attlas.extract.store import REPORT, Refusal
+    from attlas.extract.store import Refusal, report_key
 
     if out is None:
-        Dataset.open(location).storage.refuse_obstacle(REPORT)
+        dataset = Dataset.open(location)
+        dataset.storage.refuse_obstacle(report_key(dataset.storage, dataset.manifest))
     elif Path(out).is_dir():
         raise Refusal(f"a report is a file; {out} is a folder; give the name of a file in it")

@@ -16,8 +16,8 @@ from attlas.extract.corpus import Document
 from attlas.extract.errors import Damaged
 from attlas.extract.plan.digests import content_digest
 from attlas.extract.store import Storage, generation_of, next_sequence, parts_of, read_part, shard_of
+from attlas.extract.tables.documents import CHANGED, GONE, REMOVED
 
-REMOVED, CHANGED = "removed", "changed"  # why a document of an earlier generation has no sequences
 _NEW = -1
 _OF_DOCUMENTS = ("sequences", "documents")
 _SEQUENCE_COLUMNS = ("sequence_id", "document_id", "shard", "window", "first_token", "tokens", "special_tokens")
@@ -40,7 +40,7 @@ class KnownCorpus:
         self._assigned: list[int] = []
         self._new: Counter[str] = Counter()  # by source
         for row in self._rows_of("documents"):
-            if row["dropped_reason"] not in (REMOVED, CHANGED):
+            if row["dropped_reason"] not in GONE:
                 name = self._name_of_row(row)
                 self._names[row["document_id"]] = name
                 self._waiting[name].append(row["document_id"])

@@ -16,10 +16,11 @@ from attlas.extract.corpus.generated import IdDocument
 from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.model.special_tokens import SpecialTokens
 from attlas.extract.plan.digests import new_digest
-from attlas.extract.plan.known import CHANGED, REMOVED, KnownCorpus
+from attlas.extract.plan.known import KnownCorpus
 from attlas.extract.plan.shards import Read, ReplacedShard, ShardRows
 from attlas.extract.plan.stored import Growth, Plan, write_spool
 from attlas.extract.store import Storage
+from attlas.extract.tables.documents import CHANGED, REMOVED
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from attlas.extract.store.opening import Location, open_storage
 from attlas.extract.store.parts import Part
 from attlas.extract.store.records import ShardRecord
 from attlas.extract.store.sealed import as_json, get_sealed, put_sealed
+from attlas.extract.urls import is_url
 
 _AT_GENERATION = re.compile(r"(.+)@(\d{1,12})", re.ASCII | re.DOTALL)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -127,13 +128,13 @@ class Store:
         """Whether all parts of a record are as they were written, by their checksums."""
         return records.is_intact(self.storage, record)
 
-    def discard_damaged(self, shard: int, *, spool: str, source: str = "") -> None:
-        """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256."""
-        records.discard_damaged(self.storage, shard, spool=spool, source=source)
+    def discard_damaged(self, shard: int, *, spool: str, source: str = "") -> ShardRecord | None:
+        """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256; returns it if they are."""
+        return records.discard_damaged(self.storage, shard, spool=spool, source=source)
 
-    def discard_leftovers(self, shards: Collection[int]) -> None:
-        """Delete records of other shards than these, and parts that no record and no manifest names, left by an earlier plan."""
-        work.discard_leftovers(self.storage, shards)
+    def discard_leftovers(self, kept: Collection[ShardRecord]) -> None:
+        """Delete all records but these, and parts that neither they nor a manifest names, left by an earlier plan."""
+        work.discard_leftovers(self.storage, kept)
 
     def clear_obstacles(self) -> None:
         """Make way for card, draft and records; refuses if something that must not be deleted is in the way."""
@@ -144,10 +145,10 @@ class Store:
         """Whether there is a work area: the run is unfinished, or was killed before it cleaned up."""
         return work.has_work(self.storage)
 
-    def clear_work(self) -> None:
-        """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers."""
+    def clear_work(self) -> list[str]:
+        """Delete what only an unfinished run needs, including token ids, and temporary files of killed writers; returns parts that are gone."""
         manifest = self.manifest
-        work.clear_work(self.storage, shards=0 if manifest is None else manifest.get("shards", 0))
+        return work.clear_work(self.storage, shards=0 if manifest is None else manifest.get("shards", 0))
 
     def discard_unfinished(self) -> None:
         """Delete an unfinished run, of whatever model; refuses if another process writes it, or it holds something else."""
@@ -204,7 +205,7 @@ def _place_and_generation(location: Location) -> tuple[Location, int | None]:
         return location, None
     text = os.fspath(location)
     named = _AT_GENERATION.fullmatch(text)
-    if named is None or ("://" not in text and os.path.lexists(text)):
+    if named is None or (not is_url(text) and os.path.lexists(text)):
         return location, None
     return named[1], int(named[2])
 

@@ -7,14 +7,14 @@ manifest is ever replaced, so an earlier generation stays whole until `attlas gc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from attlas.extract.errors import Refusal
 from attlas.extract.store.interface import Storage
 from attlas.extract.store.layout import MANIFEST, MANIFESTS, REPORT, earlier_report_key, generation_in, manifest_key
 from attlas.extract.store.manifest import read_manifest
-from attlas.extract.store.parts import Part, discard_parts_except, parts_of
+from attlas.extract.store.parts import parts_of
 from attlas.extract.store.sealed import as_json
 
 
@@ -38,11 +38,8 @@ def generations(storage: Storage) -> list[int]:
 
 def read_generation(storage: Storage, number: int) -> dict[str, Any]:
     """The manifest of a generation. Raises Refusal if there is none."""
-    newest = read_manifest(storage)
-    if newest is not None and generation_of(newest) == number:
-        return newest
-    manifest = read_manifest(storage, manifest_key(number))
-    if manifest is None:
+    manifest = read_manifest(storage, manifest_key(number)) or read_manifest(storage)
+    if manifest is None or generation_of(manifest) != number:
         kept = ", ".join(map(str, generations(storage)))
         raise Refusal(
             f"a generation of a dataset is one that is kept; {storage.place()} has no {number}; it has {kept or 'none'}"
@@ -74,30 +71,20 @@ def complete_commit(storage: Storage) -> None:
 
 def named_parts(storage: Storage) -> set[str]:
     """The keys of the parts of all generations that are kept."""
-    return {part.path for part in _parts_of_generations(storage, generations(storage))}
+    manifests = (read_generation(storage, number) for number in generations(storage))
+    return {part.path for manifest in manifests for table in manifest["tables"] for part in parts_of(manifest, table)}
 
 
-def discard_generations(storage: Storage, keep: int, also: Collection[str] = ()) -> tuple[list[int], list[str]]:
-    """Delete all but the newest generations, and the parts that none of those names; returns what is gone.
-
-    also: the keys of parts that are kept besides.
-    """
+def discard_generations(storage: Storage, keep: int) -> list[int]:
+    """Delete the manifests of all but the newest generations; returns which are gone. Their parts are leftovers of the work then."""
     kept = generations(storage)[-keep:]
     gone = [number for number in _with_manifests(storage) if number not in kept]
-    for number in gone:  # first, so that no manifest names a part that is gone
+    for number in gone:
         storage.delete(manifest_key(number))
-    named = {part.path for part in _parts_of_generations(storage, kept)}
-    return gone, discard_parts_except(storage, named.union(also))
+    return gone
 
 
 def _with_manifests(storage: Storage) -> list[int]:
     """The generations that have a manifest of their own, the oldest first."""
     found = map(generation_in, storage.names(MANIFESTS) or ())
     return sorted(number for number in found if number is not None)
-
-
-def _parts_of_generations(storage: Storage, numbers: Collection[int]) -> Iterator[Part]:
-    for number in numbers:
-        manifest = read_generation(storage, number)
-        for table in manifest["tables"]:
-            yield from parts_of(manifest, table)

@@ -62,16 +62,17 @@ def is_intact(storage: Storage, done: ShardRecord) -> bool:
     return all(is_as_written(storage, part) for part in done.parts.values())
 
 
-def discard_damaged(storage: Storage, shard: int, *, spool: str, source: str = "") -> None:
-    """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256.
+def discard_damaged(storage: Storage, shard: int, *, spool: str, source: str = "") -> ShardRecord | None:
+    """Delete a shard's record unless its parts are intact and were measured from the spool with this SHA-256; returns it if they are.
 
     Refuses if something is in the way of the parts, which will then be written again. source: as of `part_key`.
     """
     found = read_record(storage, shard)
     if found is not None and found.spool == spool and is_intact(storage, found):
-        return
+        return found
     storage.delete(record_key(shard))
     refuse_obstacles(storage, shard, source)
+    return None
 
 
 def discard_records_except(storage: Storage, shards: Collection[int]) -> None:

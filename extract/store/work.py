@@ -19,7 +19,7 @@ from attlas.extract.store.layout import (
     spool_key,
 )
 from attlas.extract.store.parts import discard_parts_except
-from attlas.extract.store.records import clear_way_for_records, discard_records_except, read_record
+from attlas.extract.store.records import ShardRecord, clear_way_for_records, discard_records_except
 from attlas.extract.tables import TABLES
 
 
@@ -35,26 +35,26 @@ def clear_obstacles(storage: Storage) -> None:
     clear_way_for_records(storage)
 
 
-def discard_leftovers(storage: Storage, shards: Collection[int]) -> None:
-    """Delete records of other shards than these, and parts that no record and no manifest names, left by an earlier plan."""
-    discard_records_except(storage, shards)
-    of_records = (read_record(storage, shard) for shard in shards)
-    kept = {part.path for record in of_records if record is not None for part in record.parts.values()}
-    discard_parts_except(storage, kept | named_parts(storage))
+def discard_leftovers(storage: Storage, kept: Collection[ShardRecord]) -> None:
+    """Delete all records but these, and parts that neither they nor a manifest names, left by an earlier plan."""
+    discard_records_except(storage, {record.shard for record in kept})
+    parts = {part.path for record in kept for part in record.parts.values()}
+    discard_parts_except(storage, parts | named_parts(storage))
 
 
-def clear_work(storage: Storage, *, shards: int = 0) -> None:
-    """Delete what only an unfinished run needs, including token ids, parts that it has left, and temporary files of killed writers.
+def clear_work(storage: Storage, *, shards: int = 0) -> list[str]:
+    """Delete what only an unfinished run needs, including token ids, parts that no manifest names, and temporary files of killed writers.
 
-    shards: of the run. What belongs to them is deleted even if the storage does not list it yet.
+    shards: of the run. What belongs to them is deleted even if the storage does not list it yet. Returns the keys of the parts.
     """
-    discard_parts_except(storage, named_parts(storage))
+    gone = discard_parts_except(storage, named_parts(storage))
     of_shards = (key(shard) for shard in range(shards) for key in (record_key, spool_key))
     storage.clear(WORK, (RUN, PLAN, DRAFT, MEANS, MEAN_VECTORS, *of_shards))
     written_to = {"", *TABLES}
     for key in storage.list():
         if key.endswith(TEMPORARY) and key.rpartition("/")[0] in written_to:
             storage.delete(key)
+    return gone
 
 
 def discard_run(storage: Storage) -> None:

@@ -3,6 +3,8 @@
 from attlas.extract.tables.column import Column
 from attlas.extract.tables.table import DOCUMENT_ID, Agreement, Rule, Table
 
+REMOVED, CHANGED = GONE = ("removed", "changed")  # why a document of an earlier generation has no sequences
+
 TABLE = Table(
     name="documents",
     row="document",

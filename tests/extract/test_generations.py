@@ -9,12 +9,17 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from attlas.analysis.compare import compare
+from attlas.analysis.comparison_output import save_comparison
 from attlas.analysis.dataset import Dataset
+from attlas.analysis.history import collect_garbage
+from attlas.analysis.report import write_report
 from attlas.analysis.verify import verify
 from attlas.extract.errors import Refusal
 from attlas.extract.options import RunOptions
 from attlas.extract.run import finish, measure_shard, plan_run
-from attlas.extract.store import LocalFolder, Store, discard_generations, generations, sha256_of
+from attlas.extract.store import LocalFolder, Store, generations, sha256_of
+from attlas.flows.push import refuse_earlier_generation
 from tests.extract.runs import complete_run, contents
 
 TEXTS = {
@@ -331,7 +336,7 @@ def test_an_old_generation_is_read_whole_after_ten_more_and_gc_removes_it(option
 
     named = {g: paths(f"{out}@{g}") for g in (9, 10, 11)}
     (out / "notes.txt").write_text("mine")
-    gone, parts = discard_generations(LocalFolder(out), keep=3)
+    gone, parts = collect_garbage(out, keep=3)
     assert gone == list(range(1, 9))
     assert set(parts_on_disk(out)) == named[9] | named[10] | named[11]
     assert parts and (out / "notes.txt").exists()
@@ -340,6 +345,22 @@ def test_an_old_generation_is_read_whole_after_ten_more_and_gc_removes_it(option
         Dataset.open(f"{out}@1")
     assert not verify(out) and not verify(f"{out}@9")
     assert first["manifest.json"]
+
+
+def test_pages_of_an_earlier_generation_lie_in_the_dataset_beside_those_of_the_newest(options: RunOptions) -> None:
+    out = Path(options.out)
+    complete_run(options)
+    change(options, e="A new text arrives in the night.")
+    complete_run(options)
+    assert write_report(out) == out / "report.html"
+    assert write_report(f"{out}@1") == out / "report-000001.html"
+    assert save_comparison(compare(out, f"{out}@1"), f"{out}@1") == out / "comparison.html"
+    assert not verify(out)
+    with pytest.raises(
+        Refusal, match="the newest generation of a dataset is pushed, 2; got 1; give the folder without @1"
+    ):
+        refuse_earlier_generation(Dataset.open(f"{out}@1"))
+    refuse_earlier_generation(Dataset.open(out))
 
 
 def test_load_dataset_reads_the_current_generation_alone(options: RunOptions, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import Ended as Ended
 
 ROOT = Path(__file__).parent.parent.parent
 PROSE = (
@@ -106,19 +108,3 @@ def corpus(tmp_path: Path) -> Path:
 def part_bytes(dataset: Path) -> dict[str, bytes]:
     """The bytes of all parts of a dataset, by path."""
     return {str(p.relative_to(dataset)): p.read_bytes() for p in sorted(dataset.rglob("*.parquet"))}
-
-
-Ended = tuple[int, str, str]
-
-
-@pytest.fixture
-def attlas(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Run the command line in this process; returns exit code, standard output and standard error."""
-    from attlas.flows.cli import exit_code
-
-    def run(*arguments: object) -> Ended:
-        code = exit_code([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run

@@ -1,6 +1,6 @@
 """A server for all tests here, and the command line and Python pointed to it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -30,22 +30,6 @@ def proxy(moto: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 def url(proxy: Proxy) -> str:
     """A new place in the store."""
     return f"s3://{BUCKET}/{uuid4().hex}"
-
-
-Ended = tuple[int, str, str]
-
-
-@pytest.fixture
-def attlas(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Run the command line in this process; returns exit code, standard output and standard error."""
-    from attlas.flows.cli import exit_code
-
-    def run(*arguments: object) -> Ended:
-        code = exit_code([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def copied(dataset: Path, url: str) -> Storage:

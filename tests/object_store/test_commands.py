@@ -11,8 +11,9 @@ from attlas.analysis.dataset import Dataset
 from attlas.extract.errors import Refusal
 from attlas.extract.options import RunOptions
 from attlas.extract.store import REPORT, open_storage
+from tests.conftest import Ended
 from tests.extract.runs import complete_run
-from tests.object_store.conftest import Ended, copied
+from tests.object_store.conftest import copied
 from tests.object_store.proxy import Proxy
 from tests.object_store.server import SECRET
 

@@ -15,8 +15,9 @@ from attlas.extract.corpus import open_corpus
 from attlas.extract.corpus.stored import UnreadableStore
 from attlas.extract.errors import Refusal
 from attlas.extract.store import LocalFolder, open_storage
+from tests.conftest import Ended
 from tests.extract.runs import complete_run
-from tests.object_store.conftest import Ended, contents
+from tests.object_store.conftest import contents
 from tests.object_store.proxy import Proxy
 from tests.object_store.test_runs import options
 

@@ -227,17 +227,19 @@ def test_a_shard_is_done_when_its_record_and_its_parts_are_there(storage: Storag
 
 def test_parts_and_records_of_another_plan_go(storage: Storage) -> None:
     store = Store(storage)
+    done = []
     for shard in (0, 1):
         part = store.write_part("heads", shard, pa.table({"x": [shard]}))
-        store.write_record(ShardRecord(shard, {"heads": part}, {"positions": 1, "padded": 0}, "0" * 64))
+        done.append(ShardRecord(shard, {"heads": part}, {"positions": 1, "padded": 0}, "0" * 64))
+        store.write_record(done[-1])
     storage.put("heads/shard-00001-0a1b2c3d4e5f.parquet", b"x")  # of another plan of the same shard
     foreign = ["_work/records/x.json", "heads/1.parquet"]
     for key in foreign:
         storage.put(key, b"x")
-    store.discard_leftovers([0, 1])
+    store.discard_leftovers(done)
     records, parts = ["_work/records/00000.json", "_work/records/00001.json"], [part_key("heads", n) for n in (0, 1)]
     assert set(storage.list()) == {*records, *parts, *foreign}
-    store.discard_leftovers([0])
+    store.discard_leftovers(done[:1])
     assert set(storage.list()) == {records[0], parts[0], *foreign}
 
 
