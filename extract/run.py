@@ -49,8 +49,8 @@ from attlas.extract.store import (
     Identity,
     Location,
     Lock,
-    Part,
     ShardRecord,
+    Storage,
     Store,
     generation_of,
     parts_of,
@@ -217,6 +217,19 @@ def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], 
     record = worker.store.read_record(shard)
     if record is not None:
         return record
+    tables, facts = rows_measured(worker, shard, progress=progress)
+    source = worker.source_of(shard)
+    named = named_by(worker.plan, source)
+    parts = {name: worker.store.write_part(name, shard, table, source=named) for name, table in sorted(tables.items())}
+    record = ShardRecord(shard, parts, facts, source)
+    worker.store.write_record(record)
+    return record
+
+
+def rows_measured(
+    worker: Worker, shard: int, *, progress: Callable[[int, int], None] | None = None
+) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """The rows of all tables of a shard, and the counts of its record. progress: as of `measure_shard`."""
     from attlas.extract.shard import measure_sequences
 
     sequences, documents = worker.rows_of(shard)
@@ -237,12 +250,7 @@ def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], 
         tables |= measured | derived_tables(planned | measured, worker.instrument.columns, shard=shard)
     if worker.plan.generation.number > 1:  # what only the model decides is in the first one
         tables = {name: rows for name, rows in tables.items() if TABLES[name].kind != "static"}
-    source = worker.source_of(shard)
-    named = named_by(worker.plan, source)
-    parts = {name: worker.store.write_part(name, shard, table, source=named) for name, table in sorted(tables.items())}
-    record = ShardRecord(shard, parts, facts, source)
-    worker.store.write_record(record)
-    return record
+    return tables, facts
 
 
 def finish(out: Location, *, card: Card | None = None, checking: Progress | None = None) -> Location:
@@ -259,7 +267,9 @@ def finish(out: Location, *, card: Card | None = None, checking: Progress | None
             raise Damaged(f"{store.storage.place()} holds no plan; the same command plans again")
         records = _all_records(store, plan.to_measure, checking)
         manifest = complete_manifest(store.read_draft(), records, finished)
-        manifest = with_concluded(manifest, _write_concluded(store, manifest))
+        concluded, source = rows_concluded(store.storage, manifest)
+        parts = {name: store.write_part(name, 0, rows, source=source) for name, rows in concluded.items()}
+        manifest = with_concluded(manifest, parts)
         store.finish(manifest, dataset_card(manifest, card))
     else:
         if card is not None:
@@ -296,18 +306,17 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def _write_concluded(store: Store, manifest: Mapping[str, Any]) -> dict[str, Part]:
-    """Write the tables that are made of all shards."""
+def rows_concluded(storage: Storage, manifest: Mapping[str, Any]) -> tuple[dict[str, pa.Table], str]:
+    """The rows of the tables that are made of all shards, and what the names of their parts say of their source."""
     made_of = hashlib.sha256()
 
     def rows_of(table: str) -> Iterator[pa.Table]:
         for part in parts_of(manifest, table):
             made_of.update(part.sha256.encode())
-            yield read_part(store.storage, part)
+            yield read_part(storage, part)
 
     concluded = concluded_tables(rows_of)
-    source = "" if generation_of(manifest) == 1 else made_of.hexdigest()
-    return {name: store.write_part(name, 0, rows, source=source) for name, rows in concluded.items()}
+    return concluded, "" if generation_of(manifest) == 1 else made_of.hexdigest()
 
 
 def _claim_and_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) -> PlannedRun:
@@ -351,9 +360,9 @@ def _read_or_make_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) 
     was_begun = store.has_records
     plan = read_plan(store.storage)
     if plan is None:
-        plan = _make_plan(planned, corpus, lambda documents, _: progress("plan", documents, None))
+        plan = make_plan_of(planned, corpus, _known_corpus(planned, corpus), progress)
     progress("plan", plan.documents, plan.documents)
-    means = _read_or_make_means(planned, plan, progress) if _has_means(planned.options, planned.instrument) else None
+    means = read_or_make_means(planned, plan, progress)
     checking = progress if was_begun else _no_progress
     store.discard_leftovers(sound_records(store, plan, means, plan.to_measure, checking))
     return plan
@@ -371,15 +380,15 @@ def sound_records(
     return [record for record in found if record is not None]
 
 
-def _make_plan(planned: PlannedRun, corpus: Corpus, progress: Callable[[int, int], None]) -> Plan:
+def make_plan_of(planned: PlannedRun, corpus: Corpus, known: KnownCorpus | None, progress: Progress) -> Plan:
+    """Read the corpus and write the plan and its spools. known: the dataset of an earlier state of the corpus."""
     options, instrument = planned.options, planned.instrument
     common: dict[str, Any] = {
         "storage": planned.store.storage,
         "shard_sequences": options.shard_sequences,
         "digest_key": read_key(options.digest_key),
-        "progress": progress,
+        "progress": lambda documents, _: progress("plan", documents, None),
     }
-    known = _known_corpus(planned, corpus)
     images = instrument.measured_model.images
     if images is not None:
         return make_image_plan(corpus, images.preprocessing, strict=options.strict, known=known, **common)
@@ -418,8 +427,10 @@ def _has_means(options: RunOptions, instrument: Instrument) -> bool:
     return options.ablation.is_mean and ABLATIONS.name in instrument.columns
 
 
-def _read_or_make_means(planned: PlannedRun, plan: Plan, progress: Progress) -> StoredMeans:
-    """The means over the sample of the plan, from the driver, so that every worker has the same."""
+def read_or_make_means(planned: PlannedRun, plan: Plan, progress: Progress) -> StoredMeans | None:
+    """The means over the sample of the plan, from the driver, so that every worker has the same; None if ablations use none."""
+    if not _has_means(planned.options, planned.instrument):
+        return None
     storage, options = planned.store.storage, planned.options
     means = load_means(storage, plan)
     if means is not None:

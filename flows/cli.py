@@ -218,6 +218,22 @@ def finish(
         _show_paths(dataset=dataset, report=page)
 
 
+def repair(run_file: RunFile = None, **options: Any) -> None:
+    """Measure damaged parts of a finished dataset again, byte for byte, with the run file and options that made it."""
+    from attlas.flows.checks import refuse_bad_paths
+
+    ignore_closed_pipe()
+    settings = read_run(run_file, options)
+    refuse_bad_paths(settings, run_file=run_file)
+    _be_quiet()
+    _prepare_folders()
+    _quiet_loading(settings.model)
+    from attlas.flows.progress import display_for_terminal
+    from attlas.flows.repair import repair_dataset
+
+    typer.echo(repair_dataset(settings, show=display_for_terminal()))
+
+
 def _quiet_loading(model: str) -> None:
     """Show no progress of loading from disk: it is fast, and its bars would interfere with ours. Bars of downloads are useful."""
     if model == "demo" or Path(model).is_dir() or ".py:" in model:
@@ -242,6 +258,7 @@ def _prepare_folders() -> None:
 
 
 app.command(name="run")(with_run_options(run))
+app.command(name="repair")(with_run_options(repair))
 
 
 @app.command()

@@ -4,11 +4,11 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect import flow, get_run_logger, task, unmapped
 from prefect.cache_policies import NO_CACHE
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from attlas.extract.plan import Plan
     from attlas.extract.run import PlannedRun, Worker
 
+
+T = TypeVar("T")
 
 _display_lock = threading.Lock()
 _worker_lock = threading.Lock()
@@ -100,18 +102,20 @@ _RETRIED: dict[str, Any] = {
 @task(name="shard", task_run_name="shard {shard}", **_RETRIED)
 def measure_shard(run: Run, shard: int) -> int:
     """Measure one shard in this process."""
-    measure_and_show(open_worker(run), shard)
+    from attlas.extract.run import measure_shard
+
+    worker = open_worker(run)
+    show_measuring(partial(measure_shard, worker), worker, shard)
     return shard
 
 
-def measure_and_show(worker: "Worker", shard: int) -> None:
-    """Measure one shard, with progress."""
-    from attlas.extract.run import measure_shard
-
+def show_measuring(measure: Callable[..., T], worker: "Worker", shard: int) -> T:
+    """Call a function that measures a shard, and show its progress."""
     with shown_work() as show:
-        measure_shard(worker, shard, progress=lambda tokens, documents: show(Work(0, documents, tokens)))
+        result = measure(shard, progress=lambda tokens, documents: show(Work(0, documents, tokens)))
     # the rest: documents without a sequence, or the whole shard if another process has measured it
     advance(work_in(worker, shard) - show.done)
+    return result
 
 
 @task(name="manifest", task_run_name="manifest", **_RETRIED)

@@ -19,7 +19,7 @@ STAGES = {
     "wait": "waiting for the plan, which another process is making",
     "plan": "splitting documents into sequences",
     "means": "averaging what heads and sublayers give over the sample",
-    "check": "checking the results of an earlier run",
+    "check": "comparing what is there with its checksums",
     "finish": "writing the manifest",
     "report": "writing the report",
 }

@@ -7,7 +7,7 @@ document that is not known is new, and gets new ids. One that is gone keeps its 
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,21 @@ _SEQUENCE_COLUMNS = ("sequence_id", "document_id", "shard", "window", "first_tok
 
 
 class KnownCorpus:
-    """A finished dataset, as a plan of its next generation needs it. `sizes`: of the files of the corpus now."""
+    """A finished dataset, as a plan of its next generation needs it.
+
+    sizes: of the files of the corpus now. again: shards that are planned again although they have lost no document.
+    """
 
     def __init__(
-        self, storage: Storage, manifest: Mapping[str, Any], *, key: bytes | None, sizes: Mapping[str, int]
+        self,
+        storage: Storage,
+        manifest: Mapping[str, Any],
+        *,
+        key: bytes | None,
+        sizes: Mapping[str, int],
+        again: Collection[int] = (),
     ) -> None:
-        self._storage, self._manifest, self._key = storage, manifest, key
+        self._storage, self._manifest, self._key, self._again = storage, manifest, key, again
         self._old_sizes, self._sizes = manifest["corpus"].get("files") or {}, sizes
         self.corpus: Mapping[str, Any] = manifest["corpus"]
         self.shards: int = manifest["shards"]
@@ -67,14 +76,17 @@ class KnownCorpus:
                 new[row["source"]] -= 1
         return reasons
 
-    def shards_with(self, documents: Iterable[int]) -> dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-        """The shards that have rows of some documents, with all their rows of `sequences` and of `documents`."""
+    def shards_with(self, documents: Collection[int]) -> dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+        """The shards that have rows of some documents, or are planned again, with all their rows of `sequences` and of `documents`."""
         wanted, found = np.fromiter(documents, np.int64), {}
+        searched = range(self.shards) if documents else sorted(self._again)
         parts = {name: {shard_of(p.path): p for p in parts_of(self._manifest, name)} for name in _OF_DOCUMENTS}
-        for shard in range(self.shards):
+        for shard in searched:
             parts_of_shard = [parts[name].get(shard) for name in _OF_DOCUMENTS]
             tables = [None if part is None else read_part(self._storage, part) for part in parts_of_shard]
-            if any(t is not None and np.isin(t["document_id"].to_numpy(), wanted).any() for t in tables):
+            if shard in self._again or any(
+                t is not None and np.isin(t["document_id"].to_numpy(), wanted).any() for t in tables
+            ):
                 sequences, rows = ([] if t is None else t.to_pylist() for t in tables)
                 found[shard] = ([{name: row[name] for name in _SEQUENCE_COLUMNS} for row in sequences], rows)
         return found

@@ -101,16 +101,14 @@ class Spool:
         self._digest(content)
 
     def replace_shards(self, read: Callable[[KnownCorpus, set[int]], Iterator[tuple[int, Read]]]) -> None:
-        """Plan the shards again that have lost a document, with what is left of them.
+        """Plan the shards again that have lost a document, with what is left of them, and those that the known corpus wants.
 
         read: reads these documents of the corpus again, and gives each with the function from its windows to their tokens or image.
         """
         if self.known is None:
             return
         gone = self.known.gone()
-        replaced = (
-            {n: ReplacedShard.of(n, *rows, gone) for n, rows in self.known.shards_with(gone).items()} if gone else {}
-        )
+        replaced = {n: ReplacedShard.of(n, *rows, gone) for n, rows in self.known.shards_with(gone).items()}
         for shard in replaced.values():
             self._forget(shard)
         missing: dict[int, list[ReplacedShard]] = defaultdict(list)

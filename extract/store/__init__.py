@@ -34,6 +34,8 @@ from attlas.extract.store.lock import Lock as Lock
 from attlas.extract.store.opening import Location as Location
 from attlas.extract.store.opening import open_storage as open_storage
 from attlas.extract.store.parts import Part as Part
+from attlas.extract.store.parts import is_as_written as is_as_written
 from attlas.extract.store.parts import parts_of as parts_of
 from attlas.extract.store.parts import read_part as read_part
+from attlas.extract.store.parts import restore_part as restore_part
 from attlas.extract.store.records import ShardRecord as ShardRecord

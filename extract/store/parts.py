@@ -57,21 +57,36 @@ def write_part(
 ) -> Part:
     """Write one part. Floats are byte-stream-split, so zstd finds their common exponents. source: as of `part_key`; key: another name."""
     key = part_key(table, shard, source) if key is None else key
-    floats = [f.name for f in rows.schema if pa.types.is_floating(f.type)]
-    others = [f.name for f in rows.schema if not pa.types.is_floating(f.type)]
     with storage.writing(key) as file:
         counted = _Counted(file)
-        pq.write_table(
-            rows,
-            counted,
-            compression="zstd",
-            compression_level=_LEVEL,
-            use_dictionary=others,  # pyright: ignore[reportArgumentType]
-            use_byte_stream_split=floats,  # pyright: ignore[reportArgumentType]
-            store_schema=True,
-            row_group_size=_group_rows(table, rows),
-        )
+        _write_rows(counted, table, rows)
     return Part(key, rows.num_rows, counted.size, counted.digest.hexdigest())
+
+
+def restore_part(storage: Storage, table: str, part: Part, rows: pa.Table) -> bool:
+    """Write a part again if these rows give the very bytes that it had; returns whether they do."""
+    content = io.BytesIO()
+    _write_rows(content, table, rows)
+    if hashlib.sha256(content.getbuffer()).hexdigest() != part.sha256:
+        return False
+    with storage.writing(part.path) as file:
+        file.write(content.getbuffer())
+    return True
+
+
+def _write_rows(file: Any, table: str, rows: pa.Table) -> None:
+    floats = [f.name for f in rows.schema if pa.types.is_floating(f.type)]
+    others = [f.name for f in rows.schema if not pa.types.is_floating(f.type)]
+    pq.write_table(
+        rows,
+        file,
+        compression="zstd",
+        compression_level=_LEVEL,
+        use_dictionary=others,  # pyright: ignore[reportArgumentType]
+        use_byte_stream_split=floats,  # pyright: ignore[reportArgumentType]
+        store_schema=True,
+        row_group_size=_group_rows(table, rows),
+    )
 
 
 def _group_rows(table: str, rows: pa.Table) -> int:
