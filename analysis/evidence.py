@@ -54,14 +54,17 @@ class Evidence:
 
     @cached_property
     def heads(self) -> pl.DataFrame:
-        """A row per head: HEAD_COLUMNS with intervals, the shares of its attention and `is_at_rest`, and extremes over sequences."""
+        """A row per head: extremes over sequences, HEAD_COLUMNS with intervals, and the shares of its attention and `is_at_rest`.
+
+        A head of which no row could be measured has no means.
+        """
         estimates = self.estimates
         present = [name for name in HEAD_COLUMNS if name in averaged_columns(self.dataset, "heads")]
         if estimates is None:
             estimates = head_estimates(self.dataset, present)
         means = wide(estimates, HEAD, present)
         shares = self.shares.frame().with_columns(is_first=self.shares.shares.is_first)
-        return means.join(shares, on=HEAD, how="left").join(self._extremes(), on=HEAD, how="left").sort(HEAD)
+        return self._extremes().join(means, on=HEAD, how="left").join(shares, on=HEAD, how="left").sort(HEAD)
 
     def _extremes(self) -> pl.DataFrame:
         frame = self.extremes

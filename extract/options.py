@@ -78,6 +78,24 @@ class RunOptions:
         return generation_of(self.corpus, seed=self.seed, blocks=self.blocks, length=self.length, depths=self.depths)
 
 
+def corpus_of(options: RunOptions) -> Corpus:
+    """The corpus as it is now. Raises Refusal."""
+    return open_corpus(
+        options.corpus,
+        text_column=options.text_column,
+        unit=options.unit,
+        delimiter=options.delimiter,
+        encoding=options.encoding,
+        seed=options.seed,
+        blocks=options.blocks,
+        length=options.length,
+        depths=options.depths,
+        limit=options.limit,
+        strict=options.strict,
+        max_document_bytes=options.max_document_bytes,
+    )
+
+
 def check_options(options: RunOptions, *, is_loaded: bool = False) -> Corpus:
     """Check everything that can be checked before the model is loaded; returns the opened corpus. Raises Refusal.
 
@@ -103,20 +121,7 @@ def check_options(options: RunOptions, *, is_loaded: bool = False) -> Corpus:
     store = Store.at(options.out)
     store.refuse_foreign()
     store.refuse_busy()
-    corpus = open_corpus(
-        options.corpus,
-        text_column=options.text_column,
-        unit=options.unit,
-        delimiter=options.delimiter,
-        encoding=options.encoding,
-        seed=options.seed,
-        blocks=options.blocks,
-        length=options.length,
-        depths=options.depths,
-        limit=options.limit,
-        strict=options.strict,
-        max_document_bytes=options.max_document_bytes,
-    )
+    corpus = corpus_of(options)
     if corpus.has_images:
         _refuse_text_options(options)
     if corpus.generation is not None:

@@ -24,16 +24,17 @@ from attlas.extract.capture.runtime.ablation import Ablating
 from attlas.extract.card import Card
 from attlas.extract.corpus import Corpus, image_folder
 from attlas.extract.dictionary import dataset_card
-from attlas.extract.errors import Damaged, Refusal, Unfinished
+from attlas.extract.errors import Damaged, Refusal, Unfinished, shortlist
 from attlas.extract.identity import identity_of, recipe_of
 from attlas.extract.instrument import Instrument, open_instrument
 from attlas.extract.manifest import complete_manifest, draft_manifest, with_concluded
 from attlas.extract.model.id_documents import id_documents
-from attlas.extract.options import Progress, RunOptions, check_options, read_key
+from attlas.extract.options import Progress, RunOptions, check_options, corpus_of, read_key
 from attlas.extract.plan import (
     KnownCorpus,
     Plan,
     StoredMeans,
+    clear_plan,
     load_means,
     load_plan,
     make_id_plan,
@@ -218,6 +219,8 @@ def measure_shard(worker: Worker, shard: int, *, progress: Callable[[int, int], 
     if record is not None:
         return record
     tables, facts = rows_measured(worker, shard, progress=progress)
+    if not worker.store.has_draft:  # a run that made its output again would write a part of a dataset
+        raise Damaged(f"{worker.store.storage.place()} has gone, or its plan; the same command plans again")
     source = worker.source_of(shard)
     named = named_by(worker.plan, source)
     parts = {name: worker.store.write_part(name, shard, table, source=named) for name, table in sorted(tables.items())}
@@ -361,11 +364,23 @@ def _read_or_make_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) 
     plan = read_plan(store.storage)
     if plan is None:
         plan = make_plan_of(planned, corpus, _known_corpus(planned, corpus), progress)
+        _refuse_changed(planned, corpus)
     progress("plan", plan.documents, plan.documents)
     means = read_or_make_means(planned, plan, progress)
     checking = progress if was_begun else _no_progress
     store.discard_leftovers(sound_records(store, plan, means, plan.to_measure, checking))
     return plan
+
+
+def _refuse_changed(planned: PlannedRun, corpus: Corpus) -> None:
+    """Discard a plan and raise Refusal if a file of the corpus was added, removed or changed in size while it was made."""
+    before, now = dict(corpus.files), dict(corpus_of(planned.options).files)
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed:
+        clear_plan(planned.store.storage)
+        raise Refusal(
+            f"a corpus stays as it is while it is read; {shortlist(changed)} of {planned.options.corpus} changed meanwhile; run it again"
+        )
 
 
 def sound_records(

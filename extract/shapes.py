@@ -5,7 +5,6 @@ A check is a function of a value and its key. It returns nothing or raises Malfo
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -73,7 +72,7 @@ def list_of(check: Check) -> Check:
         if not isinstance(value, list):
             raise Malformed(key, "a list", _describe(value))
         for number, entry in enumerate(value):
-            check(entry, f"{key}[{number}]")
+            _check_inner(check, entry, key, f"[{number}]")
 
     return check_value
 
@@ -83,24 +82,34 @@ def mapping_of(check: Check) -> Check:
 
     def check_value(value: Any, key: str) -> None:
         for name, entry in _object(value, key).items():
-            check(entry, f"{key}.{name}")
+            _check_inner(check, entry, key, f".{name}")
 
     return check_value
 
 
 def record(required: Mapping[str, Check], *, optional: Mapping[str, Check] | None = None) -> Check:
     """Accept an object with these keys, and others, which a later version may write."""
+    checks, names = {**required, **(optional or {})}, required.keys()
 
     def check_value(value: Any, key: str) -> None:
         entries = _object(value, key)
-        missing = [name for name in required if name not in entries]
-        if missing:
-            raise Malformed(key, f"an object with {', '.join(required)}", f"one without {missing[0]}")
-        for name, check in {**required, **(optional or {})}.items():
+        if not names <= entries.keys():
+            missing = next(name for name in required if name not in entries)
+            raise Malformed(key, f"an object with {', '.join(required)}", f"one without {missing}")
+        for name, check in checks.items():
             if name in entries:
-                check(entries[name], f"{key}.{name}" if key else name)
+                _check_inner(check, entries[name], key, f".{name}")
 
     return check_value
+
+
+def _check_inner(check: Check, value: Any, key: str, name: str) -> None:
+    """Check what lies at a name inside a value of this key; a manifest has a million of them, of which few need their key."""
+    try:
+        check(value, key)
+    except Malformed:
+        check(value, f"{key}{name}".removeprefix("."))
+        raise
 
 
 def _object(value: Any, key: str) -> Mapping[str, Any]:
@@ -118,14 +127,6 @@ def is_nested_beyond(value: Any, levels: int) -> bool:
         if not level:
             return False
     return True
-
-
-def has_infinity(value: Any) -> bool:
-    """Whether the value contains an infinite number, which is how JSON parsers read 1e999."""
-    if isinstance(value, float):
-        return math.isinf(value)
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(has_infinity(entry) for entry in inner)
 
 
 def _describe(value: Any) -> str:

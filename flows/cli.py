@@ -1,6 +1,8 @@
 """The command line. Heavy imports are inside the commands, so that --help is fast."""
 
+import errno
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -14,6 +16,7 @@ import typer
 from attlas.extract.errors import Refusal
 from attlas.extract.urls import is_url
 from attlas.flows.config import Run, read_run
+from attlas.flows.interrupts import Stopped, exit_code_of
 from attlas.flows.places import Place
 from attlas.flows.run_options import with_run_options
 from attlas.flows.streams import (
@@ -65,9 +68,36 @@ def exit_code(arguments: list[str]) -> int:
         return error.code if isinstance(error.code, int) else FAILED
     except Refusal as refusal:
         return _report_error(refusal, code=BAD_USAGE)
+    except Stopped as stopped:
+        typer.echo(str(stopped), err=True)
+        return exit_code_of(signal.SIGINT)
     except Exception as failure:
         return _report_error(failure, code=FAILED)
     return 0
+
+
+# what to do, in words
+_AGAIN = "run the same command again: what is finished is kept"
+_ADVICE = {
+    errno.ENOSPC: f"make room and {_AGAIN}",
+    errno.EDQUOT: f"make room within your quota and {_AGAIN}",
+    errno.EROFS: f"make it writable and {_AGAIN}",
+    errno.EACCES: f"give yourself the right and {_AGAIN}",
+    errno.EPERM: f"give yourself the right and {_AGAIN}",
+    errno.ENOENT: f"put it back, or {_AGAIN}",
+    errno.EIO: f"look after the disk, then {_AGAIN}",
+    errno.ESTALE: f"mount it again, then {_AGAIN}",
+}
+
+
+def _in_words(error: Exception) -> str:
+    """What has failed, for people: of an error of the file system the file, the reason and what to do."""
+    from attlas.extract.printable import printable
+
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _ADVICE:
+        return f"attlas: failed: {printable(error.filename)}: {printable(error.strerror)}; {_ADVICE[error.errno]}"
+    kind = type(error).__name__
+    return f"attlas: failed: {kind}: {printable(error)}\nfor the traceback: attlas --debug …"
 
 
 def _report_error(error: Exception, *, code: int) -> int:
@@ -79,8 +109,7 @@ def _report_error(error: Exception, *, code: int) -> int:
     elif code == BAD_USAGE:
         typer.echo(f"attlas: {printable(error)}", err=True)
     else:
-        kind = type(error).__name__
-        typer.echo(f"attlas: failed: {kind}: {printable(error)}\nfor the traceback: attlas --debug …", err=True)
+        typer.echo(_in_words(error), err=True)
     return code
 
 

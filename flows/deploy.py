@@ -74,7 +74,8 @@ def _measure(run: Run, name: str) -> Path | str:
     # imported here, because Prefect pickles a flow with its globals, and the display of `attlas.flows.measure` can't be pickled
     from attlas.flows.analyze import written_report
     from attlas.flows.artifacts import PrefectDisplay, publish
-    from attlas.flows.measure import measure, plan_run, release, using_display
+    from attlas.flows.measure import measure, plan_run, release
+    from attlas.flows.measuring import using_display
 
     with using_display(PrefectDisplay(name)):
         try:

@@ -9,8 +9,8 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,11 +84,16 @@ def exempt_loopback_from_proxies() -> None:
     os.environ.update(dict.fromkeys(_NO_PROXY, value))
 
 
-@contextmanager
-def proxies_disabled() -> Iterator[None]:
+def proxies_disabled() -> AbstractContextManager[None]:
     """Disable proxies for all hosts. HTTP clients set up every configured proxy, even an unsupported or unneeded one."""
-    before = {name: os.environ.get(name) for name in _NO_PROXY}
-    os.environ.update(dict.fromkeys(_NO_PROXY, "*"))
+    return environment_with(dict.fromkeys(_NO_PROXY, "*"))
+
+
+@contextmanager
+def environment_with(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for this process and those that it starts, and restore them afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:

@@ -1,14 +1,11 @@
 """The flow of a run: plan the corpus, measure each shard, write the manifest, write the report."""
 
-import os
-import signal
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, get_run_logger, task, unmapped
 from prefect.cache_policies import NO_CACHE
@@ -18,12 +15,12 @@ from prefect.futures import as_completed
 from attlas.extract.errors import CaptureError, Damaged, Refusal
 from attlas.flows.analyze import report
 from attlas.flows.config import Run
-from attlas.flows.environment import remove_temporary_folder
+from attlas.flows.interrupts import Stopped, measuring_shards, stopped_by_signals
+from attlas.flows.measuring import advance, show_measuring, using_display, work_in, work_in_all
 from attlas.flows.places import Place
 from attlas.flows.progress import Display, Work, count_of, display
 from attlas.flows.runners import Runner, is_in_this_process, share_machine, task_runner
 from attlas.flows.server import prefect_connected, temporary_server
-from attlas.flows.streams import print_message
 
 if TYPE_CHECKING:
     from attlas.extract.instrument import Instrument
@@ -31,9 +28,6 @@ if TYPE_CHECKING:
     from attlas.extract.run import PlannedRun, Worker
 
 
-T = TypeVar("T")
-
-_display_lock = threading.Lock()
 _worker_lock = threading.Lock()
 # models that this process has loaded, by the run they are for
 instruments: dict[Run, "Instrument"] = {}
@@ -79,10 +73,11 @@ def measure_shards(run: Run, worker: "Worker", shards: list[int]) -> None:
     """Measure shards, and stop at the first one that fails after all retries. worker: of this process, which knows their work."""
     context = FlowRunContext.get()
     is_shown = context is not None and is_in_this_process(context.task_runner)
-    for future in as_completed(list(measure_shard.map(unmapped(run), shards))):
-        shard = future.result()
-        if not is_shown:
-            advance(work_in(worker, shard))
+    with measuring_shards():  # raises Stopped if some were not begun
+        for future in as_completed(list(measure_shard.map(unmapped(run), shards))):
+            shard = future.result()
+            if shard is not None and not is_shown:
+                advance(work_in(worker, shard))
 
 
 def is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
@@ -100,22 +95,14 @@ _RETRIED: dict[str, Any] = {
 
 
 @task(name="shard", task_run_name="shard {shard}", **_RETRIED)
-def measure_shard(run: Run, shard: int) -> int:
-    """Measure one shard in this process."""
+def measure_shard(run: Run, shard: int) -> int | None:
+    """Measure one shard in this process; None if the run has been asked to stop."""
     from attlas.extract.run import measure_shard
 
     worker = open_worker(run)
-    show_measuring(partial(measure_shard, worker), worker, shard)
-    return shard
-
-
-def show_measuring(measure: Callable[..., T], worker: "Worker", shard: int) -> T:
-    """Call a function that measures a shard, and show its progress."""
-    with shown_work() as show:
-        result = measure(shard, progress=lambda tokens, documents: show(Work(0, documents, tokens)))
-    # the rest: documents without a sequence, or the whole shard if another process has measured it
-    advance(work_in(worker, shard) - show.done)
-    return result
+    with suppress(Stopped):
+        show_measuring(partial(measure_shard, worker), worker, shard)
+        return shard
 
 
 @task(name="manifest", task_run_name="manifest", **_RETRIED)
@@ -160,48 +147,9 @@ def _open_worker(run: Run) -> "Worker":
     return open_worker(options, instrument=instruments.get(run), progress=display.get().stage)
 
 
-def work_in(worker: "Worker", shard: int) -> Work:
-    """The work of measuring a shard."""
-    sequences, documents = worker.rows_of(shard)
-    return Work(1, documents.num_rows, sum(sequences["tokens"].to_pylist()))
-
-
-def work_in_all(worker: "Worker", shards: Iterable[int]) -> Work:
-    """The work of measuring these shards."""
-    return sum((work_in(worker, shard) for shard in shards), Work())
-
-
-@contextmanager
-def shown_work() -> Iterator["ShownWork"]:
-    """Show the work of each batch, and subtract it again if the shard fails, because a retry counts it anew."""
-    work = ShownWork()
-    try:
-        yield work
-    except BaseException:
-        advance(Work() - work.done)
-        raise
-
-
-class ShownWork:
-    """Shows work and keeps the sum."""
-
-    def __init__(self) -> None:
-        self.done = Work()
-
-    def __call__(self, work: Work) -> None:
-        self.done += work
-        advance(work)
-
-
-def advance(work: Work) -> None:
-    """Show more work as done; the lock is needed because displays keep counts."""
-    with _display_lock:
-        display.get().advance(work)
-
-
 def measure_locally(run: Run, *, show: Display, runner: Runner | None = None) -> Path | str:
     """Run the flow in this process, loading the model and planning while Prefect's server starts. runner: of the shards."""
-    with using_display(show), stopped_by_ctrl_c(run, show), temporary_server() as server:
+    with using_display(show), stopped_by_signals(run.out, show), temporary_server() as server:
         if server:
             show.stage("server", 0, None)
         try:
@@ -232,35 +180,3 @@ def release(run: Run) -> None:
     _open_worker.cache_clear()
     instruments.clear()
     Store.at(run.out).unlock()
-
-
-@contextmanager
-def using_display(show: Display) -> Iterator[None]:
-    """Show the run and the warnings of libraries on this display."""
-    token = display.set(show)
-    before = warnings.showwarning
-    try:
-        with show:
-            warnings.showwarning = lambda message, *_where: show.note(f"warning: {message}")
-            yield
-    finally:
-        warnings.showwarning = before
-        display.reset(token)
-
-
-@contextmanager
-def stopped_by_ctrl_c(run: Run, show: Display) -> Iterator[None]:
-    """Make Ctrl-C end the run immediately, which is safe because parts and records are written atomically."""
-
-    def stop(_signal: int, _frame: Any) -> None:
-        show.close()
-        print_message(f"\nstopped; finished shards are kept in {run.out}; the same command continues from there")
-        remove_temporary_folder()
-        # the temporary server exits when this process does
-        os._exit(130)
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

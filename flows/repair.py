@@ -5,7 +5,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from attlas.flows.config import Run
-from attlas.flows.measure import show_measuring, stopped_by_ctrl_c, using_display, work_in_all
+from attlas.flows.interrupts import measuring_shards, stopped_by_signals
+from attlas.flows.measuring import show_measuring, using_display, work_in_all
 from attlas.flows.progress import Display, Work, count_of
 
 if TYPE_CHECKING:
@@ -20,9 +21,10 @@ def repair_dataset(run: Run, *, show: Display) -> str:
 
     def measure(worker: "Worker", shards: Sequence[int], of_shard: Callable[..., list[str]]) -> Iterable[list[str]]:
         show.start_measuring(total=work_in_all(worker, shards), before=Work())
-        return two_at_a_time(partial(show_measuring, of_shard, worker), shards)
+        with measuring_shards():
+            return two_at_a_time(partial(show_measuring, of_shard, worker), shards)
 
-    with using_display(show), stopped_by_ctrl_c(run, show):
+    with using_display(show), stopped_by_signals(run.out, show):
         done = repair(run.options(), progress=show.stage, measure=measure)
     if not done.keys:
         return f"{run.out}: nothing is damaged, {count_of(done.parts, 'part')} as the manifest states"

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from prefect.futures import PrefectFuture
@@ -29,7 +30,23 @@ def task_runner(*, workers: int | None = None, dask: str | None = None) -> Runne
     if workers is None or workers == 1:
         return cast(Runner, ThreadPoolTaskRunner(max_workers=SHARDS_AT_ONCE))
     os.environ[_WORKERS] = str(workers)
-    return cast(Runner, ProcessPoolTaskRunner(max_workers=workers))
+    return cast(
+        Runner,
+        ProcessPoolTaskRunner(max_workers=workers, subprocess_message_processor_factories=[_report_to_server_of_run]),
+    )
+
+
+def _report_to_server_of_run() -> Callable[[str, Any], tuple[str, Any]]:
+    """Have the calling thread, which passes on what processes report, use the server of the run.
+
+    It is not started in the context of the flow, so Prefect 3.8 would start another server in it, which knows nothing of the run.
+    """
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+    connection = {s: os.environ[s.name] for s in (PREFECT_API_URL, PREFECT_API_AUTH_STRING) if s.name in os.environ}
+    settings = temporary_settings(connection)
+    settings.__enter__()
+    return lambda kind, message, _until_the_thread_ends=settings: (kind, message)
 
 
 def is_in_this_process(runner: Runner) -> bool:

@@ -21,7 +21,7 @@ from http.client import HTTPException
 from typing import IO, Any
 
 from attlas.flows.api import is_loopback, refuse_unreachable_server
-from attlas.flows.environment import proxies_disabled
+from attlas.flows.environment import environment_with, proxies_disabled
 from attlas.flows.server_process import DATABASE
 
 # Prefect's default of 20 s is too short for a first start on a busy machine
@@ -137,7 +137,9 @@ def prefect_connected(server: TemporaryServer | None) -> Iterator[None]:
 
     server.wait(seconds=_startup_timeout())
     connection: dict[Any, str] = {PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: f"attlas:{server.password}"}
-    with proxies_disabled(), temporary_settings(connection):
+    # processes that measure shards report to the same server from their first moment on
+    inherited = environment_with({setting.name: value for setting, value in connection.items()})
+    with proxies_disabled(), inherited, temporary_settings(connection):
         try:
             yield
         finally:
@@ -165,7 +167,7 @@ def show_only_errors() -> None:
 
     The command itself reports the result of the run; --debug shows everything.
     """
-    redundant = ("Finished in state", "Encountered exception during execution")
+    redundant = ("Finished in state", "Encountered exception during execution", "Crash detected! Execution was aborted")
 
     def is_relevant(record: logging.LogRecord) -> bool:
         record.exc_info = record.exc_text = None

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from attlas.extract.errors import Refusal
 from attlas.flows.config import Run, read_run
-from attlas.flows.measure import show_measuring, stopped_by_ctrl_c, using_display, work_in_all
+from attlas.flows.interrupts import measuring_shards, stopped_by_signals
+from attlas.flows.measuring import show_measuring, using_display, work_in_all
 from attlas.flows.places import Place, place_named
 from attlas.flows.progress import Display, count_of
 
@@ -19,7 +20,7 @@ def measure_share(run: Run, share: "Share", *, show: Display) -> str:
     from attlas.extract.run import measure_shard, two_at_a_time
     from attlas.extract.share import open_share
 
-    with using_display(show), stopped_by_ctrl_c(run, show):
+    with using_display(show), stopped_by_signals(run.out, show):
         worker = open_share(run.options(), share, progress=show.stage)
         if worker is None:
             return f"{run.out} already contains this run, complete"
@@ -27,7 +28,8 @@ def measure_share(run: Run, share: "Share", *, show: Display) -> str:
         missing = worker.store.unmeasured(shards)
         done = sorted(set(shards) - set(missing))
         show.start_measuring(total=work_in_all(worker, shards), before=work_in_all(worker, done))
-        two_at_a_time(partial(show_measuring, partial(measure_shard, worker), worker), missing)
+        with measuring_shards():
+            two_at_a_time(partial(show_measuring, partial(measure_shard, worker), worker), missing)
     left = worker.store.unmeasured(worker.plan.to_measure)
     todo = f"{count_of(len(left), 'shard')} of the run to go" if left else f"all of the run: attlas finish {run.out}"
     return f"share {share}: {count_of(len(shards), 'shard')} measured, {todo}"

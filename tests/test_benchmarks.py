@@ -31,6 +31,7 @@ NAMES = (
     "replay/longformer-2048",
     "run/minilm-128",
     *(f"run/minilm-512-{statistics}" for statistics in ("core", "all")),
+    "workers/minilm-512",
     "usual/minilm-512",
     "usual-by-one/minilm-512",
     "memory/bert-base-8192",

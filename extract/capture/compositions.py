@@ -129,13 +129,16 @@ def _write(layer: int, maps: HeadMaps) -> Iterable[_Write]:
 
 
 def _shortened(factor: Factor | None, other: Factor | None) -> Factor | None:
-    """A R / ‖A Bᵀ‖ with R Rᵀ = BᵀB: as many columns as A, and ‖Z A R‖ = ‖Z A Bᵀ‖ for every Z; NaN if A Bᵀ is zero.
+    """A R / ‖A Bᵀ‖ with R Rᵀ = BᵀB: as many columns as A, and ‖Z A R‖ = ‖Z A Bᵀ‖ for every Z; NaN if A Bᵀ is zero or not finite.
 
     In float32: scores are sums of squares, so their errors are those of the roundings of a few large terms.
     """
     if factor is None or other is None:
         return None
-    shortened = factor @ _square_root(other.mT @ other)
+    grams = other.mT @ other
+    # what is not finite has no root; as zero it becomes NaN below
+    root = _square_root(torch.where(grams.isfinite().flatten(1).all(1)[:, None, None], grams, 0.0))
+    shortened = factor @ root
     return (shortened / shortened.flatten(1).norm(dim=1)[:, None, None]).float()
 
 

@@ -11,6 +11,7 @@ from attlas.extract.plan.means import StoredMeans as StoredMeans
 from attlas.extract.plan.means import load_means as load_means
 from attlas.extract.plan.means import write_means as write_means
 from attlas.extract.plan.stored import Plan as Plan
+from attlas.extract.plan.stored import clear_plan as clear_plan
 from attlas.extract.plan.stored import load_plan as load_plan
 from attlas.extract.plan.stored import planned_schema as planned_schema
 from attlas.extract.plan.stored import planned_tables as planned_tables

@@ -75,7 +75,8 @@ class Store:
             return take_lock(self.storage, LOCK)
         except OSError as error:
             if error.errno not in _NOT_WRITABLE:
-                raise
+                place = self.storage.place(LOCK)
+                raise OSError(error.errno, f"can't be written: {error.strerror}", place) from error
             raise Refusal(
                 f"the output folder must be writable; {self.storage.place()}: {error.strerror}; give --out another folder"
             ) from error

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from attlas.extract.errors import Damaged, first_line
-from attlas.extract.shapes import has_infinity, is_nested_beyond
+from attlas.extract.shapes import is_nested_beyond
 from attlas.extract.store.interface import Storage
 from attlas.extract.store.layout import name_of
 
@@ -31,20 +32,28 @@ def get_json(storage: Storage, key: str) -> Any | None:
     if content is None:
         return None
     try:
-        value = json.loads(content.decode(), parse_constant=_refuse_constant)
+        value = json.loads(content.decode(), parse_constant=_refuse_constant, parse_float=_finite)
         if b"\\u" in content:
             json.dumps(value, ensure_ascii=False).encode()  # raises for lone surrogates, which are not text
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} is JSON; this one is not ({first_line(error)})") from error
     if value is None:  # None would mean a missing file
         raise Damaged(f"{name} holds nothing but null")
-    if is_nested_beyond(value, _LEVELS) or has_infinity(value):
-        raise Damaged(f"{name} is not what was written (it is nested too deep, or a number in it is infinite)")
+    if is_nested_beyond(value, _LEVELS):
+        raise Damaged(f"{name} is not what was written (it is nested too deep)")
     return value
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
+
+
+def _finite(digits: str) -> float:
+    """The number that JSON has; 1e999 would be infinite."""
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:20]} is beyond all numbers")
+    return number
 
 
 def put_sealed(storage: Storage, key: str, value: Mapping[str, Any]) -> None:

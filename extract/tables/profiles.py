@@ -145,12 +145,14 @@ TABLE = Table(
         _adds_up(CLASS_FLOW.name, "sum", "mass", _MASS, optional=True),
         _adds_up("max_weight", "count", "rows", _ROWS),
         _adds_up("entropy_by_position", "count", "rows", _ROWS),
-        _adds_up("entropy_by_position", "sum", "entropy", "SUM(CAST(query_rows AS DOUBLE) * entropy_nats)"),
+        _adds_up(
+            "entropy_by_position", "sum", "entropy", "COALESCE(SUM(CAST(query_rows AS DOUBLE) * entropy_nats), 0)"
+        ),
         _adds_up(
             "distance_by_position",
             "sum",
             "distance",
-            "SUM(CAST(query_rows AS DOUBLE) * distance_tokens)",
+            "COALESCE(SUM(CAST(query_rows AS DOUBLE) * distance_tokens), 0)",
             self_attention=True,
         ),
     ),

@@ -27,15 +27,23 @@ if TYPE_CHECKING:  # the catalogue is read by commands that need no torch
 
 
 class HeadProducts:
-    """A Bᵀ of every head by small matrices: AᵀA, BᵀB and, if A Bᵀ is square, BᵀA."""
+    """A Bᵀ of every head by small matrices: AᵀA, BᵀB and, if A Bᵀ is square, BᵀA.
+
+    All that is known of a head with a parameter that is not finite is NaN; its matrices are 0, which have eigenvalues.
+    """
 
     def __init__(self, product: LowRank) -> None:
-        self.left, self.right = product.grams
-        self.core = product.core
+        left, right = product.grams
+        self.is_finite = (np.isfinite(left) & np.isfinite(right)).all((1, 2))
+        self.left, self.right = self._finite(left), self._finite(right)
+        self.core = None if product.core is None else self._finite(product.core)
+
+    def _finite(self, matrices: Float[np.ndarray, "head n n"]) -> Float[np.ndarray, "head n n"]:
+        return np.where(self.is_finite[:, None, None], matrices, 0)
 
     @cached_property
     def norm(self) -> PerHead:
-        return np.sqrt(np.maximum((self.left * self.right).sum((1, 2)), 0))
+        return np.where(self.is_finite, np.sqrt(np.maximum((self.left * self.right).sum((1, 2)), 0)), np.nan)
 
     @cached_property
     def squared_singular_values(self) -> Float[np.ndarray, "head head_width"]:
@@ -45,7 +53,7 @@ class HeadProducts:
 
     @property
     def spectral(self) -> PerHead:
-        return np.sqrt(self.squared_singular_values.max(1))
+        return np.where(self.is_finite, np.sqrt(self.squared_singular_values.max(1)), np.nan)
 
     @property
     def effective_rank(self) -> PerHead:

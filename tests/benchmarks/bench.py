@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parents[2] / "data" / "bench.json"
 
 def benchmarks() -> tuple[Benchmark, ...]:
     """All benchmarks in the order in which they run; those with short passes are repeated more often."""
-    from tests.benchmarks import answers, run
+    from tests.benchmarks import answers, run, workers
     from tests.benchmarks.forward import compare_forward
     from tests.benchmarks.memory import compare_peak_memory
     from tests.benchmarks.usual import minilm_usual
@@ -41,6 +41,7 @@ def benchmarks() -> tuple[Benchmark, ...]:
         Benchmark("run/minilm-128", run.minilm_run, 4),
         Benchmark("run/minilm-512-core", lambda repeats: run.minilm_run(repeats, run=run.CORE_512), 3),
         Benchmark("run/minilm-512-all", lambda repeats: run.minilm_run(repeats, run=run.ALL_512), 3),
+        Benchmark("workers/minilm-512", workers.two_processes, 3),
         Benchmark("usual/minilm-512", lambda repeats: minilm_usual(minilm(8, 512), repeats, at_once=8), 7),
         Benchmark("usual-by-one/minilm-512", lambda repeats: minilm_usual(minilm(8, 512), repeats, at_once=1), 7),
         Benchmark("memory/bert-base-8192", lambda _: compare_peak_memory(8192, 12), 1),

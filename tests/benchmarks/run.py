@@ -126,13 +126,17 @@ def heads_bytes(dataset: Path) -> Result:
 
 @cache
 def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder for runs, deleted when the process ends."""
     return tempfile.TemporaryDirectory(prefix="bench-", dir=ROOT / "data")
+
+
+def scratch_folder() -> Path:
+    """A temporary folder for runs, deleted when the process ends."""
+    return Path(_scratch().name)
 
 
 @cache
 def _first(run: Run) -> FirstRun:
-    return first_run(run, Path(_scratch().name) / f"{run.max_length}-{run.statistics}")
+    return first_run(run, scratch_folder() / f"{run.max_length}-{run.statistics}")
 
 
 def minilm_run(repeats: int, *, run: Run = RUN) -> Result:

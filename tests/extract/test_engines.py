@@ -153,7 +153,7 @@ def agrees_with_float64(engine: str, facts: dict) -> None:
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
 @given(facts=st.fixed_dictionaries(ALL_CALLS))
-@cases(4000, quick=100)
+@cases(1000, quick=100)
 def test_every_engine_agrees_with_float64(engine, facts):
     agrees_with_float64(engine, facts)
 

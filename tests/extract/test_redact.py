@@ -15,6 +15,7 @@ from attlas.extract.errors import Refusal
 from attlas.extract.redact import MODES, redact
 from attlas.extract.run import run
 from attlas.extract.store import CARD, MANIFEST, LocalFolder
+from tests.extract.runs import contents
 
 CORPUS = ["The cat sat on the mat.", "A secret word: xyzzy, 42 times!", "The cat and the mat, and the cat again. " * 30]
 
@@ -87,6 +88,10 @@ def test_killed_at_any_write_it_is_old_or_new_and_the_same_call_finishes_it(
     """Killed before and after every change to the folder; writing and deleting a file is atomic."""
     step = 0
     is_new = set()
+    undisturbed = Path(shutil.copytree(measured["text"], tmp_path / after))
+    redact(undisturbed, tokens=after)
+    assert verify(undisturbed) == []
+    whole = contents(undisturbed)
     while True:
         step += 1
         root = Path(shutil.copytree(measured["text"], tmp_path / f"{after}-{step}"))
@@ -97,8 +102,7 @@ def test_killed_at_any_write_it_is_old_or_new_and_the_same_call_finishes_it(
         assert now in (rows_of(measured["text"]), rows_of(measured[after])), step
         is_new.add(now == rows_of(measured[after]))
         redact(root, tokens=after)
-        assert verify(root) == []
-        assert rows_of(root) == rows_of(measured[after])
+        assert contents(root) == whole, step
         shutil.rmtree(root)
     assert is_new == {False, True}
     assert step > 5

@@ -132,7 +132,7 @@ def _not_called() -> torch.Tensor:
     mask=st.sampled_from(["none", "holes", "bias"]),
     blocks=st.sampled_from(FITTED),
 )
-@cases(100, quick=12)
+@cases(50, quick=12)
 def test_the_kernels_agree_with_float64(blocks, **facts):
     call = call_of(**facts)
     exact = exact_rows(doubled(call), own_output(call))
@@ -473,7 +473,7 @@ def _stack(program: bytes) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtypes", "widths"), [("bfloat16 float16 float32", "32 64 128 256")])
+@pytest.mark.parametrize(("dtypes", "widths"), [("bfloat16 float32", "64 128")])
 def test_the_kernels_fit_an_h100(tmp_path, dtypes, widths):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", __name__, dtypes, widths]

@@ -54,7 +54,7 @@ def rounded(weight: float, digits: int) -> float:
 
 
 @pytest.mark.parametrize("digits", [3, 4])
-@cases(2000, quick=300)
+@cases(600, quick=100)
 @given(st.floats(2.0**-116, 1, width=32))
 def test_a_code_is_the_weight_rounded_once(digits: int, weight: float) -> None:
     codes = WeightCodes(digits)

@@ -1,24 +1,27 @@
-"""`python -m tests.flows.killing SIGNAL EVENT PART N ARGUMENTS`: run attlas and signal it at a chosen moment.
+"""`python -m tests.flows.killing SIGNALS EVENT PART N ARGUMENTS`: run attlas and signal it at a chosen moment.
 
-The signal is sent just before the N-th audit EVENT of Python (`sys.addaudithook`: "os.rename", "open", …) on a path that
-contains PART.
+The signals, separated by commas, are sent just before the N-th audit EVENT of Python (`sys.addaudithook`: "os.rename", "open", …)
+on a path that contains PART.
 """
 
 import os
 import signal
 import sys
+import time
 from itertools import count
 from typing import Any
 
 
-def main(signal_to_send: signal.Signals, event: str, part: str, number: int) -> None:
+def main(signals: list[signal.Signals], event: str, part: str, number: int) -> None:
     matches = count(1)
 
     def send(name: str, arguments: tuple[Any, ...]) -> None:
         if name == event:
             paths = [os.fspath(a) for a in arguments if isinstance(a, str | os.PathLike)]
             if any(part in path for path in paths) and next(matches) == number:
-                os.kill(os.getpid(), signal_to_send)
+                for each in signals:
+                    os.kill(os.getpid(), each)
+                    time.sleep(0.2)  # for the main thread to handle it
 
     sys.addaudithook(send)
     from attlas.flows.cli import main
@@ -27,6 +30,6 @@ def main(signal_to_send: signal.Signals, event: str, part: str, number: int) -> 
 
 
 if __name__ == "__main__":
-    _, name, event, part, number, *arguments = sys.argv
+    _, names, event, part, number, *arguments = sys.argv
     sys.argv = ["attlas", *arguments]
-    main(signal.Signals[name], event, part, int(number))
+    main([signal.Signals[name] for name in names.split(",")], event, part, int(number))

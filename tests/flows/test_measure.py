@@ -81,7 +81,7 @@ def test_documents_are_counted_with_their_last_batch(run_into: Callable[[str], R
 def test_warnings_of_libraries_are_shown_as_notes() -> None:
     import warnings
 
-    from attlas.flows.measure import using_display
+    from attlas.flows.measuring import using_display
 
     show, before = Recorder(), warnings.showwarning
     with using_display(show):
