@@ -151,11 +151,13 @@ def test_other_damaged_files_are_made_again(
 def test_every_damage_to_every_file_that_can_be_made_again(
     interrupted: PlannedRun, undamaged: dict[str, bytes], tmp_path: Path
 ) -> None:
-    for name in [n for n in one_file_of_each_kind(interrupted) if not n.endswith("run.json")]:
-        every = {what for what, _ in damages(Path(name))}
+    names = [n for n in one_file_of_each_kind(interrupted) if not n.endswith("run.json")]
+    for number, name in enumerate(names):
+        # every other damage, the others of the next file: all of each kind of file would take minutes
+        every = {what for what, _ in list(damages(Path(name)))[number % 2 :: 2]}
         same = resume_after_damage([(name, what) for what in every], interrupted, undamaged, tmp_path / "out")
         # a folder in the place of a part may be the user's
-        assert every - same == ({"a directory"} if name.endswith(".parquet") else set()), name
+        assert every - same == ({"a directory"} & every if name.endswith(".parquet") else set()), name
 
 
 def test_files_and_folders_in_the_way_are_replaced_or_named(

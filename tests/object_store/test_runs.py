@@ -78,8 +78,8 @@ def command(model: Path, corpus: Path, url: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "attlas.flows.cli", "run", *named, *measured, *more]
 
 
-# what a process is killed at, in the order of a run
-MOMENTS = ("PUT .*_work/plan", "PUT .*/heads/shard-00000", "PUT .*records/00000", "PUT .*records/00002")
+# what a process is killed at, in the order of a run; whichever of two shards has its record first
+MOMENTS = ("PUT .*_work/plan", "PUT .*/heads/shard-0000", "PUT .*records/0000", "PUT .*records/0000")
 
 
 @pytest.mark.slow
