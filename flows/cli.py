@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -69,7 +70,7 @@ def exit_code(arguments: list[str]) -> int:
     except Refusal as refusal:
         return _report_error(refusal, code=BAD_USAGE)
     except Stopped as stopped:
-        typer.echo(str(stopped), err=True)
+        _tell(str(stopped), code=exit_code_of(signal.SIGINT))
         return exit_code_of(signal.SIGINT)
     except Exception as failure:
         return _report_error(failure, code=FAILED)
@@ -103,32 +104,61 @@ def _in_words(error: Exception) -> str:
 def _report_error(error: Exception, *, code: int) -> int:
     from attlas.extract.printable import printable
 
-    if _debug.on:
+    if _shown.debug:
         lines = "".join(traceback.format_exception(error)).splitlines()
         typer.echo("\n".join(map(printable, lines)), err=True)
-    elif code == BAD_USAGE:
-        typer.echo(f"attlas: {printable(error)}", err=True)
     else:
-        typer.echo(_in_words(error), err=True)
+        _tell(f"attlas: {printable(error)}" if code == BAD_USAGE else _in_words(error), code=code)
     return code
 
 
-class _Debug:
-    """Whether to show tracebacks, set by --debug."""
+def _tell(message: str, *, code: int) -> None:
+    """Say on standard error why a command ends with this code."""
+    if _shown.log_format == "json":
+        from attlas.flows.telemetry import event
 
-    on = False
+        message = event("error", exit_code=code, message=message)
+    typer.echo(message, err=True)
 
 
-_debug = _Debug()
+@dataclass
+class _Shown:
+    """How commands show what they do, by the options before their names."""
+
+    debug: bool = False
+    log_format: str = "text"
+    metrics: str | None = None
+
+    def display(self) -> Any:
+        """The display of a run."""
+        from attlas.flows.progress import display_for_terminal
+        from attlas.flows.telemetry import JsonDisplay, MeteredDisplay
+
+        display = JsonDisplay() if self.log_format == "json" else display_for_terminal()
+        return display if self.metrics is None else MeteredDisplay(display, self.metrics)
+
+
+_shown = _Shown()
 
 
 @app.callback(invoke_without_command=True)
 def attlas(
     *,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and Prefect's log.")] = False,
+    log_format: Annotated[
+        str,
+        typer.Option(
+            metavar="text|json", help="Progress and errors on standard error, for people or as lines of JSON."
+        ),
+    ] = "text",
+    metrics: Annotated[
+        str | None, typer.Option(metavar="[HOST:]PORT", help="Serve metrics of a run there, for Prometheus.")
+    ] = None,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
-    _debug.on = debug
+    _shown.debug, _shown.metrics = debug, metrics
+    _shown.log_format = "text"  # so that a wrong one is reported in words
+    _shown.log_format = _output_format(log_format, ("text", "json"), option="--log-format")
     if version:
         from importlib.metadata import version as installed
 
@@ -193,20 +223,19 @@ def _measure(settings: Run, *, workers: int | None = None, runner: str | None = 
     _prepare_for_prefect()
     _quiet_loading(settings.model)
     from attlas.flows.measure import measure_locally
-    from attlas.flows.progress import display_for_terminal
     from attlas.flows.runners import task_runner
     from attlas.flows.server import show_only_errors
 
-    if not _debug.on:
+    if not _shown.debug:
         show_only_errors()
-    return measure_locally(settings, show=display_for_terminal(), runner=task_runner(workers=workers, dask=runner))
+    return measure_locally(settings, show=_shown.display(), runner=task_runner(workers=workers, dask=runner))
 
 
 def _be_quiet() -> None:
     """Show no logs of libraries, unless they are asked for."""
     from attlas.flows.environment import set_quiet_defaults
 
-    if not _debug.on:
+    if not _shown.debug:
         set_quiet_defaults()
 
 
@@ -224,10 +253,9 @@ def _run_share(settings: Run, named: str) -> None:
     _be_quiet()
     _prepare_folders()
     _quiet_loading(settings.model)
-    from attlas.flows.progress import display_for_terminal
     from attlas.flows.shares import measure_share
 
-    typer.echo(measure_share(settings, share, show=display_for_terminal()))
+    typer.echo(measure_share(settings, share, show=_shown.display()))
 
 
 @app.command()
@@ -237,10 +265,9 @@ def finish(
     """Complete a dataset whose shards were measured with --shards, and write its report."""
     ignore_closed_pipe()
     from attlas.flows.analyze import report
-    from attlas.flows.progress import display_for_terminal
     from attlas.flows.shares import finish_run
 
-    dataset = finish_run(run, show=display_for_terminal())
+    dataset = finish_run(run, show=_shown.display())
     page = report.fn(dataset)
     with report_write_errors():
         _show_summary(dataset)
@@ -257,10 +284,9 @@ def repair(run_file: RunFile = None, **options: Any) -> None:
     _be_quiet()
     _prepare_folders()
     _quiet_loading(settings.model)
-    from attlas.flows.progress import display_for_terminal
     from attlas.flows.repair import repair_dataset
 
-    typer.echo(repair_dataset(settings, show=display_for_terminal()))
+    typer.echo(repair_dataset(settings, show=_shown.display()))
 
 
 def _quiet_loading(model: str) -> None:

@@ -14,7 +14,6 @@ from types import FrameType
 
 from attlas.flows.environment import remove_temporary_folder
 from attlas.flows.progress import Display
-from attlas.flows.streams import print_message
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _finishing = threading.Event()  # asked to finish the shards that are being measured
@@ -40,8 +39,8 @@ def stopped_by_signals(out: object, show: Display) -> Iterator[None]:
             _pass_on(signal.SIGINT)
             show.note("stopping when the shards that are being measured are finished; Ctrl-C again stops now")
             return
+        show.note(_kept(out))
         show.close()
-        print_message(f"\n{_kept(out)}")
         remove_temporary_folder()
         _pass_on(signal.SIGKILL)
         # the temporary server exits when this process does

@@ -58,8 +58,9 @@ def shown_work() -> Iterator["ShownWork"]:
     work = ShownWork()
     try:
         yield work
-    except BaseException:
+    except BaseException as error:
         advance(Work() - work.done)
+        display.get().failed(error)
         raise
 
 

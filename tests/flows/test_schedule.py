@@ -1,5 +1,6 @@
 """Runs started by the scheduler of a real Prefect server."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.flows.conftest import ROOT
+from attlas.analysis.verify import verify
+from tests.flows.conftest import ROOT, started_prefect_server
+from tests.flows.postgresql import postgresql, programs, rows_of
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +103,33 @@ def test_the_scheduler_measures_what_changed_and_says_what_it_did(
     secret = key.read_bytes()
     inside = [p for p in data.rglob("*") if p.is_file() and secret in p.read_bytes()]
     assert inside == []
+
+
+@pytest.mark.skipif(programs() is None, reason="needs Debian's package postgresql")
+def test_the_scheduler_of_a_server_on_postgresql_starts_runs(
+    prefect_environment: dict[str, str], corpus: Path, tmp_path: Path
+) -> None:
+    run_file = tmp_path / "hourly.toml"
+    run_file.write_text(f'model = "demo"\ncorpus = "{corpus.name}"\nout = "data"\nmax_length = 16\n')
+    command = [sys.executable, "-m", "attlas.flows.cli", "serve", str(run_file), "--interval", "8"]
+    with postgresql() as url, (tmp_path / "log").open("w+") as log:
+        database = {"PREFECT_API_DATABASE_CONNECTION_URL": url, "PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
+        with started_prefect_server({**prefect_environment, **database}) as environment:
+            with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log) as served:
+                try:
+                    (first,) = wait_for_runs(environment, "hourly", "Completed", 1)
+                    (unchanged, *_) = wait_for_runs(environment, "hourly", "Unchanged", 1)
+                finally:
+                    served.send_signal(signal.SIGINT)
+                    served.wait(60)
+            artifacts = {artifact["key"] for artifact in ask(environment, "artifacts/latest")}
+        assert asyncio.run(rows_of(url, "flow_run")) >= 2  # the server has used this database
+        log.seek(0)
+        assert "Traceback" not in log.read()
+    assert first["auto_scheduled"] and unchanged["auto_scheduled"]
+    assert unchanged["state"]["message"] == f"skipped: nothing has changed since {time_of(first)}"
+    assert {f"hourly-{what}" for what in ("progress", "dataset", "findings", "report")} <= artifacts
+    assert verify(tmp_path / "data" / "latest") == []
 
 
 def test_a_worker_of_a_work_pool_runs_what_prefect_yaml_deploys(
