@@ -32,6 +32,8 @@ NAMES = (
     "run/minilm-128",
     *(f"run/minilm-512-{statistics}" for statistics in ("core", "all")),
     "workers/minilm-512",
+    "planning/minilm-512",
+    "bytes-per-token/minilm-512",
     "usual/minilm-512",
     "usual-by-one/minilm-512",
     "memory/bert-base-8192",

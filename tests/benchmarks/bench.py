@@ -46,6 +46,8 @@ def benchmarks() -> tuple[Benchmark, ...]:
         Benchmark("usual-by-one/minilm-512", lambda repeats: minilm_usual(minilm(8, 512), repeats, at_once=1), 7),
         Benchmark("memory/bert-base-8192", lambda _: compare_peak_memory(8192, 12), 1),
         Benchmark("memory/one-layer-32768", lambda _: compare_peak_memory(32768, 1), 1, by_name_only=True),
+        Benchmark("planning/minilm-512", run.minilm_planning, 2),
+        Benchmark("bytes-per-token/minilm-512", run.minilm_dataset_bytes, 1),
         Benchmark("bytes-per-row/heads", run.minilm_heads_bytes, 1),
         Benchmark("bytes-read/one-head-256", lambda _: answers.one_head_bytes(256), 1),
         Benchmark("bytes-read/one-head-4096", lambda _: answers.one_head_bytes(4096), 1),

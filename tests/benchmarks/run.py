@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from attlas.extract.instrument import Instrument, open_instrument
+from attlas.extract.run import plan_run
 from attlas.extract.store import open_dataset, parts_of
 from attlas.flows.config import Run
 from tests.benchmarks.harness import Result, alternate, time_call
@@ -110,6 +111,36 @@ def record_inputs(model: nn.Module) -> Iterator[list[Inputs]]:
         handle.remove()
 
 
+def dataset_bytes(dataset: Path) -> Result:
+    """Bytes of all parts per token, compared with those of the patterns in half precision, which the usual way would keep."""
+    _, manifest = open_dataset(dataset)
+    lengths = [length for part in parts_of(manifest, "sequences") for length in _lengths(dataset / part.path)]
+    heads = sum(stack["layers"] * stack["heads"] for stack in manifest["model"]["stacks"])
+    patterns = 2 * heads * sum(length**2 for length in lengths)
+    stored = sum(part.bytes for table in manifest["tables"] for part in parts_of(manifest, table))
+    tokens = sum(lengths)
+    return Result(stored / tokens, patterns / tokens, "bytes/token", note=f"{tokens:,} tokens")
+
+
+def _lengths(part: Path) -> list[int]:
+    return pq.read_table(part, columns=["tokens"])["tokens"].to_pylist()
+
+
+def compare_planning(first: FirstRun, run: Run, repeats: int) -> Result:
+    """Tokens per second of planning, which the driver does alone, compared with whole runs on this machine."""
+    numbers = itertools.count()
+
+    def ours() -> float:
+        options = run.model_copy(update={"out": first.folder / f"plan-{next(numbers)}"}).options()
+        return time_call(partial(plan_run, options, instrument=first.instrument))
+
+    def theirs() -> float:
+        return write_dataset(run.model_copy(update={"out": first.folder / f"whole-{next(numbers)}"}), first.instrument)
+
+    with prefect_running():
+        return alternate(ours, theirs, repeats=repeats).rates(first.tokens, "tokens/s")
+
+
 def heads_bytes(dataset: Path) -> Result:
     """Bytes on disk per row of `heads`, compared with the same parts written with pyarrow's defaults."""
     _, manifest = open_dataset(dataset)
@@ -141,6 +172,14 @@ def _first(run: Run) -> FirstRun:
 
 def minilm_run(repeats: int, *, run: Run = RUN) -> Result:
     return compare_run(_first(run), run, repeats)
+
+
+def minilm_dataset_bytes(repeats: int) -> Result:
+    return dataset_bytes(_first(CORE_512).dataset)
+
+
+def minilm_planning(repeats: int) -> Result:
+    return compare_planning(_first(CORE_512), CORE_512, repeats)
 
 
 def minilm_heads_bytes(repeats: int) -> Result:
