@@ -36,17 +36,24 @@ def task_runner(*, workers: int | None = None, dask: str | None = None) -> Runne
     )
 
 
-def _report_to_server_of_run() -> Callable[[str, Any], tuple[str, Any]]:
+def _report_to_server_of_run() -> Callable[..., tuple[str, Any]]:
     """Have the calling thread, which passes on what processes report, use the server of the run.
 
     It is not started in the context of the flow, so Prefect 3.8 would start another server in it, which knows nothing of the run.
     """
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-    connection = {s: os.environ[s.name] for s in (PREFECT_API_URL, PREFECT_API_AUTH_STRING) if s.name in os.environ}
+    connection: dict[Any, str] = {
+        s: os.environ[s.name] for s in (PREFECT_API_URL, PREFECT_API_AUTH_STRING) if s.name in os.environ
+    }
     settings = temporary_settings(connection)
     settings.__enter__()
-    return lambda kind, message, _until_the_thread_ends=settings: (kind, message)
+
+    def pass_on(message_type: str, message_payload: Any) -> tuple[str, Any]:
+        assert settings, "they last as long as this function, and it as long as the thread"
+        return message_type, message_payload
+
+    return pass_on
 
 
 def is_in_this_process(runner: Runner) -> bool:

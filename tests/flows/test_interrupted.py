@@ -67,7 +67,7 @@ MOMENTS = [
     ("os.rename", ".arrow", 3),  # planning
     ("os.rename", "/records/", 1),  # after all parts, before the record
     ("open", "/heads/", 6),  # in the middle, one shard in the model and one being written
-    ("os.rename", "manifest.json", 1),  # no manifest
+    ("os.rename", "README.md", 1),  # all shards, but neither card nor manifest
 ]
 
 

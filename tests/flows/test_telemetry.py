@@ -11,7 +11,7 @@ import pytest
 
 from attlas.extract.errors import Refusal
 from attlas.flows.measuring import shown_work, using_display
-from attlas.flows.progress import LineDisplay, SilentDisplay, Work
+from attlas.flows.progress import LineDisplay, SilentDisplay, Work, display
 from attlas.flows.telemetry import JsonDisplay, MeteredDisplay
 from tests.conftest import Ended
 
@@ -52,19 +52,15 @@ def test_every_line_is_json_and_the_last_has_everything(capsys: pytest.CaptureFi
 
 
 def test_metrics_are_those_of_the_run_and_a_failed_attempt_is_taken_back_and_counted(port: int) -> None:
-    with using_display(MeteredDisplay(SilentDisplay(), str(port))), pytest.raises(OSError):
-        from attlas.flows.progress import display
-
+    with using_display(MeteredDisplay(SilentDisplay(), str(port))):
         display.get().start_measuring(total=Work(4, 40, 4000), before=Work(1, 10, 1000))
         with shown_work() as show:
             show(Work(1, 10, 1000))
-        assert metrics(port)["attlas_measured_tokens"] == 2000
-        try:
-            with shown_work() as show:
-                show(Work(0, 5, 500))
-                raise OSError
-        finally:
-            found = metrics(port)
+        with pytest.raises(OSError, match="the disk is full"), shown_work() as show:
+            show(Work(0, 5, 500))
+            assert metrics(port)["attlas_measured_tokens"] == 2500
+            raise OSError("the disk is full")
+        found = metrics(port)
     assert [found[f"attlas_planned_{name}"] for name in ("shards", "documents", "tokens")] == [4, 40, 4000]
     assert [found[f"attlas_measured_{name}"] for name in ("shards", "documents", "tokens")] == [2, 20, 2000]
     assert found["attlas_failed_shards_total"] == 1
@@ -76,11 +72,11 @@ def test_metrics_are_those_of_the_run_and_a_failed_attempt_is_taken_back_and_cou
 
 def test_metrics_change_nothing_of_what_is_shown(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     shown = []
-    for display in (LineDisplay(), MeteredDisplay(LineDisplay(), f"127.0.0.1:{port}")):
-        with display:
-            display.stage("plan", 1, None)
-            display.note("a note")
-            display.start_measuring(total=Work(1, 1, 1), before=Work())
+    for lines in (LineDisplay(), MeteredDisplay(LineDisplay(), f"127.0.0.1:{port}")):
+        with lines:
+            lines.stage("plan", 1, None)
+            lines.note("a note")
+            lines.start_measuring(total=Work(1, 1, 1), before=Work())
         shown.append(capsys.readouterr().err)
     assert shown[0] == shown[1] != ""
 
