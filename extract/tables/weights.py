@@ -34,7 +34,7 @@ class HeadProducts:
 
     def __init__(self, product: LowRank) -> None:
         left, right = product.grams
-        self.is_finite: np.ndarray = np.isfinite(left).all((1, 2)) & np.isfinite(right).all((1, 2))
+        self.is_finite = np.asarray(np.isfinite(left).all((1, 2)) & np.isfinite(right).all((1, 2)))
         self.left, self.right = self._finite(left), self._finite(right)
         self.core = None if product.core is None else self._finite(product.core)
 
