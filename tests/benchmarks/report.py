@@ -24,6 +24,8 @@ run/*      tokens/s from tokenisation to Parquet and manifest, against plain pas
            the model and starting Prefect, whose cost does not depend on the corpus; -core and -all: with these statistics
 usual/*    tokens/s from a batch to Parquet, against eager patterns, hooks and the same statistics in torch, in a separate
            process with torch's default allocator; usual-by-one gives its model one sequence at a time
+workers/*  tokens/s of two processes of one core each, against one of them; planning/* of planning, against a whole run
+bytes-per-token/*  of all tables, against all patterns in half precision
 memory/*   peak growth of the process, against the plain pass, and the difference
 bytes/*    bytes of a `heads` row on disk, against pyarrow's defaults
 bytes-read/*  of a `heads` part, by a reader of one head, against the whole part; in shards of 256 or 4,096 sequences
