@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from attlas.extract.card import Card
-from attlas.extract.corpus import Corpus, open_corpus
+from attlas.extract.corpus import Corpus, open_corpus_of
 from attlas.extract.corpus.generated import Generation, generation_of
 from attlas.extract.corpus.options import MAX_DOCUMENT_BYTES
 from attlas.extract.errors import Refusal
@@ -78,24 +78,6 @@ class RunOptions:
         return generation_of(self.corpus, seed=self.seed, blocks=self.blocks, length=self.length, depths=self.depths)
 
 
-def corpus_of(options: RunOptions) -> Corpus:
-    """The corpus as it is now. Raises Refusal."""
-    return open_corpus(
-        options.corpus,
-        text_column=options.text_column,
-        unit=options.unit,
-        delimiter=options.delimiter,
-        encoding=options.encoding,
-        seed=options.seed,
-        blocks=options.blocks,
-        length=options.length,
-        depths=options.depths,
-        limit=options.limit,
-        strict=options.strict,
-        max_document_bytes=options.max_document_bytes,
-    )
-
-
 def check_options(options: RunOptions, *, is_loaded: bool = False) -> Corpus:
     """Check everything that can be checked before the model is loaded; returns the opened corpus. Raises Refusal.
 
@@ -121,7 +103,7 @@ def check_options(options: RunOptions, *, is_loaded: bool = False) -> Corpus:
     store = Store.at(options.out)
     store.refuse_foreign()
     store.refuse_busy()
-    corpus = corpus_of(options)
+    corpus = open_corpus_of(options.corpus, options)
     if corpus.has_images:
         _refuse_text_options(options)
     if corpus.generation is not None:

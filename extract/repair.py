@@ -12,7 +12,6 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from attlas.extract.capture.runtime.ablation import Ablating
 from attlas.extract.corpus import Corpus
 from attlas.extract.errors import Damaged, Refusal, shortlist
 from attlas.extract.identity import identity_of
@@ -169,8 +168,7 @@ def _open_worker(options: RunOptions, damage: _Damage, instrument: Instrument | 
     planned = PlannedRun(options, store, identity, instrument)
     plan = _plan_again(planned, corpus, damage, progress)
     means = read_or_make_means(planned, plan, progress)
-    ablating = Ablating(options.ablation.parts, None if means is None else means.vectors)
-    return Worker(store, plan, instrument, batch_tokens, options.sample, options.tokens, ablating, means)
+    return Worker.of(store, plan, instrument, options, batch_tokens=batch_tokens, means=means)
 
 
 def _measure_again(

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attlas.extract.batching import SHARDS_AT_ONCE
 from attlas.extract.capture.runtime.ablation import Ablating
 from attlas.extract.card import Card
-from attlas.extract.corpus import Corpus, image_folder
+from attlas.extract.corpus import Corpus, image_folder, open_corpus_of
 from attlas.extract.dictionary import dataset_card
 from attlas.extract.errors import Damaged, Refusal, Unfinished, shortlist
 from attlas.extract.identity import identity_of, recipe_of
 from attlas.extract.instrument import Instrument, open_instrument
 from attlas.extract.manifest import complete_manifest, draft_manifest, with_concluded
 from attlas.extract.model.id_documents import id_documents
-from attlas.extract.options import Progress, RunOptions, check_options, corpus_of, read_key
+from attlas.extract.options import Progress, RunOptions, check_options, read_key
 from attlas.extract.plan import (
     KnownCorpus,
     Plan,
@@ -119,6 +119,21 @@ class Worker:
     ablating: Ablating
     means: StoredMeans | None = None  # of what ablations set parts to, if not to zero
 
+    @classmethod
+    def of(
+        cls,
+        store: Store,
+        plan: Plan,
+        instrument: Instrument,
+        options: RunOptions,
+        *,
+        batch_tokens: int,
+        means: StoredMeans | None,
+    ) -> Worker:
+        """A worker with the options of its run."""
+        ablating = Ablating(options.ablation.parts, None if means is None else means.vectors)
+        return cls(store, plan, instrument, batch_tokens, options.sample, options.tokens, ablating, means)
+
     def rows_of(self, shard: int) -> tuple[pa.Table, pa.Table]:
         """The sequences and documents of a shard, as planned. Raises Damaged."""
         return read_shard(self.store.storage, shard, digest=self.plan.spool_of(shard))
@@ -187,8 +202,7 @@ def open_worker(
             raise Damaged(
                 f"{store.storage.place(MEANS)} is missing or not as it was written; the same command makes it again"
             )
-    ablating = Ablating(options.ablation.parts, None if means is None else means.vectors)
-    return Worker(store, plan, instrument, batch_tokens, options.sample, options.tokens, ablating, means)
+    return Worker.of(store, plan, instrument, options, batch_tokens=batch_tokens, means=means)
 
 
 def measure_shards(
@@ -374,7 +388,9 @@ def _read_or_make_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) 
 
 def _refuse_changed(planned: PlannedRun, corpus: Corpus) -> None:
     """Discard a plan and raise Refusal if a file of the corpus was added, removed or changed in size while it was made."""
-    before, now = dict(corpus.files), dict(corpus_of(planned.options).files)
+    if not corpus.files:  # made of token ids, or read from the hub
+        return
+    before, now = dict(corpus.files), dict(open_corpus_of(planned.options.corpus, planned.options).files)
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:
         clear_plan(planned.store.storage)

@@ -1,7 +1,6 @@
 """What Prefect's own page shows of a run: progress, the dataset, what was found, and the report."""
 
 import re
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
@@ -18,21 +17,20 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_logger
 
 from attlas.extract.printable import printable
-from attlas.flows.progress import STAGES, Pace, SilentDisplay, Work
+from attlas.flows.progress import STAGES, Pace, PeriodicDisplay, Work
 
 if TYPE_CHECKING:
     from attlas.analysis.report import Report
 
-_INTERVAL_S = 5.0
 _SHOWN = ("type", "name", "found", "rule")
 
 
-class PrefectDisplay(SilentDisplay):
+class PrefectDisplay(PeriodicDisplay):
     """Shows stages and notes in Prefect's log, and progress as an artifact that is updated every few seconds."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._stage, self._last = name, "", 0.0
-        self._pace: Pace | None = None
+        super().__init__()
+        self._name = name
         self._artifact: UUID | None = None
 
     def stage(self, name: str, done: int, total: int | None) -> None:  # noqa: ARG002 - a log has no bar
@@ -41,19 +39,15 @@ class PrefectDisplay(SilentDisplay):
         self._stage = name
 
     def start_measuring(self, *, total: Work, before: Work) -> None:
-        self._pace = Pace(total, before)
-        artifact = create_progress_artifact(0.0, key=f"{slug(self._name)}-progress", description=self._pace.text)
+        super().start_measuring(total=total, before=before)
+        description = Pace(total, before).text
+        artifact = create_progress_artifact(0.0, key=f"{slug(self._name)}-progress", description=description)
         self._artifact = cast(UUID, artifact)  # no coroutine outside of one
 
-    def advance(self, work: Work) -> None:
-        if self._pace is None or self._artifact is None:
-            return
-        self._pace.done += work
-        is_over = self._pace.done.shards == self._pace.total.shards
-        if is_over or time.monotonic() - self._last >= _INTERVAL_S:
-            self._last = time.monotonic()
-            share = 100.0 * self._pace.done.tokens / max(1, self._pace.total.tokens)
-            update_progress_artifact(self._artifact, min(share, 100.0), description=self._pace.text)
+    def _show(self, pace: Pace) -> None:
+        if self._artifact is not None:
+            share = 100.0 * pace.done.tokens / max(1, pace.total.tokens)
+            update_progress_artifact(self._artifact, min(share, 100.0), description=pace.text)
 
     def note(self, text: str) -> None:
         _logger().warning(printable(text))

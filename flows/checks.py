@@ -27,24 +27,11 @@ def refuse_bad_paths(run: Run, *, run_file: Path | None = None) -> None:
 
 def refuse_bad_corpus(run: Run) -> None:
     """Open a local corpus as the run will. A hub corpus is checked by the run itself."""
-    from attlas.extract.corpus import open_corpus
+    from attlas.extract.corpus import open_corpus_of
 
     if run.corpus.startswith("hub:"):
         return
-    corpus = open_corpus(
-        run.corpus_to_open,
-        text_column=run.text_column,
-        unit=run.unit,
-        delimiter=run.delimiter,
-        encoding=run.encoding,
-        seed=run.seed,
-        blocks=run.blocks,
-        length=run.length,
-        depths=run.depths,
-        limit=run.limit,
-        strict=run.strict,
-        max_document_bytes=run.max_document_bytes,
-    )
+    corpus = open_corpus_of(run.corpus_to_open, run)
     if run.digest_key is not None and not is_url(run.corpus):
         refuse_key_in_corpus(run.digest_key, run.corpus, [name for name, _ in corpus.files])
 

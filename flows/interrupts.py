@@ -60,14 +60,17 @@ def stopped_by_signals(out: object, show: Display) -> Iterator[None]:
 
 @contextmanager
 def measuring_shards() -> Iterator[None]:
-    """While shards are being measured, in this process or in others that it has started. Raises Stopped if it was asked to stop."""
+    """While shards are being measured, in this process or in others that it has started. Raises Stopped if it was asked to stop.
+
+    A shard that fails meanwhile is told as always.
+    """
     _begun.set()
     try:
         yield
     finally:
         _begun.clear()
-        if _finishing.is_set():
-            raise Stopped
+    if _finishing.is_set():
+        raise Stopped
 
 
 def refuse_when_stopping() -> None:

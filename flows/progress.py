@@ -23,7 +23,7 @@ STAGES = {
     "finish": "writing the manifest",
     "report": "writing the report",
 }
-LINE_INTERVAL_S = 5.0
+_INTERVAL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -121,36 +121,50 @@ class SilentDisplay:
         self.close()
 
 
-class LineDisplay(SilentDisplay):
-    """Lines on standard error, for logs and pipes: one when a stage begins, then one every few seconds."""
+class PeriodicDisplay(SilentDisplay):
+    """Says that a stage begins, and every few seconds, and at its end, how far the measuring is: `_show(pace)` does."""
 
     def __init__(self) -> None:
-        self._stage, self._last, self._pace = "", 0.0, None
-
-    def stage(self, name: str, done: int, total: int | None) -> None:
-        is_complete = total is not None and done >= total
-        if name != self._stage or (self._due() and not is_complete):
-            amount = f": {done:,}" + (f" of {total:,}" if total else "") if done else ""
-            self._print(STAGES.get(name, name) + amount)
-        self._stage = name
+        self._stage, self._last = "", 0.0
+        self._pace: Pace | None = None
 
     def start_measuring(self, *, total: Work, before: Work) -> None:
         self._pace = Pace(total, before)
-        amounts = ", ".join([count_of(total.documents, "document"), count_of(total.tokens, "token")])
-        self._print(f"measuring: {amounts} in {count_of(total.shards, 'shard')}")
 
     def advance(self, work: Work) -> None:
         if self._pace is None:
             return
         self._pace.done += work
-        if self._due() or self._pace.done.shards == self._pace.total.shards:
-            self._print(f"measuring: {self._pace.text}")
+        if self._is_due() or self._pace.done.shards == self._pace.total.shards:
+            self._last = time.monotonic()
+            self._show(self._pace)
+
+    def _show(self, pace: Pace) -> None: ...
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._last >= _INTERVAL_S
+
+
+class LineDisplay(PeriodicDisplay):
+    """Lines on standard error, for logs and pipes: one when a stage begins, then one every few seconds."""
+
+    def stage(self, name: str, done: int, total: int | None) -> None:
+        is_complete = total is not None and done >= total
+        if name != self._stage or (self._is_due() and not is_complete):
+            amount = f": {done:,}" + (f" of {total:,}" if total else "") if done else ""
+            self._print(STAGES.get(name, name) + amount)
+        self._stage = name
+
+    def start_measuring(self, *, total: Work, before: Work) -> None:
+        super().start_measuring(total=total, before=before)
+        amounts = ", ".join([count_of(total.documents, "document"), count_of(total.tokens, "token")])
+        self._print(f"measuring: {amounts} in {count_of(total.shards, 'shard')}")
 
     def note(self, text: str) -> None:
         self._print(printable(text))
 
-    def _due(self) -> bool:
-        return time.monotonic() - self._last >= LINE_INTERVAL_S
+    def _show(self, pace: Pace) -> None:
+        self._print(f"measuring: {pace.text}")
 
     def _print(self, text: str) -> None:
         self._last = time.monotonic()

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from attlas.extract.errors import Refusal
-from attlas.flows.progress import LINE_INTERVAL_S, Display, Pace, SilentDisplay, Work
+from attlas.flows.progress import Display, Pace, PeriodicDisplay, SilentDisplay, Work
 from attlas.flows.streams import print_message
 
 _ADDRESS = re.compile(r"(?:(?P<host>[\w.-]+|\[[0-9a-fA-F:]+\]):)?(?P<port>\d{1,5})", re.ASCII)
@@ -24,12 +24,8 @@ def event(name: str, **facts: Any) -> str:
     return json.dumps({"time": now, "event": name, **facts}, ensure_ascii=False)
 
 
-class JsonDisplay(SilentDisplay):
+class JsonDisplay(PeriodicDisplay):
     """A line of JSON on standard error for each event: `stage`, `measuring`, `progress`, `failed`, `note`."""
-
-    def __init__(self) -> None:
-        self._stage, self._last = "", 0.0
-        self._pace: Pace | None = None
 
     def stage(self, name: str, done: int, total: int | None) -> None:
         if name != self._stage or self._is_due():
@@ -37,22 +33,8 @@ class JsonDisplay(SilentDisplay):
         self._stage = name
 
     def start_measuring(self, *, total: Work, before: Work) -> None:
-        self._pace = Pace(total, before)
+        super().start_measuring(total=total, before=before)
         self._print("measuring", **_amounts(total), before=_amounts(before))
-
-    def advance(self, work: Work) -> None:
-        if self._pace is None:
-            return
-        self._pace.done += work
-        if self._is_due() or self._pace.done.shards == self._pace.total.shards:
-            left = self._pace.seconds_left
-            self._print(
-                "progress",
-                **_amounts(self._pace.done),
-                tokens_per_second=round(self._pace.tokens_per_second, 1),
-                seconds_left=None if left is None else round(left),
-                peak_memory_mib=round(peak_memory() / _MIB),
-            )
 
     def failed(self, error: BaseException) -> None:
         self._print("failed", error=type(error).__name__, message=str(error))
@@ -60,8 +42,15 @@ class JsonDisplay(SilentDisplay):
     def note(self, text: str) -> None:
         self._print("note", message=text)
 
-    def _is_due(self) -> bool:
-        return time.monotonic() - self._last >= LINE_INTERVAL_S
+    def _show(self, pace: Pace) -> None:
+        left = pace.seconds_left
+        self._print(
+            "progress",
+            **_amounts(pace.done),
+            tokens_per_second=round(pace.tokens_per_second, 1),
+            seconds_left=None if left is None else round(left),
+            peak_memory_mib=round(peak_memory() / _MIB),
+        )
 
     def _print(self, name: str, **facts: Any) -> None:
         self._last = time.monotonic()

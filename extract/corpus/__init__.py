@@ -7,7 +7,7 @@ A document that can't be used is yielded with a reason in place of its text; dam
 from attlas.extract.corpus.documents import Corpus, Document, reason_kind, refuse_unreadable
 from attlas.extract.corpus.files import IMAGES, image_folder
 from attlas.extract.corpus.names import readable_name, real_name
-from attlas.extract.corpus.opening import open_corpus
+from attlas.extract.corpus.opening import open_corpus, open_corpus_of
 from attlas.extract.corpus.options import Unit
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Unit",
     "image_folder",
     "open_corpus",
+    "open_corpus_of",
     "readable_name",
     "real_name",
     "reason_kind",

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from attlas.extract.corpus.columns import check_column
 from attlas.extract.corpus.compression import READ_ERRORS
@@ -21,6 +22,11 @@ from attlas.extract.corpus.text import text_documents
 from attlas.extract.errors import Refusal
 
 _DEMO, _HUB = "demo", "hub:"
+
+
+def open_corpus_of(corpus: str, run: Any) -> Corpus:
+    """Open the corpus of a run, which has all options of `open_corpus` as attributes. Raises Refusal."""
+    return open_corpus(corpus, **{name: getattr(run, name) for name in open_corpus.__kwdefaults__ or ()})
 
 
 def open_corpus(

@@ -21,7 +21,7 @@ from attlas.analysis.verify import verify
 from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.instrument import Instrument
 from attlas.extract.options import RunOptions
-from attlas.extract.run import measure_shard, plan_run
+from attlas.extract.run import PlannedRun, Worker, measure_shard, plan_run
 from attlas.extract.store import MANIFEST
 from tests.conftest import Ended
 from tests.extract.runs import complete_run, contents, small_run
@@ -50,6 +50,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a file system needs more rights")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
+
+
+def begun(options: RunOptions, instrument: Instrument) -> tuple[PlannedRun, Worker]:
+    """A run whose first shard is measured."""
+    planned = plan_run(options, instrument=instrument)
+    worker = planned.open_worker()
+    measure_shard(worker, 0)
+    return planned, worker
 
 
 def remount(place: Path, mode: str) -> None:
@@ -95,9 +103,7 @@ def test_a_full_disk_is_reported_in_words(attlas: Callable[..., Ended], undistur
 def test_a_disk_that_becomes_read_only_is_named_and_the_run_continued_later(undisturbed, small_disk: Path) -> None:
     options, instrument, whole = undisturbed
     again = replace(options, out=small_disk / "out")
-    planned = plan_run(again, instrument=instrument)
-    worker = planned.open_worker()
-    measure_shard(worker, 0)
+    planned, worker = begun(again, instrument)
     planned.store.unlock()  # a file that is open for writing keeps a file system writable
     remount(small_disk, "ro")
     with pytest.raises(OSError, match="can't be written: Read-only file system"):
@@ -123,9 +129,7 @@ def test_a_finished_dataset_is_read_from_a_read_only_disk(undisturbed, small_dis
 def test_an_output_folder_that_goes_is_not_made_again_by_a_worker(undisturbed, tmp_path: Path) -> None:
     options, instrument, whole = undisturbed
     again = replace(options, out=tmp_path / "out")
-    planned = plan_run(again, instrument=instrument)
-    worker = planned.open_worker()
-    measure_shard(worker, 0)
+    planned, worker = begun(again, instrument)
     rows = worker.rows_of(1)
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(Damaged, match=r"shard-00001\.arrow is missing"):
