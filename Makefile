@@ -97,14 +97,14 @@ hooks: .venv/.dev-installed
 	$(PYTHON) -m venv --clear .venv-lowest
 	$(LOWEST)/python $(PIP) install --quiet torch==2.13.0
 	$(PYTHON) tests/lowest.py > .venv-lowest/lowest.txt
-	$(LOWEST)/python $(PIP) install --quiet -c .venv-lowest/lowest.txt -e . pytest pytest-xdist hypothesis pandas psutil
+	$(LOWEST)/python $(PIP) install --quiet -c .venv-lowest/lowest.txt -e . pytest pytest-xdist hypothesis beartype obstore pandas psutil
 	touch $@
 
 # older libraries warn of newer ones beneath them: warnings are no errors here
 lowest: .venv-lowest/.installed
 	$(ENVIRONMENT) $(LOWEST)/python $(PYTEST) -o filterwarnings= \
-		tests/flows/test_config.py tests/flows/test_progress.py tests/flows/test_telemetry.py tests/analysis/test_inference.py \
-		tests/analysis/test_query.py tests/extract/test_heads.py tests/extract/test_encoder.py -k 'not image'
+		tests/flows tests/analysis tests/extract/test_heads.py tests/extract/test_residual.py \
+		tests/extract/test_run.py tests/extract/test_corpus.py tests/extract/test_encoder.py -k 'not image'
 
 # the data dictionary, from the catalogue
 dictionary: .venv/.run-installed

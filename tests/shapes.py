@@ -53,6 +53,8 @@ def check_shapes() -> None:
     # imported here, so that they do not see the patch below
     import torch  # noqa: F401
 
+    import attlas  # noqa: F401
+
     checker(lambda: None)
 
     # the tables import torch only for type checkers, so that commands start without it

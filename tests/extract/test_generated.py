@@ -150,19 +150,16 @@ def test_a_killed_run_resumes_to_the_same_bytes(model: Path, tmp_path: Path) -> 
 
 
 KILLED = """
-import os, signal, sys
+import os, pathlib, signal, sys
 import attlas
 
-seen = 0
-
-def kill_at_the_second_record(event, arguments):
-    global seen
+def kill_at_a_record_beside_another(event, arguments):
+    # records are written side by side: that the first is being renamed does not say that it is there
     if event == "os.rename" and "/records/" in str(arguments[1]):
-        seen += 1
-        if seen == 2:
+        if any(pathlib.Path(arguments[1]).parent.glob("*.json")):
             os.kill(os.getpid(), signal.SIGKILL)
 
-sys.addaudithook(kill_at_the_second_record)
+sys.addaudithook(kill_at_a_record_beside_another)
 attlas.run(**{options})
 """
 
@@ -180,7 +177,7 @@ def test_a_process_killed_between_shards_is_resumed_to_the_same_bytes(model: Pat
         text=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(list((tmp_path / "killed" / "_work" / "records").glob("*.json"))) == 1
+    assert 1 <= len(list((tmp_path / "killed" / "_work" / "records").glob("*.json"))) < 4
     for name in ("killed", "whole"):
         run(**asked, out=tmp_path / name)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
