@@ -71,15 +71,20 @@ def publish(name: str, report: "Report", page: Path | str) -> None:
         key=f"{title}-findings",
         description="Defects, where something is wrong, and findings, which are normal in trained models: how many there are.",
     )
-    link = page.resolve().as_uri() if isinstance(page, Path) else page
-    create_link_artifact(link, link_text="the report", key=f"{title}-report", description="The analyses as a page.")
+    create_link_artifact(
+        _link(page), link_text="the report", key=f"{title}-report", description="The analyses as a page."
+    )
 
 
-def publish_drift(name: str, message: str, page: Path) -> None:
+def publish_drift(name: str, message: str, page: Path | str) -> None:
     """Make a link artifact to the comparison of a night with its baseline."""
     create_link_artifact(
-        page.resolve().as_uri(), link_text="the comparison", key=f"{slug(name)}-drift", description=printable(message)
+        _link(page), link_text="the comparison", key=f"{slug(name)}-drift", description=printable(message)
     )
+
+
+def _link(page: Path | str) -> str:
+    return page.resolve().as_uri() if isinstance(page, Path) else page
 
 
 def _logger() -> Any:

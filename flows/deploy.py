@@ -15,7 +15,7 @@ from attlas.flows.api import refuse_unreachable_server
 from attlas.flows.checks import refuse_bad_paths
 from attlas.flows.config import Run
 from attlas.flows.nights import Nights, run_at
-from attlas.flows.places import folder_of_schedule
+from attlas.flows.places import name_of_place
 from attlas.flows.sinks import sink_named
 from attlas.flows.watching import Watch
 
@@ -42,16 +42,16 @@ def scheduled(run_file: Path, keep: int | None = None, watch: Watch | None = Non
         refuse_bad_paths(run, run_file=run_file)
         if watch is not None:
             return _watched(run, run_file, watch, keep)
-        nights, inputs = Nights(folder_of_schedule(run.out).parent), inputs_digest(run)
+        nights, inputs = Nights.of(run), inputs_digest(run)
         before = nights.unchanged_since(inputs)
         if before is not None:
-            return Completed(name="Unchanged", message=f"skipped: nothing has changed since {before.name}")
+            return Completed(name="Unchanged", message=f"skipped: nothing has changed since {name_of_place(before)}")
         page = _measure(run, run_file.stem)
     except Refusal as refusal:
         return Failed(message=str(refusal))
-    nights.add(folder_of_schedule(run.out), inputs)
+    nights.add(run.out, inputs)
     gone = nights.keep(keep)
-    removed = f"; removed {', '.join(dataset.name for dataset in gone)}" if gone else ""
+    removed = f"; removed {', '.join(map(name_of_place, gone))}" if gone else ""
     return Completed(message=f"measured {run.corpus} with {run.model} into {run.out}{removed}", data=page)
 
 
@@ -64,7 +64,7 @@ def _watched(run: Run, run_file: Path, watch: Watch, keep: int | None) -> "State
     said = "; ".join([night.message, *night.problems])
     if night.dataset is None:
         return Completed(name="Unchanged", message=f"skipped: {said}")
-    Nights(folder_of_schedule(run.out).parent).keep(keep)
+    Nights.of(run).keep(keep)
     if night.page is not None:
         publish_drift(run_file.stem, night.message, night.page)
     return Completed(name="Drift" if night.has_drift else "Completed", message=said)
@@ -99,7 +99,7 @@ def serve(run_file: Path, schedule: "Schedule", *, keep: int | None = None, watc
         sink_named(name, folder=run_file.parent)  # raises Refusal
     scheduled.serve(
         name=run_file.stem,
-        description=f"Measures {run.corpus} with {run.model}, as {run_file} says, into {folder_of_schedule(run.out).parent}.",
+        description=f"Measures {run.corpus} with {run.model}, as {run_file} says, into {Nights.of(run).root}.",
         tags=["attlas"],
         schedule=schedule,
         parameters={

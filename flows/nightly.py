@@ -7,7 +7,6 @@ from typing import Any
 from attlas.flows.checks import refuse_bad_paths
 from attlas.flows.config import Run
 from attlas.flows.nights import Nights, run_at
-from attlas.flows.places import folder_of_schedule
 from attlas.flows.watching import Night, Watch, night_named, watch_night
 
 
@@ -18,5 +17,5 @@ def watch_once(
     run = run_at(run_file.resolve(), night_named(night))
     refuse_bad_paths(run, run_file=run_file)
     found = watch_night(run, watch, folder=Path.cwd(), measure=measure)
-    Nights(folder_of_schedule(run.out).parent).keep(keep)
+    Nights.of(run).keep(keep)
     return found

@@ -1,19 +1,21 @@
-"""The folder of a schedule: a dataset for each time, `latest`, what the last one was made from, and what nights are compared with."""
+"""The place of a schedule: a dataset for each time, `latest`, what the last one was made from, and what nights are compared with.
+
+It is a folder or an object store. In a folder, `latest` is a symbolic link; in an object store, an object that holds the name.
+"""
 
 import json
 import os
 import re
 import secrets
-import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
-from attlas.extract.errors import Refusal
-from attlas.extract.files import write_atomically
-from attlas.extract.store import MANIFEST
+from attlas.extract.errors import Damaged, Refusal
+from attlas.extract.store import MANIFEST, Storage, generation_of, open_dataset, open_storage
 from attlas.flows.config import Run, read_run
-from attlas.flows.places import folder_of_schedule
+from attlas.flows.places import Place, absolute, inside, name_of_place, place_around, place_named
 
 LATEST = "latest"
 _STATE = ".attlas-schedule.json"
@@ -27,84 +29,132 @@ def folder_name(time: datetime) -> str:
 
 
 @dataclass(frozen=True)
-class Nights:
-    """The folder of a schedule."""
+class Generation:
+    """One generation of a dataset, which stays the same."""
 
-    root: Path
+    dataset: Place
+    number: int
+
+    @classmethod
+    def now(cls, location: Place | str) -> "Generation":
+        """The one that a dataset has now, or the one that `DIR@NUMBER` names. Raises Refusal if there is none."""
+        storage, manifest = open_dataset(location)
+        return cls(place_named(storage.place()), generation_of(manifest))
 
     @property
-    def finished(self) -> list[Path]:
-        """The datasets that scheduled runs have finished, the oldest first."""
-        found = self.root.iterdir() if self.root.is_dir() else iter(())
-        return sorted(p for p in found if _NAME.fullmatch(p.name) and not p.is_symlink() and (p / MANIFEST).is_file())
+    def name(self) -> str:
+        """Without where the dataset is."""
+        return f"{name_of_place(self.dataset)}@{self.number}"
 
-    def unchanged_since(self, inputs: str | None) -> Path | None:
+    def __str__(self) -> str:
+        return f"{self.dataset}@{self.number}"
+
+
+@dataclass(frozen=True)
+class Nights:
+    """The place of a schedule."""
+
+    root: Place
+
+    @classmethod
+    def of(cls, run: Run) -> "Nights":
+        """The place that the dataset of a night is in."""
+        return cls(place_around(run.out))
+
+    @cached_property
+    def storage(self) -> Storage:
+        return open_storage(self.root)
+
+    @property
+    def finished(self) -> list[Place]:
+        """The datasets that scheduled runs have finished, the oldest first."""
+        return [inside(self.root, name) for name in self.storage.names() or () if self._is_finished(name)]
+
+    def _is_finished(self, name: str) -> bool:
+        if not _NAME.fullmatch(name):
+            return False
+        place = inside(self.root, name)
+        is_link = isinstance(place, Path) and place.is_symlink()
+        return not is_link and self.storage.size(f"{name}/{MANIFEST}") is not None
+
+    def unchanged_since(self, inputs: str | None) -> Place | None:
         """The dataset that was made last, if it was made from these inputs and is still there."""
-        if inputs is None or not (self.root / _STATE).is_file():
+        if inputs is None:
             return None
         try:
-            state = json.loads((self.root / _STATE).read_text("utf-8"))
-            dataset = self.root / str(state["dataset"])
-            is_same = state["inputs"] == inputs and dataset in self.finished
-        except (ValueError, TypeError, KeyError, OSError):
+            state = json.loads(self.storage.get(_STATE) or b"")
+            name = str(state["dataset"])
+            is_same = state["inputs"] == inputs and self._is_finished(name)
+        except (ValueError, TypeError, KeyError, Damaged):
             return None  # it is measured again
-        return dataset if is_same else None
+        return inside(self.root, name) if is_same else None
 
-    def is_newest(self, dataset: Path) -> bool:
+    def is_newest(self, dataset: Place) -> bool:
         """Whether no later night is finished."""
-        return dataset == self.finished[-1]
+        return all(name_of_place(other) <= name_of_place(dataset) for other in self.finished)
 
-    def add(self, dataset: Path, inputs: str | None) -> None:
+    def add(self, dataset: Place, inputs: str | None) -> None:
         """Point `latest` to a finished dataset, unless a later one is there, and note what it was made from."""
         if not self.is_newest(dataset):
             return
-        write_atomically(self.root / _STATE, json.dumps({"dataset": dataset.name, "inputs": inputs}).encode())
-        latest = self.root / LATEST
-        if latest.is_symlink() or not latest.exists():
-            temporary = self.root / f".{LATEST}.{os.getpid()}"
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(dataset.name)
-            temporary.replace(latest)
+        name = name_of_place(dataset)
+        self.storage.put(_STATE, json.dumps({"dataset": name, "inputs": inputs}).encode())
+        if isinstance(self.root, Path):
+            _link_latest(self.root / LATEST, name)
+        else:
+            self.storage.put(LATEST, f"{name}\n".encode())
 
     @property
-    def baseline(self) -> str | None:
-        """The generation that nights are compared with, as DIR@NUMBER; None if none has been chosen."""
+    def baseline(self) -> Generation | None:
+        """What nights are compared with; None if nothing has been chosen. Raises Refusal."""
         try:
-            chosen = json.loads((self.root / _BASELINE).read_text("utf-8"))["baseline"]
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError, KeyError, OSError):
-            chosen = None
-        if not isinstance(chosen, str):
+            content = self.storage.get(_BASELINE)
+            if content is None:
+                return None
+            place, _, number = json.loads(content)["baseline"].rpartition("@")
+            # what is in the place of the schedule is known by its name alone
+            return Generation(place_named(place) if "/" in place else inside(self.root, place), int(number))
+        except (ValueError, TypeError, KeyError, AttributeError, Damaged):
             raise Refusal(
-                f"{self.root / _BASELINE} says which baseline nights are compared with; it is damaged; give --baseline again"
-            )
-        folder, _, generation = chosen.rpartition("@")
-        return f"{self.root / folder}@{generation}"  # an absolute folder stays as it is
+                f"{inside(self.root, _BASELINE)} says which baseline nights are compared with; it is damaged; give --baseline again"
+            ) from None
 
-    def set_baseline(self, dataset: Path, generation: int) -> None:
+    def set_baseline(self, chosen: Generation) -> None:
         """Compare nights with this generation of a dataset from now on."""
-        absolute = dataset.absolute()
-        is_ours = absolute.parent == self.root.absolute()
-        chosen = f"{absolute.name if is_ours else absolute}@{generation}"
-        write_atomically(self.root / _BASELINE, json.dumps({"baseline": chosen}).encode())
+        dataset = absolute(chosen.dataset)
+        is_ours = dataset == inside(absolute(self.root), name_of_place(dataset))
+        noted = chosen.name if is_ours else str(Generation(dataset, chosen.number))
+        self.storage.put(_BASELINE, json.dumps({"baseline": noted}).encode())
 
-    def keep(self, number: int | None) -> list[Path]:
+    def keep(self, number: int | None) -> list[Place]:
         """Delete all but so many of the newest finished datasets, and the baseline; returns those that are gone. None: keep all."""
         baseline = None if number is None else self.baseline
-        kept = None if baseline is None else Path(baseline.rpartition("@")[0])
+        kept = None if baseline is None else baseline.dataset
         gone = [] if number is None else [dataset for dataset in self.finished[:-number] if dataset != kept]
         for dataset in gone:
-            (dataset / MANIFEST).unlink()  # first, so that what is half deleted is no dataset
-            shutil.rmtree(dataset)
+            name = name_of_place(dataset)
+            self.storage.delete(f"{name}/{MANIFEST}")  # first, so that what is half deleted is no dataset
+            self.storage.clear(name)
+            if any(self.storage.list(name)):
+                raise OSError(f"{dataset} can't be deleted")
         return gone
 
 
+def _link_latest(latest: Path, name: str) -> None:
+    """Make `latest` a link to a dataset beside it, at once. A file that is no link is someone else's."""
+    if latest.exists() and not latest.is_symlink():
+        return
+    temporary = latest.with_name(f".{latest.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    temporary.replace(latest)
+
+
 def run_at(run_file: Path, time: datetime) -> Run:
-    """The run for a scheduled time, with its own folder OUT/<time>, which a retry uses again."""
+    """The run for a scheduled time, with its own place OUT/<time>, which a retry uses again."""
     run = read_run(run_file, {})
     key = run.digest_key or digest_key_beside(run_file)
-    return run.model_copy(update={"out": folder_of_schedule(run.out) / folder_name(time), "digest_key": key})
+    return run.model_copy(update={"out": inside(run.out, folder_name(time)), "digest_key": key})
 
 
 def digest_key_beside(run_file: Path) -> Path:

@@ -13,11 +13,18 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
+from attlas.extract.errors import Damaged
+from attlas.extract.store import Storage, open_storage
+from attlas.extract.urls import is_url
+from attlas.flows.places import Place
 from attlas.flows.sinks import Sink, SinkFailure
 
+_ENTRY = ".json"
+_LOCK = "lock"
 _PAUSES_S = (0.5, 2.0)  # between tries; what fails is tried again next time
 
 
@@ -40,63 +47,77 @@ class Alert:
 
 @dataclass(frozen=True)
 class Outbox:
-    """The folder of a schedule's alerts."""
+    """The alerts of a schedule, in a folder or an object store."""
 
-    root: Path
+    root: Place
+
+    @cached_property
+    def _storage(self) -> Storage:
+        return open_storage(self.root)
 
     def add(self, alerts: Sequence[Alert], sinks: Sequence[Sink]) -> list[Alert]:
         """Write alerts for these sinks; returns those that were not there."""
-        from attlas.extract.files import put_if_absent
-
         new = []
         for alert in alerts:
-            entry = {"alert": {"key": alert.key, **asdict(alert)}, "sinks": [sink.id for sink in sinks]}
-            if put_if_absent(self.root / f"{alert.key}.json", json.dumps(entry, ensure_ascii=False, indent=1).encode()):
+            entry = {
+                "written": datetime.now(UTC).isoformat(),
+                "alert": {"key": alert.key, **asdict(alert)},
+                "sinks": [sink.id for sink in sinks],
+            }
+            content = json.dumps(entry, ensure_ascii=False, indent=1).encode()
+            if self._storage.put_if_absent(f"{alert.key}{_ENTRY}", content):
                 new.append(alert)
         return new
 
     def deliver(self, sinks: Sequence[Sink], *, pause: Callable[[float], None] = time.sleep) -> list[str]:
         """Deliver what is waiting for these sinks; returns a sentence for each sink that did not take its alerts.
 
-        One process at a time does so; another one leaves it to that.
+        One process at a time does so; another one leaves it to that. In an object store it can be one that has been killed on another machine,
+        so it is said.
         """
-        from attlas.extract.store.flock import flock
-
-        if not self.root.is_dir():
+        if self._storage.names() is None:
             return []
-        release = flock(self.root / "lock")
+        release = self._storage.try_lock(_LOCK)
         if release is None:
-            return []
+            return self._held_up() if is_url(str(self.root)) and any(map(self.waiting, sinks)) else []
         try:
             return [problem for sink in sinks for problem in self._deliver_to(sink, pause)]
         finally:
             release()
 
-    def waiting(self, sink: Sink) -> Iterator[Mapping[str, Any]]:
+    def _held_up(self) -> list[str]:
+        return [f"alerts wait in {self.root} until {self._storage.lock_holder(_LOCK)} has delivered its own"]
+
+    def waiting(self, sink: Sink) -> list[Mapping[str, Any]]:
         """The alerts that a sink has not taken, the oldest first. What is damaged is passed over."""
-        files = [file for file in self.root.glob("*.json") if not self._note(file.stem, sink).exists()]
-        for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name)):
-            try:
-                entry = json.loads(file.read_bytes())
-                is_for_sink, alert = sink.id in entry["sinks"], entry["alert"]
-                is_whole = alert["key"] == file.stem
-            except (ValueError, KeyError, TypeError):
-                continue
-            if is_for_sink and is_whole:
-                yield alert
+        names = set(self._storage.names() or ())
+        keys = [name.removesuffix(_ENTRY) for name in names if name.endswith(_ENTRY)]
+        entries = [self._entry(key) for key in keys if self._note(key, sink) not in names]
+        for_sink = [entry for entry in entries if entry is not None and sink.id in entry["sinks"]]
+        return [e["alert"] for e in sorted(for_sink, key=lambda e: (e.get("written", ""), e["alert"]["key"]))]
+
+    def _entry(self, key: str) -> Mapping[str, Any] | None:
+        """An alert with its sinks; None if it is damaged."""
+        try:
+            entry = json.loads(self._storage.get(f"{key}{_ENTRY}") or b"")
+            is_whole = entry["alert"]["key"] == key and isinstance(entry["sinks"], list)
+        except (ValueError, KeyError, TypeError, Damaged):
+            return None
+        return entry if is_whole else None
 
     def _deliver_to(self, sink: Sink, pause: Callable[[float], None]) -> Iterator[str]:
-        from attlas.extract.files import put_if_absent
-
         for alert in self.waiting(sink):
+            note = self._note(alert["key"], sink)
+            if self._storage.size(note) is not None:  # a store may list it later
+                continue
             problem = _send(sink, alert, pause)
             if problem is not None:  # a dead sink is not waited for again and again
                 yield f"{problem}; its alerts wait in {self.root}"
                 return
-            put_if_absent(self._note(alert["key"], sink), b"")
+            self._storage.put_if_absent(note, b"")
 
-    def _note(self, key: str, sink: Sink) -> Path:
-        return self.root / f"{key}.{sink.id}.sent"
+    def _note(self, key: str, sink: Sink) -> str:
+        return f"{key}.{sink.id}.sent"
 
 
 def _send(sink: Sink, alert: Mapping[str, Any], pause: Callable[[float], None]) -> str | None:

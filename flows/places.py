@@ -30,14 +30,19 @@ def name_of_place(place: Place) -> str:
     return place.name if isinstance(place, Path) else url_name(place) or place
 
 
-def folder_of_schedule(place: Place) -> Path:
-    """The place as a folder. Raises Refusal for a URL."""
-    if isinstance(place, Path):
-        return place
-    raise Refusal(
-        f"a schedule writes into a local folder, where it keeps its datasets and `latest`; got {place}; give a folder, "
-        "or start attlas run with another URL each time, from cron for example"
-    )
+def inside(place: Place, name: str) -> Place:
+    """The place of this name in another one."""
+    return place / name if isinstance(place, Path) else f"{place.rstrip('/')}/{name}"
+
+
+def place_around(place: Place) -> Place:
+    """The place that another one is in."""
+    return place.parent if isinstance(place, Path) else place.rpartition("/")[0]
+
+
+def absolute(place: Place) -> Place:
+    """A path that means the same in any working directory; a URL as it is."""
+    return place.absolute() if isinstance(place, Path) else place
 
 
 def normalized_path(path: Path) -> Path:

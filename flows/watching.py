@@ -12,9 +12,9 @@ from pydantic import BaseModel, Field
 from attlas.extract.errors import AnotherRun, Refusal
 from attlas.flows.config import Run
 from attlas.flows.inputs import inputs_digest
-from attlas.flows.nights import Nights
+from attlas.flows.nights import Generation, Nights
 from attlas.flows.outbox import Alert, Outbox
-from attlas.flows.places import folder_of_schedule
+from attlas.flows.places import Place, absolute, inside, name_of_place, place_named
 from attlas.flows.sinks import Sink, sink_named
 
 
@@ -31,11 +31,11 @@ class Watch(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class Night:
-    """What a night has found. dataset: the generation that was compared, as DIR@NUMBER; None if nothing is new."""
+    """What a night has found. dataset: the generation that was compared; None if nothing is new."""
 
     message: str
-    dataset: str | None = None
-    page: Path | None = None
+    dataset: Generation | None = None
+    page: Path | str | None = None
     has_drift: bool = False
     problems: tuple[str, ...] = ()  # with sinks
 
@@ -47,82 +47,86 @@ def watch_night(
     folder: Path,
     measure: Callable[[Run], Any],
 ) -> Night:
-    """Measure a run whose output is the folder of this night, compare it with the baseline, and deliver alerts.
+    """Measure a run whose output is the place of this night, compare it with the baseline, and deliver alerts.
 
     A run on the same model and settings as the last night's makes the next generation of its dataset, another one a dataset of its
     own. Nothing is measured if nothing has changed. folder: to which files of alerts are relative. Raises Refusal.
     """
-    night = folder_of_schedule(run.out)
-    nights = Nights(night.parent)
+    nights = Nights.of(run)
     sinks = [sink_named(name, folder=folder) for name in watch.alerts]
-    outbox = Outbox(nights.root / "outbox")
-    compared_before = nights.baseline
-    baseline = _pinned(nights, watch)
+    outbox = Outbox(inside(nights.root, "outbox"))
+    compared_before = _held(nights, watch)
+    baseline = _pinned(nights, watch, compared_before)
     inputs = inputs_digest(run)
     before = nights.unchanged_since(inputs)
     if before is not None and baseline == compared_before and not watch.accept:
-        return Night(message=f"nothing is new since {before.name}", problems=tuple(outbox.deliver(sinks)))
-    dataset = before or _measured(run, nights, night, measure)
+        return Night(message=f"nothing is new since {name_of_place(before)}", problems=tuple(outbox.deliver(sinks)))
+    dataset = before or _measured(run, nights, measure)
     nights.add(dataset, inputs)
-    current = _with_generation(dataset)
+    current = Generation.now(dataset)
     result = _compared(baseline, current, watch, nights, outbox, sinks)
     if watch.accept and nights.is_newest(dataset):
-        nights.set_baseline(dataset, int(current.rpartition("@")[2]))
+        nights.set_baseline(current)
         result = replace(result, message=f"{result.message}; it is the baseline from now on")
     return result
 
 
-def _pinned(nights: Nights, watch: Watch) -> str | None:
-    """The generation to compare with; one that is given is remembered. Raises Refusal if there is none, unless this night is to be it."""
-    held = nights.baseline
-    if watch.baseline is None or _is_folder_of(watch.baseline, held):
+def _held(nights: Nights, watch: Watch) -> Generation | None:
+    """The baseline of the last time. Raises Refusal if its note is damaged, unless another one is given."""
+    try:
+        return nights.baseline
+    except Refusal:
+        if watch.baseline is None:
+            raise
+        return None
+
+
+def _pinned(nights: Nights, watch: Watch, held: Generation | None) -> Generation | None:
+    """What to compare with; one that is given is remembered. Raises Refusal if there is none, unless this night is to be it."""
+    if watch.baseline is None or _is_dataset_of(watch.baseline, held):
         if held is None and not watch.accept:
             raise Refusal(
                 f"a night is compared with a baseline; {nights.root} has none yet; give --baseline DIR, or --accept to make this "
                 "night the first"
             )
-        return held if held is None else _with_generation(held)
+        return held if held is None else Generation.now(str(held))
     named = Path(watch.baseline)
     if named.is_symlink():
         raise Refusal(
             f"a baseline is a dataset that stays the same; {named} is a link, which may point elsewhere tomorrow; give {named.resolve()}"
         )
-    folder, _, generation = _with_generation(watch.baseline).rpartition("@")
-    nights.set_baseline(Path(folder), int(generation))
+    nights.set_baseline(Generation.now(watch.baseline))
     return nights.baseline
 
 
-def _is_folder_of(given: str, held: str | None) -> bool:
+def _is_dataset_of(given: str, held: Generation | None) -> bool:
     """Whether a baseline that is given without a generation is the one that is held, of whatever generation."""
-    return held is not None and Path(given).absolute() == Path(held.rpartition("@")[0]).absolute()
+    return held is not None and absolute(place_named(given)) == absolute(held.dataset)
 
 
-def _with_generation(location: Path | str) -> str:
-    """A dataset with the number of the generation that it has now. Raises Refusal if there is none."""
-    from attlas.extract.store import generation_of, open_dataset
-
-    storage, manifest = open_dataset(location)
-    return f"{storage.place()}@{generation_of(manifest)}"
-
-
-def _measured(run: Run, nights: Nights, night: Path, measure: Callable[[Run], Any]) -> Path:
+def _measured(run: Run, nights: Nights, measure: Callable[[Run], Any]) -> Place:
     """The dataset of a night: the next generation of the newest one if its run is the same, and this is no late night."""
     finished = nights.finished
-    if finished and night not in finished and night.name > finished[-1].name:
+    if finished and run.out not in finished and nights.is_newest(run.out):
         try:
             measure(run.model_copy(update={"out": finished[-1]}))
             return finished[-1]
         except AnotherRun:  # another model or setting
             pass
     measure(run)
-    return night
+    return run.out
 
 
 def _compared(
-    baseline: str | None, current: str, watch: Watch, nights: Nights, outbox: Outbox, sinks: Sequence[Sink]
+    baseline: Generation | None,
+    current: Generation,
+    watch: Watch,
+    nights: Nights,
+    outbox: Outbox,
+    sinks: Sequence[Sink],
 ) -> Night:
     """Compare a night with the baseline, write alerts and deliver them."""
-    name = Path(current).name
+    name = current.name
     if baseline is None:
         return Night(message=f"{name} is measured", dataset=current, problems=tuple(outbox.deliver(sinks)))
     from attlas.analysis.compare import compare
@@ -130,15 +134,14 @@ def _compared(
     from attlas.analysis.dataset import Dataset
     from attlas.analysis.drift import find_drift
 
-    old, new = Dataset.open(baseline), Dataset.open(current)
+    old, new = Dataset.open(str(baseline)), Dataset.open(str(current))
     comparison = compare(old, new, columns=watch.columns, margins=watch.margins, alpha=watch.alpha)
-    dataset = Path(current.rpartition("@")[0])
-    page = Path(save_comparison(comparison, dataset))
+    page = save_comparison(comparison, current.dataset)
     changed = comparison.counts()["changed"]
-    message = f"{name} against {Path(baseline).name}: {changed:,} of {comparison.rows.height:,} changed"
-    if nights.is_newest(dataset):
+    message = f"{name} against {baseline.name}: {changed:,} of {comparison.rows.height:,} changed"
+    if nights.is_newest(current.dataset):
         digests = (_digest(old.manifest), _digest(new.manifest))
-        names = {"baseline": Path(baseline).name, "current": name, "page": str(page)}
+        names = {"baseline": baseline.name, "current": name, "page": str(page)}
         found = find_drift(comparison, old, new)
         outbox.add([Alert(*digests, drift.name, drift.summary, names | dict(drift.details)) for drift in found], sinks)
     else:

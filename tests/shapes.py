@@ -53,7 +53,7 @@ def check_shapes() -> None:
     # imported here, so that they do not see the patch below
     import torch  # noqa: F401
 
-    import attlas  # noqa: F401
+    import attlas
 
     checker(lambda: None)
 

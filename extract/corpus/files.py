@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 from attlas.extract.corpus.finding import EVERYTHING, FoundFiles, find_files, kind_of_special_file
 from attlas.extract.corpus.names import readable_name
-from attlas.extract.corpus.stored import StoredFile, stored_sizes
+from attlas.extract.corpus.stored import StoredFile, stored_files
 from attlas.extract.errors import Refusal
 from attlas.extract.urls import is_url, url_name
 
@@ -68,12 +68,12 @@ def corpus_files(corpus: str) -> CorpusFiles:
 
 
 def _stored_files(corpus: str) -> CorpusFiles:
-    storage, pattern, sizes = stored_sizes(corpus)
+    pattern, found = stored_files(corpus)
     display_name = readable_name(corpus)
-    _check_some(display_name, sizes)
+    _check_some(display_name, found)
     files = tuple(
-        CorpusFile(StoredFile(storage, key, size), readable_name(key), _kind(key), size)
-        for key, size in sorted(sizes.items())
+        CorpusFile(file, readable_name(file.key), _kind(file.key), file.size)
+        for file in sorted(found, key=lambda file: file.key)
     )
     _check_one_kind(display_name, files)
     if files[0].kind == IMAGES:
@@ -107,8 +107,8 @@ def _local_files(corpus: str) -> CorpusFiles:
     return CorpusFiles(name, base, files, tuple(map(readable_name, matches.duplicate_links)))
 
 
-def _check_some(corpus: str, sizes: Mapping[str, int]) -> None:
-    if not sizes:
+def _check_some(corpus: str, files: Collection[object]) -> None:
+    if not files:
         raise Refusal(
             f"a corpus must have at least one file; {corpus!r} has none; check the name (hidden files are ignored)"
         )

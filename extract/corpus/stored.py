@@ -34,6 +34,7 @@ class StoredFile:
     storage: ObjectStorage
     key: str
     size: int
+    version: str  # changes whenever it is written
 
     @property
     def suffix(self) -> str:
@@ -54,8 +55,8 @@ class StoredFile:
             raise UnreadableStore(str(error)) from error
 
 
-def stored_sizes(corpus: str) -> tuple[ObjectStorage, str | None, dict[str, int]]:
-    """The prefix that names are relative to, the glob's pattern if there is one, and the size of each file by its name.
+def stored_files(corpus: str) -> tuple[str | None, list[StoredFile]]:
+    """The glob's pattern if there is one, and the files, whose keys are relative to what stands before it.
 
     Names follow the rules of local files: `**` matches any number of folders, and hidden names only what begins with a dot.
     """
@@ -66,18 +67,22 @@ def stored_sizes(corpus: str) -> tuple[ObjectStorage, str | None, dict[str, int]
     pattern = parts[len(named) :]
     if not pattern and named:
         folder = _storage(scheme, bucket, named[:-1])
-        size = folder.size(named[-1])
-        if size:  # an empty object may stand for a folder
-            return folder, None, {named[-1]: size}
+        state = folder.state(named[-1])
+        if state is not None and state.size:  # an empty object may stand for a folder
+            return None, [StoredFile(folder, named[-1], state.size, state.version)]
     storage = _storage(scheme, bucket, named)
-    sizes = {key: size for key, size in storage.sizes().items() if _matches(key.split("/"), pattern or EVERYTHING)}
-    folders = {str(above) for key in sizes for above in PurePosixPath(key).parents}
-    found = {key: size for key, size in sizes.items() if size or key not in folders}
+    states = {key: state for key, state in storage.states().items() if _matches(key.split("/"), pattern or EVERYTHING)}
+    folders = {str(above) for key in states for above in PurePosixPath(key).parents}
+    found = [
+        StoredFile(storage, key, state.size, state.version)
+        for key, state in states.items()
+        if state.size or key not in folders
+    ]
     if not found and not pattern:
         raise Refusal(
             f"a corpus is an object, a prefix or a glob of objects; there is nothing at {corpus}; check the URL"
         )
-    return storage, "/".join(pattern) or None, found
+    return "/".join(pattern) or None, found
 
 
 def _storage(scheme: str, bucket: str, parts: Sequence[str]) -> ObjectStorage:

@@ -15,6 +15,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, TypeVar, cast
 
@@ -35,6 +36,18 @@ _UPLOADS_AT_ONCE = 4  # a request must end within its timeout, so they should no
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _QUERY = re.compile(r"\?\S*")  # may hold a signature
 _METADATA_SERVER = "169.254.169.254"  # asked for credentials when the environment has none
+
+
+@dataclass(frozen=True)
+class State:
+    """What a store tells of an object without its content. version: text that changes whenever it is written."""
+
+    size: int
+    version: str
+
+    @classmethod
+    def of(cls, entry: obstore.ObjectMeta) -> State:
+        return cls(entry["size"], entry["e_tag"] or entry["last_modified"].isoformat())
 
 
 class ObjectStorage(Storage):
@@ -127,21 +140,26 @@ class ObjectStorage(Storage):
         return cast(BinaryIO, RangeReader(partial(self.get_range, key), size))
 
     def size(self, key: str) -> int | None:
+        state = self.state(key)
+        return None if state is None else state.size
+
+    def state(self, key: str) -> State | None:
+        """The state of an object; None if there is none."""
         try:
             with self._name_in_errors(key, "read"):
-                return _repeated(lambda: obstore.head(self._store, _check_key(key))["size"])
+                return State.of(_repeated(lambda: obstore.head(self._store, _check_key(key))))
         except FileNotFoundError:
             return None
 
     def list(self, folder: str = "") -> Iterator[str]:
-        yield from self.sizes(folder)
+        yield from self.states(folder)
 
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        """The size of each object below a folder, in the order of keys."""
+    def states(self, folder: str = "") -> dict[str, State]:
+        """The state of each object below a folder, in the order of keys."""
         with self._name_in_errors(folder, "listed"):
             found = _repeated(
                 lambda: [
-                    (entry["path"], entry["size"])
+                    (entry["path"], State.of(entry))
                     for chunk in obstore.list(self._store, prefix=folder or None)
                     for entry in chunk
                 ]

@@ -10,8 +10,10 @@ import pytest
 
 from attlas.analysis.dataset import Dataset
 from attlas.extract.errors import Refusal
+from attlas.extract.store import open_storage
 from attlas.flows.config import Run
 from attlas.flows.nights import Nights, folder_name
+from attlas.flows.places import Place, inside
 from attlas.flows.watching import Night, Watch, night_named, watch_night
 from tests.extract.runs import complete_run
 
@@ -21,21 +23,23 @@ TEXT = "The cat sat on the mat and looked at the moon, number {}, for a long tim
 
 @dataclass
 class House:
-    """A model, a corpus and a folder of nights."""
+    """A model, a corpus and nights, in folders or an object store."""
 
     folder: Path
     model: Path
+    place: Place  # of corpus and nights
     measured: list[Run] = field(default_factory=list)
 
     def add(self, *numbers: int) -> None:
+        storage = open_storage(inside(self.place, "corpus"))
         for number in numbers:
-            (self.folder / "corpus" / f"{number}.txt").write_text(TEXT.format(number))
+            storage.put(f"{number}.txt", TEXT.format(number).encode())
 
     def night(self, day: int, **watch) -> Night:
         run = Run(
             model=str(self.model),
-            corpus=str(self.folder / "corpus"),
-            out=self.folder / "nights" / folder_name(FIRST + timedelta(days=day)),
+            corpus=str(inside(self.place, "corpus")),
+            out=inside(self.nights.root, folder_name(FIRST + timedelta(days=day))),
             max_length=16,
             engine="reference",
         )
@@ -58,7 +62,7 @@ class House:
 
     @property
     def nights(self) -> Nights:
-        return Nights(self.folder / "nights")
+        return Nights(inside(self.place, "nights"))
 
     @property
     def alerts(self) -> list[dict]:
@@ -68,9 +72,12 @@ class House:
 
 @pytest.fixture
 def house(model: Path, tmp_path: Path) -> House:
-    shutil.copytree(model, tmp_path / "model")
-    (tmp_path / "corpus").mkdir()
-    house = House(tmp_path, tmp_path / "model")
+    return new_house(model, tmp_path, tmp_path)
+
+
+def new_house(model: Path, folder: Path, place: Place) -> House:
+    shutil.copytree(model, folder / "model")
+    house = House(folder, folder / "model", place)
     house.add(*range(12))
     return house
 
@@ -81,7 +88,7 @@ def test_the_first_night_needs_a_baseline_or_becomes_it(house: House) -> None:
     assert not house.measured
     night = house.night(0, accept=True)
     assert night.message == "2026-03-01T02-00-00Z@1 is measured; it is the baseline from now on"
-    assert house.nights.baseline == f"{house.nights.root}/2026-03-01T02-00-00Z@1"
+    assert str(house.nights.baseline) == f"{house.nights.root}/2026-03-01T02-00-00Z@1"
     assert house.alerts == []
 
 
@@ -97,9 +104,9 @@ def test_a_grown_corpus_gives_a_generation_that_is_compared_with_the_pinned_one(
     for day in (1, 2):
         house.add(100 + day)
         night = house.night(day)
-        assert night.dataset == f"{house.nights.root}/2026-03-01T02-00-00Z@{day + 1}"
+        assert str(night.dataset) == f"{house.nights.root}/2026-03-01T02-00-00Z@{day + 1}"
         assert night.message.startswith(f"2026-03-01T02-00-00Z@{day + 1} against 2026-03-01T02-00-00Z@1: ")
-    assert house.nights.baseline == f"{house.nights.root}/2026-03-01T02-00-00Z@1"
+    assert str(house.nights.baseline) == f"{house.nights.root}/2026-03-01T02-00-00Z@1"
     assert len(house.nights.finished) == 1
     facts = Dataset.open(house.nights.finished[0]).manifest["generation"]
     assert (facts["number"], facts["added"]) == (3, 1)
@@ -111,7 +118,7 @@ def test_another_checkpoint_drifts_and_is_told_exactly_once(house: House) -> Non
     house.night(0, accept=True)
     house.perturb()
     night = house.night(1)
-    assert night.dataset == f"{house.nights.root}/2026-03-02T02-00-00Z@1" and night.has_drift
+    assert str(night.dataset) == f"{house.nights.root}/2026-03-02T02-00-00Z@1" and night.has_drift
     told = house.alerts
     assert "drift: heads" in {alert["finding"] for alert in told}
     heads = next(alert for alert in told if alert["finding"] == "drift: heads")
@@ -139,7 +146,7 @@ def test_a_late_night_tells_nobody_and_is_not_the_latest(house: House) -> None:
     house.night(5, accept=True)
     house.perturb()
     late = house.night(3)
-    assert late.dataset == f"{house.nights.root}/2026-03-04T02-00-00Z@1"
+    assert str(late.dataset) == f"{house.nights.root}/2026-03-04T02-00-00Z@1"
     assert late.message.endswith("; it is late, and a later night stands: no alert")
     assert late.has_drift and house.alerts == []
     assert (house.nights.root / "latest").resolve().name == "2026-03-06T02-00-00Z"
@@ -151,9 +158,9 @@ def test_a_baseline_is_pinned_to_its_generation(house: House, tmp_path: Path) ->
     for _ in range(2):
         house.add(200 + _)
         house.night(1 + _, baseline=str(dataset))  # given every night, as a schedule does
-        assert house.nights.baseline == f"{dataset}@1"
+        assert str(house.nights.baseline) == f"{dataset}@1"
     house.night(3, baseline=f"{dataset}@2")
-    assert house.nights.baseline == f"{dataset}@2"
+    assert str(house.nights.baseline) == f"{dataset}@2"
     with pytest.raises(Refusal, match=r"a baseline is a dataset that stays the same; .*latest is a link"):
         house.night(4, baseline=str(house.nights.root / "latest"))
     with pytest.raises(Refusal, match="has no 9"):
@@ -161,7 +168,7 @@ def test_a_baseline_is_pinned_to_its_generation(house: House, tmp_path: Path) ->
     other = tmp_path / "elsewhere"
     shutil.copytree(dataset, other)
     house.night(4, baseline=str(other))
-    assert house.nights.baseline == f"{other}@3"
+    assert str(house.nights.baseline) == f"{other}@3"
 
 
 def test_a_baseline_that_is_gone_is_refused_before_anything_is_measured(house: House, tmp_path: Path) -> None:
@@ -178,6 +185,10 @@ def test_a_baseline_that_is_gone_is_refused_before_anything_is_measured(house: H
     (house.nights.root / ".attlas-baseline.json").write_text("{")
     with pytest.raises(Refusal, match="it is damaged; give --baseline again"):
         house.night(2)
+    assert not house.measured
+    dataset = house.nights.finished[0]
+    house.night(2, baseline=str(dataset))
+    assert str(house.nights.baseline) == f"{dataset}@1"
 
 
 def test_the_baseline_is_kept_whatever_its_age(house: House) -> None:

@@ -8,7 +8,6 @@ import polars as pl
 import pytest
 
 from attlas.analysis.dataset import Dataset
-from attlas.extract.errors import Refusal
 from attlas.extract.options import RunOptions
 from attlas.extract.store import REPORT, open_storage
 from tests.conftest import Ended
@@ -116,19 +115,6 @@ def test_doctor_says_whether_a_store_can_be_used(attlas: Callable[..., Ended], p
     code, out, _ = attlas("doctor", url)
     assert (code, "If-None-Match" in out) == (3, True)
     assert list(open_storage(url).list()) == []
-
-
-def test_a_schedule_refuses_a_url_in_one_line(tmp_path: Path) -> None:
-    from datetime import UTC, datetime
-
-    from attlas.flows.deploy import run_at
-
-    file = tmp_path / "run.toml"
-    file.write_text('model = "demo"\ncorpus = "demo"\nout = "s3://bucket/nights"\n')
-    with pytest.raises(
-        Refusal, match=r"^a schedule writes into a local folder, .*; got s3://bucket/nights; give a folder"
-    ):
-        run_at(file, datetime.now(UTC))
 
 
 def test_a_push_uploads_copies_of_what_the_manifest_names(url: str, dataset: Path) -> None:
