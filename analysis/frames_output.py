@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,14 +40,16 @@ def _csv_chunks(frames: Frames) -> Iterator[bytes]:
 
 
 def _parquet_chunks(frames: Frames) -> Iterator[bytes]:
-    """The bytes of a Parquet file with a row group for each frame."""
-    first = _arrow(next(frames))
+    return parquet_chunks(map(_arrow, frames))
+
+
+def parquet_chunks(tables: Iterator[pa.Table]) -> Iterator[bytes]:
+    """The bytes of a Parquet file with a row group for each table, of which there is at least one."""
+    first = next(tables)
     sink = _Pending()
     with pq.ParquetWriter(pa.PythonFile(sink, mode="w"), first.schema, compression="zstd") as writer:
-        writer.write_table(first)
-        yield sink.take()
-        for frame in frames:
-            writer.write_table(_arrow(frame))
+        for table in itertools.chain([first], tables):
+            writer.write_table(table)
             yield sink.take()
     yield sink.take()
 

@@ -36,11 +36,19 @@ def write_whole(chunks: Iterable[bytes | memoryview], stream: IO[Any]) -> None:
 
     A text stream is written through its binary buffer, or as UTF-8 text if it has none.
     """
-    try:
+    with _named_as_output():
         stream.flush()
-        for chunk in chunks:
+    for chunk in chunks:  # whose making may fail for reasons of its own
+        with _named_as_output():
             _write(memoryview(chunk), stream)
+    with _named_as_output():
         stream.flush()
+
+
+@contextmanager
+def _named_as_output() -> Iterator[None]:
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -7,16 +7,17 @@ table expression parses as a SELECT.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import queue
 import re
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -25,6 +26,7 @@ from attlas.analysis.dataset import Dataset
 from attlas.analysis.parts import first_line, rows_error
 from attlas.analysis.result import FORMATS as FORMATS
 from attlas.analysis.result import Format as Format
+from attlas.analysis.result import Rows
 from attlas.analysis.result import write_result as write_result
 from attlas.analysis.scanning import arrow_dataset
 from attlas.analysis.views import statement, views_of
@@ -36,11 +38,13 @@ if TYPE_CHECKING:
 
 _MEMORY_LIMIT = "4GB"
 _MAX_RESULT_BYTES = 2 << 30
-_MAX_GROWTH_BYTES = 8 << 30  # of this process: what DuckDB counts, the result, and what neither counts
+_MAX_GROWTH_BYTES = 8 << 30  # of this process: what DuckDB counts, a result in memory, and what neither counts
 _MAX_SECONDS = 7 * 24 * 3600
 _GRACE_S = 2  # in which an interrupted query ends, unless it is inside a single function
 _LOOK_EVERY_S = 0.1
 _BATCH_ROWS = 1 << 14
+_BATCHES_AHEAD = 4
+_HELD_BYTES = 64 << 20  # of the first rows, before any is passed on
 # no variables of this program, no files, and no paths of this machine among the settings
 _SETTINGS = (
     "python_enable_replacements=false",
@@ -62,26 +66,79 @@ def query(location: Location, sql: str, *, timeout_s: float = 60) -> pa.Table:
     DuckDB can't be interrupted while it computes a single value. A query that does so is left to a thread that ends with this
     process.
     """
+    rows = query_rows(location, sql, timeout_s=timeout_s)
+    batches, size = [], 0
+    for batch in rows.batches:
+        size += batch.nbytes
+        if size > _MAX_RESULT_BYTES:
+            raise _too_much_memory(f"its result is larger than {_MAX_RESULT_BYTES >> 30} GiB")
+        batches.append(batch)
+    return pa.Table.from_batches(batches, rows.schema)
+
+
+def query_rows(location: Location, sql: str, *, timeout_s: float = 60) -> Rows:
+    """The same, batch by batch, for results of any size. What fails before many rows are there fails here, and else when they are asked for.
+
+    The time limit holds until the last row has been taken.
+    """
     dataset = Dataset.open(location)
     if not 0 < timeout_s <= _MAX_SECONDS:
         raise Refusal(
             f"a query's time limit is above 0 seconds and at most {_MAX_SECONDS:,} (a week); got {timeout_s:g}; give another number"
         )
     _refuse_other_statements(sql)
-    future: Future[pa.Table] = Future()
     limits = _Limits(timeout_s)
+    answer = _Answer(limits)
+    threading.Thread(target=answer.give, args=[_batches(dataset, sql, limits)], name=QUERY_THREAD, daemon=True).start()
+    return _normalized(answer.schema(), answer.batches())
 
-    def run() -> None:
+
+class _Answer:
+    """A schema and batches that a thread gives and another one takes."""
+
+    def __init__(self, limits: _Limits) -> None:
+        self._limits = limits
+        self._queue: queue.Queue[pa.Schema | pa.RecordBatch | BaseException | None] = queue.Queue(_BATCHES_AHEAD)
+        self._is_taken = True
+
+    def give(self, pieces: Iterator[pa.Schema | pa.RecordBatch]) -> None:
+        """Pass on all pieces, and the error that ends them, for as long as someone takes them."""
+        with contextlib.closing(pieces):  # pyright: ignore[reportArgumentType]
+            try:
+                for piece in pieces:
+                    if not self._put(piece):
+                        return
+                self._put(None)
+            except BaseException as error:
+                self._put(error)
+
+    def _put(self, piece: pa.Schema | pa.RecordBatch | BaseException | None) -> bool:
+        while self._is_taken:
+            with suppress(queue.Full):
+                self._queue.put(piece, timeout=_LOOK_EVERY_S)
+                return True
+        return False
+
+    def schema(self) -> pa.Schema:
+        """The first piece. Raises what the query raises."""
         try:
-            future.set_result(_run(dataset, sql, limits))
-        except BaseException as error:
-            future.set_exception(error)
+            schema = self._limits.wait(self._queue)
+        except BaseException:
+            self._leave()
+            raise
+        assert isinstance(schema, pa.Schema), "the first piece is the schema"
+        return schema
 
-    threading.Thread(target=run, name=QUERY_THREAD, daemon=True).start()
-    try:
-        return limits.wait(future)
-    finally:
-        limits.interrupt()
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        try:
+            while isinstance(batch := self._limits.wait(self._queue), pa.RecordBatch):
+                yield batch
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._is_taken = False
+        self._limits.interrupt()
 
 
 class _Limits:
@@ -95,15 +152,21 @@ class _Limits:
         self._connection: duckdb.DuckDBPyConnection | None = None
         self._lock = threading.Lock()
 
-    def wait(self, future: Future[pa.Table]) -> pa.Table:
-        """The result, once it is there. Raises Refusal beyond a limit, even if the query does not heed the interruption."""
+    def wait(self, pieces: queue.Queue[Any]) -> Any:
+        """The next piece of the answer, once it is there. Raises the error that it is, and Refusal beyond a limit, even if the query does
+        not heed the interruption.
+        """
         while self.reached is None:
-            with suppress(TimeoutError):
-                return future.result(timeout=min(_LOOK_EVERY_S, max(0, self._ends - time.monotonic())))
+            with suppress(queue.Empty):
+                piece = pieces.get(timeout=min(_LOOK_EVERY_S, max(0, self._ends - time.monotonic())))
+                if isinstance(piece, BaseException):
+                    raise piece
+                return piece
             self.reached = self._reached()
         self.interrupt()
-        with suppress(TimeoutError):
-            future.exception(timeout=_GRACE_S)
+        with suppress(queue.Empty):
+            while not isinstance(pieces.get(timeout=_GRACE_S), BaseException | None):
+                pass
         raise self.reached
 
     def watch(self, connection: duckdb.DuckDBPyConnection | None) -> None:
@@ -128,8 +191,8 @@ class _Limits:
 
 def _too_much_memory(came: str) -> Refusal:
     return Refusal(
-        f"a query takes at most {_MEMORY_LIMIT} and its result {_MAX_RESULT_BYTES >> 30} GiB; {came}; select fewer rows or columns, "
-        "aggregate them, or read the parts with Polars or DuckDB (attlas open)"
+        f"a query takes at most {_MEMORY_LIMIT}, and a result in memory {_MAX_RESULT_BYTES >> 30} GiB; {came}; select fewer rows or columns, "
+        "aggregate them, write them to a file (attlas query --output), or read the parts with Polars or DuckDB (attlas open)"
     )
 
 
@@ -142,8 +205,8 @@ def _resident_bytes() -> int:
         return 0
 
 
-def _run(dataset: Dataset, sql: str, limits: _Limits) -> pa.Table:
-    """The result of a query, in the thread that may be left behind."""
+def _batches(dataset: Dataset, sql: str, limits: _Limits) -> Iterator[pa.Schema | pa.RecordBatch]:
+    """The schema and the batches of a query's result, in the thread that may be left behind."""
     with (
         refuse_if_damaged(dataset),
         _connection(dataset, sql, limits) as connection,
@@ -151,7 +214,9 @@ def _run(dataset: Dataset, sql: str, limits: _Limits) -> pa.Table:
         import duckdb
 
         try:
-            return _normalize(_result(_cast_to_writable_types(connection.sql(sql))))
+            reader = _cast_to_writable_types(connection.sql(sql)).to_arrow_reader(_BATCH_ROWS)
+            yield reader.schema
+            yield from reader
         except duckdb.PermissionException as error:
             raise Refusal(
                 f"a query reads the dataset's tables ({', '.join(_names(dataset))}) and no files; "
@@ -162,23 +227,10 @@ def _run(dataset: Dataset, sql: str, limits: _Limits) -> pa.Table:
                 f"the query must be valid DuckDB SQL; it says: {first_line(error)}; "
                 f"the tables are {', '.join(_names(dataset))}"
             ) from error
-        except duckdb.Error as error:
+        except (duckdb.Error, OSError) as error:  # OSError: from Arrow, of a query that fails after its first rows
             if limits.reached is None:
                 _refuse_damaged_parts(dataset, sql)
             raise Refusal(f"the query must be valid DuckDB SQL; it says: {first_line(error)}") from error
-
-
-def _result(relation: duckdb.DuckDBPyRelation) -> pa.Table:
-    """All rows. Raises Refusal as soon as they take too much memory."""
-    reader = relation.to_arrow_reader(_BATCH_ROWS)
-    batches: list[pa.RecordBatch] = []
-    size = 0
-    for batch in reader:
-        size += batch.nbytes
-        if size > _MAX_RESULT_BYTES:
-            raise _too_much_memory("that of this one is larger")
-        batches.append(batch)
-    return pa.Table.from_batches(batches, reader.schema)
 
 
 def _refuse_damaged_parts(dataset: Dataset, sql: str) -> None:
@@ -281,14 +333,25 @@ def _cast_to_writable_types(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBP
     return relation.project(", ".join(columns))
 
 
-def _normalize(table: pa.Table) -> pa.Table:
-    """Convert DuckDB's 128-bit sums to int64 if they fit, and make column names unique."""
+def _normalized(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Rows:
+    """Unique column names, and integers or floats in place of DuckDB's decimals, such as sums of 128 bits: floats if one of the first rows is too large.
+
+    The first rows are waited for, so that an answer that fails among them, as most do, fails before any of it is written.
+    """
+    first, size = [], 0
+    for batch in batches:
+        first.append(batch)
+        size += batch.nbytes
+        if size > _HELD_BYTES:
+            break
+    held = pa.Table.from_batches(first, schema)
     names: list[str] = []
-    columns = []
-    for name, column in zip(table.column_names, table.columns, strict=True):
+    for name in schema.names:
         names.append(_unique_name(name, names))
-        columns.append(_narrow_decimal(column))
-    return pa.Table.from_arrays(columns, names=names)
+    types = [_narrowed(column) for column in held.columns]
+    fields = [field.with_name(name).with_type(type) for field, name, type in zip(schema, names, types, strict=True)]
+    wanted = pa.schema(fields)
+    return Rows(wanted, (_cast(batch, wanted) for batch in itertools.chain(first, batches)))
 
 
 def _unique_name(name: str, names: list[str]) -> str:
@@ -297,10 +360,21 @@ def _unique_name(name: str, names: list[str]) -> str:
     return name if name not in names else next(n for n in numbered if n not in names)
 
 
-def _narrow_decimal(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _narrowed(column: pa.ChunkedArray) -> pa.DataType:
     if not pa.types.is_decimal(column.type):
-        return column
+        return column.type
     try:
-        return column.cast(pa.int64() if column.type.scale == 0 else pa.float64())
+        column.cast(pa.int64())
     except pa.ArrowInvalid:
-        return column.cast(pa.float64())
+        return pa.float64()
+    return pa.int64() if column.type.scale == 0 else pa.float64()
+
+
+def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    try:
+        columns = [c if c.type == type else c.cast(type) for c, type in zip(batch.columns, schema.types, strict=True)]
+    except pa.ArrowInvalid as error:
+        raise Refusal(
+            f"a whole number in a result has at most 64 bits; {first_line(error)}; CAST(… AS DOUBLE) in the query"
+        ) from error
+    return pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import IO, Any, Literal
 
 import polars as pl
@@ -12,6 +13,7 @@ import polars.selectors as cs
 import pyarrow as pa
 
 from attlas.analysis.csv_cells import without_formulas
+from attlas.analysis.frames_output import parquet_chunks
 from attlas.analysis.output import write_whole
 from attlas.analysis.report.numbers import plural
 from attlas.extract.printable import printable
@@ -24,7 +26,27 @@ _MAX_CELL_LENGTH = 2_000
 _CHUNK_ROWS = 1 << 16
 
 
-def write_result(table: pa.Table, format: Format, stream: IO[Any], *, to_shorten: str = "add LIMIT, or ") -> None:
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one schema that come batch by batch, so that no more than some are in memory."""
+
+    schema: pa.Schema
+    batches: Iterator[pa.RecordBatch]
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All rows in pieces for writing, at least one."""
+        held: list[pa.RecordBatch] = []
+        is_first = True
+        for batch in self.batches:
+            held.append(batch)
+            if sum(piece.num_rows for piece in held) >= _CHUNK_ROWS:
+                yield pa.Table.from_batches(held, self.schema)
+                held, is_first = [], False
+        if held or is_first:
+            yield pa.Table.from_batches(held, self.schema)
+
+
+def write_result(rows: pa.Table | Rows, format: Format, stream: IO[Any], *, to_shorten: str = "add LIMIT, or ") -> None:
     """Write a result as a table for people (`table`), or as `csv`, `json` (a list of objects) or `parquet`.
 
     Parquet needs a binary stream, or a text stream with a binary buffer. to_shorten: how to get fewer rows than people are shown.
@@ -34,11 +56,13 @@ def write_result(table: pa.Table, format: Format, stream: IO[Any], *, to_shorten
         raise Refusal(f"a format is one of {', '.join(FORMATS)}; got {format!r}; choose one of them")
     if format == "parquet":
         _refuse_text_stream(stream)
+    if isinstance(rows, pa.Table):
+        rows = Rows(rows.schema, iter(rows.to_batches(_CHUNK_ROWS)))
     if format == "table":
-        write_whole(_table_chunks(table, stream, to_shorten), stream)
+        write_whole(_table_chunks(rows, stream, to_shorten), stream)
         return
-    chunks = {"csv": _csv_chunks, "json": _json_chunks, "parquet": _parquet_chunks}[format]
-    write_whole(chunks(table, stream), stream)
+    chunks = {"csv": _csv_chunks, "json": _json_chunks, "parquet": parquet_chunks}[format]
+    write_whole(chunks(rows.tables()), stream)
 
 
 def _refuse_text_stream(stream: IO[Any]) -> None:
@@ -48,19 +72,10 @@ def _refuse_text_stream(stream: IO[Any]) -> None:
         raise Refusal("Parquet is binary; the output is a terminal; give --output FILE, or another --format")
 
 
-def _parquet_chunks(table: pa.Table, _: IO[Any]) -> Iterator[memoryview]:
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    yield memoryview(sink.getvalue())
-
-
-def _csv_chunks(table: pa.Table, _: IO[Any]) -> Iterator[bytes]:
-    frame = _frame(table)
-    frame = frame.with_columns(_csv_cell(name, dtype) for name, dtype in frame.schema.items() if dtype.is_nested())
-    for start in range(0, max(1, frame.height), _CHUNK_ROWS):
-        yield without_formulas(frame.slice(start, _CHUNK_ROWS)).write_csv(include_header=start == 0).encode()
+def _csv_chunks(tables: Iterator[pa.Table]) -> Iterator[bytes]:
+    for number, frame in enumerate(map(_frame, tables)):
+        cells = frame.with_columns(_csv_cell(name, dtype) for name, dtype in frame.schema.items() if dtype.is_nested())
+        yield without_formulas(cells).write_csv(include_header=number == 0).encode()
 
 
 def _csv_cell(name: str, dtype: pl.DataType) -> pl.Expr:
@@ -74,12 +89,14 @@ def _csv_cell(name: str, dtype: pl.DataType) -> pl.Expr:
     return pl.when(column.is_not_null()).then(wrapped.str.strip_prefix('{"x":').str.strip_suffix("}")).alias(name)
 
 
-def _json_chunks(table: pa.Table, _: IO[Any]) -> Iterator[bytes]:
-    # JSON has no NaN and no infinity
-    frame = _frame(table).with_columns(pl.when(cs.float().is_finite()).then(cs.float()))
+def _json_chunks(tables: Iterator[pa.Table]) -> Iterator[bytes]:
     yield b"["
-    for start in range(0, frame.height, _CHUNK_ROWS):
-        yield (b"," if start else b"") + frame.slice(start, _CHUNK_ROWS).write_json().encode()[1:-1]
+    is_first = True
+    for frame in map(_frame, tables):
+        # JSON has no NaN and no infinity
+        finite = frame.with_columns(pl.when(cs.float().is_finite()).then(cs.float()))
+        yield (b"" if is_first else b",") + finite.write_json().encode()[1:-1]
+        is_first = False
     yield b"]\n"
 
 
@@ -89,13 +106,16 @@ def _frame(table: pa.Table) -> pl.DataFrame:
     return frame.with_columns(cs.categorical().cast(pl.String))
 
 
-def _table_chunks(table: pa.Table, stream: IO[Any], to_shorten: str) -> Iterator[bytes]:
+def _table_chunks(rows: Rows, stream: IO[Any], to_shorten: str) -> Iterator[bytes]:
     """The first rows as a table; in a terminal that is too narrow, text is wrapped."""
     from rich.text import Text
 
     from attlas.analysis.columns import Column, FittedTable, WrappedText, printed
 
-    shown = table.slice(0, _MAX_ROWS)
+    tables = rows.tables()
+    first = next(tables)  # which has more rows than are shown, if there are that many
+    number = first.num_rows + sum(table.num_rows for table in tables)
+    shown = first.slice(0, _MAX_ROWS)
     columns = [
         Column(
             printable(field.name),
@@ -105,9 +125,9 @@ def _table_chunks(table: pa.Table, stream: IO[Any], to_shorten: str) -> Iterator
         )
         for field, column in zip(shown.schema, shown.columns, strict=True)
     ]
-    omitted = table.num_rows - _MAX_ROWS
+    omitted = number - _MAX_ROWS
     hint = f"; {omitted} more not shown: {to_shorten}choose --format csv, json or parquet" if omitted > 0 else ""
-    pieces = (FittedTable(columns), WrappedText(Text(f"{plural(table.num_rows, 'row')}{hint}")))
+    pieces = (FittedTable(columns), WrappedText(Text(f"{plural(number, 'row')}{hint}")))
     yield printed(pieces, stream)
 
 

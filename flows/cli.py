@@ -403,14 +403,13 @@ def query(
             f"--timeout is above 0 seconds and at most 604,800 (a week); got {timeout:g}; give another number"
         )
     from attlas.analysis.example_queries import write_examples
-    from attlas.analysis.query import query as rows_of
-    from attlas.analysis.query import write_result
+    from attlas.analysis.query import query_rows, write_result
 
     with _answer(output) as stream:
         if dataset is None or sql is None:
             write_examples(dataset, output_format, stream)
         else:
-            write_result(rows_of(dataset, sql, timeout_s=timeout), output_format, stream)
+            write_result(query_rows(dataset, sql, timeout_s=timeout), output_format, stream)
 
 
 def _output_format(form: str, formats: Sequence[str], *, to_terminal: bool = False, option: str = "--format") -> Any:

@@ -62,9 +62,12 @@ def watch_night(
     if before is not None and baseline == compared_before and not watch.accept:
         return Night(message=f"nothing is new since {name_of_place(before)}", problems=tuple(outbox.deliver(sinks)))
     dataset = before or _measured(run, nights, measure)
-    nights.add(dataset, inputs)
+    nights.add(dataset, None)
     current = Generation.now(dataset)
     result = _compared(baseline, current, watch, nights, outbox, sinks)
+    nights.add(
+        dataset, inputs
+    )  # not before: after a kill in between the next night compares, instead of finding nothing new
     if watch.accept and nights.is_newest(dataset):
         nights.set_baseline(current)
         result = replace(result, message=f"{result.message}; it is the baseline from now on")
@@ -140,7 +143,7 @@ def _compared(
     changed = comparison.counts()["changed"]
     message = f"{name} against {baseline.name}: {changed:,} of {comparison.rows.height:,} changed"
     if nights.is_newest(current.dataset):
-        digests = (_digest(old.manifest), _digest(new.manifest))
+        digests = (digest_of(old.manifest), digest_of(new.manifest))
         names = {"baseline": baseline.name, "current": name, "page": str(page)}
         found = find_drift(comparison, old, new)
         outbox.add([Alert(*digests, drift.name, drift.summary, names | dict(drift.details)) for drift in found], sinks)
@@ -150,7 +153,7 @@ def _compared(
     return Night(message=message, dataset=current, page=page, has_drift=comparison.has_drift, problems=problems)
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
+def digest_of(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of a manifest: the same dataset has the same, wherever and whenever it was measured."""
     from attlas.extract.store.sealed import as_json
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ _MISSING_PACKAGE = re.compile(
     r"need to install ([\w-]+)|requires the ([\w-]+) library|`([\w-]+)` is required|pip install [`\"']?([\w-]+)|No module named '([\w-]+)",
     re.IGNORECASE,
 )
+_MAX_GROWTH = 64
 _MODULE_OF = {"protobuf": "google.protobuf", "g2p-en": "g2p_en"}
 _PACKAGES_FOR = {"sentencepiece": ("sentencepiece", "protobuf")}  # transformers needs both to read such a file
 
@@ -31,6 +33,7 @@ def load_tokenizer(name: str, path: str, options: Mapping[str, Any], settings: T
     """Load the tokenizer of a folder or hub model and apply the settings. Raises Refusal if there is none."""
     from transformers import AutoTokenizer
 
+    _refuse_growth(name, Path(path) / "tokenizer.json")
     arguments = {**settings.tokenizer_options, **options}
     if settings.max_length is not None:
         arguments["model_max_length"] = settings.max_length
@@ -48,6 +51,33 @@ def load_tokenizer(name: str, path: str, options: Mapping[str, Any], settings: T
     if settings.lower_case:
         _lower_case_first(tokenizer)
     return tokenizer
+
+
+def _refuse_growth(name: str, file: Path) -> None:
+    """Raise Refusal for a tokenizer whose replacements, one after the other, would make a text many times as long."""
+    if not file.is_file():
+        return
+    growth = _growth(read_json_object(file).get("normalizer"))
+    if growth > _MAX_GROWTH:
+        raise Refusal(
+            f"a tokenizer makes a text at most {_MAX_GROWTH} times as long before it splits it; the replacements in tokenizer.json of {name} "
+            f"make it {growth:.3g} times as long; repair it, or take another model"
+        )
+
+
+def _growth(normalizer: Any) -> float:
+    """How many times as long a text can become by the replacements of a normalizer."""
+    if not isinstance(normalizer, dict):
+        return 1.0
+    steps = normalizer.get("normalizers")
+    if isinstance(steps, list):
+        return math.prod(map(_growth, steps))
+    pattern, content = normalizer.get("pattern"), normalizer.get("content")
+    if not isinstance(content, str) or not isinstance(pattern, dict):
+        return 1.0
+    replaced = pattern.get("String")
+    # a regular expression may match a single character
+    return max(1.0, len(content) / max(1, len(replaced) if isinstance(replaced, str) else 1))
 
 
 def check_vocabulary(name: str, model: nn.Module, tokenizer: Any) -> None:

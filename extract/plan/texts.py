@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +12,7 @@ from attlas.extract.batching import windows
 from attlas.extract.corpus import Document, refuse_unreadable
 from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.model.special_tokens import SpecialTokens, special_tokens
+from attlas.extract.plan.encoding import encode
 from attlas.extract.plan.known import KnownCorpus
 from attlas.extract.plan.shards import Read
 from attlas.extract.plan.spool import Encoded, Spool
@@ -139,44 +140,3 @@ def _document_batches(corpus: Iterable[Document]) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, batch: list[Document], keep_text: bool) -> Iterator[Encoded | None]:
-    """The token ids of each document; None for a dropped one."""
-    texts = [document.text for document in batch if document.dropped_reason is None]
-    encoding: Any = {}
-    # tokenizers written in Python have no offsets
-    options: dict[str, Any] = {"return_offsets_mapping": True} if keep_text and tokenizer.is_fast else {}
-    if texts:
-        encoding = tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=False,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning that a text is too long for the model: it is cut into windows
-            **options,
-        )
-    rows = iter(range(len(texts)))
-    for document in batch:
-        if document.dropped_reason is not None:
-            yield None
-            continue
-        row = next(rows)
-        ids = np.array(encoding["input_ids"][row], np.int32)
-        yield Encoded(ids, _text_reader(tokenizer, document.text, encoding, row) if keep_text else None)
-
-
-def _text_reader(tokenizer: PreTrainedTokenizerBase, text: str, encoding: Any, row: int) -> Callable[[int, int], str]:
-    """A function from a range of tokens to their text: a slice of the document if the tokenizer gives offsets."""
-    if "offset_mapping" in encoding:
-        offsets = encoding["offset_mapping"][row]
-
-        def text_slice(first: int, last: int) -> str:
-            spans = [span for span in offsets[first:last] if span[0] < span[1]]
-            return text[min(s[0] for s in spans) : max(s[1] for s in spans)] if spans else ""
-
-        return text_slice
-    ids = encoding["input_ids"][row]
-    return lambda first, last: str(tokenizer.decode(ids[first:last]))

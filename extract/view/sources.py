@@ -34,7 +34,7 @@ from attlas.extract.model.inputs import batch_of, main_input
 from attlas.extract.model.modality import measured_part
 from attlas.extract.model.special_tokens import special_tokens
 from attlas.extract.options import RunOptions
-from attlas.extract.plan.texts import encode
+from attlas.extract.plan.encoding import encode
 from attlas.extract.shard import observe_batch
 from attlas.extract.view.content import Axis, Content
 from attlas.extract.view.labels import text_axis

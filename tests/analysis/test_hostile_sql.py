@@ -5,13 +5,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from attlas.analysis import query as query_module
-from attlas.analysis.query import QUERY_THREAD, query
+from attlas.analysis.query import QUERY_THREAD, query, query_rows
 from attlas.extract.store import Refusal
+from tests.conftest import Ended
 
 # a single value, inside whose computation DuckDB can't be interrupted; of this length it takes some seconds
 ONE_LONG_VALUE = "SELECT levenshtein(repeat('x', 40000), repeat('y', 40000))"
@@ -53,9 +55,34 @@ def test_a_time_limit_is_a_number_of_seconds_up_to_a_week(folder: Path, seconds:
 def test_a_result_is_refused_as_soon_as_it_is_too_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query_module, "_MAX_RESULT_BYTES", 1 << 24)
     start = time.monotonic()
-    with pytest.raises(Refusal, match=r"a query takes at most 4GB and its result .* that of this one is larger"):
+    with pytest.raises(Refusal, match=r"a query takes at most 4GB, .*; its result is larger .*--output"):
         query(folder, "SELECT * FROM range(100000000000)")
     assert time.monotonic() - start < 30
+
+
+def test_a_result_of_any_size_is_passed_on_batch_by_batch(folder: Path) -> None:
+    rows, at_first, most = 0, query_module._resident_bytes(), 0
+    for batch in query_rows(folder, "SELECT range AS a, range % 7 AS b FROM range(60000000)").batches:
+        rows += batch.num_rows
+        most = max(most, query_module._resident_bytes() - at_first)
+    assert rows == 60_000_000
+    assert most < 500 << 20  # of 960 MB
+
+
+def test_a_result_that_nobody_takes_to_its_end_stops_its_query(folder: Path) -> None:
+    rows = query_rows(folder, "SELECT * FROM range(100000000000)")
+    next(rows.batches)
+    del rows
+    start = time.monotonic()
+    wait_for_abandoned_queries()
+    assert time.monotonic() - start < 30
+
+
+def test_a_query_that_fails_late_leaves_no_file(attlas: Callable[..., Ended], folder: Path, tmp_path: Path) -> None:
+    sql = "SELECT CASE WHEN range < 20000000 THEN range ELSE error('late') END AS a FROM range(20000001)"
+    code, _, err = attlas("query", folder, sql, "--format", "csv", "--output", tmp_path / "rows.csv")
+    assert (code, err.count("\n")) == (2, 1) and "late" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_memory_that_duckdb_does_not_count_is_limited_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.query import query, write_result
+from attlas.analysis.result import Format, Rows
 from attlas.extract.store import Refusal
 
 
@@ -149,6 +150,44 @@ def test_sums_are_integers_and_repeated_names_are_told_apart(folder: Path) -> No
         "a_b_1_1",
         "a_b_2",
     ]
+
+
+@pytest.mark.parametrize(
+    ("sql", "kind"),
+    [
+        ("SELECT 170141183460469231731687303715884105727::HUGEINT AS a", pa.float64()),
+        ("SELECT sum(i) AS a FROM range(10) r(i)", pa.int64()),
+        ("SELECT 1.5 AS a", pa.float64()),
+        ("SELECT i::HUGEINT AS a FROM range(5000000) r(i)", pa.int64()),
+    ],
+)
+def test_decimals_of_duckdb_are_integers_or_floats(folder: Path, sql: str, kind: pa.DataType) -> None:
+    assert query(folder, sql).schema.field("a").type == kind
+
+
+def test_a_number_beyond_64_bits_that_comes_late_is_refused_with_what_to_do(folder: Path) -> None:
+    sql = "SELECT CASE WHEN i < 9000000 THEN i::HUGEINT ELSE i::HUGEINT * 1000000000000000 END AS a FROM range(9000100) r(i)"
+    with pytest.raises(Refusal, match=r"has at most 64 bits; .*; CAST\(… AS DOUBLE\) in the query"):
+        query(folder, sql)
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "parquet"])
+def test_rows_that_come_in_many_batches_read_back(form: Format) -> None:
+    batches = [
+        pa.record_batch({"a": range(start, start + 1000), "b": ["x,y"] * 1000}) for start in range(0, 300_000, 1000)
+    ]
+    stream = io.BytesIO()
+    write_result(Rows(batches[0].schema, iter(batches)), form, stream)
+    read = {"csv": pl.read_csv, "json": pl.read_json, "parquet": pl.read_parquet}[form]
+    back = read(io.BytesIO(stream.getvalue()))
+    assert back["a"].to_list() == list(range(300_000)) and back["b"].unique().to_list() == ["x,y"]
+
+
+@pytest.mark.parametrize(("form", "text"), [("csv", "a\n"), ("json", "[]\n")])
+def test_a_result_without_rows_is_whole(form: Format, text: str) -> None:
+    stream = io.StringIO()
+    write_result(pa.table({"a": pa.array([], pa.int64())}), form, stream)
+    assert stream.getvalue() == text
 
 
 RESULT = pa.table(

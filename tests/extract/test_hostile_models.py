@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from attlas.extract.errors import Refusal
 from attlas.extract.model.encoder import load_encoder
 from attlas.extract.model.folder import check_model_name
+from attlas.extract.run import run
 from tests.extract.checkpoints import model_of, save
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -168,3 +169,71 @@ def test_loading_a_folder_opens_no_connection(folder: Path, monkeypatch: pytest.
     entries = {"auto_map": {"AutoTokenizer": ["someone/model--code.Tokenizer", None]}, "name_or_path": "someone/model"}
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
     load(str(folder))
+
+
+# --- tokenizers
+
+
+def with_tokenizer(folder: Path, **parts: Any) -> Path:
+    """The folder with a tokenizer of words whose tokenizer.json has these parts."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[UNK]": 0, "a": 1, "b": 2, "[PAD]": 3}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")), unk_token="[UNK]", pad_token="[PAD]"
+    ).save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+    return folder
+
+
+def split_by(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+def run_refused(folder: Path, *texts: str) -> str:
+    corpus = folder.parent / "corpus"
+    corpus.mkdir()
+    for number, text in enumerate(texts):
+        (corpus / f"{number}.txt").write_text(text)
+    out = folder.parent / "out"
+    message = refusal_of(folder, lambda name: run(model=name, corpus=str(corpus), out=out, device="cpu"))
+    assert not (out / "manifest.json").exists()
+    return message
+
+
+@pytest.mark.parametrize("step", [{"String": "a"}, {"Regex": "a"}])
+def test_replacements_that_make_a_text_grow_without_end_are_refused_before_it_is_read(
+    folder: Path, step: dict[str, str]
+) -> None:
+    doubling = {"type": "Replace", "pattern": step, "content": "aa"}
+    with_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": [doubling] * 60})
+    message = refusal_of(folder, load)
+    assert message.startswith("a tokenizer makes a text at most 64 times as long before it splits it; ")
+    assert "make it 1.15e+18 times as long" in message
+
+
+def test_ordinary_replacements_are_no_growth(folder: Path) -> None:
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    quote = {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}
+    with_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": [space, quote] * 20})
+    load(str(folder))
+
+
+def test_a_document_at_which_a_tokenizer_fails_is_named(folder: Path) -> None:
+    with_tokenizer(folder, pre_tokenizer=split_by("(a+)+$"))
+    message = run_refused(folder, "a b a", "a" * 60 + "!", "b")
+    assert message.startswith(
+        "a tokenizer reads any text; this one fails at 1.txt (PanicException: Onig: Regex search "
+    )
+
+
+def test_a_tokenizer_that_takes_hours_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attlas.extract.plan.encoding._SECONDS", 0)
+    monkeypatch.setattr("attlas.extract.plan.encoding._CHARACTERS_PER_SECOND", 100_000)
+    with_tokenizer(folder, pre_tokenizer=split_by("(?=.*b)a"))  # its time grows with the square of the length
+    message = run_refused(folder, "a" * 100_000)
+    assert message.startswith(
+        "a tokenizer reads 100,000 characters a second at least; this one has been reading 0.txt for 1 s; "
+    )

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import shutil
 import signal
 import stat
 import subprocess
@@ -172,12 +171,9 @@ def time_of(run: dict[str, Any]) -> str:
 def test_a_scheduled_night_is_compared_with_the_baseline_and_told_once(
     real_server: dict[str, str], model: Path, tmp_path: Path
 ) -> None:
-    from tests.flows.test_watching import House
+    from tests.flows.test_watching import new_house
 
-    shutil.copytree(model, tmp_path / "model")
-    (tmp_path / "corpus").mkdir()
-    house = House(tmp_path, tmp_path / "model")
-    house.add(*range(12))
+    house = new_house(model, tmp_path, tmp_path)
     run_file = tmp_path / "watched.toml"
     run_file.write_text('model = "model"\ncorpus = "corpus"\nout = "nights"\nmax_length = 16\nengine = "reference"\n')
     watch = [sys.executable, "-m", "attlas.flows.cli", "watch", str(run_file), "--columns", "entropy_nats"]
@@ -200,8 +196,8 @@ def test_a_scheduled_night_is_compared_with_the_baseline_and_told_once(
             served.wait(60)
         log.seek(0)
         output = log.read()
-    (baseline,) = (house.nights.baseline or "",)
-    name = Path(baseline).name
+    assert house.nights.baseline is not None
+    name = house.nights.baseline.name
     assert unchanged["state"]["message"] == f"skipped: nothing is new since {name.removesuffix('@1')}"
     assert grown["state"]["message"].startswith(f"{name.removesuffix('@1')}@2 against {name}: 0 of ")
     said = rf"\S+@1 against {name}: \d+ of \d+ changed; webhook:HOOK does not answer \(ConnectError\); its alerts wait in .+"

@@ -142,6 +142,27 @@ def test_another_checkpoint_drifts_and_is_told_exactly_once(house: House) -> Non
     assert house.alerts == told
 
 
+@pytest.mark.parametrize("step", ["attlas.analysis.compare.compare", "attlas.flows.outbox.Outbox.add"])
+def test_a_night_that_ends_before_its_alerts_are_written_is_made_up_for(
+    house: House, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    house.night(0, accept=True)
+    house.perturb()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(step, killed)
+        house.night(1)
+    assert house.alerts == []
+    house.measured.clear()
+    assert house.night(2).has_drift
+    assert "drift: heads" in {alert["finding"] for alert in house.alerts}
+    assert [run.out for run in house.measured] == [
+        house.nights.finished[1]
+    ]  # which is there: nothing is measured again
+
+
 def test_a_late_night_tells_nobody_and_is_not_the_latest(house: House) -> None:
     house.night(5, accept=True)
     house.perturb()
