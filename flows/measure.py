@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.futures import as_completed
 
-from attlas.extract.errors import CaptureError, Damaged, Refusal
+from attlas.extract.errors import CaptureError, Damaged, Refusal, first_line
 from attlas.flows.analyze import report
 from attlas.flows.config import Run
 from attlas.flows.interrupts import Stopped, measuring_shards, stopped_by_signals
@@ -20,7 +20,7 @@ from attlas.flows.measuring import advance, show_measuring, using_display, work_
 from attlas.flows.places import Place
 from attlas.flows.progress import Display, Work, count_of, display
 from attlas.flows.runners import Runner, is_in_this_process, share_machine, task_runner
-from attlas.flows.server import prefect_connected, temporary_server
+from attlas.flows.server import forget_logs_and_events, is_lost_connection, prefect_connected, temporary_server
 
 if TYPE_CHECKING:
     from attlas.extract.instrument import Instrument
@@ -167,16 +167,42 @@ def measure_locally(run: Run, *, show: Display, runner: Runner | None = None) ->
             with prefect_connected(server):
                 if server:
                     show.stage("server", 1, 1)
-                return (measure if runner is None else measure.with_options(task_runner=runner))(run)
+                try:
+                    return (measure if runner is None else measure.with_options(task_runner=runner))(run)
+                except Exception as error:
+                    if not is_lost_connection(error):
+                        raise
+                    show.note(f"the Prefect server does not answer any more ({first_line(error)}); going on without it")
+                    return _without_server(run)
         finally:
             release(run)
 
 
+def _without_server(run: Run) -> Path | str:
+    """Measure what is left of a run in this process, and complete the dataset and its report, without Prefect."""
+    from attlas.extract.run import measure_shard, two_at_a_time
+
+    forget_logs_and_events()
+    _release_plan(run)
+    planned = plan_run(run)
+    if planned.plan is not None:
+        worker = planned.open_worker()
+        with measuring_shards():
+            two_at_a_time(partial(show_measuring, partial(measure_shard, worker), worker), planned.remaining)
+        write_manifest.fn(run)
+    return report.fn(run.out)
+
+
 def release(run: Run) -> None:
     """Release the model of a run, and the lock on its folder if this thread holds it."""
+    _release_plan(run)
+    instruments.clear()
+
+
+def _release_plan(run: Run) -> None:
+    """Release all but the model."""
     from attlas.extract.store import Store
 
     plan_run.cache_clear()
     _open_worker.cache_clear()
-    instruments.clear()
     Store.at(run.out).unlock()

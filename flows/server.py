@@ -6,6 +6,7 @@ outlives a killed run. This one starts while the model loads, and exits when the
 
 import logging
 import os
+import queue
 import secrets
 import shutil
 import socket
@@ -16,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from http.client import HTTPException
 from typing import IO, Any
 
@@ -162,18 +163,50 @@ def _deliver_logs_and_events() -> None:
         worker.drain_all(timeout=5)
 
 
+def is_lost_connection(error: BaseException | None) -> bool:
+    """Whether an error comes from a server that can't be reached."""
+    import httpx
+
+    while error is not None:
+        if isinstance(error, httpx.TransportError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def forget_logs_and_events() -> None:
+    """Drop what waits for a server that is gone; Prefect would try each event for 7 s before the process ends."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        for service in tuple(worker._instances.values()):  # pyright: ignore[reportPrivateUsage]
+            with suppress(queue.Empty):
+                while True:
+                    service._queue.get_nowait()  # pyright: ignore[reportPrivateUsage]
+
+
 def show_only_errors() -> None:
     """Reduce Prefect's messages on the terminal to failures that are retried, without tracebacks.
 
     The command itself reports the result of the run; --debug shows everything.
     """
     redundant = ("Finished in state", "Encountered exception during execution", "Crash detected! Execution was aborted")
+    undelivered = "Service 'EventsWorker' failed to process item"
+    is_told = False
 
     def is_relevant(record: logging.LogRecord) -> bool:
+        nonlocal is_told
         record.exc_info = record.exc_text = None
-        return not record.getMessage().startswith(redundant)
+        message = record.getMessage()
+        if not message.startswith(undelivered):
+            return not message.startswith(redundant)
+        is_new, is_told = not is_told, True
+        record.msg, record.args = "the Prefect server does not answer; what happens meanwhile may be missing there", ()
+        return is_new
 
-    for handler in logging.getLogger().handlers:
+    # this logger does not pass on what it is told
+    for handler in (*logging.getLogger().handlers, *logging.getLogger("prefect._internal").handlers):
         handler.addFilter(is_relevant)
 
 

@@ -56,12 +56,16 @@ def real_server(prefect_environment: dict[str, str]) -> Iterator[dict[str, str]]
         yield environment
 
 
-@contextlib.contextmanager
-def started_prefect_server(environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """`prefect server start` in an environment; the environment that refers to it."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started_prefect_server(environment: dict[str, str], port: int | None = None) -> Iterator[dict[str, str]]:
+    """`prefect server start` in an environment, at a free port by default; the environment that refers to it."""
+    port = port or free_port()
     command = [
         sys.executable,
         "-m",
