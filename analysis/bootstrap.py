@@ -30,7 +30,9 @@ def bootstrap_estimates(
     prepare: RowFilter = lambda rows: rows,
 ) -> pl.DataFrame:
     """Like `estimates`, of a table's rows, with percentile intervals and standard errors from resampled documents."""
-    found = estimates(summarize_rows(dataset, table, columns, by, prepare=prepare), by).collect()
+    found = estimates(
+        summarize_rows(dataset, table, columns, by, prepare=prepare), by, min_documents=dataset.min_documents
+    ).collect()
     parts = document_sums(dataset, table, columns, by, prepare=prepare)
     return with_bootstrap(found, parts, by, replicates=replicates, seed=seed, confidence=confidence)
 

@@ -19,21 +19,38 @@ from attlas.extract.tables.own import column_of_facts
 
 @dataclass(frozen=True)
 class Dataset:
-    """A finished dataset: its storage and its manifest."""
+    """A finished dataset: its storage and its manifest.
+
+    min_documents: analyses give no numbers of fewer documents, and exports pool so many.
+    """
 
     storage: Storage
     manifest: Mapping[str, Any]
+    min_documents: int = 1
     _schemas: dict[str, pa.Schema] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, location: Location) -> Dataset:
+    def open(cls, location: Location, *, min_documents: int = 1) -> Dataset:
         """Open a finished dataset: a folder, or the URL of one in an object store.
 
         Its `tables` are names, `manifest` is what was measured and how, and `scan("heads")` is a Polars LazyFrame: a row for each
         sequence × stack × layer × head, numbered from 0, with float32 columns whose units are in their names or `attlas stats`.
-        Raises Refusal if the run is unfinished, the folder is not a dataset, or the manifest is damaged.
+        min_documents: so that readers learn nothing of single documents, analyses give no numbers that fewer than so many stand behind.
+        Raises Refusal if the run is unfinished, the folder is not a dataset, the manifest is damaged, or there are too few documents.
         """
-        return cls(*open_dataset(location))
+        dataset = cls(*open_dataset(location), min_documents)
+        if min_documents != 1:
+            dataset._refuse_few_documents()
+        return dataset
+
+    def _refuse_few_documents(self) -> None:
+        corpus = self.manifest["corpus"]
+        measured = corpus["documents"] - sum((corpus.get("dropped") or {}).values())
+        if not 1 <= self.min_documents <= measured:
+            raise Refusal(
+                f"--min-documents is at least 1 and at most the number of measured documents, {measured:,} in {self.storage.place()}; "
+                f"got {self.min_documents:,}; use another number"
+            )
 
     @property
     def tables(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.entropy import bin_edges, position_means
+from attlas.analysis.entropy import bin_edges, is_reached, position_means
 from attlas.analysis.heads import HEAD, head_means
 
 _BINS = range(-32, 33)  # of the profile offset
@@ -53,6 +53,7 @@ def offset_profile(dataset: Dataset, *, by: tuple[str, ...] = HEAD) -> pl.LazyFr
     return (
         shares.filter(pl.col("count") > 0)
         .join(bin_edges(), on="bin")
+        .filter(is_reached(dataset))
         .select(
             *by,
             "bin",

@@ -38,7 +38,7 @@ def outlying_documents(dataset: Dataset) -> pl.DataFrame:
     Columns: `stack, column, document_id, source, content_tokens, mean`; `median`, of the documents' means; `score`, the modified
     z-score, null for documents under MIN_TOKENS tokens, which do not count for the median, and where at least half of the
     documents have the same mean; `is_outlier`; `rows`, the measured rows of all heads together. Reads the rows of
-    `heads` once, part by part.
+    `heads` once, part by part. No rows if the dataset was opened with min_documents.
     """
     (sums,) = summarize_together(dataset, "heads", [document_grouping(dataset)])
     return outliers_of(dataset, sums)
@@ -58,7 +58,8 @@ def outliers_of(dataset: Dataset, sums: pl.LazyFrame) -> pl.DataFrame:
     deviation = pl.col("mean") - pl.col("median")
     spread = deviation.abs().filter(is_long).median().over(_OF_STACK)
     return (
-        sums.join(facts, on="document_id")
+        sums.filter(dataset.min_documents == 1)
+        .join(facts, on="document_id")
         .with_columns(median=median)
         .with_columns(score=pl.when(is_long & (spread > 0)).then(NORMAL_MAD * deviation / spread))
         .select(
@@ -87,7 +88,7 @@ def outliers_of(dataset: Dataset, sums: pl.LazyFrame) -> pl.DataFrame:
 def dropped_documents(dataset: Dataset) -> pl.DataFrame:
     """Documents that gave nothing to measure: `document_id, source, characters` and `dropped_reason`, in corpus order.
 
-    `dataset.manifest["corpus"]["dropped"]` counts them by kind of reason.
+    `dataset.manifest["corpus"]["dropped"]` counts them by kind of reason. No rows if the dataset was opened with min_documents.
     """
-    dropped = dataset.scan("documents").filter(pl.col("dropped_reason").is_not_null())
+    dropped = dataset.scan("documents").filter(pl.col("dropped_reason").is_not_null() & (dataset.min_documents == 1))
     return dropped.select("document_id", "source", "characters", "dropped_reason").sort("document_id").collect()

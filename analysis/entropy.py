@@ -37,7 +37,7 @@ def entropy_by_head(dataset: Dataset) -> pl.DataFrame:
 def entropy_by_layer(dataset: Dataset, heads: pl.DataFrame | None = None) -> pl.DataFrame:
     """Entropy columns with intervals, a row per layer, pooled over its heads. heads: those to pool, all by default."""
     (sums,) = summarize_together(dataset, "heads", [layer_grouping(heads)])
-    return means_by_layer(sums)
+    return means_by_layer(sums, min_documents=dataset.min_documents)
 
 
 def layer_grouping(heads: pl.DataFrame | None = None) -> Grouping:
@@ -46,9 +46,10 @@ def layer_grouping(heads: pl.DataFrame | None = None) -> Grouping:
     return Grouping(COLUMNS, _LAYER, lambda rows: rows if chosen is None else rows.join(chosen, on=HEAD, how="semi"))
 
 
-def means_by_layer(sums: pl.LazyFrame, *, comparisons: int = 1) -> pl.DataFrame:
+def means_by_layer(sums: pl.LazyFrame, *, comparisons: int = 1, min_documents: int = 1) -> pl.DataFrame:
     """Of sums by `layer_grouping`. comparisons: how many of the intervals of a column hold together (Bonferroni)."""
-    return wide(estimates(sums, _LAYER, comparisons=comparisons).collect(), _LAYER, COLUMNS)
+    found = estimates(sums, _LAYER, comparisons=comparisons, min_documents=min_documents)
+    return wide(found.collect(), _LAYER, COLUMNS)
 
 
 def entropy_by_length(dataset: Dataset) -> pl.DataFrame:
@@ -57,7 +58,7 @@ def entropy_by_length(dataset: Dataset) -> pl.DataFrame:
     The length of a sequence bounds its entropy, so means are only comparable between sequences of similar length.
     """
     (sums,) = summarize_together(dataset, "heads", [length_grouping(dataset)])
-    return means_by_length(sums)
+    return means_by_length(sums, min_documents=dataset.min_documents)
 
 
 def length_grouping(dataset: Dataset) -> Grouping:
@@ -67,9 +68,9 @@ def length_grouping(dataset: Dataset) -> Grouping:
     return Grouping(COLUMNS, _STRATUM, lambda rows: rows.join(lengths, on="sequence_id"))
 
 
-def means_by_length(sums: pl.LazyFrame) -> pl.DataFrame:
+def means_by_length(sums: pl.LazyFrame, *, min_documents: int = 1) -> pl.DataFrame:
     upper = pl.lit(2).pow(pl.col("stratum") + _SHORTEST).cast(pl.Int64)
-    return wide(estimates(sums, _STRATUM).collect(), _STRATUM, COLUMNS).with_columns(
+    return wide(estimates(sums, _STRATUM, min_documents=min_documents).collect(), _STRATUM, COLUMNS).with_columns(
         tokens_low=pl.when(pl.col("stratum") == 0).then(1).otherwise(upper // 2 + 1), tokens_high=upper
     )
 
@@ -90,9 +91,19 @@ def position_means(dataset: Dataset, profile: str, *, by: tuple[str, ...]) -> pl
     )
     return (
         merged.join(bin_edges(), on="bin")
+        .filter(is_reached(dataset))
         .select(*by, "bin", "low", "high", (pl.col("sum") / pl.col("rows")).alias("mean"), "rows")
         .sort(*by, "bin")
     )
+
+
+def is_reached(dataset: Dataset) -> pl.Expr:
+    """Whether a bin of positions or signed distances, `low` to `high`, lies within sequences of min_documents documents."""
+    if dataset.min_documents == 1:
+        return pl.lit(True)
+    longest = dataset.scan("sequences").group_by("document_id").agg(pl.col("tokens").max()).collect()["tokens"]
+    reached = longest.sort(descending=True)[dataset.min_documents - 1]
+    return pl.min_horizontal(pl.col("low").abs(), pl.col("high").abs()) < reached
 
 
 def bin_edges() -> pl.LazyFrame:

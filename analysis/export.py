@@ -30,6 +30,7 @@ def export(
     columns: Sequence[str] | None = None,
     form: Form = "long",
     mixed_model: str | None = None,
+    min_documents: int = 1,
 ) -> Path:
     """Write means of documents, or the rows of a mixed model, to a CSV or Parquet file, and return its path.
 
@@ -44,13 +45,20 @@ def export(
     `head` (or `site`) as a name such as L4H10, the statistic itself, `weight`, `tokens`, `log_tokens` (natural) and `share_special`
     (of the tokens). Sequences without a value are left out.
 
+    min_documents: if it is more than 1, so many consecutive documents are pooled in a `group`, which takes the place of `document_id` and
+    `source`, with its number of `documents`. Means that fewer of them have a value for are left out.
+
     Raises Refusal for a table or column that the dataset does not have, and for a file that can't be written.
     """
     path = Path(output)
     refuse_other_suffix(path)
     if form not in ("long", "wide"):
         raise Refusal(f"a form is long or wide; got {form!r}; choose one of them")
-    dataset = Dataset.open(location)
+    dataset = Dataset.open(location, min_documents=min_documents)
+    if mixed_model is not None and min_documents > 1:
+        raise Refusal(
+            "the rows of a mixed model are of single sequences; got --min-documents too; leave one of them out"
+        )
     names = _columns(dataset, table, columns if mixed_model is None else [mixed_model])
     if mixed_model is not None:
         frames = sequence_rows(dataset, table, mixed_model)
@@ -63,23 +71,32 @@ def export(
 
 
 def document_means(dataset: Dataset, table: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """Means of documents in long form. A document that lies in several parts comes with its last one."""
+    """Means of documents, or of groups of min_documents, in long form. One that lies in several parts comes with its last part."""
     by = dataset.table(table).places
-    keys, facts = ["document_id", *by, "column"], _documents(dataset)
-    order = pl.Enum(columns)
-    last_parts = _last_parts(dataset, table)
+    facts, members = _facts_of_units(dataset)
+    unit = facts.columns[0]
+    keys, order = [unit, *by, "column"], pl.Enum(columns)
+    last_parts = _last_parts(dataset, table).join(members, on="document_id").group_by(unit).agg(pl.col("part").max())
+    weight = pl.col(WEIGHT).sum()
     unfinished: list[pl.DataFrame] = []
     for number, sums in enumerate(document_sums(dataset, table, columns, by)):
-        weighed = sums.select(*keys, WEIGHT, total=pl.col(WEIGHT) * pl.col("mean"))
-        found = pl.concat([*unfinished, weighed]).group_by(keys).agg(pl.col(WEIGHT, "total").sum())
-        is_done = pl.col("document_id").is_in(last_parts.filter(pl.col("part") <= number)["document_id"].implode())
-        unfinished = [found.filter(~is_done)]
+        weighed = sums.select("document_id", *by, "column", WEIGHT, total=pl.col(WEIGHT) * pl.col("mean"))
+        # members are still apart, so that those with a value can be counted
+        found = (
+            pl.concat([*unfinished, weighed]).group_by("document_id", *by, "column").agg(weight, pl.col("total").sum())
+        )
+        of_units = found.join(members, on="document_id")
+        is_done = pl.col(unit).is_in(last_parts.filter(pl.col("part") <= number)[unit].implode())
+        unfinished = [of_units.filter(~is_done).select(found.columns)]
         yield (
-            found.filter(is_done)
-            .with_columns(pl.col("column").cast(order), value=pl.col("total") / pl.col(WEIGHT))
+            of_units.filter(is_done)
+            .group_by(keys)
+            .agg(weight, value=pl.col("total").sum() / weight, known=pl.len())
+            .filter(pl.col("known") >= dataset.min_documents)
+            .with_columns(pl.col("column").cast(order))
             .sort(keys)
             .with_columns(pl.col("column").cast(pl.String))
-            .join(facts, on="document_id", how="left", maintain_order="left")
+            .join(facts, on=unit, how="left", maintain_order="left")
             .select(*facts.columns, *by, "column", "value", WEIGHT)
         )
 
@@ -126,15 +143,29 @@ def _widen(frame: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
     return frame.group_by(keys, maintain_order=True).agg(pl.col(WEIGHT).max(), *of_column)
 
 
-def _documents(dataset: Dataset) -> pl.DataFrame:
-    """Of each measured document `document_id`, `source`, `sequences` and `tokens`."""
+def _facts_of_units(dataset: Dataset) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """What is known of the rows' units, by their number in the first column, and the unit of each document.
+
+    Units are documents, with `source`, `sequences` and `tokens`; or groups of min_documents consecutive ones, the last of which has the rest
+    too, with `documents`, `sequences` and `tokens`.
+    """
     tokens = dataset.scan("sequences").group_by("document_id").agg(pl.col("tokens").sum())
-    return (
+    documents = (
         dataset.scan("documents")
         .join(tokens, on="document_id")
         .select("document_id", "source", "sequences", "tokens")
+        .sort("document_id")
         .collect()
     )
+    if dataset.min_documents == 1:
+        return documents, documents.select("document_id")
+    number = pl.int_range(pl.len(), dtype=pl.Int64) // dataset.min_documents
+    last = documents.height // dataset.min_documents - 1
+    members = documents.with_columns(group=number.clip(upper_bound=last))
+    facts = members.group_by("group").agg(
+        documents=pl.len(), sequences=pl.col("sequences").sum(), tokens=pl.col("tokens").sum()
+    )
+    return facts.sort("group"), members.select("document_id", "group")
 
 
 def _last_parts(dataset: Dataset, table: str) -> pl.DataFrame:

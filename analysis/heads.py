@@ -24,7 +24,7 @@ HEAD = ("stack", "layer", "head")
 
 def head_estimates(dataset: Dataset, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """Row-weighted means with intervals, a row for each head and column: `stack, layer, head, column` and ESTIMATES."""
-    return estimates(summaries(dataset, "heads", columns), HEAD).collect()
+    return estimates(summaries(dataset, "heads", columns), HEAD, min_documents=dataset.min_documents).collect()
 
 
 def head_means(dataset: Dataset, columns: Sequence[str] | None = None) -> pl.DataFrame:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 NOTE_FEW = "fewer than 2 documents: an estimate without an interval"
+NOTE_HIDDEN = "fewer than {} documents: not shown"
 NOTE_UNEQUAL = "documents so unequal that they count as fewer than 2: an estimate without an interval"
 MEANS = ("estimate", "se", "documents", "effective_documents", "rows")
 _SUFFIXES = {"estimate": "", "low": "_low", "high": "_high", "se": "_se"}
@@ -28,21 +29,33 @@ ESTIMATES = ("estimate", "low", "high", "se", "documents", "effective_documents"
 
 
 def estimates(
-    summaries: pl.LazyFrame, by: Sequence[str], *, confidence: float = CONFIDENCE, comparisons: int = 1
+    summaries: pl.LazyFrame,
+    by: Sequence[str],
+    *,
+    confidence: float = CONFIDENCE,
+    comparisons: int = 1,
+    min_documents: int = 1,
 ) -> pl.LazyFrame:
     """Means and intervals of sums over documents: `by`, `column` and ESTIMATES, sorted by them.
 
     comparisons: how many intervals hold together with this confidence (Bonferroni). `rows` is the weight of a mean: measured rows,
-    or tokens. Intervals are null, with a note, for documents that count as fewer than 2.
+    or tokens. Intervals are null, with a note, for documents that count as fewer than 2, and everything is of fewer than min_documents.
     """
     found = jackknife(summaries, [*by, "column"])
     few = pl.col("documents") < 2
     note = pl.when(few).then(pl.lit(NOTE_FEW)).when(pl.col("se").is_null()).then(pl.lit(NOTE_UNEQUAL))
-    return (
-        found.with_columns(*_interval(confidence, comparisons), note=note)
-        .select(*by, "column", *ESTIMATES)
-        .sort(*by, "column")
-    )
+    rows = found.with_columns(*_interval(confidence, comparisons), note=note).select(*by, "column", *ESTIMATES)
+    return _without_small_cells(rows, min_documents).sort(*by, "column")
+
+
+def _without_small_cells(rows: pl.LazyFrame, min_documents: int) -> pl.LazyFrame:
+    """Estimates of which those of too few documents say only that."""
+    if min_documents <= 1:
+        return rows
+    is_shown = pl.col("documents") >= min_documents
+    note = pl.when(is_shown).then("note").otherwise(pl.lit(NOTE_HIDDEN.format(min_documents)))
+    numbers = [pl.when(is_shown).then(name).alias(name) for name in ESTIMATES if name != "note"]
+    return rows.with_columns(*numbers, note=note)
 
 
 def simultaneous(found: pl.DataFrame, *, comparisons: int, confidence: float = CONFIDENCE) -> pl.DataFrame:

@@ -117,7 +117,7 @@ def removal_effects(dataset: Dataset) -> pl.DataFrame:
     tokens = dataset.scan("sequences").select("sequence_id", weight=pl.col("tokens").cast(pl.Float64))
     rows = dataset.scan("ablations").filter(pl.col("part") == "head").join(tokens, on="sequence_id")
     sums = pl.concat(_document_sums(rows, effect) for effect in EFFECTS)
-    return wide(estimates(sums, HEAD).collect(), HEAD, EFFECTS)
+    return wide(estimates(sums, HEAD, min_documents=dataset.min_documents).collect(), HEAD, EFFECTS)
 
 
 def reason_not_ablated(dataset: Dataset) -> str | None:

@@ -40,7 +40,7 @@ def residual_through_depth(
 
 def site_estimates(dataset: Dataset, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """The same means, a row for each site and column: `stack, layer, site, column` and ESTIMATES."""
-    return estimates(summaries(dataset, "residual", columns), SITE).collect()
+    return estimates(summaries(dataset, "residual", columns), SITE, min_documents=dataset.min_documents).collect()
 
 
 def in_order(sites: pl.DataFrame, *, before: tuple[str, ...] = ()) -> pl.DataFrame:

@@ -208,7 +208,9 @@ def _tests(
 def _values(member: Member, table: str, columns: Sequence[str], alpha: float) -> pl.DataFrame:
     """Means and intervals of a dataset, from its summaries."""
     by = member.dataset.table(table).places
-    found = estimates(summaries(member.dataset, table, columns), by, confidence=1 - alpha)
+    found = estimates(
+        summaries(member.dataset, table, columns), by, confidence=1 - alpha, min_documents=member.dataset.min_documents
+    )
     return found.with_columns(step=pl.lit(member.step), dataset=pl.lit(member.name)).collect()
 
 

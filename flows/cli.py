@@ -316,6 +316,16 @@ app.command(name="run")(with_run_options(run))
 app.command(name="repair")(with_run_options(repair))
 
 
+MinDocuments = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Show no numbers that fewer documents stand behind; an export pools so many.",
+        show_default=False,
+    ),
+]
+
+
 @app.command()
 def report(
     dataset: Dataset,
@@ -327,10 +337,13 @@ def report(
         Path | None, typer.Option(help="The file to write. [default: DIR/report.html, or comparison.html in B]")
     ] = None,
     form: Annotated[str, typer.Option("--format", metavar="html|json", help="The page, or its numbers.")] = "html",
+    min_documents: MinDocuments = 1,
 ) -> None:
     """Write the analyses to one self-contained HTML page, and show the key tables; or a page that compares two datasets."""
     chosen = _output_format(form, ("html", "json"))
     if other is not None:
+        if min_documents != 1:
+            raise Refusal("--min-documents is of the report of one dataset; got two; leave one of them out")
         _report_comparison(dataset, other, output, form=chosen)
         return
     from attlas.analysis.columns import console_for
@@ -338,9 +351,9 @@ def report(
     from attlas.analysis.report import save_report
 
     if chosen == "json":
-        _write_json(open_report(dataset).numbers(), output)
+        _write_json(open_report(dataset, min_documents=min_documents).numbers(), output)
         return
-    found, page = save_report(dataset, output)
+    found, page = save_report(dataset, output, min_documents=min_documents)
     console_for(sys.stdout).print(found.terminal(), crop=False)
     _show_paths(report=page)
 
@@ -467,6 +480,7 @@ def export(
         str | None,
         typer.Option(metavar="COLUMN", help="A row per sequence instead, as statsmodels and lme4 take it."),
     ] = None,
+    min_documents: MinDocuments = 1,
 ) -> None:
     """Write means of documents to CSV or Parquet, a row per document and head, for statistics software."""
     from attlas.analysis.export import export as export_dataset
@@ -475,7 +489,15 @@ def export(
     if mixed_model is not None and (names is not None or wide):
         raise Refusal("--mixed-model has one column; --columns and --wide do not apply; leave them out")
     form = "wide" if wide else "long"
-    written = export_dataset(dataset, output, table=table, columns=names, form=form, mixed_model=mixed_model)
+    written = export_dataset(
+        dataset,
+        output,
+        table=table,
+        columns=names,
+        form=form,
+        mixed_model=mixed_model,
+        min_documents=min_documents,
+    )
     _show_paths(export=written)
 
 

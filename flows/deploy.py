@@ -52,7 +52,8 @@ def scheduled(run_file: Path, keep: int | None = None, watch: Watch | None = Non
     nights.add(run.out, inputs)
     gone = nights.keep(keep)
     removed = f"; removed {', '.join(map(name_of_place, gone))}" if gone else ""
-    return Completed(message=f"measured {run.corpus} with {run.model} into {run.out}{removed}", data=page)
+    said = [f"measured {run.corpus} with {run.model} into {run.out}{removed}", *nights.problems()]
+    return Completed(message="; ".join(said), data=page)
 
 
 def _watched(run: Run, run_file: Path, watch: Watch, keep: int | None) -> "State[Any]":

@@ -93,6 +93,18 @@ class Nights:
         """Whether no later night is finished."""
         return all(name_of_place(other) <= name_of_place(dataset) for other in self.finished)
 
+    def problems(self) -> list[str]:
+        """What is wrong with the nights here, in sentences."""
+        ahead = [
+            name_of_place(night) for night in self.finished if name_of_place(night) > folder_name(datetime.now(UTC))
+        ]
+        if not ahead:
+            return []
+        return [
+            f"{ahead[-1]} is yet to come, by the clock of this machine, and until then every night counts as late: it is not the latest, "
+            f"and nobody is told; set the clock, or rename or delete {inside(self.root, ahead[-1])}"
+        ]
+
     def add(self, dataset: Place, inputs: str | None) -> None:
         """Point `latest` to a finished dataset, unless a later one is there, and note what it was made from."""
         if not self.is_newest(dataset):

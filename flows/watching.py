@@ -37,7 +37,7 @@ class Night:
     dataset: Generation | None = None
     page: Path | str | None = None
     has_drift: bool = False
-    problems: tuple[str, ...] = ()  # with sinks
+    problems: tuple[str, ...] = ()  # with sinks and the clock
 
 
 def watch_night(
@@ -53,6 +53,11 @@ def watch_night(
     own. Nothing is measured if nothing has changed. folder: to which files of alerts are relative. Raises Refusal.
     """
     nights = Nights.of(run)
+    found = _watch_night(run, watch, nights, folder=folder, measure=measure)
+    return replace(found, problems=(*found.problems, *nights.problems()))
+
+
+def _watch_night(run: Run, watch: Watch, nights: Nights, *, folder: Path, measure: Callable[[Run], Any]) -> Night:
     sinks = [sink_named(name, folder=folder) for name in watch.alerts]
     outbox = Outbox(inside(nights.root, "outbox"))
     compared_before = _held(nights, watch)

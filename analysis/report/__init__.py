@@ -68,28 +68,30 @@ class Report:
         return numbers_of(self.content)
 
 
-def report(location: Location) -> Report:
+def report(location: Location, *, min_documents: int = 1) -> Report:
     """Run the analyses of a finished dataset. `.save()` writes them as a page; a notebook shows it.
 
-    Raises Refusal for a damaged dataset.
+    min_documents: numbers of fewer documents are not shown. Raises Refusal for a damaged dataset, and one of fewer documents.
     """
     from attlas.analysis.damage import refuse_if_damaged
     from attlas.analysis.dataset import Dataset
     from attlas.analysis.report.content import gather
 
-    dataset = Dataset.open(location)
+    dataset = Dataset.open(location, min_documents=min_documents)
     with refuse_if_damaged(dataset):
         return Report(dataset, gather(dataset))
 
 
-def save_report(location: Location, out: Path | str | None = None) -> tuple[Report, Path | str]:
+def save_report(
+    location: Location, out: Path | str | None = None, *, min_documents: int = 1
+) -> tuple[Report, Path | str]:
     """Write the report of a finished dataset as one self-contained HTML page, by default report.html in its folder.
 
     Returns the report, and the path of the page, or its URL in an object store. Raises Refusal before the analyses are run if the page
     can't be written there.
     """
     _refuse_page(location, out)
-    found = report(location)
+    found = report(location, min_documents=min_documents)
     return found, found.save(out)
 
 

@@ -47,6 +47,7 @@ class Content:
     of sites by column. `overall` and `layers` are of heads that are not at rest; the intervals of layers hold together.
     `no_kinds`: why heads have no kinds, if they have none. `chance`: how chance levels are known. `similarities`: by patterns, or by
     offsets where these were not compared. `candidates`: for pruning;
+    `sequence_tokens`: the shortest and the longest sequence, or such that min_documents documents have none longer or shorter.
     `correlations`: of their proxies with what removing heads changes, None if that was not measured. `documents_scored`: how far each
     document is from the others.
     """
@@ -72,6 +73,7 @@ class Content:
     no_kinds: str | None
     chance: pl.DataFrame
     sequence_tokens: tuple[int, int]
+    min_documents: int = 1
     damage: Sequence[str] = ()
 
     @property
@@ -126,6 +128,7 @@ class _OfRows:
 
 def _of_rows(dataset: Dataset, awake: pl.DataFrame) -> _OfRows:
     """All of it in one pass."""
+    least = dataset.min_documents
     chosen, stack = awake.select(HEAD).lazy(), ("stack",)
     classes = Grouping(CLASSES, stack, lambda rows: rows.join(chosen, on=HEAD, how="semi"))
     groupings = [classes, layer_grouping(awake), length_grouping(dataset), document_grouping(dataset)]
@@ -135,9 +138,9 @@ def _of_rows(dataset: Dataset, awake: pl.DataFrame) -> _OfRows:
         dataset, "heads", groupings, asides
     )
     return _OfRows(
-        overall=wide(estimates(of_classes, stack).collect(), stack, CLASSES),
-        layers=means_by_layer(of_layers, comparisons=awake.select(LAYER).n_unique()),
-        lengths=means_by_length(of_lengths),
+        overall=wide(estimates(of_classes, stack, min_documents=least).collect(), stack, CLASSES),
+        layers=means_by_layer(of_layers, comparisons=awake.select(LAYER).n_unique(), min_documents=least),
+        lengths=means_by_length(of_lengths, min_documents=least),
         documents=outliers_of(dataset, of_documents),
         extremes=extremes,
         damage=note_on_counts(dataset, "heads", counts),
@@ -183,7 +186,6 @@ def gather(dataset: Dataset) -> Content:
         dataset, shares=evidence.shares, similarities=similarities if by == "pattern" else None
     )
     is_ablated = reason_not_ablated(dataset) is None
-    lengths = dataset.scan("sequences").select(low=pl.col("tokens").min(), high=pl.col("tokens").max()).collect()
     return Content(
         manifest=dataset.manifest,
         heads=heads,
@@ -207,9 +209,29 @@ def gather(dataset: Dataset) -> Content:
         judgement=judge(dataset, replace(evidence, extremes=of_rows.extremes)),
         no_kinds=evidence.shares.refusal,
         chance=evidence.shares.chance.sources,
-        sequence_tokens=(lengths["low"][0] or 0, lengths["high"][0] or 0),
+        sequence_tokens=_sequence_tokens(dataset),
+        min_documents=dataset.min_documents,
         damage=[*(of_rows.damage if has_totals else ()), *damage],
     )
+
+
+def _sequence_tokens(dataset: Dataset) -> tuple[int, int]:
+    tokens = pl.col("tokens")
+    of_documents = dataset.scan("sequences").group_by("document_id").agg(low=tokens.min(), high=tokens.max()).collect()
+    if not of_documents.height:
+        return 0, 0
+    lows, highs = of_documents["low"].sort(), of_documents["high"].sort(descending=True)
+    return lows[dataset.min_documents - 1], highs[dataset.min_documents - 1]
+
+
+def dropped_by_reason(content: Content) -> str:
+    """How many documents were dropped, and why; empty if none were."""
+    reasons = section(content.manifest, "corpus").get("dropped") or {}
+    shown = {reason: number for reason, number in reasons.items() if number >= content.min_documents}
+    texts = [f"{number:,} {reason}" for reason, number in sorted(shown.items())]
+    if len(shown) < len(reasons):
+        texts.append("some for reasons of few documents")
+    return ", ".join(texts)
 
 
 def numbers_of(content: Content) -> dict[str, Any]:

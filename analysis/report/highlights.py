@@ -12,7 +12,7 @@ from attlas.analysis.heads import HEAD
 from attlas.analysis.inference import simultaneous
 from attlas.analysis.kinds import FIRM_AGREEMENT, KINDS, MIXED
 from attlas.analysis.manifest import section
-from attlas.analysis.report.content import NO_KIND, Content, has_values
+from attlas.analysis.report.content import NO_KIND, Content, dropped_by_reason, has_values
 from attlas.analysis.report.numbers import count, estimate, format_number, interval, percent, plural
 
 _CLASS_NAMES = {
@@ -265,10 +265,11 @@ def notes(content: Content) -> list[str]:
             "tokens; the normalised columns and the strata by length compare like with like."
         )
     texts += _notes_on_generated_corpus(section(content.manifest, "run"), tokens=high)
-    dropped = section(content.manifest, "corpus").get("dropped") or {}
+    dropped = dropped_by_reason(content)
     if dropped:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items()))
-        texts.append(f"Documents left out: {reasons}.")
+        texts.append(f"Documents left out: {dropped}.")
+    if content.min_documents > 1:
+        texts.append(f"Numbers of fewer than {content.min_documents:,} documents are not shown.")
     texts += [f"{note}." for note in section(content.manifest, "tokenizer").get("notes") or []]
     residual = section(content.manifest, "model").get("residual")
     if residual not in (None, "measured"):

@@ -16,7 +16,7 @@ from attlas.analysis.manifest import section
 from attlas.analysis.naming import corpus_title, heading, model_title
 from attlas.analysis.report import highlights
 from attlas.analysis.report.charts import NOTICE, chart_style, content_security_policy, runtime, shared_data
-from attlas.analysis.report.content import Content
+from attlas.analysis.report.content import Content, dropped_by_reason
 from attlas.analysis.report.figure import STEPS, palette_styles
 from attlas.analysis.report.head_columns import first_column, heads_frame, shown_columns
 from attlas.analysis.report.head_figures import distance_figures, kind_maps, maps, rest_figures
@@ -176,13 +176,14 @@ def _documents(content: Content) -> dict[str, Any]:
     checked = scored["document_id"].n_unique()
     documents = outliers["document_id"].n_unique()
     sentences = [
-        f"Of {plural(checked, 'document')}, {count(documents)} {'is' if documents == 1 else 'are'} unlike the others in a mean over all heads: their modified z-score is "
+        f"No numbers of fewer than {content.min_documents:,} documents are shown, and so none of single ones."
+        if content.min_documents > 1
+        else f"Of {plural(checked, 'document')}, {count(documents)} {'is' if documents == 1 else 'are'} unlike the others in a mean over all heads: their modified z-score is "
         f"beyond ±{OUTLIER_SCORE:g} (Iglewicz & Hoaglin 1993). Compare lengths first: entropy and masses depend on them."
         if checked
         else f"No document has {MIN_TOKENS} tokens or more, so none is compared with the others."
     ]
-    reasons = section(content.manifest, "corpus").get("dropped") or {}
-    dropped = ", ".join(f"{count(number)} {reason}" for reason, number in sorted(reasons.items()))
+    dropped = dropped_by_reason(content)
     sentences.append(f"Dropped before measuring: {dropped}." if dropped else "No document was dropped.")
     shown = outliers.unique(["stack", "document_id"], keep="first", maintain_order=True).head(_MOST_DOCUMENTS)
     several = len(content.stacks) > 1

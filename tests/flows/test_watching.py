@@ -173,6 +173,22 @@ def test_a_late_night_tells_nobody_and_is_not_the_latest(house: House) -> None:
     assert (house.nights.root / "latest").resolve().name == "2026-03-06T02-00-00Z"
 
 
+def test_a_night_whose_clock_was_ahead_is_told_of_until_it_has_come(house: House) -> None:
+    house.night(0, accept=True)
+    ahead = (datetime.now(UTC) - FIRST).days + 400
+    house.perturb()
+    (problem,) = house.night(ahead).problems
+    name = folder_name(FIRST + timedelta(days=ahead))
+    assert problem.startswith(
+        f"{name} is yet to come, by the clock of this machine, and until then every night counts as late"
+    )
+    house.perturb()
+    late = house.night(1)
+    assert late.has_drift and late.problems == (problem,)
+    shutil.rmtree(house.nights.root / name)
+    assert house.night(1).problems == ()
+
+
 def test_a_baseline_is_pinned_to_its_generation(house: House, tmp_path: Path) -> None:
     house.night(0, accept=True)
     dataset = house.nights.finished[0]
