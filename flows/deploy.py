@@ -10,7 +10,8 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from attlas.extract.errors import Refusal
+from attlas.extract.corpus.stored import UnreadableStore
+from attlas.extract.errors import Refusal, first_line
 from attlas.flows.api import refuse_unreachable_server
 from attlas.flows.checks import refuse_bad_paths
 from attlas.flows.config import Run
@@ -35,20 +36,23 @@ def scheduled(run_file: Path, keep: int | None = None, watch: Watch | None = Non
 
     keep: how many datasets to keep; all by default. watch: compare each night with a baseline. What is refused fails with one line.
     """
-    from attlas.flows.inputs import inputs_digest
-
     try:
         run = run_at(run_file, flow_run.scheduled_start_time)
         refuse_bad_paths(run, run_file=run_file)
-        if watch is not None:
-            return _watched(run, run_file, watch, keep)
-        nights, inputs = Nights.of(run), inputs_digest(run)
-        before = nights.unchanged_since(inputs)
-        if before is not None:
-            return Completed(name="Unchanged", message=f"skipped: nothing has changed since {name_of_place(before)}")
-        page = _measure(run, run_file.stem)
-    except Refusal as refusal:
-        return Failed(message=str(refusal))
+        return _unwatched(run, run_file, keep) if watch is None else _watched(run, run_file, watch, keep)
+    except (Refusal, OSError, UnreadableStore) as error:  # a disk or store that fails is no fault of this program
+        return Failed(message=first_line(error))
+
+
+def _unwatched(run: Run, run_file: Path, keep: int | None) -> "State[Any]":
+    """A scheduled run into a dataset of its own, unless nothing has changed."""
+    from attlas.flows.inputs import inputs_digest
+
+    nights, inputs = Nights.of(run), inputs_digest(run)
+    before = nights.unchanged_since(inputs)
+    if before is not None:
+        return Completed(name="Unchanged", message=f"skipped: nothing has changed since {name_of_place(before)}")
+    page = _measure(run, run_file.stem)
     nights.add(run.out, inputs)
     gone = nights.keep(keep)
     removed = f"; removed {', '.join(map(name_of_place, gone))}" if gone else ""

@@ -40,7 +40,7 @@ def _states_of_corpus(run: Run) -> Iterator[_State]:
         if isinstance(file.path, Path):
             yield from _states([file.path])
         else:
-            yield file.path.key, file.size, file.path.version
+            yield file.path.key, file.size, file.path.state.version
 
 
 def _states(files: list[Path]) -> Iterator[_State]:

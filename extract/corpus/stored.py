@@ -18,7 +18,7 @@ from attlas.extract.store.ranges import RangeReader
 from attlas.extract.urls import refuse_unsafe_url
 
 if TYPE_CHECKING:
-    from attlas.extract.store.objects import ObjectStorage
+    from attlas.extract.store.objects import ObjectStorage, State
 
 _BUFFER_BYTES = 4 << 20
 
@@ -33,8 +33,11 @@ class StoredFile:
 
     storage: ObjectStorage
     key: str
-    size: int
-    version: str  # changes whenever it is written
+    state: State
+
+    @property
+    def size(self) -> int:
+        return self.state.size
 
     @property
     def suffix(self) -> str:
@@ -49,8 +52,12 @@ class StoredFile:
         return io.BufferedReader(cast(io.RawIOBase, self.ranges()), _BUFFER_BYTES)
 
     def _fetch(self, start: int, length: int) -> bytes:
+        from attlas.extract.store.objects import ChangedObject
+
         try:
-            return self.storage.get_range(self.key, start, length)
+            return self.storage.get_range(self.key, start, length, tag=self.state.tag)
+        except ChangedObject as error:
+            raise Refusal(f"a corpus stays as it is while it is read; {error} meanwhile; run it again") from error
         except OSError as error:
             raise UnreadableStore(str(error)) from error
 
@@ -69,15 +76,11 @@ def stored_files(corpus: str) -> tuple[str | None, list[StoredFile]]:
         folder = _storage(scheme, bucket, named[:-1])
         state = folder.state(named[-1])
         if state is not None and state.size:  # an empty object may stand for a folder
-            return None, [StoredFile(folder, named[-1], state.size, state.version)]
+            return None, [StoredFile(folder, named[-1], state)]
     storage = _storage(scheme, bucket, named)
     states = {key: state for key, state in storage.states().items() if _matches(key.split("/"), pattern or EVERYTHING)}
     folders = {str(above) for key in states for above in PurePosixPath(key).parents}
-    found = [
-        StoredFile(storage, key, state.size, state.version)
-        for key, state in states.items()
-        if state.size or key not in folders
-    ]
+    found = [StoredFile(storage, key, state) for key, state in states.items() if state.size or key not in folders]
     if not found and not pattern:
         raise Refusal(
             f"a corpus is an object, a prefix or a glob of objects; there is nothing at {corpus}; check the URL"

@@ -20,7 +20,7 @@ from functools import partial
 from typing import BinaryIO, TypeVar, cast
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, GenericError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 
 from attlas.extract.errors import Refusal, first_line
 from attlas.extract.store.interface import Storage, is_key
@@ -40,14 +40,24 @@ _METADATA_SERVER = "169.254.169.254"  # asked for credentials when the environme
 
 @dataclass(frozen=True)
 class State:
-    """What a store tells of an object without its content. version: text that changes whenever it is written."""
+    """What a store tells of an object without its content."""
 
     size: int
-    version: str
+    tag: str | None  # which the store compares if it is asked to
+    modified: str
 
     @classmethod
     def of(cls, entry: obstore.ObjectMeta) -> State:
-        return cls(entry["size"], entry["e_tag"] or entry["last_modified"].isoformat())
+        return cls(entry["size"], entry["e_tag"], entry["last_modified"].isoformat())
+
+    @property
+    def version(self) -> str:
+        """Text that changes whenever the object is written."""
+        return self.tag or self.modified
+
+
+class ChangedObject(OSError):
+    """An object that is not as it was when it was looked up."""
 
 
 class ObjectStorage(Storage):
@@ -124,11 +134,21 @@ class ObjectStorage(Storage):
         except FileNotFoundError:
             return None
 
-    def get_range(self, key: str, start: int, length: int) -> bytes:
+    def get_range(self, key: str, start: int, length: int, *, tag: str | None = None) -> bytes:
+        """The same. tag: of the object that is meant; of another one, raises ChangedObject."""
+        if not length:
+            return b""
+        options: obstore.GetOptions = {"range": (start, start + length)}
+        if tag is not None:
+            options["if_match"] = tag
         with self._name_in_errors(key, "read"):
-            if not length:
-                return b""
-            return bytes(_repeated(lambda: obstore.get_range(self._store, _check_key(key), start=start, length=length)))
+            try:
+                content = bytes(_repeated(lambda: obstore.get(self._store, _check_key(key), options=options).bytes()))
+            except PreconditionError:
+                raise ChangedObject(f"{self.place(key)} has been written again") from None
+        if len(content) != length:
+            raise ChangedObject(f"{self.place(key)} has become shorter")
+        return content
 
     def open(self, key: str) -> BinaryIO:
         size = self.size(key)

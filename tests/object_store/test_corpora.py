@@ -106,6 +106,30 @@ def test_a_file_that_the_store_no_longer_gives_ends_the_run_and_drops_no_documen
         list(corpus)
 
 
+@pytest.mark.parametrize("text", ["a note", "a longer text", "short"])
+def test_a_file_that_is_written_again_while_the_corpus_is_read_is_named(url: str, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "t.txt").write_text("a text")
+    corpus = open_corpus(uploaded(folder, url))
+    open_storage(f"{url}/texts").put("t.txt", text.encode())
+    said = (
+        r"a corpus stays as it is while it is read; s3://.*/texts/t\.txt has been written again meanwhile; run it again"
+    )
+    with pytest.raises(Refusal, match=said):
+        list(corpus)
+
+
+def test_a_range_that_an_object_no_longer_has_is_an_error_in_words(url: str) -> None:
+    storage = open_storage(url)
+    storage.put("a", b"0123456789")
+    assert storage.get_range("a", 2, 8) == b"23456789"
+    with pytest.raises(OSError, match=r"s3://.*/a "):
+        storage.get_range("a", 2, 9)
+    with pytest.raises(OSError, match=r"s3://.*/a "):
+        storage.get_range("a", 20, 5)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
