@@ -387,11 +387,14 @@ def _read_or_make_plan(planned: PlannedRun, corpus: Corpus, progress: Progress) 
 
 
 def _refuse_changed(planned: PlannedRun, corpus: Corpus) -> None:
-    """Discard a plan and raise Refusal if a file of the corpus was added, removed or changed in size while it was made."""
+    """Discard a plan and raise Refusal if a file of the corpus was removed or changed in size while it was made.
+
+    One that was added meanwhile is in the next generation.
+    """
     if not corpus.files:  # made of token ids, or read from the hub
         return
     before, now = dict(corpus.files), dict(open_corpus_of(planned.options.corpus, planned.options).files)
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = sorted(name for name in before if before[name] != now.get(name))
     if changed:
         clear_plan(planned.store.storage)
         raise Refusal(

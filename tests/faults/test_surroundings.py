@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from attlas.analysis.verify import verify
 from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.instrument import Instrument
 from attlas.extract.options import RunOptions
-from attlas.extract.run import PlannedRun, Worker, measure_shard, plan_run
+from attlas.extract.run import PlannedRun, Worker, finish, measure_shard, measure_shards, plan_run
 from attlas.extract.store import MANIFEST
 from tests.conftest import Ended
 from tests.extract.runs import complete_run, contents, small_run
@@ -187,6 +188,31 @@ def test_a_file_that_goes_or_changes_while_the_corpus_is_planned_is_named(
     (corpus / "599.txt").write_text("The text of number 599.")
     complete_run(again, instrument=instrument)
     assert verify(again.out) == []
+
+
+def test_a_file_that_is_added_while_the_corpus_is_planned_is_in_the_next_generation(
+    undisturbed, tmp_path: Path
+) -> None:
+    options, instrument, _ = undisturbed
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(600):
+        (corpus / f"{number:03d}.txt").write_text(f"The text of number {number}.")
+    again = replace(options, corpus=str(corpus), out=tmp_path / "out", shard_sequences=2000)
+
+    def progress(stage: str, done: int, _total: int | None) -> None:
+        if stage == "plan" and 0 < done < 599:
+            (corpus / "600.txt").write_text("The text that has come meanwhile.")
+
+    planned = plan_run(again, instrument=instrument, progress=progress)
+    measure_shards(planned.open_worker(), planned.remaining)
+    finish(planned.options.out)
+    del planned  # its lock with it
+    for documents in (600, 601):
+        sources = pl.read_parquet(again.out / "documents" / "*.parquet")["source"].to_list()
+        assert sorted(sources) == [f"{number:03d}.txt" for number in range(documents)]
+        assert verify(again.out) == []
+        complete_run(again, instrument=instrument)
 
 
 def test_a_model_that_gives_nan_is_measured_and_its_heads_are_a_defect(undisturbed, tmp_path: Path) -> None:
