@@ -5,6 +5,7 @@
 # make slow     the tests that take minutes, or a browser
 # make lowest   a part of the quick tests on the lowest versions that pyproject.toml admits
 # make bench    speed, memory and size, against doing without or doing it the usual way
+# make soak     an hour of a schedule on a flaky object store, with a growing corpus, new checkpoints and kills
 # make census   every architecture of transformers, measured as a tiny model against its own eager patterns
 # make gpu      what needs a GPU, tests and benchmark, with the packages that GPU_PYTHON has; installs nothing
 # make hooks    format, lint and types at every commit
@@ -22,7 +23,7 @@ GPU_OUT := $(or $(OUT),data/gpu)
 ON_GPU := PYTHONPATH=. HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTHONUNBUFFERED=1 $(GPU_PYTHON)
 PYTEST := -m pytest -n logical --maxprocesses 8 $(PYTEST_OPTIONS)
 
-.PHONY: run test cover slow lowest check bench census gpu gpu-bench gpu-kit gpu-rehearsal format lint types hooks dictionary clean
+.PHONY: run test cover slow lowest check bench census gpu gpu-bench gpu-kit gpu-rehearsal soak format lint types hooks dictionary clean
 
 run: .venv/.run-installed
 	$(BIN)/attlas run flows/runs/demo.toml
@@ -41,6 +42,9 @@ check: format lint types test
 # ratios in one run; BENCH='forward/*' chooses some
 bench: .venv/.test-installed
 	$(BIN)/python -m tests.benchmarks.bench $(BENCH)
+
+soak: .venv/.test-installed
+	$(BIN)/python -m tests.soak --minutes 60
 
 # writes data/COVERAGE.md
 census: .venv/.test-installed

@@ -56,7 +56,7 @@ def write_result(rows: pa.Table | Rows, format: Format, stream: IO[Any], *, to_s
         raise Refusal(f"a format is one of {', '.join(FORMATS)}; got {format!r}; choose one of them")
     if format == "parquet":
         _refuse_text_stream(stream)
-    if isinstance(rows, pa.Table):
+    if not isinstance(rows, Rows):
         rows = Rows(rows.schema, iter(rows.to_batches(_CHUNK_ROWS)))
     if format == "table":
         write_whole(_table_chunks(rows, stream, to_shorten), stream)
