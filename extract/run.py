@@ -176,6 +176,7 @@ def open_worker(
 ) -> Worker:
     """Load the model of a planned run. Neither claims nor plans, and does not read the corpus.
 
+    The weights that this process has loaded are hashed and compared with the plan's: a checkpoint that was replaced since would go unnoticed.
     options: those of the driver. instrument: the model of these options if it is loaded already. Raises Refusal if no run
     is planned at `out`, or if anything of the model or the settings differs from the plan.
     """
