@@ -1,6 +1,7 @@
 """What Prefect's own page shows of a run: progress, the dataset, what was found, and the report."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from attlas.analysis.report import Report
 
 _SHOWN = ("type", "name", "found", "rule")
+_SHOWN_OF_CHANGES = ("stack", "layer", "head", "site", "column", "a", "b", "difference", "low", "high", "q")
 
 
 class PrefectDisplay(PeriodicDisplay):
@@ -76,11 +78,12 @@ def publish(name: str, report: "Report", page: Path | str) -> None:
     )
 
 
-def publish_drift(name: str, message: str, page: Path | str) -> None:
-    """Make a link artifact to the comparison of a night with its baseline."""
-    create_link_artifact(
-        _link(page), link_text="the comparison", key=f"{slug(name)}-drift", description=printable(message)
-    )
+def publish_drift(name: str, message: str, page: Path | str, changed: Sequence[Mapping[str, Any]]) -> None:
+    """Make artifacts of the comparison of a night with its baseline: a link to it, and what changed most."""
+    title, description = slug(name), printable(message)
+    create_link_artifact(_link(page), link_text="the comparison", key=f"{title}-drift", description=description)
+    rows = [{column: _cell(row[column]) for column in _SHOWN_OF_CHANGES} for row in changed]
+    create_table_artifact(rows, key=f"{title}-changes", description=f"What changed most. {description}")
 
 
 def _link(page: Path | str) -> str:

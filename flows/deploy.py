@@ -71,7 +71,7 @@ def _watched(run: Run, run_file: Path, watch: Watch, keep: int | None) -> "State
         return Completed(name="Unchanged", message=f"skipped: {said}")
     Nights.of(run).keep(keep)
     if night.page is not None:
-        publish_drift(run_file.stem, night.message, night.page)
+        publish_drift(run_file.stem, night.message, night.page, night.changed)
     return Completed(name="Drift" if night.has_drift else "Completed", message=said)
 
 

@@ -93,6 +93,14 @@ class Nights:
         """Whether no later night is finished."""
         return all(name_of_place(other) <= name_of_place(dataset) for other in self.finished)
 
+    @property
+    def last_success(self) -> str:
+        """Text that changes with each night that has succeeded."""
+        try:
+            return (self.storage.get(_STATE) or b"").decode(errors="replace")
+        except Damaged:
+            return ""
+
     def problems(self) -> list[str]:
         """What is wrong with the nights here, in sentences."""
         ahead = [

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from attlas.extract.errors import AnotherRun, Refusal
+from attlas.extract.errors import AnotherRun, Refusal, first_line
 from attlas.flows.config import Run
 from attlas.flows.inputs import inputs_digest
 from attlas.flows.nights import Generation, Nights
 from attlas.flows.outbox import Alert, Outbox
 from attlas.flows.places import Place, absolute, inside, name_of_place, place_named
 from attlas.flows.sinks import Sink, sink_named
+
+FAILED_NIGHT = "failed night"
+_CHANGES_SHOWN = 50
 
 
 class Watch(BaseModel, frozen=True, extra="forbid"):
@@ -31,13 +35,18 @@ class Watch(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class Night:
-    """What a night has found. dataset: the generation that was compared; None if nothing is new."""
+    """What a night has found.
+
+    dataset: the generation that was compared; None if nothing is new. changed: the rows of the comparison that changed most. problems: with sinks and
+    the clock.
+    """
 
     message: str
     dataset: Generation | None = None
     page: Path | str | None = None
+    changed: Sequence[Mapping[str, Any]] = ()
     has_drift: bool = False
-    problems: tuple[str, ...] = ()  # with sinks and the clock
+    problems: tuple[str, ...] = ()
 
 
 def watch_night(
@@ -50,33 +59,101 @@ def watch_night(
     """Measure a run whose output is the place of this night, compare it with the baseline, and deliver alerts.
 
     A run on the same model and settings as the last night's makes the next generation of its dataset, another one a dataset of its
-    own. Nothing is measured if nothing has changed. folder: to which files of alerts are relative. Raises Refusal.
+    own. Nothing is measured if nothing has changed. folder: to which files of alerts are relative. Raises Refusal. A night that fails is an alert, too.
     """
     nights = Nights.of(run)
-    found = _watch_night(run, watch, nights, folder=folder, measure=measure)
-    return replace(found, problems=(*found.problems, *nights.problems()))
-
-
-def _watch_night(run: Run, watch: Watch, nights: Nights, *, folder: Path, measure: Callable[[Run], Any]) -> Night:
     sinks = [sink_named(name, folder=folder) for name in watch.alerts]
-    outbox = Outbox(inside(nights.root, "outbox"))
-    compared_before = _held(nights, watch)
-    baseline = _pinned(nights, watch, compared_before)
-    inputs = inputs_digest(run)
-    before = nights.unchanged_since(inputs)
-    if before is not None and baseline == compared_before and not watch.accept:
-        return Night(message=f"nothing is new since {name_of_place(before)}", problems=tuple(outbox.deliver(sinks)))
-    dataset = before or _measured(run, nights, measure)
-    nights.add(dataset, None)
-    current = Generation.now(dataset)
-    result = _compared(baseline, current, watch, nights, outbox, sinks)
-    nights.add(
-        dataset, inputs
-    )  # not before: after a kill in between the next night compares, instead of finding nothing new
-    if watch.accept and nights.is_newest(dataset):
-        nights.set_baseline(current)
-        result = replace(result, message=f"{result.message}; it is the baseline from now on")
-    return result
+    held = _held(nights, watch)
+    baseline = _pinned(nights, watch, held)
+    watching = _Watching(run, watch, nights, Outbox(inside(nights.root, "outbox")), sinks, baseline)
+    try:
+        found = watching.night(measure, is_other_baseline=baseline != held)
+    except Exception as error:
+        with suppress(OSError):  # of a store that is gone
+            watching.tell_of_failure(error)
+        raise
+    return replace(found, problems=(*watching.deliver(), *nights.problems()))
+
+
+@dataclass(frozen=True)
+class _Watching:
+    """A night, what it is compared with, and where its alerts go."""
+
+    run: Run
+    watch: Watch
+    nights: Nights
+    outbox: Outbox
+    sinks: Sequence[Sink]
+    baseline: Generation | None
+
+    def night(self, measure: Callable[[Run], Any], *, is_other_baseline: bool) -> Night:
+        nights, inputs = self.nights, inputs_digest(self.run)
+        before = nights.unchanged_since(inputs)
+        if before is not None and not is_other_baseline and not self.watch.accept:
+            return Night(message=f"nothing is new since {name_of_place(before)}")
+        dataset = before or self._measured(measure)
+        nights.add(dataset, None)
+        current = Generation.now(dataset)
+        result = self._compared(current)
+        # not before: after a kill in between, the next night compares instead of finding nothing new
+        nights.add(dataset, inputs)
+        if self.watch.accept and nights.is_newest(dataset):
+            nights.set_baseline(current)
+            result = replace(result, message=f"{result.message}; it is the baseline from now on")
+        return result
+
+    def _measured(self, measure: Callable[[Run], Any]) -> Place:
+        """The dataset of a night: the next generation of the newest one if its run is the same, and this is no late night."""
+        run, finished = self.run, self.nights.finished
+        if finished and run.out not in finished and self.nights.is_newest(run.out):
+            try:
+                measure(run.model_copy(update={"out": finished[-1]}))
+                return finished[-1]
+            except AnotherRun:  # another model or setting
+                pass
+        measure(run)
+        return run.out
+
+    def _compared(self, current: Generation) -> Night:
+        """Compare a dataset with the baseline, and write alerts."""
+        if self.baseline is None:
+            return Night(message=f"{current.name} is measured", dataset=current)
+        from attlas.analysis.compare import CHANGED, compare
+        from attlas.analysis.comparison_output import save_comparison
+        from attlas.analysis.dataset import Dataset
+        from attlas.analysis.drift import find_drift
+
+        watch, old, new = self.watch, Dataset.open(str(self.baseline)), Dataset.open(str(current))
+        comparison = compare(old, new, columns=watch.columns, margins=watch.margins, alpha=watch.alpha)
+        page = save_comparison(comparison, current.dataset)
+        changed = comparison.rows.filter(verdict=CHANGED)
+        message = (
+            f"{current.name} against {self.baseline.name}: {changed.height:,} of {comparison.rows.height:,} changed"
+        )
+        if self.nights.is_newest(current.dataset):
+            digests = (digest_of(old.manifest), digest_of(new.manifest))
+            names = {"baseline": self.baseline.name, "current": current.name, "page": str(page)}
+            found = find_drift(comparison, old, new)
+            self._write([Alert(*digests, drift.name, drift.summary, names | dict(drift.details)) for drift in found])
+        else:
+            message += "; it is late, and a later night stands: no alert"
+        largest = changed.head(_CHANGES_SHOWN).to_dicts()
+        return Night(message, current, page, changed=largest, has_drift=comparison.has_drift)
+
+    def tell_of_failure(self, error: Exception) -> None:
+        """Alert that this night failed: once for the same reason, until a night has succeeded."""
+        reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {first_line(error)}"
+        since = hashlib.sha256(f"{self.nights.last_success} {reason}".encode()).hexdigest()
+        details = {"night": name_of_place(self.run.out)}
+        self._write([Alert(str(self.baseline), since, FAILED_NIGHT, reason, details)])
+        self.deliver()
+
+    def _write(self, alerts: Sequence[Alert]) -> None:
+        self.outbox.add(alerts, self.sinks)
+
+    def deliver(self) -> list[str]:
+        """Deliver what waits; returns what is wrong with the sinks."""
+        return self.outbox.deliver(self.sinks)
 
 
 def _held(nights: Nights, watch: Watch) -> Generation | None:
@@ -110,52 +187,6 @@ def _pinned(nights: Nights, watch: Watch, held: Generation | None) -> Generation
 def _is_dataset_of(given: str, held: Generation | None) -> bool:
     """Whether a baseline that is given without a generation is the one that is held, of whatever generation."""
     return held is not None and absolute(place_named(given)) == absolute(held.dataset)
-
-
-def _measured(run: Run, nights: Nights, measure: Callable[[Run], Any]) -> Place:
-    """The dataset of a night: the next generation of the newest one if its run is the same, and this is no late night."""
-    finished = nights.finished
-    if finished and run.out not in finished and nights.is_newest(run.out):
-        try:
-            measure(run.model_copy(update={"out": finished[-1]}))
-            return finished[-1]
-        except AnotherRun:  # another model or setting
-            pass
-    measure(run)
-    return run.out
-
-
-def _compared(
-    baseline: Generation | None,
-    current: Generation,
-    watch: Watch,
-    nights: Nights,
-    outbox: Outbox,
-    sinks: Sequence[Sink],
-) -> Night:
-    """Compare a night with the baseline, write alerts and deliver them."""
-    name = current.name
-    if baseline is None:
-        return Night(message=f"{name} is measured", dataset=current, problems=tuple(outbox.deliver(sinks)))
-    from attlas.analysis.compare import compare
-    from attlas.analysis.comparison_output import save_comparison
-    from attlas.analysis.dataset import Dataset
-    from attlas.analysis.drift import find_drift
-
-    old, new = Dataset.open(str(baseline)), Dataset.open(str(current))
-    comparison = compare(old, new, columns=watch.columns, margins=watch.margins, alpha=watch.alpha)
-    page = save_comparison(comparison, current.dataset)
-    changed = comparison.counts()["changed"]
-    message = f"{name} against {baseline.name}: {changed:,} of {comparison.rows.height:,} changed"
-    if nights.is_newest(current.dataset):
-        digests = (digest_of(old.manifest), digest_of(new.manifest))
-        names = {"baseline": baseline.name, "current": name, "page": str(page)}
-        found = find_drift(comparison, old, new)
-        outbox.add([Alert(*digests, drift.name, drift.summary, names | dict(drift.details)) for drift in found], sinks)
-    else:
-        message += "; it is late, and a later night stands: no alert"
-    problems = tuple(outbox.deliver(sinks))
-    return Night(message=message, dataset=current, page=page, has_drift=comparison.has_drift, problems=problems)
 
 
 def digest_of(manifest: Mapping[str, Any]) -> str:

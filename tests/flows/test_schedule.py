@@ -202,6 +202,10 @@ def test_a_scheduled_night_is_compared_with_the_baseline_and_told_once(
     assert grown["state"]["message"].startswith(f"{name.removesuffix('@1')}@2 against {name}: 0 of ")
     said = rf"\S+@1 against {name}: \d+ of \d+ changed; webhook:HOOK does not answer \(ConnectError\); its alerts wait in .+"
     assert re.fullmatch(said, drifted["state"]["message"])
+    artifacts = {artifact["key"]: artifact for artifact in ask(real_server, "artifacts/latest")}
+    assert "watched-drift" in artifacts
+    changes = json.loads(artifacts["watched-changes"]["data"])
+    assert changes[0]["column"] == "entropy\\_nats" and changes[0]["head"] and float(changes[0]["difference"])
     told = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
     assert sorted(alert["finding"] for alert in told) == ["defect: entropy collapse", "drift: heads"]
     events = ask(real_server, "events", filter={"event": {"name": ["attlas.alert"]}})

@@ -163,6 +163,32 @@ def test_a_night_that_ends_before_its_alerts_are_written_is_made_up_for(
     ]  # which is there: nothing is measured again
 
 
+def test_a_night_that_fails_is_told_of_once_until_one_has_succeeded(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.night(0, accept=True)
+    house.add(20)
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(House, "_measure", fail)
+        for day in (1, 2):
+            with pytest.raises(OSError, match="the disk is full"):
+                house.night(day)
+    (alert,) = house.alerts
+    assert (alert["finding"], alert["summary"]) == ("failed night", "OSError: the disk is full")
+    assert alert["details"] == {"night": "2026-03-02T02-00-00Z"}
+    assert house.night(3).dataset is not None
+    (house.folder / "corpus").rename(house.folder / "elsewhere")
+    with pytest.raises(Refusal, match="a corpus"):
+        house.night(4)
+    assert [alert["summary"].partition(";")[0] for alert in house.alerts][1:] == [
+        "a corpus is demo, random-repeats, needle, hub:NAME, a file, a folder or a glob"
+    ]
+
+
 def test_a_late_night_tells_nobody_and_is_not_the_latest(house: House) -> None:
     house.night(5, accept=True)
     house.perturb()
