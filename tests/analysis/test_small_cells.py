@@ -44,7 +44,7 @@ def test_means_of_fewer_documents_say_only_that(unequal: Path) -> None:
     assert set(hidden["note"]) == {"fewer than 3 documents: not shown"}
     numbers = [name for name in hidden.columns if name.startswith(("entropy", "attended", "max_weight", "documents"))]
     assert hidden.select(pl.col(numbers).is_null().all()).row(0) == (True,) * len(numbers)
-    assert_frame_equal(after.filter(~is_few), before.filter(~is_few), rel_tol=1e-12)
+    assert_frame_equal(after.filter(~is_few), before.filter(~is_few))
 
 
 def test_positions_and_distances_that_few_documents_reach_are_left_out(unequal: Path, longest: np.ndarray) -> None:
@@ -55,7 +55,7 @@ def test_positions_and_distances_that_few_documents_reach_are_left_out(unequal: 
         nearest = pl.min_horizontal(pl.col("low").abs(), pl.col("high").abs())
         reaching = before.select(nearest.map_elements(lambda d: int((longest > d).sum()), pl.Int64)).to_series()
         assert reaching.min() < least
-        assert_frame_equal(after, before.filter(reaching >= least), rel_tol=1e-12)
+        assert_frame_equal(after, before.filter(reaching >= least))
 
 
 def test_the_report_names_no_single_document(unequal: Path, longest: np.ndarray) -> None:
