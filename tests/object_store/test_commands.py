@@ -76,6 +76,16 @@ def test_reports_comparisons_and_exports_are_made_of_it(
     assert attlas("finish", a)[0] == 0
 
 
+def test_polars_reads_it_by_the_lines_that_open_prints(attlas: Callable[..., Ended], url: str, dataset: Path) -> None:
+    copied(dataset, url)
+    code, out, err = attlas("open", url, "--tool", "polars")
+    assert code == 0, err
+    opened: dict[str, pl.LazyFrame] = {}
+    exec(out, {}, opened)
+    rows = {name: table["rows"] for name, table in Dataset.open(dataset).manifest["tables"].items()}
+    assert {name: opened[name].select(pl.len()).collect().item() for name in rows} == rows
+
+
 def test_a_query_of_one_head_fetches_its_columns_and_groups_only(proxy: Proxy, url: str, dataset: Path) -> None:
     from attlas.analysis.query import query
 
