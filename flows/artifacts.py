@@ -19,6 +19,7 @@ from prefect.logging import get_logger
 
 from attlas.extract.printable import printable
 from attlas.flows.progress import STAGES, Pace, PeriodicDisplay, Work
+from attlas.flows.telemetry import peak_memory
 
 if TYPE_CHECKING:
     from attlas.analysis.report import Report
@@ -34,6 +35,8 @@ class PrefectDisplay(PeriodicDisplay):
         super().__init__()
         self._name = name
         self._artifact: UUID | None = None
+        self._failures = 0
+        self._tokens_per_second = 0.0
 
     def stage(self, name: str, done: int, total: int | None) -> None:  # noqa: ARG002 - a log has no bar
         if name != self._stage:
@@ -51,15 +54,43 @@ class PrefectDisplay(PeriodicDisplay):
             share = 100.0 * pace.done.tokens / max(1, pace.total.tokens)
             update_progress_artifact(self._artifact, min(share, 100.0), description=pace.text)
 
+    def advance(self, work: Work) -> None:
+        super().advance(work)
+        if self._pace is not None:
+            self._tokens_per_second = self._pace.tokens_per_second
+
+    def failed(self, error: BaseException) -> None:  # noqa: ARG002 - Prefect shows it
+        self._failures += 1
+
     def note(self, text: str) -> None:
         _logger().warning(printable(text))
 
+    def metrics(self) -> dict[str, int]:
+        """What this process has measured, how fast, and what it took; nothing if all was there."""
+        if self._pace is None:
+            return {}
+        measured = self._pace.done - self._pace.before
+        return {
+            "shards measured": measured.shards,
+            "documents measured": measured.documents,
+            "tokens measured": measured.tokens,
+            "tokens per second": round(self._tokens_per_second),
+            "attempts at a shard that failed": self._failures,
+            "peak memory, MiB": peak_memory() >> 20,
+        }
 
-def publish(name: str, report: "Report", page: Path | str) -> None:
-    """Make artifacts of a finished dataset: what it is, what was found, and a link to the report."""
+
+def publish(name: str, report: "Report", page: Path | str, metrics: Mapping[str, int]) -> None:
+    """Make artifacts of a finished dataset: what it is, what was found, what measuring it took, and a link to the report."""
     from attlas.analysis.info import describe
 
     title = slug(name)
+    if metrics:
+        create_table_artifact(
+            [{"metric": metric, "value": f"{value:,}"} for metric, value in metrics.items()],
+            key=f"{title}-metrics",
+            description="What this run measured and took; the share of padding is in the table of the dataset.",
+        )
     rows = [
         f"| {_cell(label)} | {_cell(value)} |"
         for _, facts in describe(report.dataset.manifest)

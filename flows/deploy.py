@@ -82,13 +82,14 @@ def _measure(run: Run, name: str) -> Path | str:
     from attlas.flows.measure import measure, plan_run, release
     from attlas.flows.measuring import using_display
 
-    with using_display(PrefectDisplay(name)):
+    show = PrefectDisplay(name)
+    with using_display(show):
         try:
             plan_run(run)  # what is refused is so before there is a flow run
             page = measure(run)
         finally:
             release(run)
-    publish(name, written_report(run.out), page)
+    publish(name, written_report(run.out), page, show.metrics())
     return page
 
 

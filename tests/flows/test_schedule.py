@@ -94,6 +94,10 @@ def test_the_scheduler_measures_what_changed_and_says_what_it_did(
     artifacts = {artifact["key"]: artifact for artifact in ask(real_server, "artifacts/latest")}
     assert {f"hourly-{what}" for what in ("progress", "dataset", "findings", "report")} <= artifacts.keys()
     assert re.search(r"documents \| 5\b", artifacts["hourly-dataset"]["data"])
+    metrics = {row["metric"]: row["value"] for row in json.loads(artifacts["hourly-metrics"]["data"])}
+    assert (metrics["shards measured"], metrics["documents measured"]) == ("1", "5")
+    assert metrics["attempts at a shard that failed"] == "0"
+    assert int(metrics["tokens per second"].replace(",", "")) > 0
     rules = json.loads(artifacts["hourly-findings"]["data"])
     assert {"dead head", "attention sink"} <= {row["name"] for row in rules}
 
