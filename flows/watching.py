@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from attlas.extract.errors import AnotherRun, Refusal, first_line
 from attlas.flows.config import Run
 from attlas.flows.inputs import inputs_digest
+from attlas.flows.interrupts import Stopped
 from attlas.flows.nights import Generation, Nights
 from attlas.flows.outbox import Alert, Outbox
 from attlas.flows.places import Place, absolute, inside, name_of_place, place_named
@@ -68,6 +69,8 @@ def watch_night(
     watching = _Watching(run, watch, nights, Outbox(inside(nights.root, "outbox")), sinks, baseline)
     try:
         found = watching.night(measure, is_other_baseline=baseline != held)
+    except Stopped:  # by Ctrl-C
+        raise
     except Exception as error:
         with suppress(OSError):  # of a store that is gone
             watching.tell_of_failure(error)

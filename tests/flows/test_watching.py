@@ -12,6 +12,7 @@ from attlas.analysis.dataset import Dataset
 from attlas.extract.errors import Refusal
 from attlas.extract.store import open_storage
 from attlas.flows.config import Run
+from attlas.flows.interrupts import Stopped
 from attlas.flows.nights import Nights, folder_name
 from attlas.flows.places import Place, inside
 from attlas.flows.watching import Night, Watch, night_named, watch_night
@@ -187,6 +188,19 @@ def test_a_night_that_fails_is_told_of_once_until_one_has_succeeded(
     assert [alert["summary"].partition(";")[0] for alert in house.alerts][1:] == [
         "a corpus is demo, random-repeats, needle, hub:NAME, a file, a folder or a glob"
     ]
+
+
+def test_a_night_that_its_user_stops_is_no_alert(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.night(0, accept=True)
+    house.add(20)
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(House, "_measure", stop)
+    with pytest.raises(Stopped):
+        house.night(1)
+    assert house.alerts == []
 
 
 def test_a_late_night_tells_nobody_and_is_not_the_latest(house: House) -> None:
