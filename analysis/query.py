@@ -88,20 +88,21 @@ def query_rows(location: Location, sql: str, *, timeout_s: float = 60) -> Rows:
         )
     _refuse_other_statements(sql)
     limits = _Limits(timeout_s)
-    answer = _Answer(limits)
-    threading.Thread(target=answer.give, args=[_batches(dataset, sql, limits)], name=QUERY_THREAD, daemon=True).start()
+    answer = _Answer(limits, _batches(dataset, sql, limits))
     return _normalized(answer.schema(), answer.batches())
 
 
 class _Answer:
-    """A schema and batches that a thread gives and another one takes."""
+    """A schema and batches that a thread of its own gives, and the caller takes."""
 
-    def __init__(self, limits: _Limits) -> None:
+    def __init__(self, limits: _Limits, pieces: Iterator[pa.Schema | pa.RecordBatch]) -> None:
         self._limits = limits
         self._queue: queue.Queue[pa.Schema | pa.RecordBatch | BaseException | None] = queue.Queue(_BATCHES_AHEAD)
         self._is_taken = True
+        self._thread = threading.Thread(target=self._give, args=[pieces], name=QUERY_THREAD, daemon=True)
+        self._thread.start()
 
-    def give(self, pieces: Iterator[pa.Schema | pa.RecordBatch]) -> None:
+    def _give(self, pieces: Iterator[pa.Schema | pa.RecordBatch]) -> None:
         """Pass on all pieces, and the error that ends them, for as long as someone takes them."""
         with contextlib.closing(pieces):  # pyright: ignore[reportArgumentType]
             try:
@@ -138,7 +139,13 @@ class _Answer:
 
     def _leave(self) -> None:
         self._is_taken = False
-        self._limits.interrupt()
+        threading.Thread(target=self._end, name="attlas-query-end", daemon=True).start()
+
+    def _end(self) -> None:
+        """Interrupt the query until it has ended: DuckDB forgets an interruption that comes before it computes."""
+        while self._thread.is_alive():
+            self._limits.interrupt()
+            self._thread.join(_LOOK_EVERY_S)
 
 
 class _Limits:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +74,24 @@ def test_a_result_that_nobody_takes_to_its_end_stops_its_query(folder: Path) -> 
     rows = query_rows(folder, "SELECT * FROM range(100000000000)")
     next(rows.batches)
     del rows
+    start = time.monotonic()
+    wait_for_abandoned_queries()
+    assert time.monotonic() - start < 30
+
+
+def test_a_query_that_is_given_up_before_it_computes_does_not_compute(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = query_module.statement
+    pauses = iter([query_module._GRACE_S + 1])
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(next(pauses, 0))
+        return real(*arguments)
+
+    monkeypatch.setattr(query_module, "statement", slow)
+    with pytest.raises(Refusal, match=r"a query may run 0\.2 s"):
+        query(folder, "SELECT count(*) FROM range(100000000000000) r(i) WHERE hash(i) = 1", timeout_s=0.2)
     start = time.monotonic()
     wait_for_abandoned_queries()
     assert time.monotonic() - start < 30
