@@ -101,9 +101,17 @@ def is_reached(dataset: Dataset) -> pl.Expr:
     """Whether a bin of positions or signed distances, `low` to `high`, lies within sequences of min_documents documents."""
     if dataset.min_documents == 1:
         return pl.lit(True)
-    longest = dataset.scan("sequences").group_by("document_id").agg(pl.col("tokens").max()).collect()["tokens"]
-    reached = longest.sort(descending=True)[dataset.min_documents - 1]
-    return pl.min_horizontal(pl.col("low").abs(), pl.col("high").abs()) < reached
+    return pl.min_horizontal(pl.col("low").abs(), pl.col("high").abs()) < sequence_tokens(dataset)[1]
+
+
+def sequence_tokens(dataset: Dataset) -> tuple[int, int]:
+    """The tokens of the shortest and the longest sequence; or as few and as many as min_documents documents have in one. 0 without any."""
+    tokens = pl.col("tokens")
+    of_documents = dataset.scan("sequences").group_by("document_id").agg(low=tokens.min(), high=tokens.max()).collect()
+    if not of_documents.height:
+        return 0, 0
+    lows, highs = of_documents["low"].sort(), of_documents["high"].sort(descending=True)
+    return lows[dataset.min_documents - 1], highs[dataset.min_documents - 1]
 
 
 def bin_edges() -> pl.LazyFrame:

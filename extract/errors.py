@@ -1,6 +1,6 @@
 """Exception types that callers can tell apart, and pieces of their messages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class Refusal(ValueError):
@@ -29,6 +29,13 @@ class ResidualWarning(UserWarning):
 
 class Damaged(ValueError):
     """A file that exists but is not what was written. The message names the file and the reason."""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and all errors it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def first_line(error: BaseException) -> str:

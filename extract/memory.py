@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from attlas.extract.capture.layout import Layout
+from attlas.extract.errors import causes
 
 _LONG_SEQUENCE = 2048  # tokens; above, one state of the residual stream takes tens of megabytes
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's constants for mallopt
@@ -117,12 +118,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_memory(error: BaseException, device: torch.device) -> None:
     """Release the memory of failed work: what its error's tracebacks keep, and the device's cache."""
-    chain: BaseException | None = error
-    while chain is not None:
-        traceback.clear_frames(chain.__traceback__)
+    for cause in causes(error):
+        traceback.clear_frames(cause.__traceback__)
         # a cleared frame still keeps its function, and in a closure of that the inputs of a module
-        chain.__traceback__ = None
-        chain = chain.__cause__ or chain.__context__
+        cause.__traceback__ = None
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from attlas.extract.errors import CaptureError, Damaged, Refusal, first_line
 from attlas.flows.analyze import report
 from attlas.flows.config import Run
 from attlas.flows.interrupts import Stopped, measuring_shards, stopped_by_signals
-from attlas.flows.measuring import advance, show_measuring, using_display, work_in, work_in_all
+from attlas.flows.measuring import advance, measure_here, show_measuring, using_display, work_in, work_in_all
 from attlas.flows.places import Place
 from attlas.flows.progress import Display, Work, count_of, display
 from attlas.flows.runners import Runner, is_in_this_process, share_machine, task_runner
@@ -180,15 +180,14 @@ def measure_locally(run: Run, *, show: Display, runner: Runner | None = None) ->
 
 def _without_server(run: Run) -> Path | str:
     """Measure what is left of a run in this process, and complete the dataset and its report, without Prefect."""
-    from attlas.extract.run import measure_shard, two_at_a_time
+    from attlas.extract.run import measure_shard
 
     forget_logs_and_events()
     _release_plan(run)
     planned = plan_run(run)
     if planned.plan is not None:
         worker = planned.open_worker()
-        with measuring_shards():
-            two_at_a_time(partial(show_measuring, partial(measure_shard, worker), worker), planned.remaining)
+        measure_here(partial(measure_shard, worker), worker, planned.remaining)
         write_manifest.fn(run)
     return report.fn(run.out)
 

@@ -4,9 +4,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from attlas.flows.interrupts import refuse_when_stopping
+from attlas.flows.interrupts import measuring_shards, refuse_when_stopping
 from attlas.flows.progress import Display, Work, display
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ def show_measuring(measure: Callable[..., T], worker: "Worker", shard: int) -> T
     # the rest: documents without a sequence, or the whole shard if another process has measured it
     advance(work_in(worker, shard) - show.done)
     return result
+
+
+def measure_here(measure: Callable[..., T], worker: "Worker", shards: Iterable[int]) -> list[T]:
+    """Call a function for each shard in this process, and show the progress; returns its results. Raises Stopped if some were not begun."""
+    from attlas.extract.run import two_at_a_time
+
+    with measuring_shards():
+        return two_at_a_time(partial(show_measuring, measure, worker), shards)
 
 
 def work_in(worker: "Worker", shard: int) -> Work:

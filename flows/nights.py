@@ -68,11 +68,22 @@ class Nights:
     @property
     def finished(self) -> list[Place]:
         """The datasets that scheduled runs have finished, the oldest first."""
-        return [inside(self.root, name) for name in self.storage.names() or () if self._is_finished(name)]
+        return [inside(self.root, name) for name in self._names() if self._is_finished(name)]
+
+    @property
+    def newest(self) -> Place | None:
+        """The last of them; in an object store this asks less."""
+        return next((inside(self.root, name) for name in reversed(self._names()) if self._is_finished(name)), None)
+
+    def _later_than(self, name: str) -> list[str]:
+        """The names of finished datasets after this one."""
+        return [other for other in self._names() if other > name and self._is_finished(other)]
+
+    def _names(self) -> list[str]:
+        """The names of datasets, finished or not, the oldest first."""
+        return [name for name in self.storage.names() or () if _NAME.fullmatch(name)]
 
     def _is_finished(self, name: str) -> bool:
-        if not _NAME.fullmatch(name):
-            return False
         place = inside(self.root, name)
         is_link = isinstance(place, Path) and place.is_symlink()
         return not is_link and self.storage.size(f"{name}/{MANIFEST}") is not None
@@ -84,14 +95,14 @@ class Nights:
         try:
             state = json.loads(self.storage.get(_STATE) or b"")
             name = str(state["dataset"])
-            is_same = state["inputs"] == inputs and self._is_finished(name)
+            is_same = state["inputs"] == inputs and bool(_NAME.fullmatch(name)) and self._is_finished(name)
         except (ValueError, TypeError, KeyError, Damaged):
             return None  # it is measured again
         return inside(self.root, name) if is_same else None
 
     def is_newest(self, dataset: Place) -> bool:
         """Whether no later night is finished."""
-        return all(name_of_place(other) <= name_of_place(dataset) for other in self.finished)
+        return not self._later_than(name_of_place(dataset))
 
     @property
     def last_success(self) -> str:
@@ -103,9 +114,7 @@ class Nights:
 
     def problems(self) -> list[str]:
         """What is wrong with the nights here, in sentences."""
-        ahead = [
-            name_of_place(night) for night in self.finished if name_of_place(night) > folder_name(datetime.now(UTC))
-        ]
+        ahead = self._later_than(folder_name(datetime.now(UTC)))
         if not ahead:
             return []
         return [

@@ -19,7 +19,6 @@ from typing import Any
 
 from attlas.extract.errors import Damaged
 from attlas.extract.store import Storage, open_storage
-from attlas.extract.urls import is_url
 from attlas.flows.places import Place
 from attlas.flows.sinks import Sink, SinkFailure
 
@@ -79,7 +78,7 @@ class Outbox:
             return []
         release = self._storage.try_lock(_LOCK)
         if release is None:
-            return self._held_up() if is_url(str(self.root)) and any(map(self.waiting, sinks)) else []
+            return self._held_up() if isinstance(self.root, str) and any(map(self.waiting, sinks)) else []
         try:
             return [problem for sink in sinks for problem in self._deliver_to(sink, pause)]
         finally:

@@ -1,12 +1,11 @@
 """Repair of a finished dataset, by this process alone, without Prefect."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from attlas.flows.config import Run
-from attlas.flows.interrupts import measuring_shards, stopped_by_signals
-from attlas.flows.measuring import show_measuring, using_display, work_in_all
+from attlas.flows.interrupts import stopped_by_signals
+from attlas.flows.measuring import measure_here, using_display, work_in_all
 from attlas.flows.progress import Display, Work, count_of
 
 if TYPE_CHECKING:
@@ -17,12 +16,10 @@ def repair_dataset(run: Run, *, show: Display) -> str:
     """Measure the damaged parts of the dataset of a run again; returns what was done, for people."""
     from attlas.extract.errors import shortlist
     from attlas.extract.repair import repair
-    from attlas.extract.run import two_at_a_time
 
     def measure(worker: "Worker", shards: Sequence[int], of_shard: Callable[..., list[str]]) -> Iterable[list[str]]:
         show.start_measuring(total=work_in_all(worker, shards), before=Work())
-        with measuring_shards():
-            return two_at_a_time(partial(show_measuring, of_shard, worker), shards)
+        return measure_here(of_shard, worker, shards)
 
     with using_display(show), stopped_by_signals(run.out, show):
         done = repair(run.options(), progress=show.stage, measure=measure)

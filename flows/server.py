@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from http.client import HTTPException
 from typing import IO, Any
 
+from attlas.extract.errors import causes
 from attlas.flows.api import is_loopback, refuse_unreachable_server
 from attlas.flows.environment import environment_with, proxies_disabled
 from attlas.flows.server_process import DATABASE
@@ -163,15 +164,11 @@ def _deliver_logs_and_events() -> None:
         worker.drain_all(timeout=5)
 
 
-def is_lost_connection(error: BaseException | None) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Whether an error comes from a server that can't be reached."""
     import httpx
 
-    while error is not None:
-        if isinstance(error, httpx.TransportError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(cause, httpx.TransportError) for cause in causes(error))
 
 
 def forget_logs_and_events() -> None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from attlas.extract.errors import Refusal
 from attlas.flows.config import Run, read_run
-from attlas.flows.interrupts import measuring_shards, stopped_by_signals
-from attlas.flows.measuring import show_measuring, using_display, work_in_all
+from attlas.flows.interrupts import stopped_by_signals
+from attlas.flows.measuring import measure_here, using_display, work_in_all
 from attlas.flows.places import Place, place_named
 from attlas.flows.progress import Display, count_of
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def measure_share(run: Run, share: "Share", *, show: Display) -> str:
     """Measure a share of the shards of a run; returns what is done and what is to do. A failed process is started again as it was."""
-    from attlas.extract.run import measure_shard, two_at_a_time
+    from attlas.extract.run import measure_shard
     from attlas.extract.share import open_share
 
     with using_display(show), stopped_by_signals(run.out, show):
@@ -28,8 +28,7 @@ def measure_share(run: Run, share: "Share", *, show: Display) -> str:
         missing = worker.store.unmeasured(shards)
         done = sorted(set(shards) - set(missing))
         show.start_measuring(total=work_in_all(worker, shards), before=work_in_all(worker, done))
-        with measuring_shards():
-            two_at_a_time(partial(show_measuring, partial(measure_shard, worker), worker), missing)
+        measure_here(partial(measure_shard, worker), worker, missing)
     left = worker.store.unmeasured(worker.plan.to_measure)
     todo = f"{count_of(len(left), 'shard')} of the run to go" if left else f"all of the run: attlas finish {run.out}"
     return f"share {share}: {count_of(len(shards), 'shard')} measured, {todo}"

@@ -107,11 +107,11 @@ class _Watching:
 
     def _measured(self, measure: Callable[[Run], Any]) -> Place:
         """The dataset of a night: the next generation of the newest one if its run is the same, and this is no late night."""
-        run, finished = self.run, self.nights.finished
-        if finished and run.out not in finished and self.nights.is_newest(run.out):
+        run, newest = self.run, self.nights.newest
+        if newest is not None and newest != run.out and self.nights.is_newest(run.out):
             try:
-                measure(run.model_copy(update={"out": finished[-1]}))
-                return finished[-1]
+                measure(run.model_copy(update={"out": newest}))
+                return newest
             except AnotherRun:  # another model or setting
                 pass
         measure(run)

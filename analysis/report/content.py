@@ -19,6 +19,7 @@ from attlas.analysis.entropy import (
     length_grouping,
     means_by_layer,
     means_by_length,
+    sequence_tokens,
 )
 from attlas.analysis.evidence import EXTREMES, Evidence
 from attlas.analysis.heads import HEAD, head_estimates, label
@@ -47,9 +48,8 @@ class Content:
     of sites by column. `overall` and `layers` are of heads that are not at rest; the intervals of layers hold together.
     `no_kinds`: why heads have no kinds, if they have none. `chance`: how chance levels are known. `similarities`: by patterns, or by
     offsets where these were not compared. `candidates`: for pruning;
-    `sequence_tokens`: the shortest and the longest sequence, or such that min_documents documents have none longer or shorter.
     `correlations`: of their proxies with what removing heads changes, None if that was not measured. `documents_scored`: how far each
-    document is from the others.
+    document is from the others. `sequence_tokens`: as of `attlas.analysis.entropy.sequence_tokens`.
     """
 
     manifest: Mapping[str, Any]
@@ -209,19 +209,10 @@ def gather(dataset: Dataset) -> Content:
         judgement=judge(dataset, replace(evidence, extremes=of_rows.extremes)),
         no_kinds=evidence.shares.refusal,
         chance=evidence.shares.chance.sources,
-        sequence_tokens=_sequence_tokens(dataset),
+        sequence_tokens=sequence_tokens(dataset),
         min_documents=dataset.min_documents,
         damage=[*(of_rows.damage if has_totals else ()), *damage],
     )
-
-
-def _sequence_tokens(dataset: Dataset) -> tuple[int, int]:
-    tokens = pl.col("tokens")
-    of_documents = dataset.scan("sequences").group_by("document_id").agg(low=tokens.min(), high=tokens.max()).collect()
-    if not of_documents.height:
-        return 0, 0
-    lows, highs = of_documents["low"].sort(), of_documents["high"].sort(descending=True)
-    return lows[dataset.min_documents - 1], highs[dataset.min_documents - 1]
 
 
 def dropped_by_reason(content: Content) -> str:

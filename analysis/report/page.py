@@ -173,16 +173,8 @@ def _documents(content: Content) -> dict[str, Any]:
     """Documents that are outliers, a row for each, and what is said of those that were dropped."""
     scored = content.documents_scored.filter(pl.col("score").is_not_null())
     outliers = scored.filter("is_outlier")
-    checked = scored["document_id"].n_unique()
     documents = outliers["document_id"].n_unique()
-    sentences = [
-        f"No numbers of fewer than {content.min_documents:,} documents are shown, and so none of single ones."
-        if content.min_documents > 1
-        else f"Of {plural(checked, 'document')}, {count(documents)} {'is' if documents == 1 else 'are'} unlike the others in a mean over all heads: their modified z-score is "
-        f"beyond ±{OUTLIER_SCORE:g} (Iglewicz & Hoaglin 1993). Compare lengths first: entropy and masses depend on them."
-        if checked
-        else f"No document has {MIN_TOKENS} tokens or more, so none is compared with the others."
-    ]
+    sentences = [_outlier_sentence(content, checked=scored["document_id"].n_unique(), outliers=documents)]
     dropped = dropped_by_reason(content)
     sentences.append(f"Dropped before measuring: {dropped}." if dropped else "No document was dropped.")
     shown = outliers.unique(["stack", "document_id"], keep="first", maintain_order=True).head(_MOST_DOCUMENTS)
@@ -201,6 +193,17 @@ def _documents(content: Content) -> dict[str, Any]:
     ]
     caption = f"The farthest column of each, {count(len(rows))} of {count(documents)}." if rows else ""
     return {"sentences": sentences, "header": header, "rows": rows, "caption": caption}
+
+
+def _outlier_sentence(content: Content, *, checked: int, outliers: int) -> str:
+    if content.min_documents > 1:
+        return f"No numbers of fewer than {content.min_documents:,} documents are shown, and so none of single ones."
+    if not checked:
+        return f"No document has {MIN_TOKENS} tokens or more, so none is compared with the others."
+    return (
+        f"Of {plural(checked, 'document')}, {count(outliers)} {'is' if outliers == 1 else 'are'} unlike the others in a mean over all heads: their modified z-score is "
+        f"beyond ±{OUTLIER_SCORE:g} (Iglewicz & Hoaglin 1993). Compare lengths first: entropy and masses depend on them."
+    )
 
 
 def _formulas(content: Content, columns: pl.DataFrame) -> list[tuple[str, str, str, str, str]]:

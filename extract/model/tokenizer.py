@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from attlas.extract.errors import Refusal, shortlist
+from attlas.extract.errors import Refusal, causes, shortlist
 from attlas.extract.model.loading import short_message
 from attlas.extract.model.text_settings import TextSettings
 from attlas.extract.model.weights import read_json_object
@@ -149,11 +149,11 @@ def _missing_packages(folder: Path, error: BaseException) -> list[str]:
 
     For a SentencePiece model, transformers' own message names the reader of tiktoken files that it tried last.
     """
-    if not any(isinstance(cause, ImportError) for cause in _causes(error)):
+    if not any(isinstance(cause, ImportError) for cause in causes(error)):
         return []
     names = ["sentencepiece"] if any(_is_sentencepiece(file) for file in folder.glob("*.*")) else []
     if not names or isinstance(error, ImportError):
-        names = [name.lower() for cause in _causes(error) for name in _packages_in(str(cause))] or names
+        names = [name.lower() for cause in causes(error) for name in _packages_in(str(cause))] or names
     packages = [package for name in names for package in _PACKAGES_FOR.get(name, (name,))]
     return [p for p in dict.fromkeys(packages) if not _is_installed(p)]
 
@@ -161,13 +161,6 @@ def _missing_packages(folder: Path, error: BaseException) -> list[str]:
 def _packages_in(message: str) -> Iterator[str]:
     for groups in _MISSING_PACKAGE.findall(message):
         yield from (name for name in groups if name)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and all errors it was raised from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_installed(package: str) -> bool:
