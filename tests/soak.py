@@ -14,15 +14,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -33,80 +29,23 @@ import psutil
 from attlas.flows.nights import Generation, Nights
 from attlas.flows.outbox import Alert
 from attlas.flows.watching import FAILED_NIGHT, digest_of
-from tests.flows.conftest import ROOT, started_prefect_server
+from tests.extract.checkpoints import enlarge_queries
+from tests.flows.conftest import PROSE, ROOT, ask, started_prefect_server
+from tests.flows.webhook import Hook, started_hook
 from tests.object_store.proxy import FAULTS, Proxy, Request, started_proxy
 from tests.object_store.server import BUCKET, environment, started_server
+from tests.waiting import wait_until
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "a",
-    "bird",
-    "in",
-    "the",
-    "old",
-    "tree",
-    "sang",
-    "of",
-    "rain",
-    "while",
-    "rivers",
-    "ran",
-    "to",
-    "the",
-    "sea",
-    "under",
-    "slow",
-    "clouds",
-]
+WORDS = " ".join(PROSE).split()
 NIGHTS, CORPUS = f"s3://{BUCKET}/nights", f"s3://{BUCKET}/corpus"
 INTERVAL_S = 60
 # seconds between events of a kind
 DOCUMENT_S, CHECKPOINT_S, KILL_S = (10, 30), (240, 420), (60, 240)
 FAULT_RATE, LISTING_DELAY_S = 0.03, 0.3
+HOOK_TAKES = 0.75  # of the alerts that it is sent
 PART = re.compile(rf"PUT /{BUCKET}/nights/([^/]+)/(\w+)/shard-(\d+)[^/]*\.parquet")
 RECORD = re.compile(rf"PUT /{BUCKET}/nights/([^/]+)/_work/records/(\d+)\.json")
 MANIFEST = re.compile(rf"PUT /{BUCKET}/nights/([^/]+)/manifest\.json")
-
-
-@dataclass
-class Hook:
-    """A webhook that takes alerts, except one in four."""
-
-    seed: int
-    keys: Counter[str] = field(default_factory=Counter)
-    refused: int = 0
-    address: str = ""
-
-    @contextmanager
-    def started(self) -> Iterator["Hook"]:
-        hook, chance = self, random.Random(self.seed)
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                is_taken = chance.random() < 0.75
-                hook.refused += not is_taken
-                hook.keys[str(self.headers["Idempotency-Key"])] += is_taken
-                self.send_response(200 if is_taken else 503)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{server.server_port}/hook"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield self
-        finally:
-            server.shutdown()
-            server.server_close()
 
 
 class Schedule:
@@ -184,43 +123,20 @@ class Schedule:
         self.counts[f"documents {what}"] += 1
 
     def change_checkpoint(self) -> None:
-        """The queries of one layer are larger than they were."""
-        from safetensors.torch import load_file, save_file
-
-        file = self.folder / "model" / "model.safetensors"
-        weights = load_file(file)
-        name = min(name for name in weights if "query.weight" in name)
-        weights[name] = weights[name] * self._chance.choice((3, 10, 30))
-        new = file.with_suffix(".new")
-        save_file(weights, new, metadata={"format": "pt"})
-        new.replace(file)
+        enlarge_queries(self.folder / "model", self._chance.choice((3, 10, 30)))
         self.counts["checkpoints"] += 1
 
     def flow_runs(self) -> list[dict[str, Any]]:
         """The runs that Prefect has started, the oldest first."""
         wanted = {"deployments": {"name": {"any_": ["soak"]}}, "sort": "START_TIME_ASC"}
         found: list[dict[str, Any]] = []
-        while len(page := self._ask(wanted | {"offset": len(found), "limit": 200})):
+        while len(page := ask(self._environment, "flow_runs", **wanted, offset=len(found), limit=200)):
             found += page
         return [run for run in found if run["start_time"]]
 
-    def _ask(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-        request = urllib.request.Request(
-            f"{self._environment['PREFECT_API_URL']}/flow_runs/filter",
-            data=json.dumps(wanted).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-
-    def wait_until_nothing_is_new(self, *, seconds: float) -> bool:
-        began, deadline = datetime.now(UTC), time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            runs = [run for run in self.flow_runs() if datetime.fromisoformat(run["start_time"]) > began]
-            if any(run["state_name"] == "Unchanged" for run in runs):
-                return True
-            time.sleep(5)
-        return False
+    def is_nothing_new_since(self, time: datetime) -> bool:
+        runs = [run for run in self.flow_runs() if datetime.fromisoformat(run["start_time"]) > time]
+        return any(run["state_name"] == "Unchanged" for run in runs)
 
 
 def soak(schedule: Schedule, proxy: Proxy, chance: random.Random, minutes: float) -> None:
@@ -300,76 +216,90 @@ def expected_alerts(nights: Nights) -> dict[str, dict[str, str]]:
     return expected
 
 
-def problems_of_alerts(nights: Nights, told: Sequence[str], hook: Hook) -> Iterator[str]:
-    """What is wrong with what was told. told: the keys in the file, in order."""
+def problems_of_alerts(nights: Nights, told: Sequence[str], by_hook: set[str]) -> Iterator[str]:
+    """What is wrong with what was told. told: the keys in the file, in order. by_hook: those that the webhook took."""
     expected = expected_alerts(nights)
     yield from (f"told {number} times: {expected.get(key)}" for key, number in Counter(told).items() if number > 1)
     yield from (f"told of nothing that was found: {key}" for key in {*told} - expected.keys())
-    yield from (f"the webhook has not been told: {expected.get(key)}" for key in {*told} - hook.keys.keys())
-    yield from (f"only the webhook was told: {expected.get(key)}" for key in hook.keys.keys() - {*told})
+    yield from (f"the webhook has not been told: {expected.get(key)}" for key in {*told} - by_hook)
+    yield from (f"only the webhook was told: {expected.get(key)}" for key in by_hook - {*told})
     drifted = {facts["dataset"] for facts in expected.values()}
     told_of = {expected[key]["dataset"] for key in told if key in expected}
     # a checkpoint is compared at least once; of its last generation a night may not have been, when the next checkpoint came
     yield from (f"nobody was told of {dataset}" for dataset in drifted - told_of)
 
 
+def keys_of_drift(alerts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of all alerts but those of failed nights, which nothing that stays tells of."""
+    return [alert["key"] for alert in alerts if alert["finding"] != FAILED_NIGHT]
+
+
+def copied_here(folder: Path) -> Nights:
+    """The nights in a local folder, where the checks read each file once instead of asking the store again and again."""
+    from attlas.extract.store import open_storage
+
+    there, here = open_storage(NIGHTS), open_storage(folder)
+    for key in there.list():
+        here.put(key, there.get(key) or b"")
+    return Nights(folder)
+
+
+def outcome(schedule: Schedule, proxy: Proxy, hook: Hook, *, is_calm: bool) -> dict[str, Any]:
+    """What happened, and `problems`."""
+    runs, nights = schedule.flow_runs(), copied_here(schedule.folder / "nights")
+    lines = schedule.alerts.read_text().splitlines() if schedule.alerts.exists() else []
+    alerts = [json.loads(line) for line in lines]
+    told = keys_of_drift(alerts)
+    problems = [] if is_calm else ["the last state of the corpus was not measured"]
+    finished = nights.finished
+    for place in finished:
+        problems += problems_of_dataset(str(place), schedule.texts if place == finished[-1] else None)
+    problems += [f"measured twice: {request}" for request in measured_twice(proxy.requests)]
+    problems += problems_of_alerts(nights, told, {*keys_of_drift(hook.received)})
+    problems += ["a traceback in the log"] if b"Traceback" in schedule.log.read_bytes() else []
+    return {
+        **schedule.counts,
+        "requests": len(proxy.requests),
+        "faults of the store": dict(proxy.injected),
+        "runs": Counter(run["state_name"] for run in runs),
+        "failed runs": Counter(run["state"]["message"] for run in runs if run["state_type"] in ("FAILED", "CRASHED")),
+        "datasets": len(finished),
+        "generations": sum(Generation.now(place).number for place in finished),
+        "alerts": {"of drift and defects": len(told), "of failed nights": len(alerts) - len(told)},
+        "answers of the webhook": {"taken": len(hook.received), "refused": hook.refused},
+        "problems": problems,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a new folder for log and alerts, which then stays")
+    parser.add_argument("--out", type=Path, help="a new folder for log, alerts and datasets, which then stays")
     arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)
+    chance, of_hook = random.Random(arguments.seed), random.Random(arguments.seed)
     with ExitStack() as stack:
         folder = arguments.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(exist_ok=True)
         proxy = Proxy(stack.enter_context(started_server()), seed=arguments.seed, faults=FAULTS)
         stack.enter_context(started_proxy(proxy))
-        hook = stack.enter_context(Hook(arguments.seed).started())
+        hook = stack.enter_context(started_hook(lambda: 200 if of_hook.random() < HOOK_TAKES else 503))
         settings = environment(proxy.port) | {"HOOK": hook.address, "PREFECT_HOME": str(folder / "prefect")}
         settings |= {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
         os.environ.update(settings)
         schedule = Schedule(folder, stack.enter_context(started_prefect_server(dict(os.environ))), chance)
         schedule.prepare()
+        is_calm = False
         try:
             soak(schedule, proxy, chance, arguments.minutes)
-            is_calm = schedule.wait_until_nothing_is_new(seconds=600)
+            ended = datetime.now(UTC)
+            with suppress(TimeoutError):
+                is_calm = wait_until(lambda: schedule.is_nothing_new_since(ended), seconds=600, pause_s=5)
         finally:
             schedule.kill()
-        runs = schedule.flow_runs()
-        nights = Nights(NIGHTS)
-        lines = schedule.alerts.read_text().splitlines() if schedule.alerts.exists() else []
-        alerts = [json.loads(line) for line in lines]
-        failed = {alert["key"] for alert in alerts if alert["finding"] == FAILED_NIGHT}
-        told = [alert["key"] for alert in alerts if alert["key"] not in failed]
-        hook.keys = Counter({key: number for key, number in hook.keys.items() if key not in failed})
-        problems = [*([] if is_calm else ["the last state of the corpus was not measured"])]
-        for place in nights.finished:
-            is_last = place == nights.finished[-1]
-            problems += problems_of_dataset(str(place), schedule.texts if is_last else None)
-        problems += [f"measured twice: {request}" for request in measured_twice(proxy.requests)]
-        problems += problems_of_alerts(nights, told, hook)
-        problems += ["a traceback in the log"] if b"Traceback" in schedule.log.read_bytes() else []
-        failures = Counter(run["state"]["message"] for run in runs if run["state_type"] in ("FAILED", "CRASHED"))
-        print(
-            json.dumps(
-                {
-                    "minutes": arguments.minutes,
-                    **schedule.counts,
-                    "requests": len(proxy.requests),
-                    "faults of the store": dict(proxy.injected),
-                    "runs": Counter(run["state_name"] for run in runs),
-                    "failed runs": failures,
-                    "datasets": len(nights.finished),
-                    "generations": sum(Generation.now(place).number for place in nights.finished),
-                    "alerts": {"of drift and defects": len(told), "of failed nights": len(failed)},
-                    "answers of the webhook": {"taken": sum(hook.keys.values()), "refused": hook.refused},
-                    "problems": problems,
-                },
-                indent=1,
-            )
-        )
-        return 1 if problems else 0
+        found = outcome(schedule, proxy, hook, is_calm=is_calm)
+    print(json.dumps({"minutes": arguments.minutes, **found}, indent=1))
+    return 1 if found["problems"] else 0
 
 
 if __name__ == "__main__":

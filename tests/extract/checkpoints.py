@@ -75,3 +75,16 @@ def save(model: Any, folder: Path, tokenizer: Any = None, **options: Any) -> Pat
     model.save_pretrained(folder, **options)
     (tokenizer_of() if tokenizer is None else tokenizer).save_pretrained(folder)
     return folder
+
+
+def enlarge_queries(folder: Path, times: float) -> None:
+    """Make the queries of one layer of a model larger, as another checkpoint's; the file is replaced at once."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = min(name for name in weights if "query.weight" in name)
+    weights[name] = weights[name] * times
+    new = file.with_suffix(".new")
+    save_file(weights, new, metadata={"format": "pt"})
+    new.replace(file)

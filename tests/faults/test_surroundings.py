@@ -161,15 +161,20 @@ def test_a_corpus_that_changes_after_it_was_planned_changes_nothing(undisturbed,
     assert contents(tmp_path / "out") == whole
 
 
+def many_files(corpus: Path) -> Path:
+    """A corpus of 600 files, which is planned in three batches."""
+    corpus.mkdir()
+    for number in range(600):
+        (corpus / f"{number:03d}.txt").write_text(f"The text of number {number}.")
+    return corpus
+
+
 @pytest.mark.parametrize("kind", ["gone", "a folder", "longer"])
 def test_a_file_that_goes_or_changes_while_the_corpus_is_planned_is_named(
     undisturbed, tmp_path: Path, kind: str
 ) -> None:
     options, instrument, _ = undisturbed
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for number in range(600):
-        (corpus / f"{number:03d}.txt").write_text(f"The text of number {number}.")
+    corpus = many_files(tmp_path / "corpus")
     again = replace(options, corpus=str(corpus), out=tmp_path / "out", shard_sequences=2000)
 
     def progress(stage: str, done: int, _total: int | None) -> None:
@@ -194,10 +199,7 @@ def test_a_file_that_is_added_while_the_corpus_is_planned_is_in_the_next_generat
     undisturbed, tmp_path: Path
 ) -> None:
     options, instrument, _ = undisturbed
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for number in range(600):
-        (corpus / f"{number:03d}.txt").write_text(f"The text of number {number}.")
+    corpus = many_files(tmp_path / "corpus")
     again = replace(options, corpus=str(corpus), out=tmp_path / "out", shard_sequences=2000)
 
     def progress(stage: str, done: int, _total: int | None) -> None:

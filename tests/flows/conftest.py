@@ -1,19 +1,19 @@
 """Prefect for tests: a separate home, one test server for the quick tests, one real server for the slow ones."""
 
 import contextlib
+import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import Ended as Ended
+from tests.waiting import free_port, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 PROSE = (
@@ -56,12 +56,6 @@ def real_server(prefect_environment: dict[str, str]) -> Iterator[dict[str, str]]
         yield environment
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextlib.contextmanager
 def started_prefect_server(environment: dict[str, str], port: int | None = None) -> Iterator[dict[str, str]]:
     """`prefect server start` in an environment, at a free port by default; the environment that refers to it."""
@@ -88,15 +82,22 @@ def started_prefect_server(environment: dict[str, str], port: int | None = None)
 
 
 def wait_for(url: str, *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.2)
-    raise TimeoutError(f"no answer from {url} within {seconds} s")
+    def answers() -> bool:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+
+    wait_until(answers, seconds=seconds, pause_s=0.2)
+
+
+def ask(environment: dict[str, str], what: str, **wanted: Any) -> list[dict[str, Any]]:
+    """What the Prefect server of an environment has of a kind, such as flow_runs."""
+    request = urllib.request.Request(
+        f"{environment['PREFECT_API_URL']}/{what}/filter",
+        data=json.dumps(wanted).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
 
 
 @pytest.fixture

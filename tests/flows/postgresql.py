@@ -3,12 +3,13 @@
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.waiting import free_port
 
 _VERSIONS = Path("/usr/lib/postgresql")
 
@@ -25,9 +26,7 @@ def postgresql() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # not in pytest's own, which other users can't enter
     password = folder / "password"
     password.write_text(secrets.token_hex(16))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     if os.geteuid() == 0:  # the server does not run as root
         shutil.chown(folder, "postgres", "postgres")
         shutil.chown(password, "postgres", "postgres")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from attlas.extract.errors import Refusal
+from tests.waiting import free_port
 
 pytestmark = pytest.mark.usefixtures("prefect_environment")
 Answer = tuple[int, str]
@@ -55,12 +56,6 @@ def refusal_of(url: str, **others: str) -> Iterator[pytest.ExceptionInfo[Refusal
     assert "PREFECT_API_URL" in message and "to use a temporary server" in message
     assert "\n" not in message
     yield refused
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(

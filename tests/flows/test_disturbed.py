@@ -3,14 +3,14 @@
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from attlas.analysis.verify import verify
-from tests.flows.conftest import free_port, part_bytes, started_prefect_server
+from tests.flows.conftest import part_bytes, started_prefect_server
 from tests.flows.test_interrupted import command, finish, prose, records, started
+from tests.waiting import free_port, wait_until
 
 __all__ = ["prose"]
 pytestmark = pytest.mark.slow
@@ -48,13 +48,6 @@ time_t time(time_t *now) {
     return found.tv_sec;
 }
 """
-
-
-def wait_until(happened: Callable[[], bool], *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")

@@ -1,10 +1,7 @@
 """Alerts: written once by their key, delivered to every sink until it has taken them, and never in the way of a run."""
 
 import json
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +10,22 @@ import pytest
 from attlas.extract.errors import Refusal
 from attlas.flows.outbox import Alert, Outbox
 from attlas.flows.sinks import FileSink, SinkFailure, sink_named
+from tests.flows.webhook import Hook, started_hook
 
 FIRST = Alert("a" * 64, "b" * 64, "drift: heads", "2 of 72 heads changed: …", {"places": []})
 SECOND = Alert("a" * 64, "b" * 64, "drift: sites", "1 of 12 sites changed: …")
 
 
-@dataclass
-class Hook:
-    """A webhook's server: it answers with these statuses, one after the other, and then with 200."""
-
-    statuses: list[int] = field(default_factory=list)
-    received: list[dict[str, Any]] = field(default_factory=list)
-    keys: list[str | None] = field(default_factory=list)
-    address: str = ""
-
-
 @pytest.fixture
 def hook() -> Iterator[Hook]:
-    hook = Hook()
+    with started_hook(lambda: 200) as hook:
+        yield hook
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status = hook.statuses.pop(0) if hook.statuses else 200
-            if status == 200:
-                hook.received.append(body)
-                hook.keys.append(self.headers["Idempotency-Key"])
-            self.send_response(status)
-            if status == 302:
-                self.send_header("Location", f"{hook.address}elsewhere")
-            self.end_headers()
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    hook.address = f"http://127.0.0.1:{server.server_port}/token-of-the-hook"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield hook
-    server.shutdown()
-    server.server_close()
+def answer_with(hook: Hook, *statuses: int) -> None:
+    """Answer with these statuses, one after the other, and then with 200."""
+    waiting = iter(statuses)
+    hook.status = lambda: next(waiting, 200)
 
 
 @pytest.fixture
@@ -95,7 +68,7 @@ def test_a_failed_delivery_is_tried_again_after_a_pause(
     outbox: Outbox, hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: list[int]
 ) -> None:
     monkeypatch.setenv("HOOK", hook.address)
-    hook.statuses = list(failures)
+    answer_with(hook, *failures)
     pauses: list[float] = []
     sink = sink_named("webhook:HOOK", folder=tmp_path)
     outbox.add([FIRST], [sink])
@@ -108,7 +81,7 @@ def test_a_redirect_is_a_failure_and_is_not_followed(
     hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOOK", hook.address)
-    hook.statuses = [302]
+    answer_with(hook, 302)
     with pytest.raises(SinkFailure, match="webhook:HOOK answers with status 302"):
         sink_named("webhook:HOOK", folder=tmp_path).send({"key": "x"})
     assert hook.received == []

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from attlas.extract.options import RunOptions
 from tests.extract.runs import complete_run, contents
 from tests.flows.conftest import Ended, part_bytes
 from tests.flows.test_cli import refused
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_environment")
 WORDS = "Whoever measures a shard writes the same bytes, and the dataset does not say who it was. "
@@ -84,13 +84,6 @@ def test_a_dask_worker_that_is_killed_loses_nothing(
     complete_run(replace(options, out=tmp_path / "alone"))
     assert part_bytes(tmp_path / "out") == part_bytes(tmp_path / "alone")
     assert verify(tmp_path / "out") == []
-
-
-def wait_until(is_so: Callable[[], object], *, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -7,28 +7,17 @@ import signal
 import stat
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from attlas.analysis.verify import verify
-from tests.flows.conftest import ROOT, started_prefect_server
+from tests.flows.conftest import ROOT, ask, started_prefect_server
 from tests.flows.postgresql import postgresql, programs, rows_of
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
-
-
-def ask(environment: dict[str, str], what: str, **wanted: Any) -> list[dict[str, Any]]:
-    request = urllib.request.Request(
-        f"{environment['PREFECT_API_URL']}/{what}/filter",
-        data=json.dumps(wanted).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return json.load(answer)
 
 
 def flow_runs(environment: dict[str, str], deployment: str, state: str) -> list[dict[str, Any]]:
@@ -40,11 +29,11 @@ def flow_runs(environment: dict[str, str], deployment: str, state: str) -> list[
 def wait_for_runs(
     environment: dict[str, str], deployment: str, state: str, number: int, *, seconds: float = 240
 ) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + seconds
-    while len(found := flow_runs(environment, deployment, state)) < number:
-        assert time.monotonic() < deadline, f"{len(found)} of {number} runs are {state}"
-        time.sleep(1)
-    return found
+    def enough() -> list[dict[str, Any]]:
+        found = flow_runs(environment, deployment, state)
+        return found if len(found) >= number else []
+
+    return wait_until(enough, seconds=seconds, pause_s=1)
 
 
 def test_the_scheduler_measures_what_changed_and_says_what_it_did(

@@ -14,13 +14,12 @@ from attlas.flows.measuring import shown_work, using_display
 from attlas.flows.progress import LineDisplay, SilentDisplay, Work, display
 from attlas.flows.telemetry import JsonDisplay, MeteredDisplay
 from tests.conftest import Ended
+from tests.waiting import free_port
 
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return free_port()
 
 
 def metrics(port: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ from attlas.flows.interrupts import Stopped
 from attlas.flows.nights import Nights, folder_name
 from attlas.flows.places import Place, inside
 from attlas.flows.watching import Night, Watch, night_named, watch_night
+from tests.extract.checkpoints import enlarge_queries
 from tests.extract.runs import complete_run
 
 FIRST = datetime(2026, 3, 1, 2, 0, 0, tzinfo=UTC)
@@ -53,13 +54,7 @@ class House:
 
     def perturb(self) -> None:
         """Another checkpoint: the queries of one layer's heads are larger."""
-        from safetensors.torch import load_file, save_file
-
-        file = self.model / "model.safetensors"
-        weights = load_file(file)
-        name = next(n for n in sorted(weights) if "query.weight" in n)
-        weights[name] = weights[name] * 200
-        save_file(weights, file, metadata={"format": "pt"})
+        enlarge_queries(self.model, 200)
 
     @property
     def nights(self) -> Nights:

@@ -6,13 +6,12 @@ import hashlib
 import hmac
 import shutil
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.flows.conftest import free_port
+from tests.waiting import free_port, wait_until
 
 PROGRAM = shutil.which("azurite-blob")
 ACCOUNT, CONTAINER = "devstoreaccount1", "box"
@@ -28,7 +27,7 @@ def started_azurite(folder: Path) -> Iterator[dict[str, str]]:
     command = [PROGRAM, "--silent", "--location", str(folder), "--blobPort", str(port), "--skipApiVersionCheck"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _make_container(port, seconds=60)
+        wait_until(lambda: _makes_container(port), seconds=60, pause_s=0.2)
         yield {
             "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
             "AZURE_STORAGE_ACCOUNT_KEY": KEY,
@@ -42,24 +41,16 @@ def started_azurite(folder: Path) -> Iterator[dict[str, str]]:
         process.wait(30)
 
 
-def _make_container(port: int, *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        headers = {"x-ms-date": f"{datetime.now(UTC):%a, %d %b %Y %H:%M:%S} GMT", "x-ms-version": "2021-08-06"}
-        of_headers = [f"{name}:{value}" for name, value in headers.items()]
-        resource = [f"/{ACCOUNT}/{ACCOUNT}/{CONTAINER}", "restype:container"]
-        signed = "\n".join(["PUT", *([""] * 11), *of_headers, *resource])
-        signature = base64.b64encode(hmac.new(base64.b64decode(KEY), signed.encode(), hashlib.sha256).digest()).decode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/{ACCOUNT}/{CONTAINER}?restype=container",
-            method="PUT",
-            headers={**headers, "Authorization": f"SharedKey {ACCOUNT}:{signature}", "Content-Length": "0"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                assert answer.status == 201
-                return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+def _makes_container(port: int) -> bool:
+    headers = {"x-ms-date": f"{datetime.now(UTC):%a, %d %b %Y %H:%M:%S} GMT", "x-ms-version": "2021-08-06"}
+    of_headers = [f"{name}:{value}" for name, value in headers.items()]
+    resource = [f"/{ACCOUNT}/{ACCOUNT}/{CONTAINER}", "restype:container"]
+    signed = "\n".join(["PUT", *([""] * 11), *of_headers, *resource])
+    signature = base64.b64encode(hmac.new(base64.b64decode(KEY), signed.encode(), hashlib.sha256).digest()).decode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/{ACCOUNT}/{CONTAINER}?restype=container",
+        method="PUT",
+        headers={**headers, "Authorization": f"SharedKey {ACCOUNT}:{signature}", "Content-Length": "0"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.status == 201

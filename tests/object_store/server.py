@@ -2,11 +2,11 @@
 
 import contextlib
 import http.client
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+
+from tests.waiting import free_port, wait_until
 
 KEY, SECRET = "AKIATESTOFATTLAS0000", "a-secret-that-is-nowhere/else+0123456789"
 BUCKET = "bucket"
@@ -15,34 +15,24 @@ BUCKET = "bucket"
 @contextlib.contextmanager
 def started_server() -> Iterator[int]:
     """The port of a server with one bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        _make_bucket(port, seconds=120)
+        wait_until(lambda: _makes_bucket(port), seconds=120, pause_s=0.2)
         yield port
     finally:
         process.kill()
         process.wait(30)
 
 
-def _make_bucket(port: int, *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            connection.request("PUT", f"/{BUCKET}")
-            assert connection.getresponse().status == 200
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+def _makes_bucket(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("PUT", f"/{BUCKET}")
+    return connection.getresponse().status == 200
 
 
 def environment(port: int) -> dict[str, str]:
