@@ -2,7 +2,8 @@
 # make test     the tests that are quick
 # make cover    the same, and how much of the code they reach
 # make check    format, lint, types, tests
-# make slow     the tests that take minutes, or a browser
+# make slow     the tests that take longer, or a browser
+# make exhaustive  every case, damage and moment of which the other tests see some: half an hour, before a release
 # make lowest   a part of the quick tests on the lowest versions that pyproject.toml admits
 # make bench    speed, memory and size, against doing without or doing it the usual way
 # make soak     an hour of a schedule on a flaky object store, with a growing corpus, new checkpoints and kills
@@ -18,12 +19,18 @@ PIP := -m pip --disable-pip-version-check
 INSTALL := $(BIN)/python $(PIP) install --quiet -c constraints.txt
 # a process for each core, each computing on one thread
 ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
+# what touches most of the libraries; LOWEST_TESTS='tests/analysis tests/flows' for more
+LOWEST_TESTS ?= $(addprefix tests/analysis/test_,answers.py compare.py dataset.py export.py findings.py hostile_sql.py kinds.py \
+		query.py report.py trend.py verify.py) \
+	$(addprefix tests/extract/test_,corpus.py encoder.py heads.py residual.py run.py) \
+	$(addprefix tests/flows/test_,api.py cli.py measure.py view.py)
 GPU_PYTHON ?= python3
 GPU_OUT := $(or $(OUT),data/gpu)
 ON_GPU := PYTHONPATH=. HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTHONUNBUFFERED=1 $(GPU_PYTHON)
+COMPILE := -c "from attlas.extract.engines import choose; choose('cpu').make_ready()"
 PYTEST := -m pytest -n logical --maxprocesses 8 $(PYTEST_OPTIONS)
 
-.PHONY: run test cover slow lowest check bench census gpu gpu-bench gpu-kit gpu-rehearsal soak format lint types hooks dictionary clean
+.PHONY: run test cover slow exhaustive lowest check bench census gpu gpu-bench gpu-kit gpu-rehearsal soak format lint types hooks compiled compiled-lowest dictionary clean
 
 run: .venv/.run-installed
 	$(BIN)/attlas run flows/runs/demo.toml
@@ -35,7 +42,10 @@ cover: .venv/.test-installed
 	$(ENVIRONMENT) $(BIN)/python $(PYTEST) --cov --cov-fail-under=94 --cov-report=term:skip-covered
 
 slow: .venv/.test-installed
-	$(ENVIRONMENT) $(BIN)/python $(PYTEST) -m 'slow or browser'
+	$(ENVIRONMENT) $(BIN)/python $(PYTEST) -m '(slow or browser) and not exhaustive'
+
+exhaustive: .venv/.test-installed
+	$(ENVIRONMENT) $(BIN)/python $(PYTEST) -m exhaustive
 
 check: format lint types test
 
@@ -97,18 +107,25 @@ hooks: .venv/.dev-installed
 	$(BIN)/python $(PIP) install --quiet -c constraints.txt ruff pyright pre-commit
 	touch $@
 
-.venv-lowest/.installed: pyproject.toml tests/lowest.py
+# the torch of .venv, by hard links
+.venv-lowest/.installed: .venv/.torch-installed pyproject.toml tests/lowest.py
 	$(PYTHON) -m venv --clear .venv-lowest
-	$(LOWEST)/python $(PIP) install --quiet torch==2.13.0
+	cp -al .venv/lib/python3*/site-packages/torch* .venv/lib/python3*/site-packages/functorch .venv-lowest/lib/python3*/site-packages/
 	$(PYTHON) tests/lowest.py > .venv-lowest/lowest.txt
 	$(LOWEST)/python $(PIP) install --quiet -c .venv-lowest/lowest.txt -e . pytest pytest-xdist hypothesis beartype obstore pandas psutil
 	touch $@
 
+# what the first test would otherwise wait for
+compiled: .venv/.test-installed
+	$(BIN)/python $(COMPILE)
+
+compiled-lowest: .venv-lowest/.installed
+	$(LOWEST)/python $(COMPILE)
+
 # older libraries warn of newer ones beneath them: warnings are no errors here
 lowest: .venv-lowest/.installed
 	$(ENVIRONMENT) $(LOWEST)/python $(PYTEST) -o filterwarnings= \
-		tests/flows tests/analysis tests/extract/test_heads.py tests/extract/test_residual.py \
-		tests/extract/test_run.py tests/extract/test_corpus.py tests/extract/test_encoder.py -k 'not image'
+		-k 'not image' $(LOWEST_TESTS)
 
 # the data dictionary, from the catalogue
 dictionary: .venv/.run-installed

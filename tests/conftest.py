@@ -24,7 +24,7 @@ from tests.chromium import started_browser
 from tests.properties import QUICK, THOROUGH
 from tests.shapes import check_shapes
 
-# fixtures that take long to make, such as a Prefect server: the tests of files that use the same one share a worker
+# fixtures that take long to make: the tests of all files that use the first share a worker, of the others those of each file
 COSTLY = ("test_server", "real_server", "smollm")
 
 
@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Enable shape checks, choose the number of property cases, and compile the engine once before workers start."""
     if find_spec("beartype") is not None:  # a machine with a GPU may lack it
         check_shapes()
-    settings.load_profile(THOROUGH if _is_slow_tier(config) else QUICK)
+    settings.load_profile(THOROUGH if _is_exhaustive_tier(config) else QUICK)
     if getattr(config.option, "numprocesses", None) and os.environ.get("ATTLAS_GPU") != "1":
         subprocess.run(
             [sys.executable, "-c", "from attlas.extract.engines import choose; choose('cpu').make_ready()"],
@@ -41,23 +41,23 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
-def _is_slow_tier(config: pytest.Config) -> bool:
+def _is_exhaustive_tier(config: pytest.Config) -> bool:
     asked = config.getoption("markexpr") or ""
-    return "slow" in asked.replace("not slow", "")
+    return "exhaustive" in asked.replace("not exhaustive", "")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put property tests in both tiers, and of a test with `sample(n)` n cases in the quick tier and the others in the slow one."""
+    """Put property tests in the exhaustive tier too, and there the other cases of a test of which `sample(n)` leaves n in its own."""
     cases = defaultdict(list)
     for item in items:
-        if _is_slow_tier(config) and is_hypothesis_test(getattr(item, "obj", None)):
-            item.add_marker(pytest.mark.slow)
+        if _is_exhaustive_tier(config) and is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker(pytest.mark.exhaustive)
         for marker in item.iter_markers("sample"):
             cases[item.nodeid.partition("[")[0], marker.args[0]].append(item)
-    for (_, quick), of_test in cases.items():
-        for item in random.Random(0).sample(of_test, max(0, len(of_test) - quick)):
-            item.add_marker(pytest.mark.slow)
+    for (_, kept), of_test in cases.items():
+        for item in random.Random(0).sample(of_test, max(0, len(of_test) - kept)):
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.hookimpl(optionalhook=True)  # xdist may be absent
@@ -77,7 +77,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return costly_fixture_of(nodeid.partition("::")[0]) or nodeid
+            file = nodeid.partition("::")[0]
+            fixture = costly_fixture_of(file)
+            return nodeid if fixture is None else fixture if fixture == COSTLY[0] else file
 
     return Scheduling(config, log)
 
@@ -90,6 +92,26 @@ def _unchanged_threads() -> Iterator[None]:
     yield
     if torch:
         assert torch.get_num_threads() == before, "the test changed torch's number of threads"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _demo_is_loaded_once() -> Iterator[None]:
+    """All runs of this process measure one demo encoder for each way of loading it, and examine it once."""
+    from attlas.extract import instrument
+
+    load, loaded = instrument.load_encoder, {}
+
+    def load_once(name: str, **options: Any) -> Any:
+        if name != "demo":
+            return load(name, **options)
+        way = tuple(sorted(options.items()))
+        if way not in loaded:
+            loaded[way] = load(name, **options)
+        return loaded[way]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instrument, "load_encoder", load_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The number of cases of property tests: some in the quick tier, all in the slow one."""
+"""The number of cases of property tests: some in the quick tier, all in the exhaustive one."""
 
 from hypothesis import settings
 

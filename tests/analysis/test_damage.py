@@ -126,7 +126,7 @@ def test_a_fact_of_another_kind(dataset: Path, run_command: RunCommand, place: t
     run_every_command(dataset, run_command)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", VALUES)
 def test_every_fact_of_another_kind(dataset: Path, run_command: RunCommand, kind: str) -> None:
     """Every fact once, with the kinds in turn: all of each would be thousands of reports."""
@@ -301,7 +301,7 @@ def turn(damages: Iterable[str], table: str, *, of: int) -> list[str]:
     return list(damages)[0 if table == "heads" else WRITTEN.index(table) % of :: 1 if table == "heads" else of]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("table", WRITTEN)
 def test_every_damage_to_the_bytes_of_tables(intact: Path, tmp_path: Path, run_command: RunCommand, table: str) -> None:
     for number, damage in enumerate(turn(byte_damages(table, intact), table, of=4)):
@@ -310,7 +310,7 @@ def test_every_damage_to_the_bytes_of_tables(intact: Path, tmp_path: Path, run_c
         assert run_every_command(folder, run_command)["verify"] == 3, damage
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("table", WRITTEN)
 def test_every_damage_to_the_rows_of_tables(intact: Path, tmp_path: Path, run_command: RunCommand, table: str) -> None:
     for number, damage in enumerate(turn(row_damages(table), table, of=3)):
@@ -319,7 +319,7 @@ def test_every_damage_to_the_rows_of_tables(intact: Path, tmp_path: Path, run_co
         run_every_command(folder, run_command)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("update_checksum", [True, False])
 def test_a_flipped_byte_anywhere(intact: Path, tmp_path: Path, run_command: RunCommand, update_checksum: bool) -> None:
     content = (intact / "heads" / "shard-00000.parquet").read_bytes()

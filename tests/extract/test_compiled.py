@@ -81,7 +81,7 @@ sys.stdout.buffer.write(output.numpy().tobytes() + b"".join(c.tobytes() for c in
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_process_that_finds_no_compiled_code_computes_the_same_bytes_as_others(tmp_path: Path) -> None:
     """What numba has just compiled is another optimisation of the same loop than what it keeps."""
 

@@ -81,6 +81,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("after", ["classes", "none"])
 def test_killed_at_any_write_it_is_old_or_new_and_the_same_call_finishes_it(
     measured: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after

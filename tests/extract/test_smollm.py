@@ -10,7 +10,7 @@ from attlas.extract.options import RunOptions
 from tests.extract.runs import complete_run
 from tests.smollm import build
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope="module")

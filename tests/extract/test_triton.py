@@ -473,7 +473,9 @@ def _stack(program: bytes) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtypes", "widths"), [("bfloat16 float32", "64 128")])
+@pytest.mark.parametrize(
+    ("dtypes", "widths"), [("bfloat16", "64"), pytest.param("bfloat16 float32", "64 128", marks=pytest.mark.exhaustive)]
+)
 def test_the_kernels_fit_an_h100(tmp_path, dtypes, widths):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", __name__, dtypes, widths]

@@ -22,6 +22,7 @@ def run(lanes: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.slow
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("lanes", PROCESSORS)
 def test_vectors_of_any_width_agree_with_float64(lanes: int) -> None:
     assert run(lanes, "-c", WIDTH).stdout.split() == [str(lanes), "True"]

@@ -120,7 +120,7 @@ def test_any_value_of_another_type_and_any_missing_key(forge, manifest: dict[str
     assert refused > 500
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_reader_refuses_the_same_manifests_in_the_same_words(forge, manifest: dict[str, Any]) -> None:
     """The readers take turns."""
     for (what, forged), (name, read) in zip(

@@ -1,4 +1,4 @@
-"""Two hundred runs that are killed with SIGKILL, before one of their writes or at any moment; another one finishes each dataset."""
+"""Runs that are killed with SIGKILL, before one of their writes or at any moment; another one finishes each dataset."""
 
 import os
 import random
@@ -19,7 +19,8 @@ from attlas.extract.store import WORK
 from tests.extract.runs import complete_run, contents, small_run
 
 TEXT = "Every shard of this run is two short sequences, and there are four shards or so. " * 3
-KILLS = 100  # of each way
+# of each way
+KILLS = [pytest.param(12, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.exhaustive)]
 WRITES = {"open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
@@ -96,13 +97,13 @@ def assert_as_undisturbed(options: RunOptions, instrument: Instrument, undisturb
     assert not (out / WORK).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("wanted", KILLS)
 def test_killed_before_any_of_its_writes_a_run_is_continued_to_the_same_bytes(
-    options: RunOptions, instrument: Instrument, undisturbed: dict[str, bytes], tmp_path: Path
+    options: RunOptions, instrument: Instrument, undisturbed: dict[str, bytes], tmp_path: Path, wanted: int
 ) -> None:
     """Each dataset is killed up to four times, at moments drawn from all writes of what is left of the run."""
     kills, chance, datasets = 0, random.Random(0), 0
-    while kills < KILLS:
+    while kills < wanted:
         datasets += 1
         again = replace(options, out=tmp_path / f"out{datasets}")
         for _ in range(4):
@@ -110,14 +111,14 @@ def test_killed_before_any_of_its_writes_a_run_is_continued_to_the_same_bytes(
         assert_as_undisturbed(again, instrument, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("wanted", KILLS)
 def test_killed_at_any_moment_a_run_is_continued_to_the_same_bytes(
-    options: RunOptions, instrument: Instrument, undisturbed: dict[str, bytes], tmp_path: Path
+    options: RunOptions, instrument: Instrument, undisturbed: dict[str, bytes], tmp_path: Path, wanted: int
 ) -> None:
     began = time.monotonic()
     assert_as_undisturbed(replace(options, out=tmp_path / "timed"), instrument, undisturbed)
     whole, chance, kills, datasets = time.monotonic() - began, random.Random(0), 0, 0
-    while kills < KILLS:
+    while kills < wanted:
         datasets += 1
         again = replace(options, out=tmp_path / f"out{datasets}")
         for _ in range(4):

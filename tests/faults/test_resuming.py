@@ -147,7 +147,7 @@ def test_other_damaged_files_are_made_again(
         assert same == wanted, name
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_damage_to_every_file_that_can_be_made_again(
     interrupted: PlannedRun, undamaged: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def test_the_same_model_measured_again_has_not_changed(work: Path, base: Path) -
     assert not compare(base, again).has_drift
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_is_said_and_changes_nothing_beyond_the_margins_but_norms_and_scores(work: Path, base: Path) -> None:
     found = compare(base, measured(work, "bf16", dtype="bfloat16"))
     assert any("dtype" in note for note in found.notes)

@@ -38,6 +38,7 @@ def texts(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_over_a_saved_model_gives_a_valid_dataset(
     attlas: Callable[..., Ended], tmp_path: Path, texts: Path, family: str

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from attlas.extract.options import RunOptions
+from tests.extract.runs import complete_run
 from tests.flows.conftest import ROOT, part_bytes, wait_for
 
 pytestmark = pytest.mark.slow
@@ -21,16 +23,23 @@ def command(out: Path, corpus: Path) -> list[str]:
     return [sys.executable, "-m", "attlas.flows.cli", "run", *map(str, options)]
 
 
-@pytest.fixture
-def prose(tmp_path: Path) -> Path:
-    """Twenty documents of Python's manual, for many shards."""
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten documents of Python's manual, for many shards."""
     from pydoc_data.topics import topics
 
-    folder = tmp_path / "prose"
-    folder.mkdir()
-    for name in sorted(topics)[:20]:
+    folder = tmp_path_factory.mktemp("prose")
+    for name in sorted(topics)[:10]:
         (folder / f"{name}.txt").write_text(topics[name][:1500])
     return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of one process, without Prefect."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    complete_run(RunOptions(model="demo", corpus=str(prose), out=out, max_length=64, shard_sequences=8))
+    return out
 
 
 @contextlib.contextmanager
@@ -52,11 +61,6 @@ def signalled(
     return subprocess.run(killing, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
-def finish(out: Path, corpus: Path, environment: dict[str, str]) -> None:
-    ended = subprocess.run(command(out, corpus), env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-
-
 def records(out: Path) -> int:
     return len(list((out / "_work" / "records").glob("*.json")))
 
@@ -68,38 +72,27 @@ MOMENTS = [
     ("os.rename", "/records/", 1),  # after all parts, before the record
     ("open", "/heads/", 6),  # in the middle, one shard in the model and one being written
     ("os.rename", "README.md", 1),  # all shards, but neither card nor manifest
+    ("shutil.rmtree", "_work", 1),  # finished, but not cleaned up
 ]
 
 
 def test_a_run_killed_in_every_stage_gives_the_same_bytes(
-    real_server: dict[str, str], prose: Path, tmp_path: Path
+    real_server: dict[str, str], prose: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    finish(uninterrupted, prose, real_server)
-    counts = []
+    out, counts = tmp_path / "out", []
     for event, part, number in MOMENTS:
-        ended = signalled("SIGKILL", event, part, number, command(killed, prose), real_server)
+        ended = signalled("SIGKILL", event, part, number, command(out, prose), real_server)
         assert ended.returncode == -signal.SIGKILL, (event, part, number, ended.stderr)
-        assert not (killed / "manifest.json").exists()
-        counts.append(records(killed))
+        assert (out / "manifest.json").exists() == (event == "shutil.rmtree")
+        counts.append(records(out))
     assert counts == sorted(counts)
-    assert 0 < counts[-2] < counts[-1] == len(list((uninterrupted / "heads").iterdir()))
-    finish(killed, prose, real_server)
-    assert part_bytes(killed) == part_bytes(uninterrupted)
-    assert (killed / "manifest.json").read_bytes() == (uninterrupted / "manifest.json").read_bytes()
-    assert not (killed / "_work").exists()
-    assert list(killed.rglob("*.tmp")) == []
-
-
-def test_after_a_kill_behind_the_manifest_the_same_command_cleans_up(
-    real_server: dict[str, str], corpus: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    ended = signalled("SIGKILL", "shutil.rmtree", "_work", 1, command(out, corpus), real_server)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert (out / "manifest.json").exists() and (out / "_work").exists()
-    finish(out, corpus, real_server)
+    assert 0 < counts[2] < counts[3] == len(list((undisturbed / "heads").iterdir()))
+    ended = subprocess.run(command(out, prose), env=real_server, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert part_bytes(out) == part_bytes(undisturbed)
+    assert (out / "manifest.json").read_bytes() == (undisturbed / "manifest.json").read_bytes()
     assert not (out / "_work").exists()
+    assert list(out.rglob("*.tmp")) == []
 
 
 @pytest.mark.parametrize(
@@ -164,26 +157,26 @@ def test_ctrl_c_finishes_what_has_begun_and_says_how_to_continue_and_stops_the_t
     assert not (out / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("signals", "code"),
-    [("SIGINT", 130), ("SIGINT,SIGINT", 130), ("SIGTERM", 143)],
-    ids=["once", "twice", "terminated"],
-)
+# (signals, exit code, whether what has begun is finished)
+STOPS = [("SIGINT", 130, True), ("SIGINT,SIGINT", 130, False), ("SIGTERM", 143, False)]
+
+
 def test_a_stopped_share_is_continued_to_the_same_bytes(
-    prefect_environment: dict[str, str], prose: Path, tmp_path: Path, signals: str, code: int
+    prefect_environment: dict[str, str], prose: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Once: what has begun is finished. Twice, or terminated: the third record is not written."""
-    arguments = [*command(tmp_path / "out", prose), "--limit", "6", "--shards", "1/1"]
-    ended = signalled(signals, "os.rename", "/records/", 3, arguments, prefect_environment)
-    assert ended.returncode == code, ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert "stopped; finished shards are kept in" in ended.stderr
-    assert (records(tmp_path / "out") >= 3) == (signals == "SIGINT")
+    """Stopped three times, each time before the second record; Ctrl-C once lets that be written."""
+    out = tmp_path / "out"
+    arguments = [*command(out, prose), "--shards", "1/1"]
+    for signals, code, is_finished in STOPS:
+        before = records(out)
+        ended = signalled(signals, "os.rename", "/records/", 2, arguments, prefect_environment)
+        assert ended.returncode == code, ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert "stopped; finished shards are kept in" in ended.stderr
+        assert (records(out) - before >= 2) == is_finished
     again = subprocess.run(arguments, env=prefect_environment, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    undisturbed = [tmp_path / "whole" if a == str(tmp_path / "out") else a for a in arguments]
-    subprocess.run(undisturbed, env=prefect_environment, cwd=ROOT, check=True, capture_output=True)
-    assert part_bytes(tmp_path / "out") == part_bytes(tmp_path / "whole")
+    assert part_bytes(out) == part_bytes(undisturbed)
 
 
 def test_the_temporary_server_answers_and_exits_with_a_killed_run(prefect_environment: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from attlas.analysis.verify import verify
@@ -154,6 +155,31 @@ def test_a_worker_of_a_work_pool_runs_what_prefect_yaml_deploys(
     finally:
         for name in ("nightly", "nightly-docker"):
             prefect("deployment", "delete", f"attlas-scheduled/{name}")
+
+
+@pytest.mark.exhaustive
+def test_a_run_whose_process_was_killed_is_marked_as_crashed_by_the_automation(
+    prefect_environment: dict[str, str], corpus: Path, tmp_path: Path
+) -> None:
+    automation, run_file = tmp_path / "automation.yaml", tmp_path / "killed.toml"
+    shipped = (ROOT / "prefect-automation.yaml").read_text()
+    automation.write_text(shipped.replace("within: 600", "within: 70"))
+    assert automation.read_text() != shipped
+    run_file.write_text('model = "demo"\ncorpus = "demo"\nout = "data"\n')  # measured for longer than a heartbeat takes
+    with started_prefect_server({**prefect_environment, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}) as environment:
+        create = [sys.executable, "-m", "prefect", "automation", "create", "--from-file", str(automation)]
+        subprocess.run(create, env=environment, check=True, stdout=subprocess.DEVNULL)
+        serve = [sys.executable, "-m", "attlas.flows.cli", "serve", str(run_file), "--interval", "20"]
+        with subprocess.Popen(serve, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL) as served:
+            try:
+                wait_for_runs(environment, "killed", "Running", 1)
+                heard = lambda: ask(environment, "events", filter={"event": {"name": ["prefect.flow-run.heartbeat"]}})  # noqa: E731
+                wait_until(lambda: json.dumps(heard()).count("prefect.flow-run.heartbeat"), seconds=120, pause_s=1)
+            finally:
+                for process in [*psutil.Process(served.pid).children(recursive=True), served]:
+                    process.kill()
+        (crashed,) = wait_for_runs(environment, "killed", "Crashed", 1)
+    assert crashed["state"]["message"] == "its process gave no sign of life for ten minutes"
 
 
 def time_of(run: dict[str, Any]) -> str:

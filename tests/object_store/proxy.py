@@ -27,6 +27,7 @@ FAULTS = (
     "answer cut off",
 )
 _AT_MOST_IN_A_ROW = 2  # of one request, so that a client that repeats it gets an answer in the end
+Headers = list[tuple[str, str]]
 _ERRORS = {"500": ("InternalError", 500), "503": ("SlowDown", 503)}
 
 
@@ -49,6 +50,10 @@ class Proxy:
     silence_s: float = 2.3
     list_delay_s: float = 0.0
     ignored_headers: Sequence[str] = ()  # that the store does not get
+    asked: Callable[[Headers], Headers] = lambda headers: (
+        headers
+    )  # the headers that the store gets for those of a request
+    answered: Callable[[Headers], Headers] = lambda headers: headers  # and the client for those of an answer
     on_request: Callable[[str], None] = lambda _: None  # called with method and path before the store gets a request
     port: int = 0
     requests: list[Request] = field(default_factory=list)
@@ -133,11 +138,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve  # noqa: N815
 
-    def _forwarded(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    def _forwarded(self, body: bytes) -> tuple[int, Headers, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.proxy.store, timeout=60)
         with contextlib.closing(connection):
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
+            for name, value in self.proxy.asked(self.headers.items()):
                 if name.lower() not in ("connection", *self.proxy.ignored_headers):
                     connection.putheader(name, value)
             connection.endheaders(body)
@@ -147,9 +152,9 @@ class _Handler(BaseHTTPRequestHandler):
         if is_listing and self.proxy.list_delay_s:
             answer = self.proxy.without_new_keys(self.path, answer)
         self.proxy.note(Request(self.command, self.path, len(answer)))
-        return response.status, response.getheaders(), answer
+        return response.status, self.proxy.answered(response.getheaders()), answer
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], answer: bytes, *, cut_off: bool) -> None:
+    def _answer(self, status: int, headers: Headers, answer: bytes, *, cut_off: bool) -> None:
         self.send_response_only(status)
         kept = ("connection", "transfer-encoding", *(() if self.command == "HEAD" else ("content-length",)))
         for name, value in headers:

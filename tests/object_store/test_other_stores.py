@@ -1,4 +1,4 @@
-"""Datasets and corpora in Azure's blob store."""
+"""Datasets and corpora in the stores of Google and Azure."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,16 +14,21 @@ from tests.extract.runs import complete_run
 from tests.flows.test_watching import new_house
 from tests.object_store.azure import CONTAINER, PROGRAM, started_azurite
 from tests.object_store.conftest import contents
+from tests.object_store.google import started_google
+from tests.object_store.server import BUCKET
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason="needs npm's package azurite")]
+pytestmark = pytest.mark.slow
+WITH_AZURITE = pytest.mark.skipif(PROGRAM is None, reason="needs npm's package azurite")
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with started_azurite(tmp_path / "azurite") as environment:
+@pytest.fixture(params=["gs", pytest.param("az", marks=WITH_AZURITE)])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a folder in an empty store that the environment refers to."""
+    is_google = request.param == "gs"
+    with started_google() if is_google else started_azurite(tmp_path / "azurite") as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        yield f"az://{CONTAINER}/folder"
+        yield f"gs://{BUCKET}/folder" if is_google else f"az://{CONTAINER}/folder"
 
 
 def test_objects_are_written_once_listed_read_in_ranges_and_deleted(place: str) -> None:
@@ -70,6 +75,7 @@ def test_a_run_there_gives_the_bytes_of_a_run_of_the_folder(
     assert (code, out.splitlines()[0]) == (0, "n"), err
 
 
+@pytest.mark.exhaustive
 def test_nights_there_are_compared_and_told_of(model: Path, tmp_path: Path, place: str) -> None:
     house = new_house(model, tmp_path, place)
     house.night(0, accept=True)
