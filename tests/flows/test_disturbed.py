@@ -9,10 +9,10 @@ import pytest
 
 from attlas.analysis.verify import verify
 from tests.flows.conftest import part_bytes, started_prefect_server
-from tests.flows.test_interrupted import command, finish, prose, records, started
+from tests.flows.test_interrupted import command, prose, records, started, undisturbed
 from tests.waiting import free_port, wait_until
 
-__all__ = ["prose"]
+__all__ = ["prose", "undisturbed"]
 pytestmark = pytest.mark.slow
 # the clock of a process that loads this goes two days back as soon as a file exists
 CLOCK = """
@@ -52,7 +52,10 @@ time_t time(time_t *now) {
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_a_clock_that_jumps_back_during_a_run_changes_nothing(
-    prefect_environment: dict[str, str], prose: Path, tmp_path: Path
+    prefect_environment: dict[str, str],
+    prose: Path,
+    undisturbed: Path,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "clock.c").write_text(CLOCK)
     library, jump, out = tmp_path / "clock.so", tmp_path / "jump", tmp_path / "out"
@@ -66,8 +69,7 @@ def test_a_clock_that_jumps_back_during_a_run_changes_nothing(
     assert time.time() - int(shown) > 100_000  # the clock has gone back
     assert run.returncode == 0, errors
     assert "Traceback" not in errors
-    finish(tmp_path / "undisturbed", prose, prefect_environment)
-    assert part_bytes(out) == part_bytes(tmp_path / "undisturbed")
+    assert part_bytes(out) == part_bytes(undisturbed)
     assert verify(out) == []
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from attlas.extract.options import RunOptions
+from attlas.extract.run import finish
 from tests.extract.runs import complete_run
 from tests.flows.conftest import ROOT, part_bytes, wait_for
 
@@ -176,6 +177,7 @@ def test_a_stopped_share_is_continued_to_the_same_bytes(
         assert (records(out) - before >= 2) == is_finished
     again = subprocess.run(arguments, env=prefect_environment, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+    finish(out)
     assert part_bytes(out) == part_bytes(undisturbed)
 
 
