@@ -20,10 +20,8 @@ INSTALL := $(BIN)/python $(PIP) install --quiet -c constraints.txt
 # a process for each core, each computing on one thread
 ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
 # what touches most of the libraries; LOWEST_TESTS='tests/analysis tests/flows' for more
-LOWEST_TESTS ?= $(addprefix tests/analysis/test_,answers.py compare.py dataset.py export.py findings.py hostile_sql.py kinds.py \
-		query.py report.py trend.py verify.py) \
-	$(addprefix tests/extract/test_,corpus.py encoder.py heads.py residual.py run.py) \
-	$(addprefix tests/flows/test_,api.py cli.py measure.py view.py)
+LOWEST_TESTS ?= $(addprefix tests/analysis/test_,answers.py compare.py dataset.py export.py hostile_sql.py query.py report.py verify.py) \
+	$(addprefix tests/extract/test_,corpus.py encoder.py heads.py run.py) $(addprefix tests/flows/test_,api.py cli.py measure.py view.py)
 GPU_PYTHON ?= python3
 GPU_OUT := $(or $(OUT),data/gpu)
 ON_GPU := PYTHONPATH=. HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTHONUNBUFFERED=1 $(GPU_PYTHON)
