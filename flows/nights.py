@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.store import MANIFEST, Storage, generation_of, open_dataset, open_storage
@@ -90,15 +91,30 @@ class Nights:
 
     def unchanged_since(self, inputs: str | None) -> Place | None:
         """The dataset that was made last, if it was made from these inputs and is still there."""
-        if inputs is None:
-            return None
+        state = self._state
+        name = str(state.get("dataset"))
+        is_same = inputs is not None and state.get("inputs") == inputs
+        return inside(self.root, name) if is_same and _NAME.fullmatch(name) and self._is_finished(name) else None
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        """What is noted of the last nights; empty if that is damaged, and then things are done once more."""
         try:
             state = json.loads(self.storage.get(_STATE) or b"")
-            name = str(state["dataset"])
-            is_same = state["inputs"] == inputs and bool(_NAME.fullmatch(name)) and self._is_finished(name)
-        except (ValueError, TypeError, KeyError, Damaged):
-            return None  # it is measured again
-        return inside(self.root, name) if is_same else None
+        except (ValueError, Damaged):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def _note(self, **facts: str | None) -> None:
+        self.storage.put(_STATE, json.dumps(self._state | facts).encode())
+
+    def is_compared(self, generation: Generation) -> bool:
+        """Whether this is the generation that was compared last."""
+        return self._state.get("compared") == generation.name
+
+    def note_compared(self, generation: Generation) -> None:
+        """Note that a generation has been compared, and its alerts are written."""
+        self._note(compared=generation.name)
 
     def is_newest(self, dataset: Place) -> bool:
         """Whether no later night is finished."""
@@ -107,10 +123,8 @@ class Nights:
     @property
     def last_success(self) -> str:
         """Text that changes with each night that has succeeded."""
-        try:
-            return (self.storage.get(_STATE) or b"").decode(errors="replace")
-        except Damaged:
-            return ""
+        state = self._state
+        return json.dumps([state.get("dataset"), state.get("inputs")])
 
     def problems(self) -> list[str]:
         """What is wrong with the nights here, in sentences."""
@@ -127,7 +141,7 @@ class Nights:
         if not self.is_newest(dataset):
             return
         name = name_of_place(dataset)
-        self.storage.put(_STATE, json.dumps({"dataset": name, "inputs": inputs}).encode())
+        self._note(dataset=name, inputs=inputs)
         if isinstance(self.root, Path):
             _link_latest(self.root / LATEST, name)
         else:

@@ -94,16 +94,29 @@ class _Watching:
         before = nights.unchanged_since(inputs)
         if before is not None and not is_other_baseline and not self.watch.accept:
             return Night(message=f"nothing is new since {name_of_place(before)}")
+        missed = self._missed_comparison()
         dataset = before or self._measured(measure)
         nights.add(dataset, None)
         current = Generation.now(dataset)
-        result = self._compared(current)
+        result = missed if missed is not None and missed.dataset == current else self._compared(current)
         # not before: after a kill in between, the next night compares instead of finding nothing new
         nights.add(dataset, inputs)
         if self.watch.accept and nights.is_newest(dataset):
             nights.set_baseline(current)
             result = replace(result, message=f"{result.message}; it is the baseline from now on")
         return result
+
+    def _missed_comparison(self) -> Night | None:
+        """The comparison of the newest dataset, if a night that was killed has left it without one; tonight's may be another dataset."""
+        newest = None if self.baseline is None else self.nights.newest
+        current = None if newest is None else Generation.now(newest)
+        if current is None or current == self.baseline or self.nights.is_compared(current):
+            return None
+        try:
+            return self._compared(current)
+        except (Refusal, OSError) as error:  # tonight's is measured all the same
+            self.tell_of_failure(error, night=current.dataset)
+            return None
 
     def _measured(self, measure: Callable[[Run], Any]) -> Place:
         """The dataset of a night: the next generation of the newest one if its run is the same, and this is no late night."""
@@ -138,16 +151,17 @@ class _Watching:
             names = {"baseline": self.baseline.name, "current": current.name, "page": str(page)}
             found = find_drift(comparison, old, new)
             self._write([Alert(*digests, drift.name, drift.summary, names | dict(drift.details)) for drift in found])
+            self.nights.note_compared(current)
         else:
             message += "; it is late, and a later night stands: no alert"
         largest = changed.head(_CHANGES_SHOWN).to_dicts()
         return Night(message, current, page, changed=largest, has_drift=comparison.has_drift)
 
-    def tell_of_failure(self, error: Exception) -> None:
-        """Alert that this night failed: once for the same reason, until a night has succeeded."""
+    def tell_of_failure(self, error: Exception, *, night: Place | None = None) -> None:
+        """Alert that a night failed, tonight by default: once for the same reason, until a night has succeeded."""
         reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {first_line(error)}"
         since = hashlib.sha256(f"{self.nights.last_success} {reason}".encode()).hexdigest()
-        details = {"night": name_of_place(self.run.out)}
+        details = {"night": name_of_place(night or self.run.out)}
         self._write([Alert(str(self.baseline), since, FAILED_NIGHT, reason, details)])
         self.deliver()
 

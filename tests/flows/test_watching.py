@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -157,6 +158,42 @@ def test_a_night_that_ends_before_its_alerts_are_written_is_made_up_for(
     assert [run.out for run in house.measured] == [
         house.nights.finished[1]
     ]  # which is there: nothing is measured again
+
+
+@pytest.mark.parametrize("is_noted", [True, False])
+def test_a_night_that_ends_before_its_alerts_are_written_is_made_up_for_although_the_next_checkpoint_is_another(
+    house: House, monkeypatch: pytest.MonkeyPatch, is_noted: bool
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    house.night(0, accept=True)
+    house.perturb()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        # as soon as it is measured, or when it is noted that it is
+        patch.setattr("attlas.flows.outbox.Outbox.add" if is_noted else "attlas.flows.nights.Nights.add", killed)
+        house.night(1)
+    assert house.alerts == []
+    enlarge_queries(house.model, 5)
+    assert house.night(2).has_drift
+    drifted = [alert["details"]["current"] for alert in house.alerts if alert["finding"] == "drift: heads"]
+    assert drifted == ["2026-03-02T02-00-00Z@1", "2026-03-03T02-00-00Z@1"]
+
+
+def test_a_dataset_that_cannot_be_compared_any_more_is_told_of_and_holds_nobody_up(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.night(0, accept=True)
+    house.perturb()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("attlas.flows.nights.Nights.add", lambda *_: signal.raise_signal(signal.SIGINT))
+        house.night(1)
+    for part in Path(str(house.nights.finished[1])).rglob("*.parquet"):
+        part.write_bytes(b"no Parquet")
+    enlarge_queries(house.model, 5)
+    assert house.night(2).has_drift
+    failed = [alert["details"]["night"] for alert in house.alerts if alert["finding"] == "failed night"]
+    assert failed == ["2026-03-02T02-00-00Z"]
 
 
 def test_a_night_that_fails_is_told_of_once_until_one_has_succeeded(
