@@ -48,12 +48,13 @@ def clear_work(storage: Storage, *, shards: int = 0) -> list[str]:
     shards: of the run. What belongs to them is deleted even if the storage does not list it yet. Returns the keys of the parts.
     """
     gone = discard_parts_except(storage, named_parts(storage))
-    of_shards = (key(shard) for shard in range(shards) for key in (record_key, spool_key))
-    storage.clear(WORK, (RUN, PLAN, DRAFT, MEANS, MEAN_VECTORS, *of_shards))
     written_to = {"", *TABLES}
     for key in storage.list():
         if key.endswith(TEMPORARY) and key.rpartition("/")[0] in written_to:
             storage.delete(key)
+    # last: without it nobody looks for the rest
+    of_shards = (key(shard) for shard in range(shards) for key in (record_key, spool_key))
+    storage.clear(WORK, (RUN, PLAN, DRAFT, MEANS, MEAN_VECTORS, *of_shards))
     return gone
 
 

@@ -12,7 +12,7 @@ from attlas.analysis.verify import verify
 from attlas.extract.errors import Damaged, Refusal
 from attlas.extract.options import RunOptions
 from attlas.extract.run import PlannedRun, finish, measure_shard, plan_run
-from attlas.extract.store import CARD, MANIFEST, WORK, Store, open_dataset
+from attlas.extract.store import CARD, MANIFEST, WORK, LocalFolder, Store, open_dataset
 from tests.extract.runs import contents
 from tests.faults.damage import BYTE_DAMAGES, JSON_DAMAGES, damages, flip_bit
 
@@ -158,6 +158,25 @@ def test_every_damage_to_every_file_that_can_be_made_again(
         same = resume_after_damage([(name, what) for what in every], interrupted, undamaged, tmp_path / "out")
         # a folder in the place of a part may be the user's
         assert every - same == ({"a directory"} & every if name.endswith(".parquet") else set()), name
+
+
+def test_temporary_files_of_killed_writers_are_deleted_although_the_deletion_is_killed(
+    interrupted: PlannedRun, undamaged: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = copy_run(interrupted, tmp_path / "out")
+    left = output_folder(again) / "sequences" / "shard-00000.parquet.1-0a1b2c3d.tmp"
+    left.write_bytes(b"PAR1")
+
+    def killed(_: LocalFolder, key: str) -> None:
+        if key.endswith(".tmp"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalFolder, "delete", killed)
+        finish_run(again)
+    assert left.exists() and (output_folder(again) / MANIFEST).exists()
+    plan_again(again)
+    assert contents(output_folder(again)) == undamaged
 
 
 def test_files_and_folders_in_the_way_are_replaced_or_named(
