@@ -25,7 +25,6 @@ LOWEST_TESTS ?= $(addprefix tests/analysis/test_,answers.py compare.py dataset.p
 GPU_PYTHON ?= python3
 GPU_OUT := $(or $(OUT),data/gpu)
 ON_GPU := PYTHONPATH=. HF_HUB_OFFLINE=1 TQDM_DISABLE=1 PYTHONUNBUFFERED=1 $(GPU_PYTHON)
-COMPILE := -c "from attlas.extract.engines import choose; choose('cpu').make_ready()"
 PYTEST := -m pytest -n logical --maxprocesses 8 $(PYTEST_OPTIONS)
 
 .PHONY: run test cover slow exhaustive lowest check bench census gpu gpu-bench gpu-kit gpu-rehearsal soak format lint types hooks compiled compiled-lowest dictionary clean
@@ -115,10 +114,10 @@ hooks: .venv/.dev-installed
 
 # what the first test would otherwise wait for
 compiled: .venv/.test-installed
-	$(BIN)/python $(COMPILE)
+	$(BIN)/python -m tests.compile_engine
 
 compiled-lowest: .venv-lowest/.installed
-	$(LOWEST)/python $(COMPILE)
+	$(LOWEST)/python -m tests.compile_engine
 
 # older libraries warn of newer ones beneath them: warnings are no errors here
 lowest: .venv-lowest/.installed

@@ -98,10 +98,8 @@ class _Watching:
         dataset = before or self._measured(measure)
         nights.add(dataset, None)
         current = Generation.now(dataset)
-        if missed is None or missed.dataset == current:
-            result = missed or self._compared(current)
-        else:
-            result = self._compared(current)
+        result = missed if missed is not None and missed.dataset == current else self._compared(current)
+        if missed is not None and missed is not result:
             result = replace(result, message=f"{result.message}; made up for: {missed.message}")
         # not before: after a kill in between, the next night compares instead of finding nothing new
         nights.add(dataset, inputs)

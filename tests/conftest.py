@@ -24,8 +24,8 @@ from tests.chromium import started_browser
 from tests.properties import QUICK, THOROUGH
 from tests.shapes import check_shapes
 
-# fixtures that take long to make: the tests of all files that use the first share a worker, of the others those of each file
-COSTLY = ("test_server", "real_server", "smollm")
+# fixtures that take long to make: the tests of all files that use the first share a worker, and those of each file that uses another
+COSTLY_FOR_ALL, COSTLY = "test_server", ("real_server", "smollm")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,11 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         check_shapes()
     settings.load_profile(THOROUGH if _is_exhaustive_tier(config) else QUICK)
     if getattr(config.option, "numprocesses", None) and os.environ.get("ATTLAS_GPU") != "1":
-        subprocess.run(
-            [sys.executable, "-c", "from attlas.extract.engines import choose; choose('cpu').make_ready()"],
-            check=True,
-            cwd=config.rootpath,
-        )
+        subprocess.run([sys.executable, "-m", "tests.compile_engine"], check=True, cwd=config.rootpath)
 
 
 def _is_exhaustive_tier(config: pytest.Config) -> bool:
@@ -71,15 +67,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     @cache
-    def costly_fixture_of(file: str) -> str | None:
-        text = (config.rootpath / file).read_text()
-        return next((fixture for fixture in COSTLY if fixture in text), None)
+    def text_of(file: str) -> str:
+        return (config.rootpath / file).read_text()
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            fixture = costly_fixture_of(file)
-            return nodeid if fixture is None else fixture if fixture == COSTLY[0] else file
+            if COSTLY_FOR_ALL in text_of(file):
+                return COSTLY_FOR_ALL
+            return file if any(fixture in text_of(file) for fixture in COSTLY) else nodeid
 
     return Scheduling(config, log)
 

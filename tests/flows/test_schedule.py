@@ -27,6 +27,12 @@ def flow_runs(environment: dict[str, str], deployment: str, state: str) -> list[
     return [run for run in runs if run["state_name"] == state]
 
 
+def events_named(environment: dict[str, str], name: str) -> list[dict[str, Any]]:
+    """The events of a name, of which the server answers with a page."""
+    found: Any = ask(environment, "events", filter={"event": {"name": [name]}})
+    return found["events"]
+
+
 def wait_for_runs(
     environment: dict[str, str], deployment: str, state: str, number: int, *, seconds: float = 240
 ) -> list[dict[str, Any]]:
@@ -173,8 +179,7 @@ def test_a_run_whose_process_was_killed_is_marked_as_crashed_by_the_automation(
         with subprocess.Popen(serve, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL) as served:
             try:
                 wait_for_runs(environment, "killed", "Running", 1)
-                heard = lambda: ask(environment, "events", filter={"event": {"name": ["prefect.flow-run.heartbeat"]}})  # noqa: E731
-                wait_until(lambda: json.dumps(heard()).count("prefect.flow-run.heartbeat"), seconds=120, pause_s=1)
+                wait_until(lambda: events_named(environment, "prefect.flow-run.heartbeat"), seconds=120, pause_s=1)
             finally:
                 for process in [*psutil.Process(served.pid).children(recursive=True), served]:
                     process.kill()
@@ -227,8 +232,7 @@ def test_a_scheduled_night_is_compared_with_the_baseline_and_told_once(
     assert changes[0]["column"] == "entropy\\_nats" and changes[0]["head"] and float(changes[0]["difference"])
     told = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
     assert sorted(alert["finding"] for alert in told) == ["defect: entropy collapse", "drift: heads"]
-    events = ask(real_server, "events", filter={"event": {"name": ["attlas.alert"]}})
-    found = events["events"] if isinstance(events, dict) else events
-    assert sorted(event["payload"]["key"] for event in found) == sorted(alert["key"] for alert in told)
+    events = events_named(real_server, "attlas.alert")
+    assert sorted(event["payload"]["key"] for event in events) == sorted(alert["key"] for alert in told)
     assert "secret-of-the-hook" not in output and "Traceback" not in output
     assert not [p for p in (tmp_path / "nights").rglob("*") if p.is_file() and b"secret-of-the-hook" in p.read_bytes()]

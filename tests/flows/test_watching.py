@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -56,6 +55,19 @@ class House:
     def perturb(self) -> None:
         """Another checkpoint: the queries of one layer's heads are larger."""
         enlarge_queries(self.model, 200)
+
+    def night_killed_at(self, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A baseline, and a night with another checkpoint that ends when it calls `step`."""
+
+        def killed(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        self.night(0, accept=True)
+        self.perturb()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(step, killed)
+            self.night(1)
+        assert self.alerts == []
 
     @property
     def nights(self) -> Nights:
@@ -143,15 +155,7 @@ def test_another_checkpoint_drifts_and_is_told_exactly_once(house: House) -> Non
 def test_a_night_that_ends_before_its_alerts_are_written_is_made_up_for(
     house: House, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    def killed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    house.night(0, accept=True)
-    house.perturb()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(step, killed)
-        house.night(1)
-    assert house.alerts == []
+    house.night_killed_at(step, monkeypatch)
     house.measured.clear()
     assert house.night(2).has_drift
     assert "drift: heads" in {alert["finding"] for alert in house.alerts}
@@ -160,20 +164,12 @@ def test_a_night_that_ends_before_its_alerts_are_written_is_made_up_for(
     ]  # which is there: nothing is measured again
 
 
-@pytest.mark.parametrize("is_noted", [True, False])
+# as soon as the night is measured, or when it is noted that it is
+@pytest.mark.parametrize("step", ["attlas.flows.nights.Nights.add", "attlas.flows.outbox.Outbox.add"])
 def test_a_night_that_ends_before_its_alerts_are_written_is_made_up_for_although_the_next_checkpoint_is_another(
-    house: House, monkeypatch: pytest.MonkeyPatch, is_noted: bool
+    house: House, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    def killed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    house.night(0, accept=True)
-    house.perturb()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        # as soon as it is measured, or when it is noted that it is
-        patch.setattr("attlas.flows.outbox.Outbox.add" if is_noted else "attlas.flows.nights.Nights.add", killed)
-        house.night(1)
-    assert house.alerts == []
+    house.night_killed_at(step, monkeypatch)
     enlarge_queries(house.model, 5)
     night = house.night(2)
     assert night.has_drift and "; made up for: 2026-03-02T02-00-00Z@1 against " in night.message
@@ -184,11 +180,7 @@ def test_a_night_that_ends_before_its_alerts_are_written_is_made_up_for_although
 def test_a_dataset_that_cannot_be_compared_any_more_is_told_of_and_holds_nobody_up(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house.night(0, accept=True)
-    house.perturb()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("attlas.flows.nights.Nights.add", lambda *_: signal.raise_signal(signal.SIGINT))
-        house.night(1)
+    house.night_killed_at("attlas.flows.nights.Nights.add", monkeypatch)
     for part in Path(str(house.nights.finished[1])).rglob("*.parquet"):
         part.write_bytes(b"no Parquet")
     enlarge_queries(house.model, 5)

@@ -31,6 +31,11 @@ Headers = list[tuple[str, str]]
 _ERRORS = {"500": ("InternalError", 500), "503": ("SlowDown", 503)}
 
 
+def unconditional(headers: Headers) -> Headers:
+    """A request's headers for a store that ignores conditions of creation."""
+    return [(name, value) for name, value in headers if name.lower() != "if-none-match"]
+
+
 @dataclass(frozen=True)
 class Request:
     method: str
@@ -49,11 +54,9 @@ class Proxy:
     only: str = ""  # a pattern for method and path of the requests that may fail
     silence_s: float = 2.3
     list_delay_s: float = 0.0
-    ignored_headers: Sequence[str] = ()  # that the store does not get
-    asked: Callable[[Headers], Headers] = lambda headers: (
-        headers
-    )  # the headers that the store gets for those of a request
-    answered: Callable[[Headers], Headers] = lambda headers: headers  # and the client for those of an answer
+    # the headers that the store gets for those of a request, and the client for those of an answer
+    asked: Callable[[Headers], Headers] = lambda headers: headers
+    answered: Callable[[Headers], Headers] = lambda headers: headers
     on_request: Callable[[str], None] = lambda _: None  # called with method and path before the store gets a request
     port: int = 0
     requests: list[Request] = field(default_factory=list)
@@ -143,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.closing(connection):
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.proxy.asked(self.headers.items()):
-                if name.lower() not in ("connection", *self.proxy.ignored_headers):
+                if name.lower() != "connection":
                     connection.putheader(name, value)
             connection.endheaders(body)
             response = connection.getresponse()

@@ -15,7 +15,7 @@ from attlas.extract.errors import Refusal
 from attlas.extract.store import Storage, Store, open_storage
 from attlas.extract.store.layout import LOCK
 from attlas.extract.store.objects import ObjectStorage
-from tests.object_store.proxy import FAULTS, Proxy, started_proxy
+from tests.object_store.proxy import FAULTS, Proxy, started_proxy, unconditional
 from tests.object_store.server import KEY, SECRET, environment
 
 MIB = 1 << 20
@@ -142,7 +142,7 @@ def test_the_lock_of_a_killed_process_of_this_machine_is_taken_over_by_one(proxy
 
 
 def test_a_store_that_ignores_if_none_match_is_refused(proxy: Proxy, url: str) -> None:
-    proxy.ignored_headers = ("if-none-match",)
+    proxy.asked = unconditional
     with pytest.raises(Refusal, match=r"must support conditional creation \(If-None-Match\); .* ignores the condition"):
         Store.at(url).lock()
     assert open_storage(url).get(LOCK) is None
