@@ -63,6 +63,12 @@ def setting_differences(a: Dataset, b: Dataset) -> Iterator[str]:
             yield f"{name}: {values}{f' ({meaning})' if meaning else ''}"
 
 
+def hidden_cells(min_documents: int) -> Iterator[str]:
+    """That not all numbers are shown, as a sentence, if min_documents is more than 1."""
+    if min_documents > 1:
+        yield f"Numbers of fewer than {min_documents:,} documents are not shown."
+
+
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{text[:12]}…" if len(text) > 40 else text

@@ -20,17 +20,18 @@ from attlas.analysis.comparability import (
     Columns,
     columns_to_compare,
     descriptions,
+    hidden_cells,
     model_and_corpus,
     same_documents,
     setting_differences,
 )
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.inference import CONFIDENCE, MEANS, Differences, benjamini_hochberg, jackknife, two_sample
+from attlas.analysis.inference import CONFIDENCE, MEANS, Differences, benjamini_hochberg, two_sample
 from attlas.analysis.margins import Margin, default_margin, margins_named
 from attlas.analysis.matching import MATCHES, Match, means_by_depth, means_of_heads_alike, stack_pairs
 from attlas.analysis.pairing import paired_differences
 from attlas.analysis.report.numbers import plural
-from attlas.analysis.summaries import places, summaries
+from attlas.analysis.summaries import means_of, places
 from attlas.extract.store import Location, Refusal
 from attlas.extract.tables import Column
 
@@ -100,14 +101,16 @@ def compare(
     margins: Iterable[str] | Mapping[str, float] = (),
     alpha: float = 1 - CONFIDENCE,
     match: str | None = None,
+    min_documents: int = 1,
 ) -> Comparison:
     """Compare every head, site and layer of two datasets.
 
     columns: those to compare, by name; all that both have by default. margins: by column, numbers in its unit, or texts
     `COLUMN=VALUE`. match: what is compared with what; by default the same places of models that have the same heads, and bands
-    of relative depth of others. Raises Refusal for datasets that can't be compared, unknown columns and bad margins.
+    of relative depth of others. min_documents: as of `open_dataset`, of datasets that are not
+    open yet. Raises Refusal for datasets that can't be compared, unknown columns and bad margins.
     """
-    first, second = (d if isinstance(d, Dataset) else Dataset.open(d) for d in (a, b))
+    first, second = (d if isinstance(d, Dataset) else Dataset.open(d, min_documents=min_documents) for d in (a, b))
     check_alpha(alpha)
     chosen = columns_to_compare(first, second, columns)
     given = margins_of(margins, chosen)
@@ -178,9 +181,7 @@ def differences_at_places(
         rows = paired_differences(a, b, table, columns)
         arrays = (rows[name].cast(pl.Float64).to_numpy() for name in ("difference", "se", "freedom"))
         return rows.drop("se", "freedom"), Differences(*arrays)
-    by = [*a.table(table).places, "column"]
-    x, y = (jackknife(summaries(dataset, table, columns), by).collect() for dataset in (a, b))
-    return _unpaired(x, y)
+    return _unpaired(*(means_of(dataset, table, columns) for dataset in (a, b)))
 
 
 def _unpaired(x: pl.DataFrame, y: pl.DataFrame) -> tuple[pl.DataFrame, Differences]:
@@ -255,7 +256,7 @@ def _notes(a: Dataset, b: Dataset, chosen: Columns, how: str | None, *, match: M
     for letter, names in chosen.only.items():
         if names:
             notes.append(f"Not compared, because only {letter} has {plural(len(names), 'column')}: {', '.join(names)}.")
-    return notes
+    return [*notes, *hidden_cells(max(a.min_documents, b.min_documents))]
 
 
 def _how(a: Dataset, b: Dataset, documents: str | None, match: Match) -> str:

@@ -35,8 +35,7 @@ class Dataset:
 
         Its `tables` are names, `manifest` is what was measured and how, and `scan("heads")` is a Polars LazyFrame: a row for each
         sequence × stack × layer × head, numbered from 0, with float32 columns whose units are in their names or `attlas stats`.
-        min_documents: so that readers learn nothing of single documents, analyses of this dataset alone give no numbers that fewer than so many stand
-        behind; a comparison with another one does not heed it.
+        min_documents: so that readers learn nothing of single documents, analyses give no numbers that fewer than so many stand behind.
         Raises Refusal if the run is unfinished, the folder is not a dataset, the manifest is damaged, or there are too few documents.
         """
         dataset = cls(*open_dataset(location), min_documents)

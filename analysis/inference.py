@@ -79,8 +79,8 @@ def wide(found: pl.DataFrame, by: Sequence[str], columns: Sequence[str]) -> pl.D
     return rows.join(notes, on=by, how="left", nulls_equal=True).sort(by)
 
 
-def jackknife(summaries: pl.LazyFrame, by: Sequence[str]) -> pl.LazyFrame:
-    """`estimate`, `se`, `documents`, `effective_documents` and `rows` of sums over documents."""
+def jackknife(summaries: pl.LazyFrame, by: Sequence[str], *, min_documents: int = 1) -> pl.LazyFrame:
+    """`estimate`, `se`, `documents`, `effective_documents` and `rows` of sums over documents, without groups of fewer than min_documents."""
     y, w = pl.col("weight") * pl.col("mean"), pl.col("weight")
     total = summaries.group_by(by).agg(rows=w.sum(), estimate=y.sum() / w.sum())
     alone = (
@@ -134,6 +134,7 @@ def jackknife(summaries: pl.LazyFrame, by: Sequence[str]) -> pl.LazyFrame:
             .then(variance.clip(lower_bound=0).sqrt())
             .fill_nan(None)
         )
+        .filter(pl.col("documents") >= min_documents)
         .select(*by, *MEANS)
     )
 

@@ -13,7 +13,7 @@ from attlas.analysis.dataset import Dataset
 from attlas.analysis.distance import offset_shares
 from attlas.analysis.heads import HEAD, head_means
 from attlas.analysis.inference import jackknife
-from attlas.analysis.summaries import averaged_columns, places, summaries, summarize_rows
+from attlas.analysis.summaries import averaged_columns, means_of, places, summarize_rows
 from attlas.extract.tables import CLASS_MASSES
 
 Match = Literal["place", "depth", "heads"]
@@ -59,7 +59,8 @@ def _means_in_bands(
     def in_bands(rows: pl.LazyFrame) -> pl.LazyFrame:
         return rows.filter(stack=stack).with_columns(stack=pl.lit(name), depth=(band + 0.5) / bands)
 
-    return jackknife(summarize_rows(dataset, table, columns, by, prepare=in_bands), [*by, "column"]).collect()
+    sums = summarize_rows(dataset, table, columns, by, prepare=in_bands)
+    return jackknife(sums, [*by, "column"], min_documents=dataset.min_documents).collect()
 
 
 def means_of_heads_alike(a: Dataset, b: Dataset, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -68,8 +69,7 @@ def means_of_heads_alike(a: Dataset, b: Dataset, columns: Sequence[str]) -> tupl
     The second frame has the keys of a's heads; both have `other_layer` and `other_head`, those of b.
     """
     matches = match_heads(a, b)
-    by = [*HEAD, "column"]
-    x, y = (jackknife(summaries(d, "heads", columns), by).collect() for d in (a, b))
+    x, y = (means_of(dataset, "heads", columns) for dataset in (a, b))
     keys = ["stack", "layer", "head", "other_layer", "other_head"]
     names = matches.select(*keys, "other_stack")
     of_b = names.join(y, left_on=["other_stack", "other_layer", "other_head"], right_on=list(HEAD))

@@ -17,8 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from attlas.analysis.dataset import Dataset
-from attlas.analysis.inference import jackknife
-from attlas.analysis.summaries import WEIGHT, Grouping, places_of, summaries, values_of, weighted_parts
+from attlas.analysis.summaries import WEIGHT, Grouping, means_of, places_of, values_of, weighted_parts
 from attlas.extract.tables.document_sums import DocumentGroups
 
 _CELLS_AT_ONCE = 1 << 25  # columns × places × documents that are held of a part
@@ -33,7 +32,7 @@ def paired_differences(a: Dataset, b: Dataset, table: str, columns: Sequence[str
     the dataset in which they are more unequal, less one) and `documents`.
     """
     by = a.table(table).places
-    means = [jackknife(summaries(dataset, table, columns), [*by, "column"]).collect() for dataset in (a, b)]
+    means = [means_of(dataset, table, columns) for dataset in (a, b)]
     both = means[0].join(means[1], on=[*by, "column"], suffix="|b", nulls_equal=True).sort(*by, "column")
     places = both.select(by).unique(maintain_order=True)
     at_once = max(1, _CELLS_AT_ONCE // max(1, places.height * _DOCUMENTS))

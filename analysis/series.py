@@ -42,7 +42,7 @@ class Series:
     notes: tuple[str, ...]
 
 
-def open_series(datasets: str | Sequence[Location | Dataset]) -> Series:
+def open_series(datasets: str | Sequence[Location | Dataset], *, min_documents: int = 1) -> Series:
     """Open and order datasets: a pattern such as `runs/*`, or locations, of which texts may be patterns, too.
 
     Every dataset that says its training step, in the name of its folder or in its model's revision, is put in the order of steps;
@@ -53,7 +53,9 @@ def open_series(datasets: str | Sequence[Location | Dataset]) -> Series:
     for location in (match for each in given for match in _matches(each)):
         reason = None if isinstance(location, Dataset) else _unfinished(location)
         if reason is None:
-            opened.append(location if isinstance(location, Dataset) else Dataset.open(location))
+            opened.append(
+                location if isinstance(location, Dataset) else Dataset.open(location, min_documents=min_documents)
+            )
         else:
             notes.append(reason)
     if len(opened) < 2:

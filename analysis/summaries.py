@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from attlas.analysis.dataset import Dataset
+from attlas.analysis.inference import jackknife
 from attlas.extract.tables import TABLES, Table
 from attlas.extract.tables.document_sums import POOLED, SUMS, documents_listed, sum_documents
 from attlas.extract.tables.merged_sums import MergedSums, listed_in_total
@@ -69,6 +70,12 @@ class Grouping:
 
     def of(self, rows: pl.LazyFrame) -> pl.LazyFrame:
         return self.prepare(rows).select(*self.by, "document_id", WEIGHT, *self.columns)
+
+
+def means_of(dataset: Dataset, table: str, columns: Sequence[str]) -> pl.DataFrame:
+    """`jackknife` of the statistics of a table at each of its places, without those of fewer documents than the dataset shows."""
+    by = [*dataset.table(table).places, "column"]
+    return jackknife(summaries(dataset, table, columns), by, min_documents=dataset.min_documents).collect()
 
 
 def summarize_rows(

@@ -13,7 +13,14 @@ from itertools import pairwise
 import polars as pl
 
 from attlas.analysis.alerts import ALERT, COLLAPSE, find_alerts
-from attlas.analysis.comparability import Columns, common_columns, name_some, same_documents, setting_differences
+from attlas.analysis.comparability import (
+    Columns,
+    common_columns,
+    hidden_cells,
+    name_some,
+    same_documents,
+    setting_differences,
+)
 from attlas.analysis.compare import (
     CHANGED,
     ROW,
@@ -120,15 +127,16 @@ def trend(
     columns: str | Sequence[str] | None = None,
     margins: Iterable[str] | Mapping[str, float] = (),
     alpha: float = 1 - CONFIDENCE,
+    min_documents: int = 1,
 ) -> Trend:
     """Follow columns through training checkpoints, or through nights, and mark what changed.
 
     datasets: finished datasets of the same layers and heads, or a pattern such as `runs/*`; in the order of their training steps if
     they say these, else as given. columns: names, or `all`; by default those of DEFAULT_COLUMNS that all datasets have. margins,
-    alpha: as of `compare`. Raises Refusal.
+    alpha: as of `compare`. min_documents: as of `open_dataset`, of datasets that are not open yet. Raises Refusal.
     """
     check_alpha(alpha)
-    series = open_series(datasets)
+    series = open_series(datasets, min_documents=min_documents)
     chosen = _columns(series, columns)
     given = margins_of(margins, chosen)
     followed = {table: of_table for table, of_table in chosen.common.items() if of_table}
@@ -274,3 +282,4 @@ def _notes(series: Series, chosen: Columns, pairs: Sequence[_Pair]) -> Iterator[
     for dataset, names in chosen.only.items():
         if names:
             yield f"Not followed, because not all datasets have what {dataset} has: {', '.join(names)}."
+    yield from hidden_cells(max(member.dataset.min_documents for member in series.members))

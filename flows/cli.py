@@ -316,6 +316,7 @@ app.command(name="run")(with_run_options(run))
 app.command(name="repair")(with_run_options(repair))
 
 
+FailOnDrift = Annotated[str | None, typer.Option(metavar="drift", help="Exit with code 3 if anything changed.")]
 MinDocuments = Annotated[
     int,
     typer.Option(
@@ -342,9 +343,7 @@ def report(
     """Write the analyses to one self-contained HTML page, and show the key tables; or a page that compares two datasets."""
     chosen = _output_format(form, ("html", "json"))
     if other is not None:
-        if min_documents != 1:
-            raise Refusal("--min-documents is of the report of one dataset; got two; leave one of them out")
-        _report_comparison(dataset, other, output, form=chosen)
+        _report_comparison(dataset, other, output, form=chosen, min_documents=min_documents)
         return
     from attlas.analysis.columns import console_for
     from attlas.analysis.report import report as open_report
@@ -358,11 +357,11 @@ def report(
     _show_paths(report=page)
 
 
-def _report_comparison(a: str, b: str, output: Path | None, *, form: str) -> None:
+def _report_comparison(a: str, b: str, output: Path | None, *, form: str, min_documents: int) -> None:
     from attlas.analysis.compare import compare as compare_datasets
     from attlas.analysis.comparison_output import save_comparison, write_comparison
 
-    comparison = compare_datasets(a, b)
+    comparison = compare_datasets(a, b, min_documents=min_documents)
     if form == "json":
         _write_json({"notes": comparison.notes, "rows": comparison.rows.to_dicts()}, output)
         return
@@ -597,7 +596,8 @@ def compare(
     alpha: Annotated[
         float, typer.Option(metavar="P", help="The level of tests and of the false discovery rate.")
     ] = 0.05,
-    fail_on: Annotated[str | None, typer.Option(metavar="drift", help="Exit with code 3 if anything changed.")] = None,
+    min_documents: MinDocuments = 1,
+    fail_on: FailOnDrift = None,
     form: Annotated[
         str, typer.Option("--format", metavar="table|csv|json|parquet|html|junit", help="The output format.")
     ] = "table",
@@ -609,7 +609,15 @@ def compare(
     from attlas.analysis.comparison_output import FORMATS, write_comparison
 
     chosen = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
-    comparison = compare_datasets(a, b, columns=_names(columns), margins=margin or (), alpha=alpha, match=match)
+    comparison = compare_datasets(
+        a,
+        b,
+        columns=_names(columns),
+        margins=margin or (),
+        alpha=alpha,
+        match=match,
+        min_documents=min_documents,
+    )
     with _answer(output) as stream:
         write_comparison(comparison, chosen, stream)
     if fail_on and comparison.has_drift:
@@ -635,6 +643,7 @@ def trend(
     alpha: Annotated[
         float, typer.Option(metavar="P", help="The level of tests and of the false discovery rate.")
     ] = 0.05,
+    min_documents: MinDocuments = 1,
     fail_on: Annotated[
         str | None, typer.Option(metavar="drift", help="Exit with code 3 if anything changed between the last two.")
     ] = None,
@@ -651,7 +660,9 @@ def trend(
 
     chosen = _output_format(form, FORMATS, to_terminal=output is None and sys.stdout.isatty())
     with _answer(output) as stream:
-        found = follow(datasets, columns=_names(columns), margins=margin or (), alpha=alpha)
+        found = follow(
+            datasets, columns=_names(columns), margins=margin or (), alpha=alpha, min_documents=min_documents
+        )
         for note in found.series.notes if chosen != "table" else ():
             typer.echo(printable(note), err=True)
         write_trend(found, chosen, stream)
@@ -889,7 +900,7 @@ def watch(
         ),
     ] = None,
     night: Annotated[str | None, typer.Option(metavar="TIME", help="Measure for a past night. [default: now]")] = None,
-    fail_on: Annotated[str | None, typer.Option(metavar="drift", help="Exit with code 3 if anything changed.")] = None,
+    fail_on: FailOnDrift = None,
     keep: Annotated[
         int | None, typer.Option(metavar="N", help="Delete all but the newest N datasets. [default: keep all]")
     ] = None,

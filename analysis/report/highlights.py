@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from attlas.analysis.comparability import hidden_cells
 from attlas.analysis.heads import HEAD
 from attlas.analysis.inference import simultaneous
 from attlas.analysis.kinds import FIRM_AGREEMENT, KINDS, MIXED
@@ -268,8 +269,7 @@ def notes(content: Content) -> list[str]:
     dropped = dropped_by_reason(content)
     if dropped:
         texts.append(f"Documents left out: {dropped}.")
-    if content.min_documents > 1:
-        texts.append(f"Numbers of fewer than {content.min_documents:,} documents are not shown.")
+    texts += hidden_cells(content.min_documents)
     texts += [f"{note}." for note in section(content.manifest, "tokenizer").get("notes") or []]
     residual = section(content.manifest, "model").get("residual")
     if residual not in (None, "measured"):

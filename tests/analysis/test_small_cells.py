@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from attlas.analysis.compare import compare
 from attlas.analysis.dataset import Dataset
 from attlas.analysis.distance import offset_profile
 from attlas.analysis.documents import dropped_documents, outlying_documents
@@ -16,8 +17,9 @@ from attlas.analysis.entropy import entropy_by_length, entropy_by_position
 from attlas.analysis.export import export
 from attlas.analysis.report import report
 from attlas.analysis.report.content import gather
+from attlas.analysis.trend import trend
 from attlas.extract.store import Refusal
-from tests.analysis.synthetic import write_dataset
+from tests.analysis.synthetic import changed_copy, write_dataset
 from tests.conftest import Ended
 
 LEAST = 3
@@ -71,6 +73,50 @@ def test_the_report_names_no_single_document(unequal: Path, longest: np.ndarray)
     assert [source for source in sources if source and f">{source}<" in page] == []
     numbers = json.dumps(report(unequal, min_documents=LEAST).numbers())
     assert [source for source in sources if source and f'"{source}"' in numbers] == []
+
+
+@pytest.fixture(scope="module")
+def partial(unequal: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an entropy of two documents only at one head."""
+    is_rare = (pl.col("layer") == 1) & (pl.col("head") == 2) & (pl.col("document_id") > 2)
+    return changed_copy(
+        unequal,
+        tmp_path_factory.mktemp("small") / "partial",
+        lambda rows: rows.with_columns(entropy_nats=pl.when(~is_rare).then("entropy_nats")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("match", "is_paired"), [("place", True), ("place", False), ("heads", False), ("depth", False)]
+)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_comparison_leaves_out_what_few_documents_of_either_side_have(
+    unequal: Path, partial: Path, match: str, monkeypatch: pytest.MonkeyPatch, *, is_paired: bool, is_first: bool
+) -> None:
+    if not is_paired:
+        monkeypatch.setattr("attlas.analysis.compare.same_documents", lambda *_: None)
+
+    def compared(least: int) -> pl.DataFrame:
+        sides = (unequal, partial) if is_first else (partial, unequal)
+        found = compare(*sides, columns=["entropy_nats", "mass_first"], match=match, min_documents=least)
+        assert found.is_paired == is_paired
+        return found.rows
+
+    place = [name for name in ("stack", "depth", "layer", "head", "column") if name in compared(1).columns]
+    everything, shown = (compared(least).sort(place) for least in (1, LEAST))
+    # a band of depth has the other heads of its layer
+    has_few = pl.lit(match != "depth") & (pl.col("layer") == 1) & (pl.col("head") == 2)
+    hidden = everything.filter(has_few & (pl.col("column") == "entropy_nats"))
+    assert hidden.height == (match != "depth")
+    numbers = (*place, "a", "b", "difference")
+    assert_frame_equal(shown.select(numbers), everything.join(hidden, on=place, how="anti").sort(place).select(numbers))
+
+
+def test_a_trend_does_not_show_them_either(unequal: Path, partial: Path) -> None:
+    found = trend([unequal, partial], columns=["entropy_nats"], min_documents=LEAST)
+    of_head = found.rows.filter(layer=1, head=2).sort("step")
+    assert of_head["estimate"].is_null().to_list() == [False, True]
+    assert found.changes.filter(layer=1, head=2).is_empty() and found.changes.height == 7
 
 
 @pytest.mark.parametrize("least", [2, 3, 4, 9])
@@ -132,4 +178,10 @@ def test_the_commands_take_it(attlas, unequal: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "n.json").read_text())["outlying_documents"] == []
     assert attlas("export", unequal, "--output", tmp_path / "x.csv", "--min-documents", "3")[0] == 0
     assert "group" in pl.read_csv(tmp_path / "x.csv").columns
-    assert attlas("report", unequal, unequal, "--min-documents", "3")[0] == 2
+    compared = tmp_path / "c.json"
+    assert attlas("report", unequal, unequal, "--format", "json", "--min-documents", "3", "--output", compared)[0] == 0
+    assert "Numbers of fewer than 3 documents are not shown." in json.loads(compared.read_text())["notes"]
+    for command in ("compare", "trend"):
+        code, out, _ = attlas(command, unequal, unequal, "--min-documents", "3")
+        assert code == 0 and "Numbers of fewer than 3 documents are not shown." in " ".join(out.split())
+        assert attlas(command, unequal, unequal, "--min-documents", "10")[0] == 2
