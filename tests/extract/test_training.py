@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState
 
 import attlas
+from attlas.analysis.heads import HEAD
 from attlas.analysis.trend import Trend, trend
 from attlas.analysis.verify import verify
 from attlas.callbacks import MeasureAttention, MeasurementWarning
@@ -392,8 +393,8 @@ def test_a_collapse_is_marked_with_the_step_and_the_heads(trends: dict[str, Tren
     assert collapsed["high"].max() < 0.05
     assert last.filter(column="score_max")["estimate"].max() > 300
     changes = found.changes_to(-1, from_first=True)
-    for name, direction in (("entropy_nats", -1), ("score_max", 1)):
-        rows = changes.filter(column=name)
+    for alert, name, direction in (("entropy collapse", "entropy_nats", -1), ("large logits", "score_max", 1)):
+        rows = changes.filter(column=name).join(found.alerts.filter(alert=alert, lasts=True), on=HEAD, how="semi")
         assert set(rows["verdict"]) == {"changed"}, name
         assert (rows["difference"].sign() == direction).all(), name
 
