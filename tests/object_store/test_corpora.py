@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -91,8 +92,8 @@ def test_a_column_of_a_parquet_file_is_read_alone(proxy: Proxy, url: str, tmp_pa
 def test_a_run_there_gives_the_bytes_of_a_run_of_the_folder(
     url: str, model: Path, folder: Path, tmp_path: Path
 ) -> None:
-    complete_run(options(model, Path(folder), tmp_path / "out"))
-    complete_run(options(model, uploaded(folder, url), f"{url}/out"))  # pyright: ignore[reportArgumentType]
+    for corpus, out in ((str(folder), tmp_path / "out"), (uploaded(folder, url), f"{url}/out")):
+        complete_run(replace(options(model, folder, out), corpus=corpus, shard_sequences=20))
     assert contents(open_storage(f"{url}/out")) == contents(LocalFolder(tmp_path / "out"))
 
 
