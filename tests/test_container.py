@@ -1,0 +1,35 @@
+"""The Containerfile: its pins, and that its commands make an installation that measures."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.container import SOURCE, instructions
+
+FOUND = [(name, arguments) for name, arguments in instructions((SOURCE / "Containerfile").read_text())]
+
+
+def test_torch_is_that_of_the_constraints() -> None:
+    pinned = re.findall(r"^torch==.*$", (SOURCE / "constraints.txt").read_text(), re.MULTILINE)
+    assert [arguments.removeprefix("TORCH=") for name, arguments in FOUND if name == "ARG"] == pinned
+
+
+def test_it_installs_every_extra_of_users() -> None:
+    extras = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = [match[1] for name, line in FOUND if name == "RUN" and (match := re.search(r"/src\[(.*?)\]", line))]
+    assert [name.split(",") for name in installed] == [[name for name in extras if name not in ("test", "dev")]]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("debootstrap") is None, reason="needs root and debootstrap")
+def test_its_commands_in_a_new_root_make_an_installation_that_measures_and_verifies(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.container", str(tmp_path / "root")]
+    ended = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (tmp_path / "root" / "data" / "demo" / "manifest.json").is_file()
