@@ -134,9 +134,11 @@ class Schedule:
             found += page
         return [run for run in found if run["start_time"]]
 
-    def is_nothing_new_since(self, time: datetime) -> bool:
+    def is_at_rest_since(self, time: datetime) -> bool:
+        """Whether a night that began later has found nothing new, and has delivered whatever the webhook had refused before."""
         runs = [run for run in self.flow_runs() if datetime.fromisoformat(run["start_time"]) > time]
-        return any(run["state_name"] == "Unchanged" for run in runs)
+        states = [run["state"] for run in runs if run["state_name"] == "Unchanged"]
+        return any("alerts wait" not in state["message"] for state in states)
 
 
 def soak(schedule: Schedule, proxy: Proxy, chance: random.Random, minutes: float) -> None:
@@ -241,13 +243,13 @@ def copied_here(folder: Path) -> Nights:
     return Nights(folder)
 
 
-def outcome(schedule: Schedule, proxy: Proxy, hook: Hook, *, is_calm: bool) -> dict[str, Any]:
+def outcome(schedule: Schedule, proxy: Proxy, hook: Hook, *, is_at_rest: bool) -> dict[str, Any]:
     """What happened, and `problems`."""
     runs, nights = schedule.flow_runs(), copied_here(schedule.folder / "nights")
     lines = schedule.alerts.read_text().splitlines() if schedule.alerts.exists() else []
     alerts = [json.loads(line) for line in lines]
     told = keys_of_drift(alerts)
-    problems = [] if is_calm else ["the last state of the corpus was not measured"]
+    problems = [] if is_at_rest else ["the last state of the corpus was not measured, or not all alerts were delivered"]
     finished = nights.finished
     for place in finished:
         problems += problems_of_dataset(str(place), schedule.texts if place == finished[-1] else None)
@@ -286,15 +288,15 @@ def main() -> int:
         os.environ.update(settings)
         schedule = Schedule(folder, stack.enter_context(started_prefect_server(dict(os.environ))), chance)
         schedule.prepare()
-        is_calm = False
+        is_at_rest = False
         try:
             soak(schedule, proxy, chance, arguments.minutes)
             ended = datetime.now(UTC)
             with suppress(TimeoutError):
-                is_calm = wait_until(lambda: schedule.is_nothing_new_since(ended), seconds=600, pause_s=5)
+                is_at_rest = wait_until(lambda: schedule.is_at_rest_since(ended), seconds=600, pause_s=5)
         finally:
             schedule.kill()
-        found = outcome(schedule, proxy, hook, is_calm=is_calm)
+        found = outcome(schedule, proxy, hook, is_at_rest=is_at_rest)
     print(json.dumps({"minutes": arguments.minutes, **found}, indent=1))
     return 1 if found["problems"] else 0
 
