@@ -107,8 +107,8 @@ def compare(
 
     columns: those to compare, by name; all that both have by default. margins: by column, numbers in its unit, or texts
     `COLUMN=VALUE`. match: what is compared with what; by default the same places of models that have the same heads, and bands
-    of relative depth of others. min_documents: as of `open_dataset`, of datasets that are not
-    open yet. Raises Refusal for datasets that can't be compared, unknown columns and bad margins.
+    of relative depth of others. min_documents: as of `open_dataset`, of datasets that are not open yet. Raises Refusal for datasets
+    that can't be compared, unknown columns and bad margins.
     """
     first, second = (d if isinstance(d, Dataset) else Dataset.open(d, min_documents=min_documents) for d in (a, b))
     check_alpha(alpha)

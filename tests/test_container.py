@@ -12,7 +12,7 @@ import pytest
 
 from tests.container import SOURCE, instructions
 
-FOUND = [(name, arguments) for name, arguments in instructions((SOURCE / "Containerfile").read_text())]
+FOUND = list(instructions((SOURCE / "Containerfile").read_text()))
 
 
 def test_torch_is_that_of_the_constraints() -> None:

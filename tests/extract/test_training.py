@@ -20,7 +20,6 @@ from torch import nn
 from transformers import TrainerControl, TrainerState
 
 import attlas
-from attlas.analysis.heads import HEAD
 from attlas.analysis.trend import Trend, trend
 from attlas.analysis.verify import verify
 from attlas.callbacks import MeasureAttention, MeasurementWarning
@@ -31,6 +30,7 @@ from attlas.extract.live import live_encoder
 from attlas.extract.store import Store
 from tests.extract.checkpoints import TEXT, VOCABULARY, model_of, tokenizer_of
 from tests.extract.runs import contents
+from tests.threads import one_thread
 
 # transformers pins memory for a GPU that is not there
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -359,11 +359,15 @@ def test_bad_options_are_refused_before_training(probe: Path, tmp_path: Path, op
 
 @pytest.fixture(scope="module")
 def trends(probe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trend]:
-    """Two trainings of the same model on the same data: one with a sound learning rate, one with a hundred times that."""
+    """Two trainings of the same model on the same data: one with a sound learning rate, one with a hundred times that.
+
+    On one thread: what becomes of the second depends on the last digits.
+    """
     found = {}
     for name, rate in (("sound", 1e-3), ("collapsing", 1e-1)):
         folder = tmp_path_factory.mktemp(name)
-        train(folder, measuring(probe, folder / "out", every=20), steps=60, rate=rate)
+        with one_thread():
+            train(folder, measuring(probe, folder / "out", every=20), steps=60, rate=rate)
         found[name] = trend(f"{folder}/out/*")
     return found
 
@@ -393,8 +397,8 @@ def test_a_collapse_is_marked_with_the_step_and_the_heads(trends: dict[str, Tren
     assert collapsed["high"].max() < 0.05
     assert last.filter(column="score_max")["estimate"].max() > 300
     changes = found.changes_to(-1, from_first=True)
-    for alert, name, direction in (("entropy collapse", "entropy_nats", -1), ("large logits", "score_max", 1)):
-        rows = changes.filter(column=name).join(found.alerts.filter(alert=alert, lasts=True), on=HEAD, how="semi")
+    for name, direction in (("entropy_nats", -1), ("score_max", 1)):
+        rows = changes.filter(column=name)
         assert set(rows["verdict"]) == {"changed"}, name
         assert (rows["difference"].sign() == direction).all(), name
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from attlas.analysis.verify import verify
 from attlas.extract.instrument import Instrument
 from attlas.extract.options import RunOptions
 from attlas.extract.store import WORK
 from tests.extract.runs import complete_run, contents, small_run
+from tests.threads import one_thread
 
 TEXT = "Every shard of this run is two short sequences, and there are four shards or so. " * 3
 # of each way
@@ -32,10 +32,8 @@ def options(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunOptions
 @pytest.fixture(scope="module")
 def instrument(options: RunOptions, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instrument]:
     """The model, loaded once: each run is a fork of this process. Threads of torch would not be there after it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield complete_run(replace(options, out=tmp_path_factory.mktemp("first") / "out")).instrument
-    torch.set_num_threads(before)
+    with one_thread():
+        yield complete_run(replace(options, out=tmp_path_factory.mktemp("first") / "out")).instrument
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from attlas.analysis.verify import verify
 from attlas.extract.errors import Damaged, Refusal
@@ -15,6 +14,7 @@ from attlas.extract.run import PlannedRun, finish, measure_shard, plan_run
 from attlas.extract.store import CARD, MANIFEST, WORK, LocalFolder, Store, open_dataset
 from tests.extract.runs import contents
 from tests.faults.damage import BYTE_DAMAGES, JSON_DAMAGES, damages, flip_bit
+from tests.threads import one_thread
 
 MAX_LENGTH = 12
 DONE = (0, 2)
@@ -30,10 +30,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Use one thread: in hundreds of passes over a few tokens, threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
