@@ -56,7 +56,14 @@ def batch_inputs(instrument: Instrument, sequences: Sequence[SequenceInput]) -> 
         _text_batch(instrument, content, marks) if images is None else _image_batch(instrument, images, content)
     )
     sample = np.array([sequence.in_sample for sequence in sequences])
-    return inputs, replace(batch, sample=_to_device(instrument.encoder.device, sample))
+    return inputs, with_sample(batch, sample, instrument.encoder.device)
+
+
+def with_sample(batch: Batch, sample: np.ndarray, device: torch.device) -> Batch:
+    """The batch with the marks of its sample, whose places are known without asking the device."""
+    marked = replace(batch, sample=_to_device(device, sample))
+    vars(marked)["sampled"] = _to_device(device, np.flatnonzero(sample))
+    return marked
 
 
 def _image_batch(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # commands that only read the catalogue do not load torch
     from torch import Tensor
 
     from attlas.extract.engines.block import Block
-    from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
+    from attlas.extract.engines.rows import AttentionCall, ChosenRows, Rows, ScoredCall
     from attlas.extract.engines.visibility import Visibility
 
 
@@ -43,16 +43,37 @@ class HeadObservation:
         """The places in the batch of the sample's sequences, and the observation of these alone."""
         import torch
 
+        chosen = self._sampled_places
+        if chosen is None:
+            return torch.arange(len(self.rows.measured), device=self.rows.measured.device), self
         assert self.call is not None, "patterns are needed"
-        everything = torch.arange(len(self.rows.measured), device=self.rows.measured.device)
-        if self.call.sample is None:
-            return everything, self
-        chosen = self.call.sample.nonzero().flatten() if self.places is None else self.places
-        if len(chosen) == len(everything):
-            return everything, self
         call = self.call.of_sequences(chosen)
         classes = None if self.classes is None else self.classes[chosen]
         return chosen, HeadObservation(self.rows.of_sequences(chosen), call.visibility, classes, call)
+
+    def chosen_rows(self, most: int) -> ChosenRows | None:
+        """At most so many rows of the pattern in each sequence of the sample, evenly spaced; None if the batch has none of it."""
+        assert self.call is not None, "patterns are needed"
+        chosen = self._sampled_places
+        if chosen is not None and not len(chosen):
+            return None
+        made = self.rows.chosen_rows(self.call, chosen, most)
+        if made is not None:
+            return made
+        from attlas.extract.engines.chosen_rows import chosen_rows
+
+        if chosen is None:
+            return chosen_rows(self.call, self.rows.measured, most)
+        return chosen_rows(self.call.of_sequences(chosen), self.rows.measured[chosen], most)
+
+    @cached_property
+    def _sampled_places(self) -> Int[Tensor, " sequence"] | None:
+        """The places of the sample's sequences in the batch; None if all of its sequences are in the sample."""
+        assert self.call is not None, "patterns are needed"
+        if self.call.sample is None:
+            return None
+        chosen = self.call.sample.nonzero().flatten() if self.places is None else self.places
+        return None if len(chosen) == len(self.call.sample) else chosen
 
     def blocks(self) -> Iterator[Block]:
         """The pattern, a block of rows at a time. What several tables read is computed once, if it is not too large."""

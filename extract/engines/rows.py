@@ -174,6 +174,18 @@ def _facts(call: AttentionCall | ScoredCall, *, queries: bool, scores: bool, val
     return frozenset(fact for fact, is_there in has.items() if is_there)
 
 
+class ChosenRows(NamedTuple):
+    """Some rows of each sequence's pattern, zeros where a row is not measured or there are fewer rows.
+
+    A learned sink is one more key, the last. `mixed` has H((p + q) / 2) in nats of heads p and q, p not after q, 0 for the others:
+    on its diagonal H(p).
+    """
+
+    patterns: Float[Tensor, "sequence head row key"]
+    measured: Bool[Tensor, "sequence head row"]
+    mixed: Float[Tensor, "sequence row head head"]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Row quantities of one attention call by name, in float32 or better; unknown ones are absent.
@@ -205,6 +217,15 @@ class Rows:
     def with_quantities(self, others: Mapping[str, Tensor]) -> Rows:
         """These rows with other quantities beside, or instead of, their own."""
         return replace(self, quantities={**self.quantities, **others})
+
+    def chosen_rows(
+        self,
+        call: AttentionCall | ScoredCall,  # noqa: ARG002 - a subclass uses them
+        sequences: Int[Tensor, " sequence"] | None,  # noqa: ARG002
+        most: int,  # noqa: ARG002
+    ) -> ChosenRows | None:
+        """At most so many rows of the call's pattern in each of these sequences (None: in all), if they are known already."""
+        return None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.quantities[name]

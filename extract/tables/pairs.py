@@ -14,17 +14,19 @@ import numpy as np
 
 from attlas.extract.engines.needs import Needs
 from attlas.extract.tables.column import Column
-from attlas.extract.tables.patterns import ChosenRows, chosen_rows, sample_of
+from attlas.extract.tables.patterns import call_over_sequences
 from attlas.extract.tables.recording import AdditiveRecorder
 from attlas.extract.tables.table import HEAD, LAYER, SHARD, STACK, Rule, Table
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Float64
     from torch import Tensor
+
+    from attlas.extract.engines.rows import ChosenRows
 
 # rows of a sequence that are compared: all, or as many as these, evenly spaced
 MOST_ROWS = 16
-_WEIGHTS_AT_ONCE = 1 << 25
+_WEIGHTS_AT_ONCE = 1 << 23
 _SUMS = ("bhattacharyya", "product", "jensen_shannon_nats", "rows")
 
 
@@ -35,9 +37,10 @@ class PairRecorder(AdditiveRecorder):
         self._chosen: dict[Any, ChosenRows] = {}
 
     def keep_heads(self, layer: Any, sums: Any, calls: Any) -> None:
-        sample = sample_of(sums, calls)
-        if sample is not None:
-            self._chosen[layer] = chosen_rows(sample.heads, MOST_ROWS)
+        call = call_over_sequences(sums, calls)
+        rows = None if call is None else call.chosen_rows(MOST_ROWS)
+        if rows is not None:
+            self._chosen[layer] = rows
 
     def end_batch(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         for stack in dict.fromkeys(layer.stack for layer in self._chosen):
@@ -99,37 +102,47 @@ def _compare(layers: list[ChosenRows]) -> Float[Tensor, "4 head head"]:
     """The four sums of all pairs of heads of these layers; the divergence is 0 between layers."""
     import torch
 
-    sequences = len(layers[0].patterns)
-    at_once = max(1, sequences * _WEIGHTS_AT_ONCE // sum(layer.patterns.numel() for layer in layers))
-    total = 0
-    for first in range(0, sequences, at_once):
-        some = slice(first, first + at_once)
-        patterns = torch.cat([layer.patterns[some] for layer in layers], 1)
-        measured = torch.cat([layer.measured[some] for layer in layers], 1).double()
-        flat, roots = patterns.flatten(2), patterns.sqrt().flatten(2)
-        divergence = torch.block_diag(*(_divergences(layer.patterns[some]) for layer in layers))
-        products = ((x @ x.mT).sum(0, dtype=torch.float64) for x in (roots, flat, measured))
-        alike, product, rows = products
-        total = total + torch.stack((alike, product, divergence, rows))
-    assert isinstance(total, torch.Tensor), "there is a sequence"
-    return total
+    alike, product = (torch.zeros((), dtype=torch.float64, device=layers[0].patterns.device) for _ in range(2))
+    for sequences, rows in _pieces(layers):
+        patterns = torch.cat([layer.patterns[sequences, :, rows] for layer in layers], 1).flatten(2)
+        product = product + _sum_of_products(patterns)
+        alike = alike + _sum_of_products(patterns.sqrt_())
+    measured = torch.cat([layer.measured for layer in layers], 1).double()
+    return torch.stack((alike, product, torch.block_diag(*_divergences(layers)), _sum_of_products(measured)))
 
 
-def _divergences(patterns: Float[Tensor, "sequence head row key"]) -> Float[Tensor, "head head"]:
-    """Σ over rows of the Jensen–Shannon divergence of each pair of heads of one layer."""
-    from attlas.extract.engines.block import entropy
+def _pieces(layers: list[ChosenRows]) -> Iterator[tuple[slice, slice]]:
+    """Sequences and rows whose patterns in all layers are compared at once."""
+    sequences, _, rows, _ = layers[0].patterns.shape
+    at_once = max(1, sequences * rows * _WEIGHTS_AT_ONCE // sum(layer.patterns.numel() for layer in layers))
+    sizes = (1, at_once) if at_once < rows else (at_once // rows, rows)
+    for sequence in range(0, sequences, sizes[0]):
+        for row in range(0, rows, sizes[1]):
+            yield slice(sequence, sequence + sizes[0]), slice(row, row + sizes[1])
 
-    heads = patterns.shape[1]
-    divergence = patterns.new_zeros(heads, heads).double()
-    is_measured = patterns.any(-1)
-    entropies = entropy(patterns)
-    for head in range(heads - 1):
-        others = slice(head + 1, None)
-        mixed = entropy((patterns[:, head, None] + patterns[:, others]) / 2)
-        of_rows = (mixed - (entropies[:, head, None] + entropies[:, others]) / 2).clamp_min(0)
-        both = is_measured[:, head, None] & is_measured[:, others]
-        divergence[head, others] = divergence[others, head] = (of_rows * both).double().sum((0, 2))
-    return divergence
+
+def _sum_of_products(x: Float[Tensor, "sequence head number"]) -> Float64[Tensor, "head head"]:
+    import torch
+
+    return (x @ x.mT).sum(0, dtype=torch.float64)
+
+
+def _divergences(layers: list[ChosenRows]) -> list[Float64[Tensor, "head head"]]:
+    """Σ over rows of the Jensen–Shannon divergence of each pair of heads of each layer, for layers of as many heads at once."""
+    import torch
+
+    divergences: dict[int, Tensor] = {}
+    heads = [layer.measured.shape[1] for layer in layers]
+    for number in dict.fromkeys(heads):
+        places = [place for place, of_layer in enumerate(heads) if of_layer == number]
+        mixed = torch.stack([layers[place].mixed for place in places])
+        own = mixed.diagonal(dim1=-2, dim2=-1)
+        measured = torch.stack([layers[place].measured for place in places]).transpose(-1, -2)
+        of_rows = (mixed - (own[..., None] + own[..., None, :]) / 2).clamp_min(0)
+        both = measured[..., None] & measured[..., None, :]
+        sums = (of_rows * both).sum((1, 2), dtype=torch.float64).triu(1)
+        divergences |= zip(places, sums + sums.mT, strict=True)
+    return [divergences[place] for place in range(len(layers))]
 
 
 def _sum(

@@ -16,7 +16,6 @@ from attlas.extract.engines.rows import ScoredCall
 from attlas.extract.engines.visibility import Axis, visibility_from_mask
 from attlas.extract.options import RunOptions
 from attlas.extract.tables.pairs import MOST_ROWS
-from attlas.extract.tables.patterns import chosen_rows
 from tests import oracles
 from tests.extract.models import eager_patterns, tiny
 from tests.extract.runs import complete_run
@@ -180,7 +179,9 @@ def pattern_of(scores: torch.Tensor, *, sinks: torch.Tensor | None = None) -> He
 def compared(o: HeadObservation) -> np.ndarray:
     from attlas.extract.tables.pairs import _compare
 
-    return _compare([chosen_rows(o, MOST_ROWS)]).numpy()
+    rows = o.chosen_rows(MOST_ROWS)
+    assert rows is not None
+    return _compare([rows]).numpy()
 
 
 def test_equal_heads_have_no_divergence_and_disjoint_ones_ln_2():

@@ -33,6 +33,7 @@ from tests import oracles
 from tests.extract.models import tiny
 
 pytest.importorskip("triton")
+from attlas.extract.engines.triton import layers as layer_kernels
 from attlas.extract.engines.triton import residual as kernels
 from tests.extract.test_triton import ROOT, _Hopper, _stack
 
@@ -247,6 +248,66 @@ def test_sites_beyond_the_memory_are_reduced_early(monkeypatch: pytest.MonkeyPat
     assert not results.measure(sites[0]._replace(before=sites[0].before.double())), "left to torch"  # pyright: ignore
 
 
+# --- whole layers
+
+
+def of_layer(before: torch.Tensor, after: torch.Tensor, axis: Axis) -> dict[str, torch.Tensor]:
+    """The columns of `layers` by the kernel."""
+    results = layer_kernels.LayerResults(axis, before.shape[-1], CPU, layers=1)
+    assert results.measure(before, after)
+    return {name: values[0] for name, values in results.columns().items()}
+
+
+def assert_layer_equals_formulas(before: torch.Tensor, after: torch.Tensor, axis: Axis) -> dict[str, torch.Tensor]:
+    """1 − cos, arccos cos ÷ π and ‖x'‖ / ‖x‖ in float64, averaged over the real tokens that have them."""
+    made = of_layer(before, after, axis)
+    x, y = before.double().numpy(), after.double().numpy()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        lengths = np.linalg.norm(x, axis=-1), np.linalg.norm(y, axis=-1)
+        u, v = x / lengths[0][..., None], y / lengths[1][..., None]
+        half = np.arctan2(np.linalg.norm(u - v, axis=-1), np.linalg.norm(u + v, axis=-1))
+        gain = lengths[1] / lengths[0]
+    of_tokens = {"block_influence": 1 - np.cos(2 * half), "block_angle": 2 * half / np.pi, "block_gain": gain}
+    for name, values in of_tokens.items():
+        real = axis.real.numpy() & np.isfinite(values)
+        with np.errstate(invalid="ignore"):
+            expected = np.where(real, values, 0).sum(-1) / real.sum(-1)
+        np.testing.assert_allclose(made[name], expected, rtol=2e-5, atol=1e-7, err_msg=name)
+    return made
+
+
+@pytest.mark.parametrize("width", [7, 33, 384])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_columns_of_layers_equal_their_formulas(dtype, width):
+    tensors = site_tensors((3, 20, width), dtype)
+    assert tensors.before is not None and tensors.after is not None
+    assert_layer_equals_formulas(tensors.before, tensors.after, padded((0, 20), (13, 7), (0, 1), tokens=20))
+
+
+def test_a_layer_that_hardly_turns_the_stream_keeps_its_digits():
+    """A cosine in float32 would be 1."""
+    before = site_tensors((1, 6, 40)).before
+    assert before is not None
+    after = before * 2
+    after[..., 0] += 1e-4
+    made = assert_layer_equals_formulas(before, after, whole_axis(1, 6, CPU))
+    assert 0 < made["block_influence"].item() < 1e-8
+
+
+def test_layers_leave_out_padding_and_states_without_a_direction():
+    tensors, axis = site_tensors((2, 20, 9)), padded((3, 15), (0, 4), tokens=20)
+    before, after = tensors.before, tensors.after
+    assert before is not None and after is not None
+    before[0, 5] = after[1, 2] = 0
+    clean = assert_layer_equals_formulas(before, after, axis)
+    before[~axis.real] = after[~axis.real] = math.nan
+    strided = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (before, after))
+    soiled = of_layer(*strided, axis)
+    assert all(torch.equal(clean[name], soiled[name]) for name in clean)
+    double = layer_kernels.LayerResults(axis, 9, CPU, layers=1)
+    assert not double.measure(before.double(), after.double()), "left to torch"
+
+
 # --- whole passes
 
 
@@ -323,12 +384,14 @@ def test_every_site_of_a_model_is_measured_by_the_kernels(family, dtype, monkeyp
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_layers_and_counts_of_norms_are_those_of_plain_torch(family):
+def test_layers_and_counts_of_norms_are_those_of_plain_torch(family, monkeypatch: pytest.MonkeyPatch):
     model = tiny(family)
     layout = layout_of(model)
     columns = [*TABLES["layers"].facts, *(c for c in RESIDUAL.facts if c.core)]
     needs = replace(TABLES["layers"].needs(columns[:3]) | RESIDUAL.needs(columns[3:]), stream_profiles=True)
-    made, expected = (kept_by(model, layout, stream, needs=needs) for stream in ("triton", "torch"))
+    expected = kept_by(model, layout, "torch", needs=needs)
+    monkeypatch.setattr(Stream, "_layer_values", lambda *_: pytest.fail("a layer was measured in torch"))
+    made = kept_by(model, layout, "triton", needs=needs)
     assert_same_sites(made.sites, expected.sites)
     assert made.counts == expected.counts
     assert len(made.counts) == len(layout.sites) and all(sum(c) == 9 + 6 for c in made.counts.values())

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attlas.extract.engines import Engine, FusedPass, reference
+from attlas.extract.engines.chosen_rows import chosen_rows
 from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.profiles import LARGEST_DOUBLING_BIN
 from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, known_quantities
@@ -288,6 +289,50 @@ def test_a_single_token_sees_itself():
     assert rows["offset_bins"][..., LARGEST_DOUBLING_BIN].tolist() == [[1.0, 1.0]]
 
 
+@pytest.mark.parametrize("blocks", [SMALL, WHOLE])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        dict(tokens=40, causal=True, mask="none"),
+        dict(tokens=18, causal=False, mask="holes"),
+        dict(tokens=23, causal=False, mask="bias"),
+        dict(tokens=9, causal=False, mask="none"),
+    ],
+    ids=str,
+)
+def test_chosen_rows_and_mixtures_of_heads_agree_with_float64(facts, blocks):
+    """Of sequences with fewer rows than are chosen, too, and of some sequences of a call."""
+    call = call_of(11, batch=3, heads=4, grouped=True, width=24, size=3.0, **facts)
+    exact = exact_rows(doubled(call), own_output(call))
+    _, rows = attend_in_blocks(call, lambda: own_output(call).float(), blocks)
+    assert_chosen_rows_agree(rows, exact.measured, call)
+
+
+def test_a_learned_sink_is_the_last_key_of_chosen_rows():
+    call = whole_call(tokens=40, heads=3, size=3.0, causal=True, softcap=4.0, sinks=torch.tensor([-200.0, 1.0, 200.0]))
+    _, rows = attend_in_blocks(call, _not_called, SMALL)
+    assert_chosen_rows_agree(rows, rows.measured, call)
+    made = rows.chosen_rows(call, None, 5)
+    assert made is not None
+    patterns = made.patterns
+    assert patterns.shape == (1, 3, 5, 41)
+    torch.testing.assert_close(patterns.sum(-1), torch.ones(1, 3, 5))
+    assert (patterns[0, 2, :, -1] == 1).all()
+
+
+def assert_chosen_rows_agree(rows: Rows, measured: torch.Tensor, call: AttentionCall) -> None:
+    for sequences in (None, torch.tensor([len(call.query) - 1]), torch.arange(len(call.query) - 1)):
+        if sequences is not None and not len(sequences):
+            continue
+        got = rows.chosen_rows(call, sequences, 16)
+        assert got is not None, "made by the kernels"
+        some = call if sequences is None else call.of_sequences(sequences)
+        expected = chosen_rows(doubled(some), measured if sequences is None else measured[sequences], 16)
+        assert torch.equal(got.measured, expected.measured)
+        torch.testing.assert_close(got.patterns, expected.patterns, atol=6e-5, rtol=1e-4)
+        torch.testing.assert_close(got.mixed, expected.mixed, atol=1e-4, rtol=1e-4)
+
+
 HEAD_NAMES = tuple(sorted({*HEAD_QUANTITIES, *(name for name, row in ROW_QUANTITIES.items() if row.merge)}))
 
 
@@ -450,6 +495,7 @@ def compile_calls(dtypes: list[str], widths: list[int]) -> list[dict[str, Any]]:
             call = whole_call(tokens=tokens, width=width, causal=True, token_ids=ids)
             _, rows = attend(in_type(call, getattr(torch, name)), call.value.clone)
             engine.head_sums(HeadObservation(rows, call.visibility, ids), HEAD_NAMES, profiles=True)
+            rows.chosen_rows(call, None, 16)
         facts = {"dtype": name, "width": width}
         found += [
             facts | {"name": k.metadata.name, "shared": k.metadata.shared, "stack": _stack(k.asm["cubin"])}
@@ -482,7 +528,15 @@ def test_the_kernels_fit_an_h100(tmp_path, dtypes, widths):
     told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout)
-    names = {"along_rows", "along_columns", "whole_patterns", "sum_rows_and_keys", "finish_head"}
+    names = {
+        "along_rows",
+        "along_columns",
+        "whole_patterns",
+        "sum_rows_and_keys",
+        "finish_head",
+        "patterns_of_rows",
+        "mix_heads",
+    }
     assert {kernel["name"] for kernel in found} == names
     for kernel in found:
         assert kernel["shared"] <= 227 * 1024, kernel

@@ -222,6 +222,22 @@ def assert_sums_agree(rows: Rows, exact: Rows, call: AttentionCall, case: Case) 
     assert not wrong, f"{case}: sums: {'; '.join(wrong)}"
 
 
+def assert_chosen_rows_agree(rows: Rows, exact: Rows, call: AttentionCall, case: Case) -> None:
+    """Some rows of the pattern, and entropies of mixtures of two heads, of all sequences and of the last one."""
+    from attlas.extract.engines.chosen_rows import chosen_rows
+
+    last = torch.tensor([case.batch - 1], device=DEVICE)
+    for sequences in (None, last):
+        got = rows.chosen_rows(call, sequences, 16)
+        assert got is not None, "made by the kernels"
+        of_call = in_float64(call if sequences is None else call.of_sequences(sequences))
+        expected = chosen_rows(of_call, exact.measured if sequences is None else exact.measured[sequences], 16)
+        assert torch.equal(got.measured, expected.measured)
+        absolute, relative = 2e-5 * max(1.0, case.size), 1e-4
+        torch.testing.assert_close(got.patterns, expected.patterns, atol=absolute, rtol=relative)
+        torch.testing.assert_close(got.mixed, expected.mixed, atol=2 * absolute, rtol=relative)
+
+
 def output_rounding(case: Case) -> float:
     """Two roundings to the model's type: of the weights and of the output; none in float32."""
     return 0.0 if case.dtype == "float32" else 2 * torch.finfo(getattr(torch, case.dtype)).eps
@@ -238,6 +254,7 @@ def assert_agrees(case: Case) -> None:
     assert_rows_agree(rows, exact, case)
     real = call.visibility.queries.real[:, None, :, None]
     assert_sums_agree(rows, exact, call, case)
+    assert_chosen_rows_agree(rows, exact, call, case)
     rounding = output_rounding(case)
     torch.testing.assert_close(
         got.double() * real,

@@ -67,6 +67,7 @@ def _make(case: Case) -> None:
     _, rows = engine.attend(call, call.query.clone, known(call))
     observed = HeadObservation(rows, call.visibility, classes_of(call))
     engine.head_sums(observed, NEEDS.head_names, profiles=NEEDS.profiles)
+    rows.chosen_rows(call, None, most=16)
 
 
 if __name__ == "__main__":

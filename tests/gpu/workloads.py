@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attlas.extract.batch_inputs import with_sample
 from attlas.extract.capture.runtime.batch import Batch, Tokens
 from attlas.extract.capture.runtime.instrumented_pass import factors_for
 from attlas.extract.collector import open_collector
@@ -21,6 +22,7 @@ from attlas.extract.engines.rows import AttentionCall, Rows
 from attlas.extract.engines.sums import HeadSums
 from attlas.extract.engines.visibility import visibility_from_mask, whole_axis
 from attlas.extract.measurement import layout_of, observe
+from attlas.extract.options import RunOptions
 from attlas.extract.tables import measured_columns, needs_of
 from tests.gpu.machine import DEVICE, IS_REHEARSAL
 
@@ -34,7 +36,7 @@ _SMALL = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=96, vocab_s
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and a batch without padding, with the token ids and classes that a run has."""
+    """A model and a batch without padding, with the token ids and classes that a run has, and all of a shard's sample."""
 
     model: nn.Module
     ids: Tensor
@@ -50,7 +52,8 @@ class Workload:
     @property
     def batch(self) -> Batch:
         axis = whole_axis(len(self.ids), self.ids.shape[1], self.ids.device)
-        return Batch(len(self.ids), {"input_ids": Tokens(axis, self.ids, self.ids % len(TOKEN_CLASSES))})
+        batch = Batch(len(self.ids), {"input_ids": Tokens(axis, self.ids, self.ids % len(TOKEN_CLASSES))})
+        return with_sample(batch, np.arange(len(self.ids)) < RunOptions.sample, self.ids.device)
 
 
 def minilm(tokens: int) -> Workload:
@@ -123,6 +126,7 @@ def measured_pass(work: Workload) -> Callable[[], None]:
         axis = whole_axis(*work.ids.shape, work.ids.device)
         tokens = {name: replace(of, axis=axis) for name, of in batch.texts.items()}
         fresh = replace(batch, texts=tokens)
+        vars(fresh)["sampled"] = batch.sampled
         observe(model, layout, inputs, batch=fresh, engine=engine, collector=collector, factors=factors)
 
     return run

@@ -47,5 +47,5 @@ class Batch:
 
     @cached_property
     def sampled(self) -> Int[Tensor, " place"]:
-        """The places of the sample's sequences; to find them, a GPU is waited for, once."""
+        """The places of the sample's sequences; where `with_sample` has not set them, a GPU is waited for, once."""
         return torch.arange(self.sequences) if self.sample is None else self.sample.nonzero().flatten()

@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas.extract.capture.layout import Site, Update
+from attlas.extract.capture.layout import WHOLE_LAYER, Site, Update
 from attlas.extract.capture.runtime.stream import Stream, stack_columns
 from attlas.extract.engines.stream_profiles import SiteSums
+from attlas.extract.engines.triton import layers
+from attlas.extract.engines.triton.layers import LayerResults
 from attlas.extract.engines.triton.residual import COLUMNS, IDENTITY, MAKES, SiteResults, SiteTensors
 
 
@@ -24,10 +26,18 @@ class _MeasuredSite(NamedTuple):
     in_torch: dict[str, Tensor | None]
 
 
-class FusedStream(Stream):
-    """The residual sites of one forward pass, measured by Triton kernels; in torch where they support no site's tensors.
+class _MeasuredLayer(NamedTuple):
+    """A layer whose results wait for the end of the pass, as the n-th of `results`."""
 
-    Sites are handed to the observer in `finish`, except those that are measured in torch.
+    layer: Site
+    results: LayerResults
+    number: int
+
+
+class FusedStream(Stream):
+    """The residual sites and layers of one forward pass, measured by Triton kernels; in torch where they do not support the tensors.
+
+    They are handed to the observer in `finish`, except those that are measured in torch.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -37,6 +47,9 @@ class FusedStream(Stream):
         self._makes_all = tuple(self.columns) == COLUMNS
         self._results: dict[tuple[str, int, int, int], SiteResults] = {}
         self._measured: list[_MeasuredSite] = []
+        self._layers_by_torch = not {*layers.COLUMNS}.issuperset(self._observer.needs.layer_names)
+        self._layer_results: dict[tuple[str, int, int, torch.device], LayerResults] = {}
+        self._measured_layers: list[_MeasuredLayer] = []
 
     def finish(self) -> None:
         made = {results: results.columns() for results in self._results.values() if results.measured}
@@ -45,11 +58,19 @@ class FusedStream(Stream):
         for site, results, number, _, in_torch in self._measured:
             values = self._chosen(columns[results][number], in_torch)
             self._observer.residual(site, SiteSums(values, counts[results][number] if counts else None))
+        self._hand_over_layers()
         identities = {results: _identities(rows) for results, rows in made.items()}
         for site, results, number, roundoff, _ in self._measured:
             if site.update is not None:
                 self._identities.append((site, roundoff, identities[results][number]))
         super().finish()
+
+    def _hand_over_layers(self) -> None:
+        names = self._observer.needs.layer_names
+        made = {results: results.columns() for results in self._layer_results.values() if results.measured}
+        values = {results: torch.stack([columns[name] for name in names], 1) for results, columns in made.items()}
+        for layer, results, number in self._measured_layers:
+            self._observer.layer(layer, SiteSums(values[results][number]))
 
     def _norm_counts(self) -> dict[SiteResults, Float[Tensor, "site 1 bin"]]:
         """Counts of tokens by the norms of their states, of all sites, if they are asked for."""
@@ -70,6 +91,24 @@ class FusedStream(Stream):
         if site.attention is not None:
             self._contexts.pop(site.attention, None)
         self._measured.append(_MeasuredSite(site, results, results.measured - 1, self._roundoff(site), in_torch))
+
+    def _observe_layer(self, layer: Site) -> None:
+        assert layer.before is not None and layer.after is not None, "a layer has both"
+        results = None if self._layers_by_torch else self._results_of_layer(layer)
+        ends = (self._in_batch_shape(layer, self._tensors[point]) for point in (layer.before, layer.after))
+        if results is None or not results.measure(*ends):
+            super()._observe_layer(layer)
+            return
+        self._measured_layers.append(_MeasuredLayer(layer, results, results.measured - 1))
+
+    def _results_of_layer(self, layer: Site) -> LayerResults:
+        """Where the results of layers go whose states are like this layer's."""
+        state = self._first_state(layer)
+        key = (layer.stack, self._state_count(layer), state.shape[-1], state.device)
+        if key not in self._layer_results:
+            number = sum(other.stack == layer.stack and other.name == WHOLE_LAYER for other in self._watched)
+            self._layer_results[key] = LayerResults(self._axis(layer), state.shape[-1], state.device, layers=number)
+        return self._layer_results[key]
 
     def _results_of(self, site: Site) -> SiteResults:
         """Where the results of sites go whose states are like this site's."""

@@ -160,7 +160,7 @@ class Stream:
         """Observe a site and release the tensors that no other site needs."""
         site = self._watched[index]
         if site.name == WHOLE_LAYER:
-            self._observer.layer(site, SiteSums(self._layer_values(site)))
+            self._observe_layer(site)
         else:
             self._observe_site(site)
         self.observed += 1
@@ -171,6 +171,9 @@ class Stream:
 
     def _observe_site(self, site: Site) -> None:
         self._observer.residual(site, self._sums(site))
+
+    def _observe_layer(self, layer: Site) -> None:
+        self._observer.layer(layer, SiteSums(self._layer_values(layer)))
 
     def _prepare_contexts(self, site: Site, contexts: Tensor) -> Any:  # noqa: ARG002 - a subclass uses it
         """What to keep of the contexts of a site's attention call."""

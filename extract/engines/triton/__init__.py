@@ -14,7 +14,6 @@ reference engine does what this one does not support (float64, heads wider than 
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from functools import cache, partial
@@ -27,16 +26,15 @@ from torch import Tensor
 from attlas.extract.engines.quantities import Fact, known_quantities
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 from attlas.extract.engines.triton import rows as of_rows
+from attlas.extract.engines.triton.arguments import contiguous, rows_side_by_side, scoring_of, steps_of, strides_of
 from attlas.extract.engines.triton.columns import DIAGONALS, along_columns
-from attlas.extract.engines.triton.launch import launch
+from attlas.extract.engines.triton.launch import launch, power_of_2_from
 from attlas.extract.engines.triton.results import (
     KEY_QUANTITIES,
     LOOKED_UP,
     KernelRows,
     Results,
-    contiguous,
     places_of,
-    steps_of,
 )
 from attlas.extract.engines.triton.rows import along_rows
 from attlas.extract.engines.triton.short import whole_patterns
@@ -48,7 +46,6 @@ _MIN_COLUMNS = 16  # of a product of tiles
 _MAX_WIDTH = 256  # of heads that the blocks below support
 # by bytes per number; of wider heads, norms of writes are left to the reference engine: they would take too many registers
 _MAX_WRITE_WIDTH = {2: 128, 4: 64}
-_LOG2_E = math.log2(math.e)
 
 
 class Blocks(NamedTuple):
@@ -101,20 +98,18 @@ def takes(call: AttentionCall | ScoredCall) -> bool:
 def attend(call: AttentionCall, call_original: Callable[[], Tensor]) -> tuple[Tensor, Rows]:
     """Output and row quantities of one attention call; if a row is not measured, the output is the model's own."""
     widest, size = max(call.query.shape[-1], call.value.shape[-1]), call.query.element_size()
-    return attend_in_blocks(call, call_original, _BLOCKS[size, max(32, triton.next_power_of_2(widest))])
+    return attend_in_blocks(call, call_original, _BLOCKS[size, max(32, power_of_2_from(widest))])
 
 
 def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], blocks: Blocks) -> tuple[Tensor, Rows]:
     """`attend` with tiles of these sizes."""
-    query, key, value = call.query, call.key, call.value
-    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
-        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    query, key, value = map(rows_side_by_side, (call.query, call.key, call.value))
     seen = call.visibility
     batch, heads, tokens, width = query.shape
     key_heads, value_width = value.shape[1], value.shape[-1]
     write, write_rest = _write_factors(call)
     is_short = tokens <= blocks.short
-    tile = max(_MIN_COLUMNS, triton.next_power_of_2(tokens)) if is_short else blocks.tile
+    tile = max(_MIN_COLUMNS, power_of_2_from(tokens)) if is_short else blocks.tile
     places = places_of(batch, heads, tokens, tile, 0 if is_short else DIAGONALS.value)
     results = Results(
         query.new_empty(places.end, dtype=torch.float32),
@@ -126,12 +121,11 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
     )
     output = query.new_empty(batch, tokens, heads, value_width)
     unmeasured = query.new_zeros(1, dtype=torch.int32) if call.unmeasured is None else call.unmeasured
-    natural = call.softcap is not None or seen.bias is not None
     allowed = None if seen.allowed is None else seen.allowed.view(torch.int8)
     sinks, ids, start, length = map(contiguous, (call.sinks, call.token_ids, seen.keys.start, seen.keys.length))
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *steps_of(seen.ends))
-    pairs = (*_strides_of(allowed), *_strides_of(seen.bias))
-    scoring = (_LOG2_E if natural else call.scale * _LOG2_E, call.scale, call.softcap)
+    pairs = (*strides_of(allowed), *strides_of(seen.bias))
+    scoring = scoring_of(call)
     constants = _constants(heads // key_heads, width, value_width, tile, blocks)
     if is_short:
         launch(
@@ -189,21 +183,14 @@ def _finished(
 
 @cache
 def _constants(per_key_head: int, width: int, value_width: int, tile: int, blocks: Blocks) -> tuple[int, ...]:
-    chunk = min(blocks.chunk, max(_MIN_COLUMNS, triton.next_power_of_2(width)))
-    return per_key_head, width, chunk, value_width, blocks.part, triton.cdiv(value_width, blocks.part), tile
+    chunk = min(blocks.chunk, max(_MIN_COLUMNS, power_of_2_from(width)))
+    return per_key_head, width, chunk, value_width, blocks.part, -(-value_width // blocks.part), tile
 
 
 @cache
 def _made_of(facts: frozenset[Fact], has_write: bool) -> frozenset[str]:
     """The row quantities that the kernels make of a call with these facts, with norms of writes or without."""
     return known_quantities(MAKES, facts) - (frozenset() if has_write else _OF_WRITES)
-
-
-def _strides_of(pairs: Tensor | None) -> tuple[int, ...]:
-    """Strides of a tensor over pairs; 0 for a dimension that is broadcast."""
-    if pairs is None:
-        return (0, 0, 0, 0)
-    return tuple(0 if n == 1 else s for n, s in zip(pairs.shape, pairs.stride(), strict=True))
 
 
 def _write_factors(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:

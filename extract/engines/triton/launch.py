@@ -55,6 +55,11 @@ def launch(
     launcher(*addresses, *numbers, *constants)
 
 
+def power_of_2_from(n: int) -> int:
+    """The least power of two that is n or more; Triton's own function is made for kernels and takes tens of microseconds."""
+    return 1 << (n - 1).bit_length()
+
+
 def _specialisation(number: float | None) -> Any:
     """What of a number a kernel may be compiled for, as Triton has it: None, 1, multiples of 16, 64 bits."""
     if not isinstance(number, int):

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 
 from attlas.extract.engines.stream_profiles import TOKEN_NORM, norm_bins
-from attlas.extract.engines.triton.launch import launch
+from attlas.extract.engines.triton.launch import launch, power_of_2_from
+from attlas.extract.engines.triton.states import ELEMENTS, grouped, tile
 from attlas.extract.engines.visibility import Axis
 
 if TYPE_CHECKING:
@@ -65,7 +66,6 @@ _LARGEST_SCALE = tl.constexpr(2.0**60)  # of squares, before they are squared
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_WIDTH = 256
 _TOKENS, _WARPS = 32, 8  # of a block
-_ELEMENTS = tl.constexpr(8)  # of a tensor that a thread reads at a time: 16 bytes in half precision
 _CHUNK = 64  # dimensions of the block's tokens read at a time: as many elements as its threads read
 _UNIT_COLUMNS = 2048  # dimensions of unit vectors added up at a time, at most
 # read at a time at the end of a pass, of short sequences and of long ones: tokens; vectors × dimensions; warps
@@ -152,7 +152,7 @@ class SiteResults:
                 width,
                 heads,
                 head_width,
-                triton.next_power_of_2(head_width),
+                power_of_2_from(head_width),
                 reads,
                 kind == "layer",
                 _TOKENS,
@@ -225,7 +225,7 @@ class SiteResults:
             (self._used * batch, 1, 1),
             (squares, self._ends[1], table),
             (batch,),
-            (parts, triton.next_power_of_2(parts)),
+            (parts, power_of_2_from(parts)),
             num_warps=1,
         )
         self._tables.append(table)
@@ -236,7 +236,7 @@ class SiteResults:
 
 def _registers(tensors: Sequence[Tensor | None], head_width: int, width: int, *, is_plain: bool) -> int:
     """Registers of a thread, so that four blocks fit on a multiprocessor, two or one, and none keeps values in memory."""
-    if width % _ELEMENTS.value or head_width > 128:
+    if width % ELEMENTS.value or head_width > 128:
         return 255
     is_half = all(tensor is None or tensor.element_size() == 2 for tensor in tensors)
     return 64 if is_half and is_plain and width % _CHUNK == 0 and head_width <= 64 else 128
@@ -247,10 +247,10 @@ def _tiles(width: int) -> tuple[int, int, int]:
 
     Powers of two that divide the width, where one does, so that nothing is masked.
     """
-    fits = max(16, triton.next_power_of_2(width))
+    fits = max(16, power_of_2_from(width))
     divides = width & -width
     columns = min(_UNIT_COLUMNS, divides if divides >= _CHUNK else fits)
-    elements = _ELEMENTS.value if columns >= 1024 else _ELEMENTS.value // 2  # wide loads, or fewer sums across threads
+    elements = ELEMENTS.value if columns >= 1024 else ELEMENTS.value // 2  # wide loads, or fewer sums across threads
     return min(_CHUNK, fits), min(_TOKENS, max(1, 32 * _WARPS * elements // columns)), columns
 
 
@@ -275,31 +275,22 @@ def _is_same(a: Tensor, b: Tensor | None) -> bool:
 
 
 @triton.jit
-def _tile(tensor, rows, columns, WIDTH: tl.constexpr):
-    """Load rows of a state in float32; 0 beyond the width, which no tile reaches that divides it."""
-    places = tensor + rows[:, None] + columns[None, :]
-    if ((columns.shape[0] - 1) & WIDTH) == 0:
-        return tl.load(places).to(tl.float32)
-    return tl.load(places, mask=(columns < WIDTH)[None, :], other=0).to(tl.float32)
-
-
-@triton.jit
 def _step(after, before, beside, update, gain, factor, rows, columns, WIDTH: tl.constexpr):
     """x', x, F and what was loaded for x; all x' where a site adds nothing, because a kernel's function can't return None."""
     if before is None:
-        y = _tile(after, rows, columns, WIDTH)
+        y = tile(after, rows, columns, WIDTH)
         x, f, loaded = y, y, y
     else:
-        loaded = _tile(before, rows, columns, WIDTH)
+        loaded = tile(before, rows, columns, WIDTH)
         x = loaded
         if beside is not None:
-            x += _tile(beside, rows, columns, WIDTH)
-        f = _tile(update, rows, columns, WIDTH)
+            x += tile(beside, rows, columns, WIDTH)
+        f = tile(update, rows, columns, WIDTH)
         if factor is not None:
             f *= factor
         if gain is not None:
             f *= tl.load(gain + columns, mask=columns < WIDTH, other=0).to(tl.float32)[None, :]
-        y = _tile(after, rows, columns, WIDTH) if after is not None else x + f
+        y = tile(after, rows, columns, WIDTH) if after is not None else x + f
     return y, x, f, loaded
 
 
@@ -311,7 +302,7 @@ def _norm_input(read, y, loaded, rows, columns, WIDTH: tl.constexpr, READS: tl.c
     elif READS == _READS_BEFORE:
         r = loaded
     else:
-        r = _tile(read, rows, columns, WIDTH)
+        r = tile(read, rows, columns, WIDTH)
     return r
 
 
@@ -321,12 +312,6 @@ def _within(values, columns, WIDTH: tl.constexpr):
     if ((columns.shape[0] - 1) & WIDTH) == 0:
         return values
     return tl.where((columns < WIDTH)[None, :], values, 0)
-
-
-@triton.jit
-def _grouped(values):
-    """Sums of neighbouring elements, which one thread holds."""
-    return tl.sum(tl.reshape(values, [values.shape[0], values.shape[1] // _ELEMENTS, _ELEMENTS]), 2)
 
 
 @triton.jit
@@ -389,40 +374,40 @@ def _read_site(
     if (READS != _NO_NORM) & CENTRED:
         near_mean = tl.sum(_norm_input(read, y, loaded, rows, columns, WIDTH, READS), 1) / inside
 
-    squares = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
-    fourths = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
-    xx = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
-    ff = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
-    xf = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
-    xy = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
-    off = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
-    moved = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)  # Σ (r − near_mean), r what the norm reads
-    spread = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)  # Σ (r − near_mean)²
-    written = tl.zeros([TOKENS, CHUNK // _ELEMENTS], tl.float32)
+    squares = tl.zeros([TOKENS, CHUNK // ELEMENTS], tl.float32)
+    fourths = tl.zeros([TOKENS, CHUNK // ELEMENTS], tl.float32)
+    xx = tl.zeros([TOKENS, CHUNK // ELEMENTS], tl.float32)
+    ff = tl.zeros([TOKENS, CHUNK // ELEMENTS], tl.float32)
+    xf = tl.zeros([TOKENS, CHUNK // ELEMENTS], tl.float32)
+    xy = tl.zeros([TOKENS, CHUNK // ELEMENTS], tl.float32)
+    off = tl.zeros([TOKENS, CHUNK // ELEMENTS], tl.float32)
+    moved = tl.zeros([TOKENS, CHUNK // ELEMENTS], tl.float32)  # Σ (r − near_mean), r what the norm reads
+    spread = tl.zeros([TOKENS, CHUNK // ELEMENTS], tl.float32)  # Σ (r − near_mean)²
+    written = tl.zeros([TOKENS, CHUNK // ELEMENTS], tl.float32)
     largest = tl.zeros([TOKENS, CHUNK], tl.float32)
     for at in range(0, WIDTH, CHUNK):
         columns = at + tl.arange(0, CHUNK)
         y, x, f, loaded = _step(after, before, beside, update, gain, factor, rows, columns, WIDTH)
         square = y * y
         scaled = square * scale[:, None]
-        squares += _grouped(square)
-        fourths += _grouped(scaled * scaled)
+        squares += grouped(square)
+        fourths += grouped(scaled * scaled)
         largest = _larger(largest, y)
         if before is not None:
-            xx += _grouped(x * x)
-            ff += _grouped(f * f)
-            xf += _grouped(x * f)
-            xy += _grouped(x * y)
+            xx += grouped(x * x)
+            ff += grouped(f * f)
+            xf += grouped(x * f)
+            xy += grouped(x * y)
             wrong = y - x - f
-            off += _grouped(wrong * wrong)
+            off += grouped(wrong * wrong)
         if READS != _NO_NORM:
             r = _norm_input(read, y, loaded, rows, columns, WIDTH, READS)
-            w = _tile(wrote, rows, columns, WIDTH)
-            written += _grouped(w * w)
+            w = tile(wrote, rows, columns, WIDTH)
+            written += grouped(w * w)
             if CENTRED:
                 r = _within(r - near_mean[:, None], columns, WIDTH)
-                moved += _grouped(r)
-            spread += _grouped(r * r)
+                moved += grouped(r)
+            spread += grouped(r * r)
 
     length_squared = tl.sum(squares, 1)
     norm = tl.sqrt(length_squared)
@@ -523,7 +508,7 @@ def _compare_heads(
     units = tl.zeros([of_token.shape[0], COLUMNS], tl.float32)
     at_once: tl.constexpr = 4 if COLUMNS <= 64 else 1
     for h in tl.range(0, HEADS, loop_unroll_factor=at_once):
-        c = _tile(contexts, of_token + h * head_stride, columns, HEAD_WIDTH)
+        c = tile(contexts, of_token + h * head_stride, columns, HEAD_WIDTH)
         squares = tl.sum(c * c, 1)
         concat += squares
         added += c

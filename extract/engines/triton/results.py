@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas.extract.engines.profiles import OFFSET_BINS
-from attlas.extract.engines.rows import Rows
+from attlas.extract.engines.rows import AttentionCall, ChosenRows, Rows, ScoredCall
 from attlas.extract.engines.triton import rows as of_rows
 from attlas.extract.engines.triton.columns import BINS
 
@@ -98,6 +98,12 @@ class KernelRows(Rows):
         others = {name: values for name, values in self.quantities.others.items() if name in names}
         return KernelRows(self.results, self.names & names, others)
 
+    def chosen_rows(self, call: AttentionCall | ScoredCall, sequences: Tensor | None, most: int) -> ChosenRows:
+        from attlas.extract.engines.triton.chosen import chosen_rows
+
+        assert isinstance(call, AttentionCall), "the kernels take no other"
+        return chosen_rows(call, self.results.slab, sequences, most)
+
     def with_quantities(self, others: Mapping[str, Tensor]) -> KernelRows:
         return KernelRows(self.results, self.names, {**self.quantities.others, **others})
 
@@ -128,15 +134,3 @@ class _Quantities(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._names or name in self.others
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """As kernels read tensors that are given without strides."""
-    return None if tensor is None else tensor.contiguous()
-
-
-def steps_of(ends: Tensor) -> tuple[int, int, int]:
-    """Strides of the ends of visible keys over sequences and heads, 0 where all share them; and from first to last."""
-    _, batch, heads, _ = ends.shape
-    plane, of_batch, of_head, _ = ends.stride()
-    return 0 if batch == 1 else of_batch, 0 if heads == 1 else of_head, plane

@@ -14,9 +14,10 @@ from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.profiles import PROFILE_COLUMNS
 from attlas.extract.engines.quantities import TOKEN_CLASSES
 from attlas.extract.engines.sums import HeadSums, head_quantity
+from attlas.extract.engines.triton.arguments import contiguous, steps_of
 from attlas.extract.engines.triton.heads import MADE, VALUES, finish_head, sum_rows_and_keys
 from attlas.extract.engines.triton.launch import launch
-from attlas.extract.engines.triton.results import LOOKED_UP, KernelRows, contiguous, steps_of
+from attlas.extract.engines.triton.results import LOOKED_UP, KernelRows
 
 _OF_WRITES = ("output_norm", "written", "written_first")
 _ROWS_AT_ONCE = 32  # that a program, which is one warp, takes together
@@ -56,10 +57,24 @@ def head_sums(o: HeadObservation, names: Sequence[str], *, profiles: bool) -> He
             has,
             num_warps=1,
         )
+    unknown = []
     for place, name in _others(of):
         quantity = head_quantity(name)
-        values[place] = quantity.compute(o) if quantity.is_known(o) else torch.nan
+        if quantity.is_known(o):
+            values[place] = quantity.compute(o)
+        else:
+            unknown.append(place)
+    for first, last in _runs(tuple(unknown)):
+        values[first:last].fill_(torch.nan)
     return HeadSums(values, in_bins)
+
+
+@cache
+def _runs(places: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Ascending places as runs, each from its first to the one after its last: every run costs a launch."""
+    starts = [n for n in places if n - 1 not in places]
+    ends = [n + 1 for n in places if n + 1 not in places]
+    return tuple(zip(starts, ends, strict=True))
 
 
 class _Asked(NamedTuple):
