@@ -20,7 +20,7 @@ from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.quantities import TOKEN_CLASSES
 from attlas.extract.engines.rows import AttentionCall, Rows
 from attlas.extract.engines.sums import HeadSums
-from attlas.extract.engines.visibility import visibility_from_mask, whole_axis
+from attlas.extract.engines.visibility import Axis, right_padded_axis, visibility_from_mask, whole_axis
 from attlas.extract.measurement import layout_of, observe
 from attlas.extract.options import RunOptions
 from attlas.extract.tables import measured_columns, needs_of
@@ -49,9 +49,14 @@ class Workload:
     def inputs(self) -> dict[str, Any]:
         return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
 
+    def fresh_axis(self) -> Axis:
+        """The axis of the batch as a run makes it anew for each: what an axis has computed is kept in it."""
+        sequences, tokens = self.ids.shape
+        return right_padded_axis([tokens] * sequences, tokens, self.ids.device)
+
     @property
     def batch(self) -> Batch:
-        axis = whole_axis(len(self.ids), self.ids.shape[1], self.ids.device)
+        axis = self.fresh_axis()
         batch = Batch(len(self.ids), {"input_ids": Tokens(axis, self.ids, self.ids % len(TOKEN_CLASSES))})
         return with_sample(batch, np.arange(len(self.ids)) < RunOptions.sample, self.ids.device)
 
@@ -122,8 +127,7 @@ def measured_pass(work: Workload) -> Callable[[], None]:
     factors = factors_for(model, layout, collector.needs)  # as a run does, once for a shard
 
     def run() -> None:
-        # a run makes a batch's axis anew; what an axis has computed is kept in it
-        axis = whole_axis(*work.ids.shape, work.ids.device)
+        axis = work.fresh_axis()
         tokens = {name: replace(of, axis=axis) for name, of in batch.texts.items()}
         fresh = replace(batch, texts=tokens)
         vars(fresh)["sampled"] = batch.sampled
