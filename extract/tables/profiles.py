@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -36,21 +36,44 @@ class ProfileRecorder(AdditiveRecorder):
 
     def rows(self) -> dict[str, Any]:
         bins = {"totals": PROFILE_COLUMNS, "class_flow": tuple((CLASS_FLOW.name, n) for n in CLASS_FLOW.numbers)}
-        rows = (
-            (layer.stack, layer.layer, head, *bins[name][column], *totals[:, head, column])
-            for name, of_layers in self.sums.items()
-            for layer, totals in of_layers.items()
-            for head, column in np.argwhere(totals.any(0)).tolist()
+        return profile_rows(
+            self,
+            (
+                Bins(layer.stack, layer.layer, np.arange(totals.shape[1]), bins[name], totals)
+                for name, of_layers in self.sums.items()
+                for layer, totals in of_layers.items()
+            ),
         )
-        return profile_rows(self, rows)
 
 
-def profile_rows(recorder: AdditiveRecorder, rows: Iterable[tuple[Any, ...]]) -> dict[str, Any]:
-    """Rows, each with all but the shard, as the columns of a table of profiles."""
-    ordered = sorted(rows)
+class Bins(NamedTuple):
+    """Profiles of some places of a layer: its heads, or one of its sites. `bins`: the profile and the number of each column.
+
+    `totals` [2, place, column] are sums and counts.
+    """
+
+    stack: str
+    layer: int
+    places: np.ndarray
+    bins: Sequence[tuple[str, int]]
+    totals: np.ndarray
+
+
+def profile_rows(recorder: AdditiveRecorder, blocks: Iterable[Bins]) -> dict[str, Any]:
+    """The rows of a table of profiles, in its order; empty bins give none."""
     _, *names = (c.name for c in (*recorder.table.keys, *recorder.table.facts))
-    columns = list(zip(*ordered, strict=True)) or [() for _ in names]
-    return {"shard": np.full(len(ordered), recorder.scope.shard)} | dict(zip(names, columns, strict=True))
+    parts: list[list[np.ndarray]] = []
+    for block in blocks:
+        place, column = np.nonzero(block.totals.any(0))
+        profiles, numbers = map(np.array, zip(*block.bins, strict=True))
+        layer = [np.full(len(place), block.stack), np.full(len(place), block.layer)]
+        sums, counts = block.totals[:, place, column]
+        parts.append([*layer, block.places[place], profiles[column], numbers[column], sums, counts])
+    columns = [np.concatenate(parts_of) for parts_of in zip(*parts, strict=True)] or [np.empty(0) for _ in names]
+    order = np.lexsort(columns[4::-1])
+    return {"shard": np.full(len(order), recorder.scope.shard)} | {
+        name: column[order] for name, column in zip(names, columns, strict=True)
+    }
 
 
 def profile_keys(place: Column, profiles: Iterable[Profile]) -> tuple[Column, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from attlas.extract.engines.needs import Needs
 from attlas.extract.engines.stream_profiles import MASSIVE, STREAM_PROFILES, TOKEN_NORM
 from attlas.extract.tables.column import Column
-from attlas.extract.tables.profiles import is_asked, profile_facts, profile_keys, profile_notes, profile_rows
+from attlas.extract.tables.profiles import Bins, is_asked, profile_facts, profile_keys, profile_notes, profile_rows
 from attlas.extract.tables.recording import AdditiveRecorder
 from attlas.extract.tables.residual import SITE
 from attlas.extract.tables.table import Table
@@ -34,13 +34,20 @@ class StreamProfileRecorder(AdditiveRecorder):
         return {MASSIVE.name: count_decades(o)} if is_asked(MASSIVE, self.scope.columns) else None
 
     def rows(self) -> dict[str, Any]:
-        rows = (
-            (site.stack, site.layer, site.name, profile.name, profile.numbers[place], counts[place], counts[place])
-            for profile in STREAM_PROFILES
-            for site, counts in self.sums.get(profile.name, {}).items()
-            for place in np.flatnonzero(counts).tolist()
+        return profile_rows(
+            self,
+            (
+                Bins(
+                    site.stack,
+                    site.layer,
+                    np.array([site.name]),
+                    [(profile.name, number) for number in profile.numbers],
+                    np.broadcast_to(counts, (2, 1, len(counts))),
+                )
+                for profile in STREAM_PROFILES
+                for site, counts in self.sums.get(profile.name, {}).items()
+            ),
         )
-        return profile_rows(self, rows)
 
 
 TABLE = Table(
