@@ -15,7 +15,7 @@ from attlas.extract.engines.rows import ChosenRows
 from attlas.extract.engines.triton.arguments import contiguous, rows_side_by_side, scoring_of, steps_of, strides_of
 from attlas.extract.engines.triton.launch import launch, power_of_2_from
 from attlas.extract.engines.triton.rows import PART, QUANTITIES, TOP
-from attlas.extract.engines.triton.tiles import load_bounds, load_pairs, products, seen_pairs, soft_capped
+from attlas.extract.engines.triton.tiles import masked_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,17 +119,12 @@ def patterns_of_rows(
     spaced = tl.where(of_sequence <= most, number, (2 * number + 1) * of_sequence // (2 * most)).to(tl.int32)
     exists = (spaced < of_sequence) & (number < row_count)
     rows = tl.where(exists, spaced + tl.load(start + b).to(tl.int32), tokens)  # the others are not loaded
-    top = tl.load(slab + TOP * plane + rows, mask=exists, other=0)
-    part = tl.load(slab + PART * plane + rows, mask=exists, other=0)
-    ok = part > 0
-    first, last = load_bounds(bounds, bounds_plane, rows, tokens)
-    seen = seen_pairs(allowed, (allowed_row, allowed_key), rows, keys, first, tl.where(ok, last, first))
-    scores = products(query, query_row, key, key_row, rows, keys, tokens, None, None, WIDTH, CHUNK)
-    if (softcap is not None) or (bias is not None):
-        scores = soft_capped(scores, scale, softcap)
-    if bias is not None:
-        scores += load_pairs(bias, (bias_row, bias_key), rows, keys, seen).to(tl.float32)
-    p = tl.where(seen, tl.exp2(tl.fma(scores, unit, -top[:, None])) * part[:, None], 0)
+    e, part = masked_weights(
+        query, query_row, key, key_row, bounds, bounds_plane, allowed, (allowed_row, allowed_key),
+        bias, (bias_row, bias_key), slab + TOP * plane, slab + PART * plane, rows, keys, tokens, None, unit, scale, softcap,
+        WIDTH, CHUNK,
+    )  # fmt: skip
+    p, ok = e * part[:, None], part > 0
 
     place, held = of_head.to(tl.int64) * row_count + number, number < row_count
     tl.store(patterns + place[:, None] * key_count + keys[None, :], p, mask=held[:, None] & (keys < tokens)[None, :])

@@ -18,14 +18,7 @@ import triton.language as tl
 
 from attlas.extract.engines.profiles import LARGEST_DOUBLING_BIN
 from attlas.extract.engines.triton.rows import PART, SPAN, TOP, norms_of_writes
-from attlas.extract.engines.triton.tiles import (
-    load_bounds,
-    load_pairs,
-    load_rows,
-    products,
-    seen_pairs,
-    soft_capped,
-)
+from attlas.extract.engines.triton.tiles import load_rows, masked_weights, products, soft_capped
 
 MIDDLE = tl.constexpr(LARGEST_DOUBLING_BIN)  # the bin of distance 0
 BINS = tl.constexpr(64)  # a power of two that holds them all
@@ -238,18 +231,10 @@ def along_columns(
             else:
                 for tile in tl.range(begin, end, num_stages=1):
                     rows = tile * TILE + place
-                    top = tl.load(top_of + rows, mask=rows < tokens, other=0)
-                    part = tl.load(part_of + rows, mask=rows < tokens, other=0)
-                    first, last = load_bounds(bounds, bounds_plane, rows, tokens)
-                    # rows that are not measured add nothing
-                    last = tl.where(part > 0, last, first)
-                    seen = seen_pairs(allowed, (allowed_row, allowed_key), rows, keys, first, last)
-                    scores = products(query, query_row, key, key_row, rows, keys, tokens, None, k, WIDTH, CHUNK)
-                    if (softcap is not None) or (bias is not None):
-                        scores = soft_capped(scores, scale, softcap)
-                    if bias is not None:
-                        scores += load_pairs(bias, (bias_row, bias_key), rows, keys, seen).to(tl.float32)
-                    e = tl.where(seen, tl.exp2(tl.fma(scores, unit, -top[:, None])), 0)
+                    e, part = masked_weights(
+                        query, query_row, key, key_row, bounds, bounds_plane, allowed, (allowed_row, allowed_key),
+                        bias, (bias_row, bias_key), top_of, part_of, rows, keys, tokens, k, unit, scale, softcap, WIDTH, CHUNK,
+                    )  # fmt: skip
                     total = tl.fma(e, part[:, None], total)
                     in_bins, mass, current = _add_bins(in_bins, mass, current, e, part, line - tile, TILE)
                     if ids is not None:
@@ -276,17 +261,10 @@ def along_columns(
             rows, keys = tile * TILE + place, (tile + ahead) * TILE + place
             low, high = tl.load(spans + tile * SPAN), tl.load(spans + tile * SPAN + 1)
             if (low < (tile + ahead) * TILE + TILE) & (high > (tile + ahead) * TILE):
-                top = tl.load(top_of + rows, mask=rows < tokens, other=0)
-                part = tl.load(part_of + rows, mask=rows < tokens, other=0)
-                first, last = load_bounds(bounds, bounds_plane, rows, tokens)
-                last = tl.where(part > 0, last, first)
-                seen = seen_pairs(allowed, (allowed_row, allowed_key), rows, keys, first, last)
-                scores = products(query, query_row, key, key_row, rows, keys, tokens, None, None, WIDTH, CHUNK)
-                if (softcap is not None) or (bias is not None):
-                    scores = soft_capped(scores, scale, softcap)
-                if bias is not None:
-                    scores += load_pairs(bias, (bias_row, bias_key), rows, keys, seen).to(tl.float32)
-                e = tl.where(seen, tl.exp2(tl.fma(scores, unit, -top[:, None])), 0)
+                e, part = masked_weights(
+                    query, query_row, key, key_row, bounds, bounds_plane, allowed, (allowed_row, allowed_key),
+                    bias, (bias_row, bias_key), top_of, part_of, rows, keys, tokens, None, unit, scale, softcap, WIDTH, CHUNK,
+                )  # fmt: skip
                 total = tl.fma(e, part[:, None], total)
         if (ahead == 0) | (tiles > 1):
             in_bins = bins_of_diagonals(total, ahead, TILE)

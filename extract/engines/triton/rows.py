@@ -8,10 +8,9 @@ import triton.language as tl
 from attlas.extract.engines.triton.tiles import (
     LOG2_E,
     load_bounds,
-    load_pairs,
     load_rows,
+    masked_scores,
     products,
-    seen_pairs,
     soft_capped,
 )
 
@@ -300,12 +299,10 @@ def along_rows(
         else:
             for at in range(begin, end, KEYS):
                 keys = at + tl.arange(0, KEYS)
-                seen = seen_pairs(allowed, (allowed_row, allowed_key), rows, keys, first, last)
-                scores = products(query, query_row, key, key_row, rows, keys, tokens, q, None, WIDTH, CHUNK)
-                if (softcap is not None) or (bias is not None):
-                    scores = soft_capped(scores, scale, softcap)
-                if bias is not None:
-                    scores += load_pairs(bias, (bias_row, bias_key), rows, keys, seen).to(tl.float32)
+                scores, seen = masked_scores(
+                    query, query_row, key, key_row, allowed, (allowed_row, allowed_key), bias, (bias_row, bias_key),
+                    rows, keys, first, last, tokens, q, None, scale, softcap, WIDTH, CHUNK,
+                )  # fmt: skip
                 if allowed is None:
                     keys_seen = tl.maximum(tl.minimum(last, at + KEYS) - tl.maximum(first, at), 0).to(tl.float32)
                 else:

@@ -7,13 +7,7 @@ import triton.language as tl
 
 from attlas.extract.engines.triton.columns import BINS, bins_of_diagonals, equal_tokens, norms_of_values, tokens_of
 from attlas.extract.engines.triton.rows import row_quantities, store_output, store_rows
-from attlas.extract.engines.triton.tiles import (
-    load_bounds,
-    load_pairs,
-    products,
-    seen_pairs,
-    soft_capped,
-)
+from attlas.extract.engines.triton.tiles import load_bounds, masked_scores
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens"])
@@ -50,13 +44,12 @@ def whole_patterns(
     low = tl.minimum(tl.min(tl.where(sees, first, tokens), 0), high)
     if allowed is not None:
         allowed += b * allowed_batch + h * allowed_head
-    seen = seen_pairs(allowed, (allowed_row, allowed_key), rows, rows, first, last)
-    scores = products(query, query_row, key, key_row, rows, rows, tokens, None, None, WIDTH, CHUNK)
-    if (softcap is not None) or (bias is not None):
-        scores = soft_capped(scores, scale, softcap)
     if bias is not None:
         bias += b * bias_batch + h * bias_head
-        scores += load_pairs(bias, (bias_row, bias_key), rows, rows, seen).to(tl.float32)
+    scores, seen = masked_scores(
+        query, query_row, key, key_row, allowed, (allowed_row, allowed_key), bias, (bias_row, bias_key),
+        rows, rows, first, last, tokens, None, None, scale, softcap, WIDTH, CHUNK,
+    )  # fmt: skip
     scores = tl.where(seen, scores, -float("inf"))
     largest = tl.max(scores, 1)
     top = tl.where(largest == -float("inf"), 0, largest * unit)

@@ -71,3 +71,42 @@ def soft_capped(scores, scale, softcap):
     if softcap is not None:
         return _tanh(scores * (scale / softcap)) * softcap
     return scores * scale
+
+
+@triton.jit
+def masked_scores(
+    query, query_row, key, key_row, allowed, allowed_steps, bias, bias_steps, rows, keys, first, last, tokens, q, k,
+    scale, softcap, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile in which rows do not see every key, and which pairs are visible; those of the others are arbitrary.
+
+    Scores are products still to be scaled, unless there is a soft-cap or a bias; then they are in their natural unit.
+    """
+    seen = seen_pairs(allowed, allowed_steps, rows, keys, first, last)
+    scores = products(query, query_row, key, key_row, rows, keys, tokens, q, k, WIDTH, CHUNK)
+    if (softcap is not None) or (bias is not None):
+        scores = soft_capped(scores, scale, softcap)
+    if bias is not None:
+        scores += load_pairs(bias, bias_steps, rows, keys, seen).to(tl.float32)
+    return scores, seen
+
+
+@triton.jit
+def masked_weights(
+    query, query_row, key, key_row, bounds, bounds_plane, allowed, allowed_steps, bias, bias_steps, top_of, part_of,
+    rows, keys, tokens, k, unit, scale, softcap, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """e and part of such a tile, of rows whose top and part are known; rows of `tokens` and beyond, and unmeasured ones, have zeros.
+
+    p = e · part is the pattern.
+    """
+    top = tl.load(top_of + rows, mask=rows < tokens, other=0)
+    part = tl.load(part_of + rows, mask=rows < tokens, other=0)
+    first, last = load_bounds(bounds, bounds_plane, rows, tokens)
+    # rows that are not measured add nothing
+    last = tl.where(part > 0, last, first)
+    scores, seen = masked_scores(
+        query, query_row, key, key_row, allowed, allowed_steps, bias, bias_steps, rows, keys, first, last, tokens,
+        None, k, scale, softcap, WIDTH, CHUNK,
+    )  # fmt: skip
+    return tl.where(seen, tl.exp2(tl.fma(scores, unit, -top[:, None])), 0), part
