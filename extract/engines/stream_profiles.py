@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -9,7 +11,8 @@ import numpy as np
 from attlas.extract.engines.profiles import Profile
 
 if TYPE_CHECKING:  # commands that only read the catalogue do not load torch
-    from jaxtyping import Float, Int
+    import torch
+    from jaxtyping import Float, Float64, Int
     from torch import Tensor
 
     from attlas.extract.engines.observations import ResidualObservation
@@ -44,16 +47,33 @@ class SiteSums(NamedTuple):
     counts: Float[Tensor, "part bin"] | None = None
 
 
-def norm_bins(squares: Float[Tensor, "*token"]) -> Int[Tensor, "*token"]:
-    """The bin of `TOKEN_NORM` of each token, from ‖x'‖², as a place from 0; one beyond the last bin where it has none."""
-    bins = (2 * squares.log2()).floor().clamp(-_LARGEST_NORM_BIN, _LARGEST_NORM_BIN) + _LARGEST_NORM_BIN
-    has_bin = (squares > 0) & squares.isfinite()
-    return bins.where(has_bin, len(TOKEN_NORM.numbers)).long()
+def norm_places(squares: Float64[Tensor, "*token"]) -> Int[Tensor, "*token"]:
+    """The bin of `TOKEN_NORM` of each token, from ‖x'‖², as a place from 1; 0 for no norm, one beyond the last for one that is not finite."""
+    import torch
+
+    return torch.bucketize(squares, _norm_edges(squares.device), right=True)
+
+
+@cache
+def _norm_edges(device: torch.device) -> Float64[Tensor, " edge"]:
+    """Where the bins of ‖x'‖² begin, and where the last one ends: 4·log₂ ‖x'‖ is 2·log₂ of its square."""
+    import torch
+
+    _, *numbers = TOKEN_NORM.numbers  # the first has no least norm
+    begins = [math.ulp(0.0), *(2 ** (number / 2) for number in numbers), math.inf]
+    return torch.tensor(begins, dtype=torch.float64, device=device)
 
 
 def count_norms(o: ResidualObservation) -> Float[Tensor, "1 bin"]:
     """The tokens in each bin of `TOKEN_NORM`."""
-    return counts_of(norm_bins(o.after_norms.double().square()), o, bins=len(TOKEN_NORM.numbers))
+    squares = o.after_norms.double().square().where(o.real, 0)
+    return count_norm_places(norm_places(squares).flatten()[None])
+
+
+def count_norm_places(places: Int[Tensor, "site token"]) -> Float64[Tensor, "site bin"]:
+    """How many tokens of each site are in each bin of `TOKEN_NORM`. Waits for no device."""
+    counts = places.new_zeros(len(places), len(TOKEN_NORM.numbers) + 2)
+    return counts.scatter_add_(1, places, counts.new_ones(()).expand_as(places))[:, 1:-1].double()
 
 
 def count_decades(o: ResidualObservation) -> Float[Tensor, "1 bin"]:
@@ -61,8 +81,9 @@ def count_decades(o: ResidualObservation) -> Float[Tensor, "1 bin"]:
     size = o.after.abs()
     decades = (size.amax(-1).double() / lower_median(size).double()).log10().floor()
     has_bin = (size.amax(-1) > 0) & size.amax(-1).isfinite()
-    bins = decades.clamp(0, _LARGEST_DECADE).where(has_bin, _LARGEST_DECADE + 1).long()
-    return counts_of(bins, o, bins=_LARGEST_DECADE + 1)
+    places = decades.clamp(0, _LARGEST_DECADE).where(has_bin & o.real, len(MASSIVE.numbers)).long().flatten()
+    counts = o.after.new_zeros(len(MASSIVE.numbers) + 1).double()
+    return counts.scatter_add(0, places, counts.new_ones(()).expand(len(places)))[None, :-1]
 
 
 def lower_median(x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token"]:
@@ -73,10 +94,3 @@ def lower_median(x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token"]:
         return x.median(-1).values
     middle = (x.shape[-1] - 1) // 2
     return torch.from_numpy(np.partition(x.numpy(), middle)[..., middle])  # several times as fast as torch's median
-
-
-def counts_of(places: Int[Tensor, "batch token"], o: ResidualObservation, *, bins: int) -> Float[Tensor, "1 bin"]:
-    """How many real tokens are at each place; what is beyond the last bin is not counted. Waits for no device."""
-    places = places.where(o.real, bins).flatten()
-    counts = o.after.new_zeros(bins + 1).double()
-    return counts.scatter_add(0, places, counts.new_ones(()).expand(len(places)))[None, :bins]

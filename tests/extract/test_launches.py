@@ -135,6 +135,6 @@ def test_a_layer_adds_few_operations_and_nothing_waits_within_a_pass(family: str
     of_layer = {name: n / 4 for name, n in (many - few).items()}
     # three sums come in one operation on a GPU; the others are for padding, and a NaN where a statistic is not known
     assert sum(of_layer.values()) <= 6, of_layer
-    assert sum(few.values()) - 2 * sum(of_layer.values()) <= 115, few
+    assert sum(few.values()) - 2 * sum(of_layer.values()) <= 105, few
     # three to read the mask, which layers share; one when the pass is over, whether rows were not measured
     assert waits == waits_of_many == {"is_nonzero": 4}

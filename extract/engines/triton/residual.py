@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attlas.extract.engines.stream_profiles import TOKEN_NORM, norm_bins
+from attlas.extract.engines.stream_profiles import count_norm_places, norm_places
 from attlas.extract.engines.triton.launch import launch, power_of_2_from
 from attlas.extract.engines.triton.states import ELEMENTS, grouped, tile
 from attlas.extract.engines.visibility import Axis
@@ -185,10 +185,8 @@ class SiteResults:
         values = self._waiting[: self._used, begin : begin + _GROUPS.value * batch * tokens * _GROUP.value]
         of_groups = values.view(self._used, _GROUPS.value, batch * tokens, _GROUP.value)
         group, row = divmod(_AFTER.value, _GROUP.value)
-        places, bins = norm_bins(of_groups[:, group, :, row].double()), len(TOKEN_NORM.numbers)
-        places = places.where(self.axis.real.flatten().to(places.device), bins)
-        counts = places.new_zeros(self._used, bins + 1)
-        return counts.scatter_add_(1, places, counts.new_ones(()).expand_as(places))[:, :bins].double()
+        squares = of_groups[:, group, :, row].double().where(self.axis.real.flatten().to(self._waiting.device), 0)
+        return count_norm_places(norm_places(squares))
 
     def _common_strides(self, states: Sequence[Tensor | None]) -> tuple[int, ...] | None:
         """Strides of batch and token, empty if the states differ in them; None if the kernels do not support the states."""
