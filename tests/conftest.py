@@ -8,6 +8,7 @@ if os.environ.get("ATTLAS_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import random
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -23,6 +24,10 @@ from hypothesis import is_hypothesis_test, settings
 from tests.chromium import started_browser
 from tests.properties import QUICK, THOROUGH
 from tests.shapes import check_shapes
+
+# a shell's job in the background ignores Ctrl-C, and so would every process that a test starts and interrupts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # fixtures that take long to make: the tests of all files that use the first share a worker, and those of each file that uses another
 COSTLY_FOR_ALL, COSTLY = "test_server", ("real_server", "smollm")
