@@ -1,9 +1,11 @@
 """`make gpu` without a GPU: it says so; and its table, profile and comparison say what they are given."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +13,7 @@ import pytest
 
 from tests.gpu import bench, report
 from tests.gpu.bench import Benchmark, run_all, select
+from tests.gpu.kit import write_kit
 from tests.gpu.outcomes import read_outcomes
 from tests.gpu.tables import assert_tables_agree
 from tests.gpu.timing import covered, rate, summarise
@@ -50,6 +53,34 @@ def test_a_machine_without_a_gpu_is_told_so_in_a_line(module: str, tmp_path: Pat
     (line,) = ended.stderr.splitlines()
     assert "needs a GPU; torch" in line
     assert not (tmp_path / "out").exists()
+
+
+def rehearse(*command: str, out: Path, file: str) -> dict[str, Any]:
+    """What a command of `make gpu` writes to a file on the CPU, in small, with Triton's interpreter and the packages of a bare machine."""
+    environment = {k: v for k, v in os.environ.items() if k != "ATTLAS_GPU"}
+    environment |= {"ATTLAS_GPU_DEVICE": "cpu", "PYTHONPATH": f"{ROOT / 'tests' / 'gpu' / 'bare'}{os.pathsep}{ROOT}"}
+    environment["ATTLAS_GPU_KIT"] = str(write_kit(out / "kit"))
+    arguments = ("--seconds", "1800", "--copies", "1", "--out", str(out))
+    ended = subprocess.run(
+        [sys.executable, "-m", *command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    return json.loads((out / file).read_text())
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs_where_it_is_rehearsed(tmp_path: Path) -> None:
+    found = rehearse("tests.gpu.bench", out=tmp_path, file="gpu-bench.json")["benchmarks"]
+    assert found.keys() == {benchmark.name for benchmark in bench.benchmarks(copies=1)}
+    for name, numbers in found.items():
+        assert bench.ERROR not in numbers and bench.SKIPPED not in numbers, (name, numbers)
+
+
+@pytest.mark.exhaustive
+def test_every_test_of_a_gpu_passes_where_it_is_rehearsed(tmp_path: Path) -> None:
+    found = rehearse("tests.gpu", "--only", "tests", out=tmp_path, file="gpu.json")["tests"]
+    assert not found["note"]
+    assert found["counts"].keys() == {"passed"} and found["counts"]["passed"] > 100
 
 
 def test_make_gpu_installs_nothing() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-KIT = ROOT / ".gpu-kit"
+KIT = Path(os.environ.get("ATTLAS_GPU_KIT") or ROOT / ".gpu-kit")
 # `cpu` rehearses: the same code with the smallest sizes, and kernels in Triton's interpreter
 DEVICE = os.environ.get("ATTLAS_GPU_DEVICE", "cuda")
 IS_REHEARSAL = DEVICE == "cpu"

@@ -115,13 +115,13 @@ def scarce_memory(monkeypatch: pytest.MonkeyPatch):
         with memory_limit(600 << 20):
             yield
         return
-    measure = shard._measure_batch
+    observe = shard.observe_batch
 
-    def failing(instrument, sequences, collector, factors) -> None:
-        if len(sequences) > 4:
+    def failing(instrument, inputs, batch, *others) -> None:
+        if batch.sequences > 4:
             raise torch.OutOfMemoryError("not enough memory, for the test")
-        measure(instrument, sequences, collector, factors)
+        observe(instrument, inputs, batch, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard, "_measure_batch", failing)
+        patch.setattr(shard, "observe_batch", failing)
         yield
