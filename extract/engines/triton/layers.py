@@ -60,7 +60,7 @@ class LayerResults:
         """The columns of all layers so far, in the order in which they were measured, in float64."""
         before, after, apart, together = self._values[: self.measured].unbind(1)
         of_tokens = torch.stack((apart.square() / 2, 2 / math.pi * apart.atan2(together), after / before)).double()
-        defined = self.axis.real & of_tokens.isfinite()
+        defined = self.axis.real.to(of_tokens.device) & of_tokens.isfinite()
         means = of_tokens.where(defined, 0).sum(-1) / defined.sum(-1)
         return dict(zip(COLUMNS, means.unbind(), strict=True))
 
