@@ -1,7 +1,6 @@
 """Shards are written while the next ones are measured: in bounded memory, with nothing lost when writing fails."""
 
 import errno
-import gc
 import resource
 import threading
 import weakref
@@ -9,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from attlas.extract.collector import Collector
+from attlas.extract import shard as measuring
+from attlas.extract.collector import Collector, open_collector
 from attlas.extract.errors import Refusal
 from attlas.extract.options import RunOptions
 from attlas.extract.run import (
@@ -105,11 +106,17 @@ def test_a_shard_is_measured_while_the_one_before_it_is_written(corpus, tmp_path
     assert came == [True], "the second shard waited for the first one to be written"
 
 
-def test_slow_writing_holds_the_model_up_and_memory_flat(corpus, tmp_path):
+def test_slow_writing_holds_the_model_up_and_memory_flat(corpus, tmp_path, monkeypatch):
     tables: list[weakref.ref[pa.Table]] = []
+    collectors: list[weakref.ref[Collector]] = []
     held: list[tuple[int, int, int]] = []
     measured: list[int] = []
     changed = threading.Condition()
+
+    def opened(*arguments: Any, **options: Any) -> Collector:
+        collector = open_collector(*arguments, **options)
+        collectors.append(weakref.ref(collector))
+        return collector
 
     def count(tokens: int, documents: int) -> None:
         with changed:
@@ -121,9 +128,10 @@ def test_slow_writing_holds_the_model_up_and_memory_flat(corpus, tmp_path):
         with changed:
             changed.wait_for(lambda: len(measured) >= min(shard + 2, shards), 120)
         done = sum(worker.store.read_record(n) is not None for n in range(shards))
-        sums = sum(type(value) is Collector for value in gc.get_objects())
-        held.append((sums, sum(table() is not None for table in tables), len(measured) - done))
+        alive = (sum(made() is not None for made in of_kind) for of_kind in (collectors, tables))
+        held.append((*alive, len(measured) - done))
 
+    monkeypatch.setattr(measuring, "open_collector", opened)
     planned = planned_into(tmp_path / "out", corpus)
     worker = planned.open_worker()
     shards = worker.plan.shards
