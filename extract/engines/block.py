@@ -27,12 +27,12 @@ def value_norms(call: AttentionCall | ScoredCall, heads: int) -> Float[Tensor, "
     return (values @ call.write.to(exact)).norm(dim=-1).where(call.visibility.keys.real[:, None], 0)
 
 
-_TINY = 1.2e-38  # the smallest float32 with all of its digits
+TINY = 1.2e-38  # the smallest float32 with all of its digits
 
 
 def entropy(shares: Float[Tensor, "*row outcome"]) -> Float[Tensor, "*row"]:
     """−Σ p ln p; of a share of 0 the logarithm is that of the smallest number, several times as fast as to look for zeros."""
-    return -(shares * shares.clamp_min(_TINY).log()).sum(-1)
+    return -(shares * shares.clamp_min(TINY).log()).sum(-1)
 
 
 class Block:

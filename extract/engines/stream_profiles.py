@@ -47,13 +47,6 @@ class SiteSums(NamedTuple):
     counts: Float[Tensor, "part bin"] | None = None
 
 
-def norm_places(squares: Float64[Tensor, "*token"]) -> Int[Tensor, "*token"]:
-    """The bin of `TOKEN_NORM` of each token, from ‖x'‖², as a place from 1; 0 for no norm, one beyond the last for one that is not finite."""
-    import torch
-
-    return torch.bucketize(squares, _norm_edges(squares.device), right=True)
-
-
 @cache
 def _norm_edges(device: torch.device) -> Float64[Tensor, " edge"]:
     """Where the bins of ‖x'‖² begin, and where the last one ends: 4·log₂ ‖x'‖ is 2·log₂ of its square."""
@@ -66,14 +59,16 @@ def _norm_edges(device: torch.device) -> Float64[Tensor, " edge"]:
 
 def count_norms(o: ResidualObservation) -> Float[Tensor, "1 bin"]:
     """The tokens in each bin of `TOKEN_NORM`."""
-    squares = o.after_norms.double().square().where(o.real, 0)
-    return count_norm_places(norm_places(squares).flatten()[None])
+    return count_squares(o.after_norms.double().square().where(o.real, 0).flatten()[None])
 
 
-def count_norm_places(places: Int[Tensor, "site token"]) -> Float64[Tensor, "site bin"]:
-    """How many tokens of each site are in each bin of `TOKEN_NORM`. Waits for no device."""
-    counts = places.new_zeros(len(places), len(TOKEN_NORM.numbers) + 2)
-    return counts.scatter_add_(1, places, counts.new_ones(()).expand_as(places))[:, 1:-1].double()
+def count_squares(squares: Float64[Tensor, "site token"]) -> Float64[Tensor, "site bin"]:
+    """The tokens of each site in each bin of `TOKEN_NORM`, from ‖x'‖²; 0, infinity and NaN have none."""
+    import torch
+
+    # from 0: below the first bin, the bins, beyond the last
+    places = torch.bucketize(squares, _norm_edges(squares.device), right=True)
+    return _count_places(places, len(TOKEN_NORM.numbers) + 2)[:, 1:-1]
 
 
 def count_decades(o: ResidualObservation) -> Float[Tensor, "1 bin"]:
@@ -81,9 +76,14 @@ def count_decades(o: ResidualObservation) -> Float[Tensor, "1 bin"]:
     size = o.after.abs()
     decades = (size.amax(-1).double() / lower_median(size).double()).log10().floor()
     has_bin = (size.amax(-1) > 0) & size.amax(-1).isfinite()
-    places = decades.clamp(0, _LARGEST_DECADE).where(has_bin & o.real, len(MASSIVE.numbers)).long().flatten()
-    counts = o.after.new_zeros(len(MASSIVE.numbers) + 1).double()
-    return counts.scatter_add(0, places, counts.new_ones(()).expand(len(places)))[None, :-1]
+    places = decades.clamp(0, _LARGEST_DECADE).where(has_bin & o.real, len(MASSIVE.numbers)).long()
+    return _count_places(places.flatten()[None], len(MASSIVE.numbers) + 1)[:, :-1]
+
+
+def _count_places(places: Int[Tensor, "site token"], number: int) -> Float64[Tensor, "site place"]:
+    """How many tokens of each site are at each of so many places. Waits for no device."""
+    counts = places.new_zeros(len(places), number)
+    return counts.scatter_add_(1, places, counts.new_ones(()).expand_as(places)).double()
 
 
 def lower_median(x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token"]:

@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attlas.extract.engines import Engine, FusedPass, reference
-from attlas.extract.engines.chosen_rows import chosen_rows
 from attlas.extract.engines.observations import HeadObservation
 from attlas.extract.engines.profiles import LARGEST_DOUBLING_BIN
 from attlas.extract.engines.quantities import ROW_QUANTITIES, TOKEN_CLASSES, known_quantities
@@ -30,6 +29,7 @@ from attlas.extract.engines.sums import HEAD_QUANTITIES, head_sums
 from attlas.extract.engines.visibility import Axis, visibility_from_mask
 from tests.extract.models import tiny
 from tests.extract.test_engines import assert_rows_agree, call_of, doubled, own_output
+from tests.gpu.calls import assert_chosen_rows_agree
 from tests.properties import cases
 
 pytest.importorskip("triton")
@@ -305,32 +305,19 @@ def test_chosen_rows_and_mixtures_of_heads_agree_with_float64(facts, blocks):
     call = call_of(11, batch=3, heads=4, grouped=True, width=24, size=3.0, **facts)
     exact = exact_rows(doubled(call), own_output(call))
     _, rows = attend_in_blocks(call, lambda: own_output(call).float(), blocks)
-    assert_chosen_rows_agree(rows, exact.measured, call)
+    assert_chosen_rows_agree(rows, call, doubled(call), exact.measured, absolute=6e-5)
 
 
 def test_a_learned_sink_is_the_last_key_of_chosen_rows():
     call = whole_call(tokens=40, heads=3, size=3.0, causal=True, softcap=4.0, sinks=torch.tensor([-200.0, 1.0, 200.0]))
     _, rows = attend_in_blocks(call, _not_called, SMALL)
-    assert_chosen_rows_agree(rows, rows.measured, call)
+    assert_chosen_rows_agree(rows, call, doubled(call), rows.measured, absolute=6e-5)
     made = rows.chosen_rows(call, None, 5)
     assert made is not None
     patterns = made.patterns
     assert patterns.shape == (1, 3, 5, 41)
     torch.testing.assert_close(patterns.sum(-1), torch.ones(1, 3, 5))
     assert (patterns[0, 2, :, -1] == 1).all()
-
-
-def assert_chosen_rows_agree(rows: Rows, measured: torch.Tensor, call: AttentionCall) -> None:
-    for sequences in (None, torch.tensor([len(call.query) - 1]), torch.arange(len(call.query) - 1)):
-        if sequences is not None and not len(sequences):
-            continue
-        got = rows.chosen_rows(call, sequences, 16)
-        assert got is not None, "made by the kernels"
-        some = call if sequences is None else call.of_sequences(sequences)
-        expected = chosen_rows(doubled(some), measured if sequences is None else measured[sequences], 16)
-        assert torch.equal(got.measured, expected.measured)
-        torch.testing.assert_close(got.patterns, expected.patterns, atol=6e-5, rtol=1e-4)
-        torch.testing.assert_close(got.mixed, expected.mixed, atol=1e-4, rtol=1e-4)
 
 
 HEAD_NAMES = tuple(sorted({*HEAD_QUANTITIES, *(name for name, row in ROW_QUANTITIES.items() if row.merge)}))

@@ -26,6 +26,15 @@ class _MeasuredSite(NamedTuple):
     in_torch: dict[str, Tensor | None]
 
 
+class _Likeness(NamedTuple):
+    """What the states of sites have in common whose results lie side by side."""
+
+    stack: str
+    states: int
+    width: int
+    device: torch.device
+
+
 class _MeasuredLayer(NamedTuple):
     """A layer whose results wait for the end of the pass, as the n-th of `results`."""
 
@@ -45,10 +54,10 @@ class FusedStream(Stream):
         # columns that the kernels do not compute, with their functions in plain torch
         self._torch_columns = {name: compute for name, compute in self.columns.items() if name not in MAKES}
         self._makes_all = tuple(self.columns) == COLUMNS
-        self._results: dict[tuple[str, int, int, int], SiteResults] = {}
+        self._results: dict[_Likeness, SiteResults] = {}
         self._measured: list[_MeasuredSite] = []
         self._layers_by_torch = not {*layers.COLUMNS}.issuperset(self._observer.needs.layer_names)
-        self._layer_results: dict[tuple[str, int, int, torch.device], LayerResults] = {}
+        self._layer_results: dict[_Likeness, LayerResults] = {}
         self._measured_layers: list[_MeasuredLayer] = []
 
     def finish(self) -> None:
@@ -103,27 +112,29 @@ class FusedStream(Stream):
 
     def _results_of_layer(self, layer: Site) -> LayerResults:
         """Where the results of layers go whose states are like this layer's."""
-        state = self._first_state(layer)
-        key = (layer.stack, self._state_count(layer), state.shape[-1], state.device)
+        key = self._likeness(layer)
         if key not in self._layer_results:
             number = sum(other.stack == layer.stack and other.name == WHOLE_LAYER for other in self._watched)
-            self._layer_results[key] = LayerResults(self._axis(layer), state.shape[-1], state.device, layers=number)
+            self._layer_results[key] = LayerResults(self._axis(layer), key.width, key.device, layers=number)
         return self._layer_results[key]
 
     def _results_of(self, site: Site) -> SiteResults:
         """Where the results of sites go whose states are like this site's."""
-        state = self._first_state(site)
-        width = state.shape[-1]
-        states = state.numel() // width
-        key = (site.stack, states, width, state.get_device())
-        results = self._results.get(key)
-        if results is None:
-            axis = self._axes.axis(site.stack, states, state.device)
+        key = self._likeness(site)
+        if key not in self._results:
             sites = sum(other.stack == site.stack for other in self.sites)
-            results = self._results[key] = SiteResults(
-                axis, width, state.device, sites=sites, counts_norms=self._observer.needs.stream_profiles
+            self._results[key] = SiteResults(
+                self._axis(site),
+                key.width,
+                key.device,
+                sites=sites,
+                counts_norms=self._observer.needs.stream_profiles,
             )
-        return results
+        return self._results[key]
+
+    def _likeness(self, site: Site) -> _Likeness:
+        state = self._first_state(site)
+        return _Likeness(site.stack, self._state_count(site), state.shape[-1], state.device)
 
     def _site_tensors(self, site: Site, results: SiteResults) -> SiteTensors | None:
         """The site's tensors as the kernels read them; None if they have no place for what the site adds up."""

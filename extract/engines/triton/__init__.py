@@ -26,7 +26,14 @@ from torch import Tensor
 from attlas.extract.engines.quantities import Fact, known_quantities
 from attlas.extract.engines.rows import AttentionCall, Rows, ScoredCall
 from attlas.extract.engines.triton import rows as of_rows
-from attlas.extract.engines.triton.arguments import contiguous, rows_side_by_side, scoring_of, steps_of, strides_of
+from attlas.extract.engines.triton.arguments import (
+    MIN_COLUMNS,
+    contiguous,
+    pairs_of,
+    rows_side_by_side,
+    scoring_of,
+    steps_of,
+)
 from attlas.extract.engines.triton.columns import DIAGONALS, along_columns
 from attlas.extract.engines.triton.launch import launch, power_of_2_from
 from attlas.extract.engines.triton.results import (
@@ -42,7 +49,6 @@ from attlas.extract.engines.triton.summing import head_sums as head_sums
 
 MAKES = frozenset({*of_rows.QUANTITIES, *KEY_QUANTITIES, "offset_bins", *LOOKED_UP} - {"top", "part"})
 _OF_WRITES = frozenset({"output_norm", "value_norm"})
-_MIN_COLUMNS = 16  # of a product of tiles
 _MAX_WIDTH = 256  # of heads that the blocks below support
 # by bytes per number; of wider heads, norms of writes are left to the reference engine: they would take too many registers
 _MAX_WRITE_WIDTH = {2: 128, 4: 64}
@@ -109,7 +115,7 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
     key_heads, value_width = value.shape[1], value.shape[-1]
     write, write_rest = _write_factors(call)
     is_short = tokens <= blocks.short
-    tile = max(_MIN_COLUMNS, power_of_2_from(tokens)) if is_short else blocks.tile
+    tile = max(MIN_COLUMNS, power_of_2_from(tokens)) if is_short else blocks.tile
     places = places_of(batch, heads, tokens, tile, 0 if is_short else DIAGONALS.value)
     results = Results(
         query.new_empty(places.end, dtype=torch.float32),
@@ -121,10 +127,9 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
     )
     output = query.new_empty(batch, tokens, heads, value_width)
     unmeasured = query.new_zeros(1, dtype=torch.int32) if call.unmeasured is None else call.unmeasured
-    allowed = None if seen.allowed is None else seen.allowed.view(torch.int8)
+    allowed, bias, pairs = pairs_of(seen)
     sinks, ids, start, length = map(contiguous, (call.sinks, call.token_ids, seen.keys.start, seen.keys.length))
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *steps_of(seen.ends))
-    pairs = (*strides_of(allowed), *strides_of(seen.bias))
     scoring = scoring_of(call)
     constants = _constants(heads // key_heads, width, value_width, tile, blocks)
     if is_short:
@@ -133,7 +138,7 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
             (batch * heads, 1, 1),
             (
                 *(query, key, value, output, seen.ends, start, length, results.slab, unmeasured),
-                *(sinks, write, write_rest, ids, allowed, seen.bias),
+                *(sinks, write, write_rest, ids, allowed, bias),
             ),
             (*strides, *pairs, *places[:3], batch, heads, tokens, *scoring),
             constants,
@@ -145,7 +150,7 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
         (batch * heads * -(-tokens // blocks.rows), 1, 1),
         (
             *(query, key, value, output, seen.ends, start, length, results.slab, unmeasured),
-            *(sinks, write, write_rest, allowed, seen.bias),
+            *(sinks, write, write_rest, allowed, bias),
         ),
         (*strides, *pairs, places.spans, batch, heads, tokens, *scoring),
         (*constants, blocks.rows, blocks.keys),
@@ -158,7 +163,7 @@ def attend_in_blocks(call: AttentionCall, call_original: Callable[[], Tensor], b
         (batch * heads * places.lines, 1, 1),
         (
             *(query, key, value, seen.ends, start, length, results.slab),
-            *(write, write_rest, ids, allowed, seen.bias),
+            *(write, write_rest, ids, allowed, bias),
         ),
         (
             *(*strides, *pairs, places.of_keys, places.bins, places.looked_up, places.spans),
@@ -183,7 +188,7 @@ def _finished(
 
 @cache
 def _constants(per_key_head: int, width: int, value_width: int, tile: int, blocks: Blocks) -> tuple[int, ...]:
-    chunk = min(blocks.chunk, max(_MIN_COLUMNS, power_of_2_from(width)))
+    chunk = min(blocks.chunk, max(MIN_COLUMNS, power_of_2_from(width)))
     return per_key_head, width, chunk, value_width, blocks.part, -(-value_width // blocks.part), tile
 
 

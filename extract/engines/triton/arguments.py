@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from attlas.extract.engines.rows import AttentionCall
+from attlas.extract.engines.visibility import Visibility
 
+MIN_COLUMNS = 16  # of a product of tiles
 _LOG2_E = math.log2(math.e)
 
 
@@ -28,7 +31,13 @@ def steps_of(ends: Tensor) -> tuple[int, int, int]:
     return 0 if batch == 1 else of_batch, 0 if heads == 1 else of_head, plane
 
 
-def strides_of(pairs: Tensor | None) -> tuple[int, ...]:
+def pairs_of(seen: Visibility) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+    """What is allowed and what is added, of pairs of query and key, as kernels read them; and the strides of both."""
+    allowed = None if seen.allowed is None else seen.allowed.view(torch.int8)
+    return allowed, seen.bias, (*_strides_of(allowed), *_strides_of(seen.bias))
+
+
+def _strides_of(pairs: Tensor | None) -> tuple[int, ...]:
     """Strides of a tensor over pairs; 0 for a dimension that is broadcast."""
     if pairs is None:
         return (0, 0, 0, 0)

@@ -11,8 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
+from attlas.extract.engines.block import TINY
 from attlas.extract.engines.rows import ChosenRows
-from attlas.extract.engines.triton.arguments import contiguous, rows_side_by_side, scoring_of, steps_of, strides_of
+from attlas.extract.engines.triton.arguments import (
+    MIN_COLUMNS,
+    contiguous,
+    pairs_of,
+    rows_side_by_side,
+    scoring_of,
+    steps_of,
+)
 from attlas.extract.engines.triton.launch import launch, power_of_2_from
 from attlas.extract.engines.triton.rows import PART, QUANTITIES, TOP
 from attlas.extract.engines.triton.tiles import masked_weights
@@ -23,8 +31,7 @@ if TYPE_CHECKING:
     from attlas.extract.engines.rows import AttentionCall
 
 _SINK = tl.constexpr(QUANTITIES.index("sink"))
-_TINY = tl.constexpr(1.2e-38)  # the smallest float32 with all of its digits
-_LEAST_ROWS = 16  # of a product of tiles
+_LEAST_SHARE = tl.constexpr(TINY)
 _KEYS = 64  # of a tile
 _LARGEST_CHUNK = 64  # of the width of heads in one product
 _MIXED_AT_ONCE = 4  # heads of a program
@@ -45,20 +52,20 @@ def chosen_rows(call: AttentionCall, slab: Tensor, sequences: Tensor | None, mos
     patterns = slab.new_empty(number, heads, rows, keys)
     measured = patterns.new_empty(number, heads, rows, dtype=torch.int8)
     start, length, sequences = map(contiguous, (seen.keys.start, seen.keys.length, sequences))
-    allowed = None if seen.allowed is None else seen.allowed.view(torch.int8)
+    allowed, bias, pair_strides = pairs_of(seen)
     launch(
         patterns_of_rows,
         (number * heads, -(-tokens // _KEYS), 1),
-        (query, key, seen.ends, start, length, slab, sequences, patterns, measured, allowed, seen.bias),
+        (query, key, seen.ends, start, length, slab, sequences, patterns, measured, allowed, bias),
         (
             *(*query.stride()[:3], *key.stride()[:3], *steps_of(seen.ends)),
-            *(*strides_of(allowed), *strides_of(seen.bias), batch, heads, tokens, rows, keys, most, *scoring_of(call)),
+            *(*pair_strides, batch, heads, tokens, rows, keys, most, *scoring_of(call)),
         ),
         (
             heads // key.shape[1],
             width,
-            min(_LARGEST_CHUNK, max(16, power_of_2_from(width))),
-            max(_LEAST_ROWS, power_of_2_from(rows)),
+            min(_LARGEST_CHUNK, max(MIN_COLUMNS, power_of_2_from(width))),
+            max(MIN_COLUMNS, power_of_2_from(rows)),
             _KEYS,
             has_sink,
         ),
@@ -154,7 +161,7 @@ def mix_heads(patterns, mixed, heads, rows, keys, HEADS: tl.constexpr, KEYS: tl.
         for n in tl.static_range(AT_ONCE):
             p = tl.load(patterns + tl.minimum(begin + n, heads - 1) * step + key, mask=real, other=0)
             m = (q + p[None, :]) * 0.5
-            added = added + (sums[n] - tl.sum(m * tl.log(tl.maximum(m, _TINY)), 1),)  # noqa: RUF005
+            added = added + (sums[n] - tl.sum(m * tl.log(tl.maximum(m, _LEAST_SHARE)), 1),)  # noqa: RUF005
         sums = added
     for n in tl.static_range(AT_ONCE):
         p = begin + n

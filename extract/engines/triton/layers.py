@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from attlas.extract.engines.triton.launch import launch, power_of_2_from
-from attlas.extract.engines.triton.states import ELEMENTS, grouped, tile
+from attlas.extract.engines.triton.states import ELEMENTS, TYPES, grouped, tile
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from attlas.extract.engines.visibility import Axis
 
 COLUMNS = ("block_influence", "block_angle", "block_gain")
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _VALUES = tl.constexpr(4)  # of a token: ‖x‖, ‖x'‖, and ‖u − v‖, ‖u + v‖ of their directions
 # of a program: tokens, dimensions read at a time, warps; as many numbers as its threads read
 _TOKENS, _CHUNK, _WARPS = 32, 64, 8
@@ -40,7 +39,7 @@ class LayerResults:
     def measure(self, before: Tensor, after: Tensor) -> bool:
         """Measure a layer, of x and x' [batch, token, width] in the model's own type. False if the kernel does not support them."""
         if any(
-            x.shape != self._shape or x.dtype not in _TYPES or x.device != self._values.device for x in (before, after)
+            x.shape != self._shape or x.dtype not in TYPES or x.device != self._values.device for x in (before, after)
         ):
             return False
         before, after = (x if x.stride(-1) == 1 else x.contiguous() for x in (before, after))

@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from attlas.extract.engines.stream_profiles import count_norm_places, norm_places
+from attlas.extract.engines.stream_profiles import count_squares
 from attlas.extract.engines.triton.launch import launch, power_of_2_from
-from attlas.extract.engines.triton.states import ELEMENTS, grouped, tile
+from attlas.extract.engines.triton.states import ELEMENTS, TYPES, grouped, tile
 from attlas.extract.engines.visibility import Axis
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ _INFINITY_BITS = tl.constexpr(0x7F800000)  # of float32; larger ones are NaN
 _NO_DIMENSION = tl.constexpr(2**31 - 1)
 _LARGEST_SCALE = tl.constexpr(2.0**60)  # of squares, before they are squared
 
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_WIDTH = 256
 _TOKENS, _WARPS = 32, 8  # of a block
 _CHUNK = 64  # dimensions of the block's tokens read at a time: as many elements as its threads read
@@ -186,7 +185,7 @@ class SiteResults:
         of_groups = values.view(self._used, _GROUPS.value, batch * tokens, _GROUP.value)
         group, row = divmod(_AFTER.value, _GROUP.value)
         squares = of_groups[:, group, :, row].double().where(self.axis.real.flatten().to(self._waiting.device), 0)
-        return count_norm_places(norm_places(squares))
+        return count_squares(squares)
 
     def _common_strides(self, states: Sequence[Tensor | None]) -> tuple[int, ...] | None:
         """Strides of batch and token, empty if the states differ in them; None if the kernels do not support the states."""
@@ -194,7 +193,7 @@ class SiteResults:
         for state in states:
             if state is None:
                 continue
-            if state.shape != self.shape or state.dtype not in _TYPES or state.get_device() != self._device:
+            if state.shape != self.shape or state.dtype not in TYPES or state.get_device() != self._device:
                 return None
             strides = state.stride()
             if common is None:
@@ -255,7 +254,7 @@ def _tiles(width: int) -> tuple[int, int, int]:
 def _are_supported(contexts: Tensor | None) -> bool:
     if contexts is None:
         return True
-    return contexts.dtype in _TYPES and contexts.shape[3] <= _MAX_HEAD_WIDTH
+    return contexts.dtype in TYPES and contexts.shape[3] <= _MAX_HEAD_WIDTH
 
 
 def _source_of_norm(read: Tensor | None, after: Tensor | None, before: Tensor | None) -> int:

@@ -3,9 +3,11 @@
 # kernels are Triton's language, which only looks like Python to a type checker
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
+import torch
 import triton
 import triton.language as tl
 
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of states
 ELEMENTS = tl.constexpr(8)  # of a tensor that a thread reads at a time: 16 bytes in half precision
 
 
